@@ -1,0 +1,251 @@
+"""The configuration of a run: YAML read into strict, typed models.
+
+Every key that a command or a document names is a field here; an unknown key or a wrong type is a
+`UserError` of one line that names the file, the key and the fix. Imports nothing of the project but the error.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shd_diffusion.errors import UserError
+
+
+class Section(BaseModel):
+    """A section of a config: unknown keys are refused, and so are values of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class DataConfig(Section):
+    """What the models are trained on."""
+
+    name: Literal["digits"] = "digits"
+
+
+class ModelConfig(Section):
+    """A model by its diffusers class (or one of the project's) and the arguments of its constructor."""
+
+    class_name: str = Field("DiTTransformer2DModel", alias="class")
+    arguments: dict[str, Any] = {}
+    pretrained: str | None = None
+
+
+class TeacherConfig(Section):
+    """The trained model to distil from: a run folder, a pipeline or model folder, or a hub name."""
+
+    path: str
+
+
+class DiffusionConfig(Section):
+    """The forward process and what the denoiser predicts."""
+
+    objective: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
+    num_train_timesteps: int = Field(1000, ge=1)
+    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+
+
+class TermConfig(Section):
+    """One summand of the loss. Weight 0 leaves the term out: it is neither computed nor logged."""
+
+    weight: float = Field(1.0, ge=0)
+
+
+class SHDConfig(TermConfig):
+    """The SHD term (METHOD.md sections 3 to 6)."""
+
+    temperature: float = Field(1.0, gt=0)
+    layer_map: Literal["uniform", "last", "first"] | list[int] = "uniform"
+
+
+class LossesConfig(Section):
+    """L = w_denoise · L_denoise + w_output · L_output + w_shd · L_SHD."""
+
+    denoise: TermConfig = TermConfig(weight=1.0)
+    output: TermConfig = TermConfig(weight=1.0)
+    shd: SHDConfig = SHDConfig(weight=1.0)
+
+
+class WatchConfig(Section):
+    """Fréchet distance of a few samples every so many steps while training; 0 switches it off."""
+
+    every: int = Field(0, ge=0)
+    num_images: int = Field(500, ge=2)
+    num_inference_steps: int = Field(10, ge=1)
+
+
+class TrainConfig(Section):
+    """The optimisation. `batch_size` is per process and forward pass, as accelerate counts."""
+
+    max_steps: int = Field(..., ge=1)
+    batch_size: int = Field(..., ge=1)
+    gradient_accumulation_steps: int = Field(1, ge=1)
+    learning_rate: float = Field(1e-4, gt=0)
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0)
+    ema_decay: float = Field(0.9999, ge=0, lt=1)
+    label_drop: float = Field(0.1, ge=0, lt=1)
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    log_every: int = Field(10, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_last: int = Field(2, ge=1)
+    watch: WatchConfig = WatchConfig()
+
+
+class SampleConfig(Section):
+    """Sampling by a diffusers pipeline. Image j follows from (seed, j)."""
+
+    num_images: int = Field(1000, ge=1)
+    num_inference_steps: int = Field(25, ge=1)
+    scheduler: str = "DDIMScheduler"
+    scheduler_arguments: dict[str, Any] = {}
+    guidance_scale: float = Field(1.0, ge=0)
+    batch_size: int = Field(100, ge=1)
+    seed: int = Field(0, ge=0)
+
+
+class EvaluateConfig(Section):
+    """The figures and the features that they are computed on."""
+
+    extractor: str = "digits-classifier"
+    extractor_weights: str | None = None
+
+
+class RunConfig(Section):
+    """What the training of a teacher and a distillation share."""
+
+    seed: int = Field(0, ge=0)
+    output: str | None = None
+    data: DataConfig = DataConfig()
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+class TrainTeacherConfig(RunConfig):
+    """`train-teacher`: a model on the denoising loss alone."""
+
+    model: ModelConfig
+
+
+class DistillConfig(RunConfig):
+    """`distill`: a student from a teacher."""
+
+    teacher: TeacherConfig
+    student: ModelConfig
+    losses: LossesConfig = LossesConfig()
+
+
+# --- reading -------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 numbers: PyYAML reads `2e-3` as a string, which nobody means."""
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
+    list("-+.0123456789"),
+)
+
+AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML document as plain Python objects.
+
+    Raises:
+        yaml.YAMLError: the text is not YAML.
+    """
+    return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
+
+
+def read_config(path: Path, kind: type[AnyConfig], overrides: Iterable[str] = ()) -> AnyConfig:
+    """Read a config file and apply `dotted.key=value` overrides, each value in YAML notation.
+
+    Raises:
+        UserError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
+    """
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a config file") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, see configs/ for examples")
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, kind, source=str(path))
+
+
+def parse_config(tree: dict[str, Any], kind: type[AnyConfig], source: str) -> AnyConfig:
+    """Check a tree of plain values against a config model; `source` is the name used in messages."""
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise UserError(f"{source}: {_explain(error, kind)}") from None
+
+
+def dump_config(config: BaseModel) -> str:
+    """The resolved config as YAML; reading it back gives the same config."""
+    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def _apply_override(tree: dict[str, Any], override: str) -> None:
+    dotted, separator, text = override.partition("=")
+    if not separator or not dotted:
+        raise UserError(f"--set {override}: write it as dotted.key=value, e.g. --set train.max_steps=100")
+    *parents, last = dotted.split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise UserError(f"--set {override}: `{parent}` is a value, not a section")
+        node = child
+    try:
+        node[last] = parse_yaml(text)
+    except yaml.YAMLError:
+        raise UserError(f"--set {override}: the value is not YAML; quote it") from None
+
+
+def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
+    """The first finding in one line: the key, what is wrong, what was meant."""
+    first = error.errors(include_url=False)[0]
+    location = first["loc"]
+    key = ".".join(str(part) for part in location if not _is_union_tag(part))
+    if first["type"] == "extra_forbidden":
+        known = _keys_beside(kind, location)
+        close = difflib.get_close_matches(str(location[-1]), known, n=1)
+        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
+        return f"unknown key `{key}`; {hint}"
+    if first["type"] == "missing":
+        return f"key `{key}` is missing; add it"
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return f"key `{key}` is {first['input']!r}: {message}"
+
+
+def _is_union_tag(part: int | str) -> bool:
+    return isinstance(part, str) and ("[" in part or part in ("list", "str", "int", "float"))
+
+
+def _keys_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """Keys of the section in which the unknown key stands."""
+    for part in location[:-1]:
+        field = next((f for n, f in kind.model_fields.items() if part in (n, f.alias)), None)
+        annotation = field.annotation if field else None
+        if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
+            return []
+        kind = annotation
+    return [field.alias or name for name, field in kind.model_fields.items()]

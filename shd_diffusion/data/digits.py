@@ -1,0 +1,24 @@
+"""The 1,797 handwritten digits (8×8, UCI) that ship inside scikit-learn: real images without a download."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import Tensor
+from torch.utils.data import TensorDataset
+
+NUM_CLASSES = 10
+
+
+def digits_uint8() -> tuple[Tensor, Tensor]:
+    """All digits as 8-bit images (1797, 1, 8, 8) and their labels (1797,); the source has 17 grey levels."""
+    digits = load_digits()
+    images = torch.from_numpy(np.round(digits.images * (255 / 16)).astype(np.uint8))
+    return images[:, None], torch.from_numpy(digits.target.astype(np.int64))
+
+
+def digits() -> TensorDataset:
+    """Pairs of an image in [-1, 1], (1, 8, 8), and its label."""
+    images, labels = digits_uint8()
+    return TensorDataset(images.float() / 127.5 - 1, labels)
