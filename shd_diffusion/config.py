@@ -118,6 +118,7 @@ class EvaluateConfig(Section):
 
     extractor: str = "digits-classifier"
     extractor_weights: str | None = None
+    batch_size: int = Field(default=100, ge=1)
 
 
 class RunConfig(Section):
