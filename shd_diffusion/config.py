@@ -191,6 +191,14 @@ def read_config(path: Path, kind: type[AnyConfig], overrides: Iterable[str] = ()
     return parse_config(tree, kind, source=str(path))
 
 
+def override_config(config: AnyConfig, overrides: Iterable[str], source: str) -> AnyConfig:
+    """The same config with `dotted.key=value` overrides; errors as for `read_config`."""
+    tree = config.model_dump(mode="json", by_alias=True)
+    for override in overrides:
+        _apply_override(tree, override)
+    return parse_config(tree, type(config), source)
+
+
 def parse_config(tree: dict[str, Any], kind: type[AnyConfig], source: str) -> AnyConfig:
     """Check a tree of plain values against a config model; `source` is the name used in messages."""
     try:

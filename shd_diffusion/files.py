@@ -1,0 +1,96 @@
+"""Files that are whole or absent: everything is written under a temporary name and then renamed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+from shd_diffusion.errors import UserError
+
+
+class Processes(Protocol):
+    """What an `accelerate.Accelerator` knows of its fellow processes."""
+
+    @property
+    def is_main_process(self) -> bool: ...
+
+    def wait_for_everyone(self) -> None: ...
+
+
+@contextmanager
+def replacing_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path`; what is written there replaces `path` at the end, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing_folder(path: Path, processes: Processes | None = None) -> Iterator[Path]:
+    """As `replacing_file`, for a folder with all that it holds, which is on disk before it gets its name.
+
+    Several processes may write into one folder: each enters with its `processes` (an accelerator will do).
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    leads = processes is None or processes.is_main_process
+    wait = processes.wait_for_everyone if processes else lambda: None
+    if leads:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    wait()
+    try:
+        yield temporary
+        wait()
+        if leads:
+            for file in temporary.rglob("*"):
+                if file.is_file():
+                    _sync(file)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.replace(path)
+            _sync(path.parent)
+        wait()
+    finally:
+        if leads:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file, whole or not at all."""
+    with replacing_file(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON with two spaces of indentation, whole or not at all."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except ValueError:
+        raise UserError(f"{path}: not a JSON file; delete it and run the command that wrote it again") from None
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,135 @@
+"""N images by index: image j has label j mod classes and noise that follows from (seed, j) alone."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from PIL import Image
+from torch import Tensor
+
+from shd_diffusion.config import SampleConfig
+from shd_diffusion.data.images import to_rgb_bytes
+from shd_diffusion.errors import UserError
+from shd_diffusion.files import read_json, replacing_file, write_json
+from shd_diffusion.models.adapter import null_label, sample_shape
+from shd_diffusion.progress import progress_bar
+from shd_diffusion.randomness import generator
+from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
+
+SUMMARY = "sampling.json"
+
+
+def make_scheduler(name: str, arguments: dict[str, Any], trained_with: SchedulerMixin) -> SchedulerMixin:
+    """A diffusers scheduler by its class name, on the noise schedule that the model was trained with.
+
+    Raises:
+        ValueError: diffusers has no scheduler of that name, or it takes no such argument.
+    """
+    kind = getattr(diffusers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+        raise ValueError(f"`{name}` is no scheduler class of diffusers {diffusers.__version__}")
+    unknown = sorted(set(arguments) - set(kind._get_init_keys(kind)))
+    if unknown:
+        raise ValueError(f"`{name}` takes no argument `{unknown[0]}`")
+    return kind.from_config(trained_with.config, **arguments)
+
+
+def balanced_labels(indices: Sequence[int], num_classes: int) -> list[int]:
+    """Labels that go round the classes, so that every prefix is as balanced as it can be."""
+    return [index % num_classes for index in indices]
+
+
+def sample_indices(pipeline: ClassConditionalPipeline, indices: Sequence[int], config: SampleConfig) -> Tensor:
+    """The images of these indices: (B, C, H, W) in [-1, 1]."""
+    generators = [generator(config.seed, "sample", index) for index in indices]
+    shape = sample_shape(pipeline.denoiser)
+    noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
+    images = pipeline(
+        balanced_labels(indices, null_label(pipeline.denoiser)),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        generator=generators,
+        latents=noise,
+        output_type="pt",
+    ).images
+    return images * 2 - 1
+
+
+def generate(
+    pipeline: ClassConditionalPipeline, config: SampleConfig, folder: Path, protocol: dict[str, Any], name: str
+) -> dict[str, Any]:
+    """Write `config.num_images` PNG files, continuing where an interrupted call stopped.
+
+    Args:
+        pipeline: its scheduler is the one to sample with.
+        config: how many, how, and from which seed.
+        folder: gets `000000.png` … and `sampling.json`.
+        protocol: what the images depend on beside `config`; recorded, and compared before files are reused.
+        name: shown in the progress bar.
+
+    Returns:
+        The content of `sampling.json`.
+
+    Raises:
+        UserError: the folder holds images of another protocol.
+    """
+    protocol = {**protocol, **config.model_dump(exclude={"num_images", "batch_size"})}
+    summary = _open(folder, protocol)
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [index for index in range(config.num_images) if not image_path(folder, index).exists()]
+    pipeline.set_progress_bar_config(disable=True)
+    seconds, fresh = summary.get("seconds", 0.0), len(missing)
+    with progress_bar(config.num_images, f"sample {name}", "image", config.num_images - fresh) as bar:
+        for start in range(0, fresh, config.batch_size):
+            indices = missing[start : start + config.batch_size]
+            began = time.perf_counter()
+            images = to_rgb_bytes(sample_indices(pipeline, indices, config)).cpu()
+            seconds += time.perf_counter() - began
+            for index, image in zip(indices, images, strict=True):
+                _write_png(image_path(folder, index), image)
+            _record(folder, protocol, pipeline, seconds, index + 1)
+            bar.update(len(indices))
+    return read_json(folder / SUMMARY)
+
+
+def image_path(folder: Path, index: int) -> Path:
+    """Where image `index` is kept."""
+    return folder / f"{index:06d}.png"
+
+
+def _open(folder: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+    if not (folder / SUMMARY).exists():
+        return {}
+    summary = read_json(folder / SUMMARY)
+    differing = [key for key in protocol if summary["protocol"].get(key) != protocol[key]]
+    if differing:
+        raise UserError(
+            f"{folder / SUMMARY}: these samples were made with another `{differing[0]}` "
+            f"({summary['protocol'].get(differing[0])!r}, now {protocol[differing[0]]!r}); "
+            "delete the folder or give another --output"
+        )
+    return summary
+
+
+def _record(
+    folder: Path, protocol: dict[str, Any], pipeline: ClassConditionalPipeline, seconds: float, count: int
+) -> None:
+    summary = {
+        "num_images": count,
+        "labels": balanced_labels(range(count), null_label(pipeline.denoiser)),
+        "seconds": seconds,
+        "seconds_per_image": seconds / count,
+        "protocol": protocol,
+    }
+    write_json(folder / SUMMARY, summary)
+
+
+def _write_png(path: Path, image: Tensor) -> None:
+    with replacing_file(path) as temporary:
+        Image.fromarray(image.permute(1, 2, 0).numpy()).save(temporary, format="png")

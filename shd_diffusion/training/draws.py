@@ -1,0 +1,35 @@
+"""What is random in a training step, drawn for all processes at once from (seed, step)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shd_diffusion.randomness import generator
+
+
+@dataclass(frozen=True)
+class Draws:
+    """B samples of one step: noise (B, C, H, W), timesteps (B,), and which labels are dropped (B,)."""
+
+    noise: Tensor
+    timesteps: Tensor
+    dropped: Tensor
+
+    def take(self, share: slice, device: torch.device) -> Draws:
+        """One process's share, on its device."""
+        return Draws(*(part[share].to(device) for part in (self.noise, self.timesteps, self.dropped)))
+
+
+def draw(
+    seed: int, step: int, count: int, shape: tuple[int, ...], num_timesteps: int, label_drop: float
+) -> Draws:
+    """The draws of a step; teacher and student share them, and so do all variants of one seed."""
+    source = generator(seed, "step", step)
+    return Draws(
+        noise=torch.randn((count, *shape), generator=source),
+        timesteps=torch.randint(num_timesteps, (count,), generator=source),
+        dropped=torch.rand(count, generator=source) < label_drop,
+    )
