@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 
@@ -20,7 +21,7 @@ def predict(model: nn.Module, noised: Tensor, timesteps: Tensor, labels: Tensor)
     return model(noised, timestep=timesteps, class_labels=labels).sample
 
 
-def null_label(model: nn.Module) -> int:
+def null_label(model: ModelMixin) -> int:
     """The label that stands for none, which is also the number of classes.
 
     Raises:
@@ -35,7 +36,7 @@ def null_label(model: nn.Module) -> int:
     raise ValueError(f"{type(model).__name__} is not class-conditional")
 
 
-def sample_shape(model: nn.Module) -> tuple[int, int, int]:
+def sample_shape(model: ModelMixin) -> tuple[int, int, int]:
     """Channels, height and width of what the model denoises.
 
     Raises:
@@ -53,6 +54,6 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: ModelMixin) -> ModelMixin:
     """Evaluation mode without gradients: the state in which a teacher teaches."""
     return model.eval().requires_grad_(False)

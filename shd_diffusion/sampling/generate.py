@@ -31,8 +31,8 @@ def make_scheduler(name: str, arguments: dict[str, Any], trained_with: Scheduler
     Raises:
         ValueError: diffusers has no scheduler of that name, or it takes no such argument.
     """
-    kind = getattr(diffusers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, SchedulerMixin)):
+    kind: Any = getattr(diffusers, name, None)
+    if not hasattr(kind, "set_timesteps"):
         raise ValueError(f"`{name}` is no scheduler class of diffusers {diffusers.__version__}")
     unknown = sorted(set(arguments) - set(kind._get_init_keys(kind)))
     if unknown:
@@ -50,14 +50,15 @@ def sample_indices(pipeline: ClassConditionalPipeline, indices: Sequence[int], c
     generators = [generator(config.seed, "sample", index) for index in indices]
     shape = sample_shape(pipeline.denoiser)
     noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
-    images = pipeline(
+    (images,) = pipeline(
         balanced_labels(indices, null_label(pipeline.denoiser)),
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         generator=generators,
         latents=noise,
         output_type="pt",
-    ).images
+        return_dict=False,
+    )
     return images * 2 - 1
 
 

@@ -28,6 +28,11 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
+def latest_checkpoint(folder: Path) -> int:
+    """The last step of which there is a checkpoint; 0 if there is none."""
+    return max(checkpoint_steps(folder), default=0)
+
+
 def save_checkpoint(
     folder: Path, step: int, accelerator: Accelerator, ema: EMAModel, method: Stateful, keep_last: int
 ) -> None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from shd_diffusion.config import TrainConfig
 from shd_diffusion.models.adapter import null_label, sample_shape
 from shd_diffusion.progress import progress_bar
-from shd_diffusion.training.checkpoints import checkpoint_steps, load_checkpoint, save_checkpoint
+from shd_diffusion.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from shd_diffusion.training.data_order import Layout, StepSampler
 from shd_diffusion.training.draws import draw
-from shd_diffusion.training.methods import Method, make_batch
+from shd_diffusion.training.methods import Batch, Method, make_batch
 from shd_diffusion.run_folder import RunFolder
 
 Watch = Callable[[ModelMixin], dict[str, float]]
@@ -32,6 +35,44 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
         mixed_precision=config.mixed_precision,
         step_scheduler_with_optimizer=False,
     )
+
+
+@dataclass
+class Training:
+    """What changes while a run trains: a model with its optimiser, learning rate and averaged weights."""
+
+    model: ModelMixin
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    rate: torch.optim.lr_scheduler.LRScheduler
+    average: EMAModel
+
+    @classmethod
+    def prepare(cls, model: ModelMixin, config: TrainConfig, accelerator: Accelerator) -> Training:
+        """Everything on its device, ready for step 0."""
+        parameters = list(model.to(accelerator.device).parameters())
+        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        rate = get_scheduler(
+            config.lr_schedule,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.max_steps,
+        )
+        average = EMAModel(parameters, decay=config.ema_decay, foreach=True)
+        wrapped, optimizer, rate = accelerator.prepare(model, optimizer, rate)
+        return cls(model, wrapped, optimizer, rate, average)
+
+    @contextmanager
+    def averaged(self) -> Iterator[ModelMixin]:
+        """The model with its averaged weights, in evaluation mode, for as long as the context lasts."""
+        self.average.store(self.model.parameters())
+        self.average.copy_to(self.model.parameters())
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.train()
+            self.average.restore(self.model.parameters())
 
 
 def fit(
@@ -59,87 +100,91 @@ def fit(
         watch: figures of the averaged model, every `config.watch.every` steps.
     """
     layout = Layout(
-        config.batch_size,
-        config.gradient_accumulation_steps,
-        accelerator.num_processes,
-        accelerator.process_index,
+        config.batch_size, config.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
     )
-    shape, null = sample_shape(model), null_label(model)
-    parameters = list(model.to(accelerator.device).parameters())
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True)
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
-    rate = get_scheduler(
-        config.lr_schedule, optimizer, num_warmup_steps=config.warmup_steps, num_training_steps=config.max_steps
-    )
-    wrapped, optimizer, rate = accelerator.prepare(model, optimizer, rate)
-
-    steps_saved = checkpoint_steps(run.checkpoints)
-    start = steps_saved[-1] if steps_saved else 0
+    training = Training.prepare(model, config, accelerator)
+    start = latest_checkpoint(run.checkpoints)
     if start:
-        load_checkpoint(run.checkpoints, start, accelerator, ema, method)
+        load_checkpoint(run.checkpoints, start, accelerator, training.average, method)
     if accelerator.is_main_process:
         run.forget_after(start)
 
     sampler = StepSampler(seed, len(dataset), layout, start, config.max_steps)  # type: ignore[arg-type]
-    batches = iter(DataLoader(dataset, batch_sampler=sampler))
-    wrapped.train()
-    began, logged = time.perf_counter(), start
-    with progress_bar(
-        config.max_steps, f"train {run.path.name}", "step", start, accelerator.is_main_process
-    ) as bar:
-        for step in range(start, config.max_steps):
-            drawn = draw(
-                seed, step, layout.step_size, shape, schedule.config["num_train_timesteps"], config.label_drop
-            )
-            weights = method.weights(step)
-            sums: dict[str, Tensor] = {}
-            for micro_step in range(layout.accumulation):
-                images, labels = next(batches)
-                with accelerator.accumulate(wrapped):
-                    batch = make_batch(
-                        schedule,
-                        images.to(accelerator.device),
-                        labels.to(accelerator.device),
-                        drawn.take(layout.share(micro_step), accelerator.device),
-                        null,
-                    )
-                    with accelerator.autocast():
-                        terms = method(wrapped, batch, step)
-                    accelerator.backward(sum(weights[name] * value for name, value in terms.items()))
-                    if accelerator.sync_gradients:
-                        norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-                    optimizer.step()
-                    optimizer.zero_grad()
-                for name, value in terms.items():
-                    sums[name] = sums.get(name, 0) + value.detach() / layout.accumulation
-            rate.step()
-            ema.step(parameters)
-            bar.update()
+    images = iter(DataLoader(dataset, batch_sampler=sampler))
+    shape, null, timesteps = sample_shape(model), null_label(model), schedule.config["num_train_timesteps"]
 
+    def batches(step: int) -> Iterator[Batch]:
+        drawn = draw(seed, step, layout.step_size, shape, timesteps, config.label_drop)
+        for micro_step in range(layout.accumulation):
+            clean, labels = (part.to(accelerator.device) for part in next(images))
+            mine = drawn.take(layout.share(micro_step), accelerator.device)
+            yield make_batch(schedule, clean, labels, mine, null)
+
+    training.wrapped.train()
+    began, logged = time.perf_counter(), start
+    bar = progress_bar(config.max_steps, f"train {run.path.name}", "step", start, accelerator.is_main_process)
+    with bar:
+        for step in range(start, config.max_steps):
+            weights = method.weights(step)
+            terms, norm = take_step(training, method, batches(step), weights, step, config, accelerator)
+            bar.update()
             done = step + 1
-            if done % config.log_every == 0 or done == config.max_steps:
-                values = dict(zip(sums, accelerator.reduce(torch.stack([*sums.values()]), "mean").tolist(), strict=True))
+            last, watching = done == config.max_steps, watch is not None and is_due(done, config.watch.every)
+            if last or watching or is_due(done, config.log_every):
                 entry = {
                     "step": done,
                     "images": done * layout.step_size,
-                    **summarize_terms(values, weights),
-                    "learning_rate": rate.get_last_lr()[0],
+                    **summarize_terms(_mean_over_processes(terms, accelerator), weights),
+                    "learning_rate": training.rate.get_last_lr()[0],
                     "gradient_norm": float(norm),
                     "seconds_per_step": (time.perf_counter() - began) / (done - logged),
                 }
-                if watch and config.watch.every and done % config.watch.every == 0:
-                    entry["watch"] = _with_average(ema, model, watch)
+                if watch is not None and watching:
+                    with training.averaged() as averaged:
+                        entry["watch"] = watch(averaged)
                 if accelerator.is_main_process:
                     run.log(entry)
                 bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
                 began, logged = time.perf_counter(), done
-            if done % config.checkpoint_every == 0 or done == config.max_steps:
-                save_checkpoint(run.checkpoints, done, accelerator, ema, method, config.keep_last)
-    ema.copy_to(parameters)
+            if last or is_due(done, config.checkpoint_every):
+                save_checkpoint(run.checkpoints, done, accelerator, training.average, method, config.keep_last)
+    training.average.copy_to(model.parameters())
     return model.eval()
 
 
-def summarize_terms(values: dict[str, float], weights: dict[str, float]) -> dict[str, object]:
+def take_step(
+    training: Training,
+    method: Method,
+    batches: Iterator[Batch],
+    weights: dict[str, float],
+    step: int,
+    config: TrainConfig,
+    accelerator: Accelerator,
+) -> tuple[dict[str, Tensor], Tensor]:
+    """One optimiser step over all accumulated batches: this process's mean terms, and the gradient's norm."""
+    sums: dict[str, Tensor] = {}
+    for batch in batches:
+        with accelerator.accumulate(training.wrapped):
+            with accelerator.autocast():
+                terms = method(training.wrapped, batch, step)
+            accelerator.backward(sum(weights[name] * value for name, value in terms.items()))
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(training.model.parameters(), config.max_grad_norm)
+            training.optimizer.step()
+            training.optimizer.zero_grad()
+        for name, value in terms.items():
+            sums[name] = sums.get(name, 0) + value.detach() / config.gradient_accumulation_steps
+    training.rate.step()
+    training.average.step(training.model.parameters())
+    return sums, norm
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that happens every so many steps happens now; 0 is never."""
+    return every > 0 and step % every == 0
+
+
+def summarize_terms(values: dict[str, float], weights: dict[str, float]) -> dict[str, Any]:
     """Every term unweighted, weighted, and as a share of the loss, so that none dwarfs the others unnoticed."""
     weighted = {name: weights[name] * value for name, value in values.items()}
     loss = sum(weighted.values())
@@ -150,12 +195,6 @@ def summarize_terms(values: dict[str, float], weights: dict[str, float]) -> dict
     return {"loss": loss, "terms": terms}
 
 
-def _with_average(ema: EMAModel, model: ModelMixin, watch: Watch) -> dict[str, float]:
-    ema.store(model.parameters())
-    ema.copy_to(model.parameters())
-    model.eval()
-    try:
-        return watch(model)
-    finally:
-        model.train()
-        ema.restore(model.parameters())
+def _mean_over_processes(terms: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:
+    means = accelerator.reduce(torch.stack([*terms.values()]), "mean")
+    return dict(zip(terms, means.tolist(), strict=True))

@@ -1,0 +1,74 @@
+"""Configs: what is read, and what is refused in one line that names file, key and fix."""
+
+from pathlib import Path
+
+import pytest
+
+from shd_diffusion.config import DistillConfig, TrainTeacherConfig, dump_config, override_config, parse_yaml, read_config
+from shd_diffusion.errors import UserError
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+DISTILL = CONFIGS / "digits" / "distill.yaml"
+
+
+def test_dumped_config_reads_back_the_same(tmp_path: Path) -> None:
+    config = read_config(DISTILL, DistillConfig, ["train.learning_rate=3e-4", "losses.shd.weight=2"])
+    assert config.train.learning_rate == 3e-4
+    assert config.losses.shd.weight == 2.0
+    (tmp_path / "copy.yaml").write_text(dump_config(config))
+    assert read_config(tmp_path / "copy.yaml", DistillConfig) == config
+
+
+def test_override_leaves_the_rest_alone() -> None:
+    config = read_config(CONFIGS / "digits" / "teacher.yaml", TrainTeacherConfig)
+    changed = override_config(config, ["sample.num_images=7"], "here")
+    assert changed.sample.num_images == 7
+    assert changed.train == config.train
+
+
+@pytest.mark.parametrize(("text", "value"), [("2e-3", 2e-3), ("1E4", 1e4), ("3", 3), ("1.5", 1.5), ("e3", "e3")])
+def test_numbers_are_read_as_people_write_them(text: str, value: object) -> None:
+    assert parse_yaml(text) == value
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.max_step=4", ["unknown key `train.max_step`", "did you mean `max_steps`"]),
+        ("stuff=1", ["unknown key `stuff`", "known here", "losses"]),
+        ("train.max_steps=many", ["`train.max_steps`", "'many'", "integer"]),
+        ("train.batch_size=0", ["`train.batch_size`", "greater than or equal to 1"]),
+        ("losses.shd.weight=-1", ["`losses.shd.weight`", "greater than or equal to 0"]),
+        ("losses.shd.layer_map=3", ["`losses.shd.layer_map`", "uniform"]),
+        ("train.max_steps.deeper=1", ["--set", "`max_steps` is a value"]),
+        ("train.max_steps", ["--set train.max_steps", "dotted.key=value"]),
+    ],
+)
+def test_bad_override_is_one_line_with_the_fix(override: str, says: list[str]) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(DISTILL, DistillConfig, [override])
+    message = str(caught.value)
+    assert "\n" not in message
+    assert all(part in message for part in says), message
+
+
+@pytest.mark.parametrize("content", ["- a\n- b\n", "a: [", "just text"])
+def test_a_file_that_is_no_config_is_named(content: str, tmp_path: Path) -> None:
+    (tmp_path / "bad.yaml").write_text(content)
+    with pytest.raises(UserError, match=r"bad\.yaml") as caught:
+        read_config(tmp_path / "bad.yaml", DistillConfig)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_file_and_missing_key_are_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nowhere\.yaml"):
+        read_config(tmp_path / "nowhere.yaml", DistillConfig)
+    (tmp_path / "part.yaml").write_text("seed: 1\ntrain: {batch_size: 2}\n")
+    with pytest.raises(UserError, match="`train.max_steps` is missing"):
+        read_config(tmp_path / "part.yaml", TrainTeacherConfig)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.relative_to(CONFIGS).as_posix())
+def test_every_config_that_ships_is_valid(path: Path) -> None:
+    kind = DistillConfig if "student:" in path.read_text() else TrainTeacherConfig
+    assert read_config(path, kind).train.max_steps > 0
