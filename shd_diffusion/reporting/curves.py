@@ -1,0 +1,93 @@
+"""What happened while training: every term of the loss, its share, and the watched Fréchet distance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from shd_diffusion.reporting.drawing import (
+    LIGHT,
+    RUN_COLOURS,
+    Drawing,
+    Look,
+    finish,
+    legend_above,
+    panel,
+    smooth,
+)
+from shd_diffusion.reporting.runs import Array, Log, Run
+
+MAX_POINTS = 400
+"""Points drawn a curve: more are not seen on a page and make it heavy."""
+
+TERM_COLOURS = {"denoise": LIGHT["line"], "output": LIGHT["run-0"], "shd": LIGHT["run-2"]}
+
+
+def loss_curves(runs: Sequence[Run], looks: dict[str, Look]) -> list[Drawing]:
+    """One panel a term: unweighted values on a logarithmic scale, the mean in front of the raw steps."""
+    logs = [(run, run.log) for run in runs if run.log]
+    terms = dict.fromkeys(term for _, log in logs for term in log.values)
+    return [_term_panel(term, [(r, log) for r, log in logs if term in log.values], looks) for term in terms]
+
+
+def _term_panel(term: str, logs: Sequence[tuple[Run, Log]], looks: dict[str, Look]) -> Drawing:
+    with panel() as (figure, axes):
+        for run, log in logs:
+            look = looks[run.name]
+            values = log.values[term]
+            chosen = _thin(len(values))
+            axes.plot(log.steps[chosen], values[chosen], color=look.colour, linewidth=0.6, alpha=0.3)
+            axes.plot(
+                log.steps[chosen], smooth(values, _window(values))[chosen], color=look.colour, label=run.name
+            )
+        axes.set_yscale("log")
+        axes.set(xlabel="step", ylabel=f"{term}, unweighted")
+        legend_above(figure, axes)
+        names = ", ".join(run.name for run, _ in logs)
+        return finish(figure, f"loss-{term}", f"Loss term {term} over training steps: {names}")
+
+
+def loss_shares(runs: Sequence[Run]) -> list[Drawing]:
+    """One panel a run that has several terms: the part of each in the total loss."""
+    return [_share_panel(run, run.log) for run in runs if run.log and len(run.log.shares) > 1]
+
+
+def _share_panel(run: Run, log: Log) -> Drawing:
+    chosen = _thin(len(log.steps))
+    shares = [np.nan_to_num(smooth(share, _window(share)))[chosen] for share in log.shares.values()]
+    spare = iter(RUN_COLOURS[3:] * len(shares))
+    colours = [TERM_COLOURS.get(term) or LIGHT[next(spare)] for term in log.shares]
+    with panel(height=2.2) as (figure, axes):
+        axes.stackplot(
+            log.steps[chosen], shares, labels=list(log.shares), colors=colours, alpha=0.85, linewidth=0
+        )
+        axes.set(xlabel="step", ylabel=f"{run.name}: share of the loss", ylim=(0, 1))
+        axes.margins(x=0)
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
+        legend_above(figure, axes)
+        return finish(figure, f"shares-{run.name}", f"Share of each term in the loss of {run.name}")
+
+
+def watched_fid(runs: Sequence[Run], looks: dict[str, Look]) -> Drawing | None:
+    """Fréchet distance while training, on few samples; None where no run watched it."""
+    watched = [(run, run.log.watched) for run in runs if run.log and len(run.log.watched)]
+    if not watched:
+        return None
+    with panel() as (figure, axes):
+        for run, points in watched:
+            look = looks[run.name]
+            axes.plot(*points.T, color=look.colour, marker=look.marker, markersize=4, label=run.name)
+        axes.set(xlabel="step", ylabel="FID, watched")
+        axes.set_ylim(bottom=0)
+        legend_above(figure, axes)
+        return finish(figure, "fid-watched", "FID on few samples over training steps")
+
+
+def _thin(count: int) -> Array:
+    """Indices of at most `MAX_POINTS` of `count` points, the first and the last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, MAX_POINTS)).round().astype(int))
+
+
+def _window(values: Array) -> int:
+    return max(1, len(values) // 20)

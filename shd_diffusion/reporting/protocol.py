@@ -1,0 +1,72 @@
+"""What the figures depend on: protocols and configs side by side, and where they differ."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from shd_diffusion.reporting.runs import Run
+
+
+OF_THE_MODEL = {"steps_trained", "ema_decay"}
+"""Protocol keys that say what was measured, not how: they may differ between figures that are compared."""
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One setting in every run, as text; "–" where a run has none."""
+
+    key: str
+    values: list[str]
+    differs: bool
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted keys with values as text."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
+
+
+def compare(runs: Sequence[Run], tree_of: Callable[[Run], Mapping[str, Any] | None]) -> list[Setting]:
+    """Every setting of these runs, those first that differ between the runs that have it."""
+    trees = [flatten(tree_of(run) or {}) for run in runs]
+    settings = [
+        Setting(key, [tree.get(key, "–") for tree in trees], len({tree[key] for tree in trees if key in tree}) > 1)
+        for key in _ordered(trees)
+    ]
+    return sorted(settings, key=lambda setting: not setting.differs)
+
+
+def compare_protocols(runs: Sequence[Run]) -> list[Setting]:
+    """The evaluation's protocol in every run."""
+    return compare(runs, lambda run: run.metrics.protocol if run.metrics else None)
+
+
+def differing_protocol(runs: Sequence[Run]) -> list[str]:
+    """Keys in which the evaluations differ, so that their figures must not be compared."""
+    return [s.key for s in compare_protocols(runs) if s.differs and s.key not in OF_THE_MODEL]
+
+
+def protocol_line(runs: Sequence[Run]) -> str:
+    """The protocol that the evaluated runs share, in one line."""
+    evaluated = [run for run in runs if run.metrics]
+    if not evaluated:
+        return "Not evaluated yet."
+    shared = [s for s in compare_protocols(evaluated) if not s.differs and s.key not in OF_THE_MODEL]
+    return "Protocol: " + "; ".join(f"{s.key} {_short(s.values[0])}" for s in shared) + "."
+
+
+def _short(value: str) -> str:
+    """A hash by its first twelve digits."""
+    return value[:12] if re.fullmatch(r"[0-9a-f]{40,}", value) else value
+
+
+def _ordered(trees: Iterable[Mapping[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for tree in trees for key in tree))
