@@ -1,0 +1,71 @@
+"""Which teacher block each student block learns from (METHOD.md section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import Literal, TypeAlias
+
+from shd_diffusion.attention.records import Kind
+
+LayerMap: TypeAlias = Literal["uniform", "last", "first"] | Sequence[int | None] | Mapping[str, str]
+
+
+def map_blocks(
+    teacher: Mapping[str, Kind], student: Mapping[str, Kind], layer_map: LayerMap = "uniform"
+) -> dict[str, str]:
+    """The teacher block of each student block, by name; blocks meet their own kind only.
+
+    Self-attention is compared with self-attention, cross with cross, joint with joint, and within joint
+    attention the context stream (`<name>:context`) with the context stream.
+
+    Args:
+        teacher: kinds of the teacher's blocks by name, in execution order.
+        student: the same for the student.
+        layer_map: `uniform` spreads t(l) = ceil((l + 1)·L_T / L_S) - 1, `last` and `first` take so many of the
+            teacher's blocks; a list gives t(l) for each student block of a kind, None to leave the block out;
+            a mapping gives the pairs by name.
+
+    Raises:
+        ValueError: a kind that the teacher lacks, an unknown name or index, or a list of another length.
+    """
+    if isinstance(layer_map, Mapping):
+        for ours, theirs in layer_map.items():
+            if ours not in student or theirs not in teacher:
+                raise ValueError(f"layer map {ours!r}: {theirs!r} names no pair of captured blocks")
+            if _stream(ours, student) != _stream(theirs, teacher):
+                raise ValueError(f"layer map {ours!r}: {theirs!r} pairs attention of different kinds")
+        return dict(layer_map)
+    pairs: dict[str, str] = {}
+    for stream in dict.fromkeys(_stream(name, student) for name in student):
+        ours = [name for name in student if _stream(name, student) == stream]
+        theirs = [name for name in teacher if _stream(name, teacher) == stream]
+        for name, index in zip(ours, _indices(len(theirs), len(ours), layer_map), strict=True):
+            if index is None:
+                continue
+            if not 0 <= index < len(theirs):
+                raise ValueError(
+                    f"{name}: no {stream[0]}-attention block {index} among the teacher's {len(theirs)}"
+                )
+            pairs[name] = theirs[index]
+    return {name: pairs[name] for name in student if name in pairs}
+
+
+def _stream(name: str, kinds: Mapping[str, Kind]) -> tuple[Kind, bool]:
+    return kinds[name], name.endswith(":context")
+
+
+def _indices(teacher: int, student: int, layer_map: LayerMap) -> Sequence[int | None]:
+    match layer_map:
+        case "uniform":
+            return [ceil((block + 1) * teacher / student) - 1 for block in range(student)]
+        case "last":
+            return range(teacher - student, teacher)
+        case "first":
+            return range(student)
+    assert isinstance(layer_map, Sequence)
+    if len(layer_map) != student:
+        raise ValueError(
+            f"a layer map of {len(layer_map)} entries does not fit {student} student blocks of a kind"
+        )
+    return [entry for entry in layer_map if not isinstance(entry, str)]
