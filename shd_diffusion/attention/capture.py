@@ -2,141 +2,229 @@
 
 from __future__ import annotations
 
+import copy
 import types
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from shd_diffusion.attention.blocks import attention_blocks, attention_modules, output_weight
-from shd_diffusion.attention.records import AttentionRecord
-
-Call = tuple[tuple[Any, ...], dict[str, Any]]
+from shd_diffusion.attention.blocks import (
+    CONTEXT,
+    LINEAR,
+    MAIN,
+    AttentionBlock,
+    attention_blocks,
+    output_weight,
+    passes,
+    processor_name,
+    streams,
+)
+from shd_diffusion.attention.kernels import Note, watch
+from shd_diffusion.attention.records import AttentionRecord, mask_rows
 
 
 class AttentionCapture:
     """Context in which every forward pass of `model` leaves a record of each attention block.
 
+    The model computes exactly what it computes outside: processors and kernels stay as they are, and what a
+    kernel is called with is noted. A record is references; no map exists before it is asked for. Gradients
+    reach the model through a record's query and key. What a backward pass runs again (non-reentrant gradient
+    checkpointing) is not noted. Captures may be nested, also of one model.
+
+        with AttentionCapture(teacher) as capture:
+            teacher(noised, timestep=timesteps, class_labels=labels)
+            maps = {name: record.maps() for name, record in capture.records.items()}
+
     Args:
-        model: a diffusers model, or one wrapped by DistributedDataParallel or `torch.compile`.
-        blocks: names of the blocks that are wanted (see `attention_blocks`); None for all that can be captured.
+        model: a diffusers model, also inside DistributedDataParallel or `torch.compile`.
+        blocks: names of the wanted blocks (`attention_blocks` lists them); None for all but those of linear
+            attention, which have no maps.
 
     Raises:
-        ValueError: an unknown block, one that cannot be captured, or a model without any.
+        ValueError: an unknown block, one that cannot be captured, or a model without any that can.
     """
 
-    def __init__(self, model: nn.Module, blocks: Sequence[str] | None = None) -> None:
-        self._model = extract_model_from_parallel(model, keep_torch_compile=False)
-        known = attention_blocks(self._model)
-        names = [n for n, b in known.items() if b.capturable] if blocks is None else [n for n in known if n in blocks]
-        unknown = sorted(set(blocks or ()) - set(known))
-        if unknown:
-            raise ValueError(f"{type(self._model).__name__} has no attention block {', '.join(unknown)}; it has {', '.join(known)}")
-        if not names:
-            raise ValueError(f"{type(self._model).__name__} has no attention block that can be captured")
-        modules = attention_modules(self._model)
-        self._blocks = {name: known[name] for name in names}
-        self._modules = {name: modules[name] for name in names}
-        self._recorders: dict[str, _Recorder] = {}
-        self._clear: Any = None
+    def __init__(self, model: nn.Module, blocks: Iterable[str] | None = None) -> None:
+        self._model = _unwrap(model)
+        self._named = blocks is not None
+        self._blocks = _select(self._model, blocks)
+        self._taps: dict[str, _Tap] = {}
+        self._hook: Any = None
 
     def __enter__(self) -> AttentionCapture:
-        for name, module in self._modules.items():
-            self._recorders[name] = _install(module)
-        self._clear = self._model.register_forward_pre_hook(lambda *_: self._forget())
+        self._taps = {name: _open_tap(self._model.get_submodule(name)) for name in self._blocks}
+        self._hook = self._model.register_forward_pre_hook(_Begin(tuple(self._taps.values())))
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._clear.remove()
-        for name, module in self._modules.items():
-            _restore(module, self._recorders[name])
-
-    def _forget(self) -> None:
-        for recorder in self._recorders.values():
-            recorder.calls = ()
+        self._hook.remove()
+        for name, tap in self._taps.items():
+            _close_tap(self._model.get_submodule(name), tap)
 
     @property
     def records(self) -> dict[str, AttentionRecord]:
-        """Records of the last forward pass by block name, in the order in which the blocks ran."""
-        if not any(recorder.calls for recorder in self._recorders.values()):
-            return {}
-        records = {}
-        for name, recorder in self._recorders.items():
-            if not recorder.calls:
-                processor = type(getattr(self._modules[name], "processor", None)).__name__
-                raise RuntimeError(f"attention block {name} recorded nothing (its processor is {processor})")
-            args, kwargs = recorder.calls[0]
-            query, key, value, mask, scale = _arguments(*args, **kwargs)
-            records[name] = AttentionRecord(
-                name, self._blocks[name].kind, query, key, value, output_weight(self._modules[name]), scale, mask
+        """Records of the last forward pass by name, in order of depth; empty before the first.
+
+        The name is the block's. A block that joins image and text leaves a second record, of the text's
+        query rows, as `<name>:context`; an image-to-video block one of its image keys, as `<name>:image`.
+        A block that the pass skipped leaves none.
+
+        Raises:
+            RuntimeError: a block ran and its kernel was not seen, or did not run although `blocks` names it.
+        """
+        ran = [name for name, tap in self._taps.items() if tap.notes is not None]
+        if ran and self._named and (idle := [name for name in self._taps if name not in ran]):
+            raise RuntimeError(
+                f"attention block `{idle[0]}` did not run in this pass; leave it out of `blocks`"
             )
-        return records
+        records = (r for name in ran for r in _read(self._model, self._blocks[name], self._taps[name]))
+        return {record.name: record for record in records}
 
 
-class _Recorder:
-    """Beside one attention module: its former forward, and the kernel calls of its last run."""
+def _unwrap(model: nn.Module) -> nn.Module:
+    """The model inside any nesting of compiled and distributed wrappers."""
+    while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
+        model = inner
+    return model
 
-    def __init__(self, inner: Callable[..., Any], recording: bool = True) -> None:
+
+def _select(model: nn.Module, wanted: Iterable[str] | None) -> dict[str, AttentionBlock]:
+    """The blocks to capture, in the order in which they run."""
+    kind, known = type(model).__name__, attention_blocks(model)
+    names = [n for n, block in known.items() if block.reason != LINEAR] if wanted is None else list(wanted)
+    for name in names:
+        if name not in known:
+            raise ValueError(f"{kind} has no attention block `{name}`; it has {', '.join(known) or 'none'}")
+        if (reason := known[name].reason) is not None:
+            raise ValueError(f"attention block `{name}` of {kind} cannot be captured: {reason}")
+    if not names:
+        raise ValueError(f"{kind} has no attention block that can be captured")
+    return {name: block for name, block in known.items() if name in names}
+
+
+# --- beside the model ---------------------------------------------------------------------------------------
+
+
+class _Tap:
+    """Beside one attention module: its own forward, and what was noted in its last run."""
+
+    def __init__(self, inner: Any, replaced_attribute: bool) -> None:
         self.inner = inner
-        self.outer: _Recorder | None = None
-        self.recording = recording
-        self.calls: tuple[Call, ...] = ()
+        self.replaced_attribute = replaced_attribute  # such as the forward that accelerate's hooks set
+        self.users = 0  # open captures
+        self.with_gradients = False  # of the forward pass under way
+        self.rows = 0  # tokens of the main stream
+        self.notes: tuple[Note, ...] | None = None  # None: has not run
+
+    def note(self, note: Note) -> None:
+        self.notes = (*(self.notes or ()), note)
+
+    # Notes hold graphs, which can be neither copied nor pickled: a copy of a captured module notes nothing.
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Tap:
+        return _Tap(copy.deepcopy(self.inner, memo), self.replaced_attribute)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A copy of a captured module runs, and records nothing: live records can be neither copied nor pickled."""
-        return _Recorder, (self.inner, False)
+        return type(None), ()
 
 
-class _Intercept(TorchFunctionMode):
-    """Notes the arguments of scaled_dot_product_attention on their way to it."""
+class _Begin:
+    """Hook at the start of a forward pass: forgets the last one."""
 
-    def __init__(self, recorder: _Recorder) -> None:
-        super().__init__()
-        self.recorder = recorder
+    def __init__(self, taps: tuple[_Tap, ...]) -> None:
+        self.taps = taps
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is scaled_dot_product_attention:
-            self.recorder.calls = (*self.recorder.calls, (args, kwargs or {}))
-        return func(*args, **(kwargs or {}))
+    def __call__(self, *_: Any) -> None:
+        for tap in self.taps:
+            tap.notes = None
+            tap.with_gradients = torch.is_grad_enabled()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _Begin, ((),)
 
 
 def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replaces an attention module's forward. A bound method with its state beside it on the module, not a closure:
-    so it follows the module into a deep copy, is pickled by its name, and compiled blocks share one graph."""
-    recorder = self._attention_recorder
-    if not recorder.recording or (not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1):
-        return recorder.inner(*args, **kwargs)
-    recorder.calls = ()
-    with _Intercept(recorder):
-        return recorder.inner(*args, **kwargs)
+    """Stands in for the forward of an attention module.
+
+    A method with its state beside it on the module, not a closure: so a deep copy calls the copied module, a
+    pickle finds the method by its name, and compiled blocks that differ in nothing else share one graph.
+    """
+    tap = self._attention_tap
+    if not tap.users or _in_backward():
+        return tap.inner(*args, **kwargs)
+    if tap.with_gradients and not torch.is_grad_enabled():
+        raise RuntimeError(
+            "an attention block runs without gradients in a forward pass that has them: under reentrant "
+            "checkpointing records carry none; checkpoint with use_reentrant=False (diffusers' default)"
+        )
+    tap.notes = ()
+    tap.rows = (args[0] if args else kwargs["hidden_states"]).shape[1]
+    with watch(self, tap.note):
+        return tap.inner(*args, **kwargs)
 
 
-def _install(module: nn.Module) -> _Recorder:
-    recorder = _Recorder(module.forward)
-    module._attention_recorder = recorder  # type: ignore[assignment]
-    module.forward = types.MethodType(forward, module)
-    return recorder
+def _in_backward() -> bool:
+    """Whether autograd runs this, to compute a checkpointed block again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
 
 
-def _restore(module: nn.Module, recorder: _Recorder) -> None:
-    recorder.recording = False
-    del module.forward
-    del module._attention_recorder
+def _open_tap(module: Any) -> _Tap:
+    tap: _Tap | None = module.__dict__.get("_attention_tap")
+    if tap is None:
+        tap = module._attention_tap = _Tap(module.forward, "forward" in module.__dict__)
+        module.forward = types.MethodType(forward, module)
+    tap.users += 1
+    return tap
 
 
-def _arguments(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attn_mask: Tensor | None = None,
-    dropout_p: float = 0.0,
-    is_causal: bool = False,
-    scale: float | None = None,
-    enable_gqa: bool = False,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, float]:
-    """Arguments of scaled_dot_product_attention as a record keeps them."""
-    return query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale
+def _close_tap(module: Any, tap: _Tap) -> None:
+    """The last capture to leave restores the module, unless someone has wrapped its forward meanwhile."""
+    tap.users -= 1
+    if tap.users or getattr(module.forward, "__func__", None) is not forward:
+        return
+    del module._attention_tap
+    if tap.replaced_attribute:
+        module.forward = tap.inner
+    else:
+        del module.forward
+
+
+# --- reading ------------------------------------------------------------------------------------------------
+
+
+def _read(model: nn.Module, block: AttentionBlock, tap: _Tap) -> Iterator[AttentionRecord]:
+    """The records of one block's last run."""
+    module, notes = model.get_submodule(block.name), tap.notes or ()
+    if len(notes) != len(passes(module)):
+        raise RuntimeError(
+            f"attention block `{block.name}` made {len(notes)} kernel calls that the capture sees, not "
+            f"{len(passes(module))}: its processor {processor_name(module)} is unknown; set the default one"
+        )
+    for suffix, (read, args, kwargs) in zip(passes(module), notes, strict=True):
+        call = read(*args, **kwargs)
+        for stream, rows in _rows(streams(module), call.query.shape[2], tap.rows):
+            weight = output_weight(model, block.name, stream)
+            if weight is None:
+                continue  # the text's last block: its rows go nowhere
+            yield AttentionRecord(
+                name=block.name + suffix + stream,
+                kind=block.kind,
+                query=call.query[:, :, rows],
+                key=call.key,
+                value=call.value,
+                output_weight=weight.full_tensor() if hasattr(weight, "full_tensor") else weight,
+                scale=call.scale,
+                mask=None if call.mask is None else mask_rows(call.mask, rows),
+            )
+
+
+def _rows(order: tuple[str, ...], total: int, main: int) -> list[tuple[str, slice]]:
+    """Which query rows belong to which stream; `main` is the number of the main stream's."""
+    if len(order) == 1 or total == main:
+        return [(MAIN, slice(None))]
+    if order[0] == MAIN:
+        return [(MAIN, slice(main)), (CONTEXT, slice(main, None))]
+    return [(MAIN, slice(total - main, None)), (CONTEXT, slice(total - main))]

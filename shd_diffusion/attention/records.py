@@ -53,10 +53,14 @@ class AttentionRecord:
         dtype = torch.promote_types(query.dtype, torch.float32)
         logits = (query.to(dtype) * self.scale) @ self.key.to(dtype).transpose(-1, -2)
         if self.mask is not None:
-            by_row = rows is not None and self.mask.shape[-2] != 1
-            logits = logits + (self.mask[..., rows, :] if by_row else self.mask)
+            logits = logits + (self.mask if rows is None else mask_rows(self.mask, rows))
         return logits if temperature == 1.0 else logits / temperature
 
     def maps(self, temperature: float = 1.0, rows: Tensor | slice | None = None) -> Tensor:
         """Attention maps softmax(logits / τ): (B, H, rows, K); each row is a distribution over the keys."""
         return self.logits(temperature, rows).softmax(dim=-1)
+
+
+def mask_rows(mask: Tensor, rows: Tensor | slice) -> Tensor:
+    """The mask of some query rows; one that is the same for all rows stays as it is."""
+    return mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]

@@ -1,0 +1,159 @@
+"""Note what an attention kernel is called with, whichever kernel it is, on the way to it.
+
+diffusers reaches a kernel by three doors: `F.scaled_dot_product_attention`; `dispatch_attention_fn`, which
+picks a backend of its registry (flash, sage, flex, xformers, or SDPA again); and, in the XFormers processors,
+`xformers.ops.memory_efficient_attention`. Each is watched only while one attention module runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers.models import attention_processor
+from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+# What is noted: how to read the arguments, and the arguments; nothing is computed before a record is wanted.
+Note = tuple[Callable[..., "KernelCall"], tuple[Any, ...], dict[str, Any]]
+Sink = Callable[[Note], None]
+
+SDPA_BACKENDS = {
+    AttentionBackendName.NATIVE,
+    AttentionBackendName._NATIVE_CUDNN,
+    AttentionBackendName._NATIVE_EFFICIENT,
+    AttentionBackendName._NATIVE_FLASH,
+    AttentionBackendName._NATIVE_MATH,
+}
+MASKED = -1e30  # finite, so that 0 · log q stays 0 in a divergence; no float32 softmax tells it from -inf
+
+
+@dataclass(frozen=True, slots=True)
+class KernelCall:
+    """Arguments of one attention kernel: query (B, H, Q, d), key and value (B, H, K, d), additive mask."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask: Tensor | None
+    scale: float
+
+
+def watch(module: nn.Module, sink: Sink) -> AbstractContextManager[object]:
+    """Context in which the kernel calls of an attention module reach `sink` before the kernel runs."""
+    processor: Any = getattr(module, "processor", None)
+    if type(processor).__name__.startswith("XFormers"):
+        return _xformers_watched(module, sink)
+    if hasattr(processor, "_attention_backend"):
+        backend = processor._attention_backend or _AttentionBackendRegistry.get_active_backend()[0]
+        if backend not in SDPA_BACKENDS:
+            return _backend_watched(AttentionBackendName(backend), sink)
+    return _SDPAWatched(sink)
+
+
+class _SDPAWatched(TorchFunctionMode):
+    def __init__(self, sink: Sink) -> None:
+        super().__init__()
+        self.sink = sink
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            self.sink((_read_sdpa, args, kwargs))
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def _backend_watched(name: AttentionBackendName, sink: Sink) -> Iterator[None]:
+    kernel = _AttentionBackendRegistry._backends[name]
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        sink((_read_backend, args, kwargs))
+        return kernel(*args, **kwargs)
+
+    _AttentionBackendRegistry._backends[name] = noting
+    try:
+        yield
+    finally:
+        _AttentionBackendRegistry._backends[name] = kernel
+
+
+@contextmanager
+def _xformers_watched(module: nn.Module, sink: Sink) -> Iterator[None]:
+    ops = attention_processor.xformers.ops
+    kernel = ops.memory_efficient_attention
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        sink((_read_xformers, (module.heads, *args), kwargs))
+        return kernel(*args, **kwargs)
+
+    ops.memory_efficient_attention = noting
+    try:
+        yield
+    finally:
+        ops.memory_efficient_attention = kernel
+
+
+# --- reading the arguments ----------------------------------------------------------------------------------
+
+
+def _read_sdpa(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> KernelCall:
+    """torch's own layout, (B, H, N, d); `enable_gqa` shares each key head among neighbouring query heads."""
+    if enable_gqa:
+        group = query.shape[1] // key.shape[1]
+        key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
+    if is_causal:
+        attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+    if attn_mask is not None and attn_mask.dtype == torch.bool:
+        attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill(~attn_mask, MASKED)
+    return KernelCall(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _read_backend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Any = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+    **_: Any,
+) -> KernelCall:
+    """The registry's layout, (B, N, H, d), and masks of (B, K) as well."""
+    if attn_mask is not None and not isinstance(attn_mask, Tensor):
+        raise RuntimeError(
+            f"a {type(attn_mask).__name__} cannot be read as a mask; use a backend that takes tensors"
+        )
+    if attn_mask is not None and attn_mask.ndim == 2:
+        attn_mask = attn_mask[:, None, None, :]
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return _read_sdpa(query, key, value, attn_mask, 0.0, is_causal, scale, enable_gqa)
+
+
+def _read_xformers(
+    heads: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_bias: Tensor | None = None,
+    scale: float | None = None,
+    **_: Any,
+) -> KernelCall:
+    """Heads folded into the batch, (B·H, N, d), as diffusers' XFormers processors call it."""
+    query, key, value = (x.unflatten(0, (-1, heads)) for x in (query, key, value))
+    mask = None if attn_bias is None else attn_bias.unflatten(0, (-1, heads))
+    return _read_sdpa(query, key, value, mask, scale=scale)
