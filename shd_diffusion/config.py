@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from shd_diffusion.errors import UserError
 
@@ -25,9 +25,39 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """What the models are trained on."""
+    """What the models are trained on. Which keys a data set takes, and which it cannot do without: `DATA_KEYS`."""
 
-    name: Literal["digits"] = "digits"
+    name: Literal["digits", "fashion_mnist", "cifar10", "image_folder", "huggingface", "latents"] = "digits"
+    path: str | None = None
+    image_size: int | None = Field(None, ge=1)
+    split: str | None = None
+    image_column: str = "image"
+    label_column: str = "label"
+    horizontal_flip: bool = False
+    verify: bool = True
+    num_workers: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _keys_belong_to_the_data_set(self) -> DataConfig:
+        needed, taken = DATA_KEYS[self.name]
+        for key in needed:
+            if getattr(self, key) is None:
+                raise ValueError(f"`{self.name}` needs the key `{key}`; add it")
+        for key, field in type(self).model_fields.items():
+            if key not in {"name", "num_workers", *needed, *taken} and getattr(self, key) != field.default:
+                raise ValueError(f"`{self.name}` takes no key `{key}`; remove it")
+        return self
+
+
+# By data set: keys that it needs, and keys that it also takes.
+DATA_KEYS: dict[str, tuple[set[str], set[str]]] = {
+    "digits": (set(), set()),
+    "fashion_mnist": (set(), {"path", "split", "horizontal_flip"}),
+    "cifar10": ({"path"}, {"split", "horizontal_flip"}),
+    "image_folder": ({"path", "image_size"}, {"horizontal_flip"}),
+    "huggingface": ({"path", "image_size"}, {"split", "image_column", "label_column", "horizontal_flip"}),
+    "latents": ({"path"}, {"horizontal_flip", "verify"}),
+}
 
 
 class ModelConfig(Section):
@@ -113,11 +143,18 @@ class SampleConfig(Section):
     seed: int = Field(0, ge=0)
 
 
+Metric = Literal["fid", "sfid", "is", "kid", "prc", "prc-adm", "dc", "fid-infinity", "per-class"]
+
+
 class EvaluateConfig(Section):
-    """The figures and the features that they are computed on."""
+    """The figures, the features that they are computed on, and what the images are compared with."""
 
     extractor: str = "digits-classifier"
     extractor_weights: str | None = None
+    reference: str | None = None
+    metrics: list[Metric] | None = None
+    resize: Literal["none", "box", "bilinear", "bicubic", "lanczos"] = "none"
+    bootstrap: int = Field(default=0, ge=0)
     batch_size: int = Field(default=100, ge=1)
 
 
@@ -241,6 +278,8 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
         return f"unknown key `{key}`; {hint}"
     if first["type"] == "missing":
         return f"key `{key}` is missing; add it"
+    if first["type"] == "value_error":
+        return f"key `{key}`: {first['ctx']['error']}"
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"key `{key}` is {first['input']!r}: {message}"
 

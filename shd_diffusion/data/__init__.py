@@ -1,28 +1,31 @@
-"""What models are trained on: pairs of an image in [-1, 1] and a label."""
+"""What models are trained on, by config: images from files or a hub, or latents of them that `prepare` cached."""
 
 from __future__ import annotations
 
-from torch import Tensor
-from torch.utils.data import Dataset
-
 from shd_diffusion.config import DataConfig
-from shd_diffusion.data.digits import digits, digits_uint8
+from shd_diffusion.data.digits import digits
 from shd_diffusion.data.images import to_rgb_bytes
+from shd_diffusion.data.labelled import LabelledImages
+from shd_diffusion.data.source import ImageSource, Source, check_source
 
 
-def build_dataset(config: DataConfig) -> Dataset:
-    """The data set of a config: item i is an image (C, H, W) in [-1, 1] and its label."""
+def build_source(config: DataConfig) -> Source:
+    """What to train on.
+
+    Raises:
+        UserError: the files are missing, damaged, or not what the data set is made of.
+    """
+    return ImageSource(open_images(config), config.horizontal_flip, config.num_workers)
+
+
+def open_images(config: DataConfig) -> LabelledImages:
+    """The images of a data set, with their labels; errors as for `build_source`."""
     match config.name:
         case "digits":
             return digits()
+    raise AssertionError(config.name)
 
 
-def reference_images(config: DataConfig) -> Tensor:
-    """The real images that samples are compared with, (N, 3, H, W), 8-bit."""
-    match config.name:
-        case "digits":
-            images, _ = digits_uint8()
-            return images.expand(-1, 3, -1, -1)
+build_dataset = build_source
 
-
-__all__ = ["build_dataset", "reference_images", "to_rgb_bytes"]
+__all__ = ["ImageSource", "LabelledImages", "Source", "build_source", "check_source", "open_images", "to_rgb_bytes"]

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from sklearn.datasets import load_digits
 from torch import Tensor
-from torch.utils.data import TensorDataset
+
+from shd_diffusion.data.labelled import ImagesInMemory
 
 NUM_CLASSES = 10
 
@@ -18,7 +19,6 @@ def digits_uint8() -> tuple[Tensor, Tensor]:
     return images[:, None], torch.from_numpy(digits.target.astype(np.int64))
 
 
-def digits() -> TensorDataset:
-    """Pairs of an image in [-1, 1], (1, 8, 8), and its label."""
-    images, labels = digits_uint8()
-    return TensorDataset(images.float() / 127.5 - 1, labels)
+def digits() -> ImagesInMemory:
+    """All digits with their labels, in the order of scikit-learn."""
+    return ImagesInMemory(*digits_uint8(), NUM_CLASSES, origin="digits")

@@ -12,19 +12,32 @@ from shd_diffusion.randomness import generator
 
 @dataclass(frozen=True)
 class Draws:
-    """B samples of one step: noise (B, C, H, W), timesteps (B,), and which labels are dropped (B,)."""
+    """B samples of one step: noise (B, C, H, W), timesteps (B,), and which labels are dropped (B,).
+
+    Beside these, what the data need: which samples are flipped (B,), and the noise (B, C, H, W) that a latent is
+    sampled with, where there are latents.
+    """
 
     noise: Tensor
     timesteps: Tensor
     dropped: Tensor
+    flipped: Tensor
+    latent_noise: Tensor | None
 
     def take(self, share: slice, device: torch.device) -> Draws:
         """One process's share, on its device."""
-        return Draws(*(part[share].to(device) for part in (self.noise, self.timesteps, self.dropped)))
+        parts = (self.noise, self.timesteps, self.dropped, self.flipped, self.latent_noise)
+        return Draws(*(None if part is None else part[share].to(device) for part in parts))
 
 
 def draw(
-    seed: int, step: int, count: int, shape: tuple[int, ...], num_timesteps: int, label_drop: float
+    seed: int,
+    step: int,
+    count: int,
+    shape: tuple[int, ...],
+    num_timesteps: int,
+    label_drop: float,
+    latent_noise: bool = False,
 ) -> Draws:
     """The draws of a step; teacher and student share them, and so do all variants of one seed."""
     source = generator(seed, "step", step)
@@ -32,4 +45,6 @@ def draw(
         noise=torch.randn((count, *shape), generator=source),
         timesteps=torch.randint(num_timesteps, (count,), generator=source),
         dropped=torch.rand(count, generator=source) < label_drop,
+        flipped=torch.rand(count, generator=source) < 0.5,
+        latent_noise=torch.randn((count, *shape), generator=source) if latent_noise else None,
     )

@@ -14,9 +14,9 @@ from diffusers import DDPMScheduler, ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
 from shd_diffusion.config import TrainConfig
+from shd_diffusion.data.source import Source
 from shd_diffusion.models.adapter import null_label, sample_shape
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -78,7 +78,7 @@ class Training:
 def fit(
     model: ModelMixin,
     method: Method,
-    dataset: Dataset,
+    source: Source,
     schedule: DDPMScheduler,
     run: RunFolder,
     config: TrainConfig,
@@ -91,7 +91,7 @@ def fit(
     Args:
         model: with the weights to start from.
         method: gives the terms of the loss.
-        dataset: pairs of an image (C, H, W) in [-1, 1] and a label.
+        source: what to train on.
         schedule: the forward process.
         run: gets metrics and checkpoints.
         config: steps, batch size, optimiser.
@@ -109,15 +109,15 @@ def fit(
     if accelerator.is_main_process:
         run.forget_after(start)
 
-    sampler = StepSampler(seed, len(dataset), layout, start, config.max_steps)  # type: ignore[arg-type]
-    images = iter(DataLoader(dataset, batch_sampler=sampler))
+    images = source.batches(StepSampler(seed, len(source), layout, start, config.max_steps))
     shape, null, timesteps = sample_shape(model), null_label(model), schedule.config["num_train_timesteps"]
 
     def batches(step: int) -> Iterator[Batch]:
-        drawn = draw(seed, step, layout.step_size, shape, timesteps, config.label_drop)
+        drawn = draw(seed, step, layout.step_size, shape, timesteps, config.label_drop, source.needs_noise)
         for micro_step in range(layout.accumulation):
-            clean, labels = (part.to(accelerator.device) for part in next(images))
+            items, labels = (part.to(accelerator.device, non_blocking=True) for part in next(images))
             mine = drawn.take(layout.share(micro_step), accelerator.device)
+            clean = source.clean(items, mine.flipped, mine.latent_noise)
             yield make_batch(schedule, clean, labels, mine, null)
 
     training.wrapped.train()

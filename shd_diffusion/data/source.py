@@ -1,0 +1,113 @@
+"""What models are trained on: raw items in an order of one's choosing, and how they become what a model sees."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+
+from shd_diffusion.data.labelled import LabelledImages
+from shd_diffusion.errors import UserError
+
+
+class Source(ABC):
+    """Raw items with labels, and the way from a batch of them to what the model sees.
+
+    Nothing in here is random: which items are flipped, and the noise that a latent is sampled with, are arguments.
+
+    Attributes:
+        dataset: item i is a tensor and its label.
+        shape: (C, H, W) of what the model sees.
+        num_classes: labels go from 0 to `num_classes` - 1.
+        needs_noise: `clean` samples, and so needs standard normal noise of `shape`.
+        num_workers: processes that read ahead; 0 reads in this one.
+    """
+
+    dataset: Dataset[tuple[Tensor, int]]
+    shape: tuple[int, int, int]
+    num_classes: int
+    needs_noise: bool
+    num_workers: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)  # type: ignore[arg-type]
+
+    @abstractmethod
+    def clean(self, items: Tensor, flipped: Tensor, noise: Tensor | None) -> Tensor:
+        """What the model sees, before any noise of the forward process.
+
+        Args:
+            items: B raw items.
+            flipped: (B,) bool, which of them to mirror left to right, where the config allows it.
+            noise: (B, C, H, W) standard normal; None where `needs_noise` is false.
+
+        Returns:
+            (B, C, H, W), float32.
+        """
+
+    def first(self, count: int) -> tuple[Tensor, Tensor]:
+        """The first items as the model sees them, (count, C, H, W), unflipped, latents at their mean; and labels."""
+        items, labels = default_collate([self.dataset[index] for index in range(count)])
+        noise = torch.zeros(count, *self.shape) if self.needs_noise else None
+        return self.clean(items, torch.zeros(count, dtype=torch.bool), noise), labels
+
+    def batches(self, sampler: Sampler[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
+        """Raw items and labels (B,) in the sampler's order.
+
+        Raises:
+            UserError: an item cannot be read.
+        """
+        loader: DataLoader[Any] = DataLoader(
+            self.dataset,
+            batch_sampler=sampler,
+            num_workers=self.num_workers,
+            pin_memory=torch.cuda.is_available(),
+        )
+        try:
+            yield from loader
+        except UserError as error:
+            # From a worker it comes with the worker's traceback as its message, whose last line is the message.
+            raise UserError(str(error).rstrip().rpartition("\n")[2].rpartition("Error: ")[2]) from None
+
+
+class ImageSource(Source):
+    """Images in [-1, 1] from 8-bit ones."""
+
+    needs_noise = False
+
+    def __init__(self, images: LabelledImages, horizontal_flip: bool = False, num_workers: int = 0) -> None:
+        self.dataset: LabelledImages = images
+        self.shape, self.num_classes = images.shape, images.num_classes
+        self.horizontal_flip, self.num_workers = horizontal_flip, num_workers
+
+    def clean(self, items: Tensor, flipped: Tensor, noise: Tensor | None = None) -> Tensor:
+        images = items.float() / 127.5 - 1
+        if not self.horizontal_flip:
+            return images
+        return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+
+
+def check_source(source: Source, shape: tuple[int, int, int], num_classes: int, place: str) -> None:
+    """See that a model can be trained on a source.
+
+    Args:
+        shape: (C, H, W) of the model's input.
+        num_classes: the model's.
+        place: the config file and the key of the model, for the message.
+
+    Raises:
+        UserError: shapes or classes differ.
+    """
+    if shape != source.shape:
+        raise UserError(
+            f"{place} makes a model of {shape} inputs (channels, height, width), but `data` gives {source.shape}; "
+            "make them equal"
+        )
+    if num_classes != source.num_classes:
+        raise UserError(
+            f"{place} makes a model of {num_classes} classes, but `data` has {source.num_classes}; make them equal"
+        )
