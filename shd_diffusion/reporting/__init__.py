@@ -1,4 +1,4 @@
-"""Reads result files only, and writes them up: one self-contained page, a Markdown table, a terminal table."""
+"""Reads result files only and writes them up: one self-contained page, a Markdown table, a terminal table."""
 
 from shd_diffusion.reporting.page import write_report
 from shd_diffusion.reporting.table import markdown_table, print_table

@@ -50,7 +50,7 @@ class Head:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One squeezed head: the teacher's heads that it is made of, itself, and the same head of each student."""
+    """A squeezed head: the teacher's heads that it is made of, itself, and the same head of each student."""
 
     teacher: list[Head]
     squeezed: Head
@@ -133,7 +133,7 @@ def _input_image(image: Array) -> NDArray[np.uint8]:
     return ((channels.transpose(1, 2, 0).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
 
 
-# --- the maps of one image -----------------------------------------------------------------------------------
+# --- the maps of one image ----------------------------------------------------------------------------------
 
 
 def membership(weights: Array) -> list[list[int]]:
@@ -187,7 +187,9 @@ def _map_pixels(values: Array, brightest: float) -> NDArray[np.uint8]:
     levels = Image.fromarray((np.clip(values / brightest, 0, 1)).astype(np.float32))
     height, width = values.shape
     factor = min(1.0, MAX_SIDE / max(height, width))
-    levels = levels.resize((max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX)
+    levels = levels.resize(
+        (max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX
+    )
     return np.asarray(COLOURS(np.asarray(levels), bytes=True)[..., :3])
 
 
@@ -201,15 +203,15 @@ def _draw_maps(members: Sequence[tuple[Run, BlockAttention]], brightest: float, 
     rows = [("teacher", block.teacher), ("squeezed", block.squeezed)]
     rows += [(run.name, kept.student) for run, kept in members]
     with panels(len(rows), 1, 7.5, 1.0 * len(rows)) as (figure, axes):
-        for ax, (title, maps) in zip(axes.flat, rows, strict=True):
+        for ax, (title, maps) in zip(axes, rows, strict=True):
             pixels = [enlarge(_map_pixels(each, brightest), 64) for each in maps]
             ax.imshow(mosaic([pixels], gap=6), interpolation="nearest")
             ax.set_title(title, loc="left")
             ax.axis("off")
-        return finish(figure, f"{owner}-maps-{block.name}", f"Attention maps of {block.name}")
+        return finish(figure, f"{owner}-maps-{block.name}", f"Attention maps of {block.name}", inline=False)
 
 
-# --- statistics over many images -----------------------------------------------------------------------------
+# --- statistics over many images ----------------------------------------------------------------------------
 
 
 def head_weights(block: BlockAttention, owner: str) -> Drawing:
@@ -220,7 +222,14 @@ def head_weights(block: BlockAttention, owner: str) -> Drawing:
         for (row, column), weight in np.ndenumerate(weights):
             if weight > 0.005:
                 axes.add_patch(
-                    Rectangle((column + 0.53, row + 0.53), 0.94, 0.94, alpha=weight, color=SQUEEZE_LOOK.colour, lw=0)
+                    Rectangle(
+                        (column + 0.53, row + 0.53),
+                        0.94,
+                        0.94,
+                        alpha=0.5 * weight,
+                        color=SQUEEZE_LOOK.colour,
+                        lw=0,
+                    )
                 )
                 if teacher <= 16:
                     axes.text(
@@ -258,7 +267,7 @@ def residuals(run: Run, attention: Attention) -> Drawing:
     """Residual of squeezing, block by block: mean over samples and heads, with the middle 80 %."""
     with panel() as (figure, axes):
         _by_block(axes, [block.residual for block in attention.blocks], SQUEEZE_LOOK, "residual")
-        axes.set(xlabel="block", ylabel="residual of squeezing")
+        axes.set(xlabel="block", ylabel="relative residual of squeezing")
         axes.set_ylim(bottom=0)
         return finish(figure, f"{run.name}-residual", "Residual of squeezing in each block")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.ticker import LogLocator, NullLocator
 
 from shd_diffusion.reporting.drawing import (
     LIGHT,
@@ -21,7 +22,7 @@ from shd_diffusion.reporting.runs import Array, Log, Run
 MAX_POINTS = 400
 """Points drawn a curve: more are not seen on a page and make it heavy."""
 
-TERM_COLOURS = {"denoise": LIGHT["line"], "output": LIGHT["run-0"], "shd": LIGHT["run-2"]}
+TERM_COLOURS = {"denoise": LIGHT["muted"], "output": LIGHT["run-4"], "shd": LIGHT["run-5"]}
 
 
 def loss_curves(runs: Sequence[Run], looks: dict[str, Look]) -> list[Drawing]:
@@ -37,11 +38,14 @@ def _term_panel(term: str, logs: Sequence[tuple[Run, Log]], looks: dict[str, Loo
             look = looks[run.name]
             values = log.values[term]
             chosen = _thin(len(values))
-            axes.plot(log.steps[chosen], values[chosen], color=look.colour, linewidth=0.6, alpha=0.3)
+            axes.plot(log.steps[chosen], values[chosen], color=look.colour, linewidth=0.8, alpha=0.35)
             axes.plot(
                 log.steps[chosen], smooth(values, _window(values))[chosen], color=look.colour, label=run.name
             )
         axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
         axes.set(xlabel="step", ylabel=f"{term}, unweighted")
         legend_above(figure, axes)
         names = ", ".join(run.name for run, _ in logs)
@@ -56,11 +60,11 @@ def loss_shares(runs: Sequence[Run]) -> list[Drawing]:
 def _share_panel(run: Run, log: Log) -> Drawing:
     chosen = _thin(len(log.steps))
     shares = [np.nan_to_num(smooth(share, _window(share)))[chosen] for share in log.shares.values()]
-    spare = iter(RUN_COLOURS[3:] * len(shares))
+    spare = iter(RUN_COLOURS * len(shares))
     colours = [TERM_COLOURS.get(term) or LIGHT[next(spare)] for term in log.shares]
     with panel(height=2.2) as (figure, axes):
         axes.stackplot(
-            log.steps[chosen], shares, labels=list(log.shares), colors=colours, alpha=0.85, linewidth=0
+            log.steps[chosen], shares, labels=list(log.shares), colors=colours, alpha=0.75, linewidth=0
         )
         axes.set(xlabel="step", ylabel=f"{run.name}: share of the loss", ylim=(0, 1))
         axes.margins(x=0)
@@ -90,4 +94,4 @@ def _thin(count: int) -> Array:
 
 
 def _window(values: Array) -> int:
-    return max(1, len(values) // 20)
+    return max(1, len(values) // 12)

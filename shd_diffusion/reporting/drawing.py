@@ -52,7 +52,7 @@ RUN_COLOURS = [name for name in LIGHT if name.startswith("run-")]
 MARKERS = "osD^vP"
 WIDTH = 4.3  # inches; a panel is as wide as a phone, wider pages set panels side by side
 
-STYLE: dict[str, Any] = {
+STYLE: Any = {
     "axes.axisbelow": True,
     "axes.edgecolor": LIGHT["line"],
     "axes.facecolor": "none",
@@ -105,7 +105,7 @@ def student_look(number: int) -> Look:
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
-    """A finished figure: `name` is its file stem, `description` what it shows, in words."""
+    """A finished figure: `name` is its file stem, `description` what it shows, `svg` stands in the page."""
 
     name: str
     description: str
@@ -117,29 +117,36 @@ class Drawing:
 
 
 @contextmanager
-def panels(rows: int, columns: int, width: float, height: float) -> Iterator[tuple[Figure, NDArray[np.object_]]]:
-    """An empty figure with its axes as an array (rows, columns), in inches, in the house style."""
+def panels(rows: int, columns: int, width: float, height: float) -> Iterator[tuple[Figure, list[Axes]]]:
+    """An empty figure, in inches, in the house style, and its panels row by row."""
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(width, height))
         FigureCanvasAgg(figure)
-        yield figure, figure.subplots(rows, columns, squeeze=False)
+        yield figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 @contextmanager
 def panel(width: float = WIDTH, height: float = 2.7) -> Iterator[tuple[Figure, Axes]]:
     """An empty figure of one panel."""
     with panels(1, 1, width, height) as (figure, axes):
-        yield figure, axes[0, 0]
+        yield figure, axes[0]
 
 
-def finish(figure: Figure, name: str, description: str) -> Drawing:
-    """Render a figure; to be called inside the `panel` that made it."""
+def finish(figure: Figure, name: str, description: str, inline: bool = True) -> Drawing:
+    """Render a figure; to be called inside the `panel` that made it.
+
+    Args:
+        inline: whether the page will show it; a figure of pixels is only saved.
+    """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
     raster, vector = io.BytesIO(), io.StringIO()
     figure.savefig(raster, format="png", dpi=180)
-    with mpl.rc_context({"svg.hashsalt": name}):  # the same input gives the same file
-        figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
-    return Drawing(name, description, _themed(vector.getvalue(), name, description), raster.getvalue())
+    if inline:
+        figure.set_layout_engine("none")  # keeps the layout just found
+        with mpl.rc_context({"svg.hashsalt": name}):  # the same input gives the same file
+            figure.savefig(vector, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    svg = _themed(vector.getvalue(), name, description) if inline else Markup()
+    return Drawing(name, description, svg, raster.getvalue())
 
 
 def _themed(svg: str, name: str, description: str) -> Markup:
@@ -159,7 +166,9 @@ def legend_above(figure: Figure, axes: Axes) -> None:
     handles, labels = axes.get_legend_handles_labels()
     longest = max(map(len, labels), default=0)
     columns = max(1, min(len(labels), int(figure.get_figwidth() * 13 / (longest + 5))))
-    figure.legend(handles, labels, loc="outside upper left", ncols=columns, handlelength=1.4, columnspacing=1.2)
+    figure.legend(
+        handles, labels, loc="outside upper left", ncols=columns, handlelength=1.4, columnspacing=1.2
+    )
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
@@ -171,7 +180,7 @@ def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:
     return np.divide(total, count, out=np.full(len(values), np.nan), where=count > 0.5)
 
 
-# --- small images --------------------------------------------------------------------------------------------
+# --- small images -------------------------------------------------------------------------------------------
 
 
 def enlarge(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:

@@ -13,7 +13,7 @@ from shd_diffusion.files import replacing_folder, write_text
 from shd_diffusion.reporting.attention import attention_views
 from shd_diffusion.reporting.classes import per_class_fid
 from shd_diffusion.reporting.curves import loss_curves, loss_shares, watched_fid
-from shd_diffusion.reporting.drawing import DARK, LIGHT, TEACHER_LOOK, Drawing, Look, student_look
+from shd_diffusion.reporting.drawing import DARK, LIGHT, TEACHER_LOOK, Look, student_look
 from shd_diffusion.reporting.protocol import Setting, compare, compare_protocols
 from shd_diffusion.reporting.quality import quality_scatters
 from shd_diffusion.reporting.runs import Run, read_runs
@@ -109,16 +109,20 @@ def _title(teachers: Sequence[Run], students: Sequence[Run]) -> str:
 
 
 def _lead(teachers: Sequence[Run], students: Sequence[Run], fid: str) -> str:
-    ranked = sorted(
-        (value, run.name) for run in students if (value := run.figure("fid")) is not None
-    )
-    reference = [f"the teacher {run.name} {value:.4g}" for run in teachers if (value := run.figure("fid")) is not None]
+    ranked = sorted((value, run.name) for run in students if (value := run.figure("fid")) is not None)
+    reference = [
+        f"{'the teacher' if len(teachers) == 1 else run.name} has {value:.4g}"
+        for run in teachers
+        if (value := run.figure("fid")) is not None
+    ]
     if not ranked:
-        return f"{fid}: {', '.join(reference)}." if reference else "Not evaluated yet."
+        return f"By {fid} {', '.join(reference)}." if reference else "Not evaluated yet."
     (best, name), *others = ranked
-    rest = [*(f"{other} {value:.4g}" for value, other in others), *reference]
-    sentence = f"{name} has {'the lowest ' if others else ''}{fid} of {best:.4g}"
-    return f"{sentence}; {', '.join(rest)}." if rest else f"{sentence}."
+    lowest = (
+        f"{name} has {'the lowest ' if others else ''}{fid}{' of the students' if others else ''}, {best:.4g}"
+    )
+    rest = [*(f"{other} has {value:.4g}" for value, other in others), *reference]
+    return f"{lowest}; {', '.join(rest)}." if rest else f"{lowest}."
 
 
 def missing(runs: Sequence[Run]) -> dict[str, list[str]]:
@@ -145,7 +149,7 @@ def commands(runs: Sequence[Run], paths: Sequence[Path]) -> list[str]:
 
 
 def _compare_configs(runs: Sequence[Run]) -> list[Setting]:
-    """Every config key; one differs that is not the same in all students (a teacher has other keys anyway)."""
+    """Every config key; those differ that are not the same in all students: a teacher has other keys."""
     students = [run for run in runs if not run.is_teacher]
     differing = {setting.key for setting in compare(students, lambda run: run.config) if setting.differs}
     settings = compare(runs, lambda run: run.config)

@@ -9,7 +9,6 @@ from typing import Any
 
 from shd_diffusion.reporting.runs import Run
 
-
 OF_THE_MODEL = {"steps_trained", "ema_decay"}
 """Protocol keys that say what was measured, not how: they may differ between figures that are compared."""
 
@@ -21,6 +20,10 @@ class Setting:
     key: str
     values: list[str]
     differs: bool
+
+    @property
+    def shared(self) -> bool:
+        return len(set(self.values)) == 1
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -38,7 +41,9 @@ def compare(runs: Sequence[Run], tree_of: Callable[[Run], Mapping[str, Any] | No
     """Every setting of these runs, those first that differ between the runs that have it."""
     trees = [flatten(tree_of(run) or {}) for run in runs]
     settings = [
-        Setting(key, [tree.get(key, "–") for tree in trees], len({tree[key] for tree in trees if key in tree}) > 1)
+        Setting(
+            key, [tree.get(key, "–") for tree in trees], len({tree[key] for tree in trees if key in tree}) > 1
+        )
         for key in _ordered(trees)
     ]
     return sorted(settings, key=lambda setting: not setting.differs)

@@ -1,4 +1,4 @@
-"""A run folder as typed data: what training, sampling and evaluation left there. Reads files, computes nothing."""
+"""A run folder as typed data: what training, sampling and evaluation left there. Computes nothing."""
 
 from __future__ import annotations
 
@@ -225,7 +225,9 @@ def read_attention(path: Path) -> Attention:
             ]
             image = file.get_tensor("image").astype(float)
     except (SafetensorError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it and repeat the distillation's command") from None
+        raise UserError(
+            f"{path}: damaged ({error}); delete it and repeat the distillation's command"
+        ) from None
     return Attention(image, description.get("label"), description.get("timestep"), blocks)
 
 

@@ -66,12 +66,12 @@ def draw_gallery(gallery: Gallery) -> Drawing:
     count = len(gallery.pictures)
     height, width = gallery.pictures[0][1].shape[:2]
     with panels(1, count, 1.9 * count, 1.9 * height / width + 0.3) as (figure, axes):
-        for ax, (run, picture) in zip(axes.flat, gallery.pictures, strict=True):
+        for ax, (run, picture) in zip(axes, gallery.pictures, strict=True):
             ax.imshow(picture, interpolation="nearest")
             ax.set_title(run.name)
             ax.axis("off")
         names = ", ".join(run.name for run, _ in gallery.pictures)
-        return finish(figure, "samples", f"Samples side by side: {names}")
+        return finish(figure, "samples", f"Samples side by side: {names}", inline=False)
 
 
 def _picture(samples: Samples, indices: Sequence[Sequence[int]]) -> NDArray[np.uint8]:

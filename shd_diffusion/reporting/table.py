@@ -7,11 +7,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich import box
 from rich.console import Console
 from rich.table import Table as RichTable
+from rich.text import Text
 
 from shd_diffusion.reporting.protocol import differing_protocol, protocol_line
 from shd_diffusion.reporting.runs import Run, read_runs
+
+
+def significant(value: float) -> str:
+    """A number in three figures: 9.74, 0.00120, 1043."""
+    return f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:.0f}"
 
 
 def count(value: float) -> str:
@@ -36,32 +43,46 @@ class Column:
     """
 
     title: str
+    short: str
     value: Callable[[Run], float | None]
     text: Callable[[float], str]
     best: Callable[..., float] | None = None
     spread: str | None = None
     optional: bool = False
 
-    def cell(self, run: Run) -> str:
+    def cell(self, run: Run, target: float | None) -> Cell:
+        """The figure of this run, marked if it is the `target`."""
         value = self.value(run)
         if value is None or not math.isfinite(value):
-            return "–"
+            return Cell("–")
         spread = run.figure(self.spread) if self.spread else None
-        return self.text(value) + (f" ± {self.text(spread)}" if spread is not None else "")
+        return Cell(self.text(value), None if spread is None else self.text(spread), value == target)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A figure as text, its standard deviation where it has one, and whether it is the best."""
+
+    text: str
+    spread: str | None = None
+    best: bool = False
+
+    def __str__(self) -> str:
+        return self.text + (f" ± {self.spread}" if self.spread else "")
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
     run: Run
-    cells: list[str]
-    best: list[bool]
+    cells: list[Cell]
 
 
 @dataclass(frozen=True, slots=True)
 class Table:
-    """Titles and rows; `note` says what the figures are computed on, `warning` why they may not compare."""
+    """Columns and rows; `note` is the protocol of the figures, `warning` says why they do not compare."""
 
     titles: list[str]
+    short_titles: list[str]
     rows: list[Row]
     note: str
     warning: str | None
@@ -72,39 +93,48 @@ def _metric(name: str) -> Callable[[Run], float | None]:
 
 
 COLUMNS = [
-    Column("Parameters", lambda run: run.summary["parameters"], count),
-    Column("Heads", lambda run: run.summary["heads"], "{:.0f}".format),
-    Column("FID ↓", _metric("fid"), "{:.2f}".format, min),
-    Column("sFID ↓", _metric("sfid"), "{:.2f}".format, min, optional=True),
-    Column("IS ↑", _metric("inception_score_mean"), "{:.2f}".format, max, "inception_score_std"),
-    Column("KID ↓", _metric("kid_mean"), "{:.4g}".format, min, "kid_std"),
-    Column("Precision ↑", _metric("precision"), "{:.3f}".format, max),
-    Column("Recall ↑", _metric("recall"), "{:.3f}".format, max),
-    Column("Labels right ↑", _metric("label_accuracy"), "{:.1%}".format, max, optional=True),
-    Column("Time an image", lambda run: run.seconds_per_image, duration),
+    Column("Parameters", "Params", lambda run: run.summary["parameters"], count),
+    Column("Heads", "Heads", lambda run: run.summary["heads"], "{:.0f}".format),
+    Column("FID ↓", "FID ↓", _metric("fid"), "{:.2f}".format, min),
+    Column("sFID ↓", "sFID ↓", _metric("sfid"), "{:.2f}".format, min, optional=True),
+    Column("IS ↑", "IS ↑", _metric("inception_score_mean"), "{:.2f}".format, max, "inception_score_std"),
+    Column("KID ↓", "KID ↓", _metric("kid_mean"), significant, min, "kid_std"),
+    Column("Precision ↑", "Prec ↑", _metric("precision"), "{:.3f}".format, max),
+    Column("Recall ↑", "Rec ↑", _metric("recall"), "{:.3f}".format, max),
+    Column("Labels right ↑", "Right ↑", _metric("label_accuracy"), "{:.1%}".format, max, optional=True),
+    Column("Time an image", "Time", lambda run: run.seconds_per_image, duration),
 ]
 
 
 def build_table(runs: Sequence[Run]) -> Table:
-    """The table of these runs. Of several students the best of each quality figure is marked, if they compare."""
-    differing = differing_protocol(runs)
-    rivals = [] if differing else [run for run in runs if not run.is_teacher]
+    """The table of these runs. Of several students the best of each figure is marked, if they compare."""
     columns = [c for c in COLUMNS if not c.optional or any(c.value(run) is not None for run in runs)]
-    best = [_best(column, rivals) for column in columns]
-    rows = [
-        Row(
-            run,
-            [column.cell(run) for column in columns],
-            [
-                run in rivals and target is not None and column.value(run) == target
-                for column, target in zip(columns, best, strict=True)
-            ],
-        )
-        for run in runs
-    ]
-    warning = f"These figures do not compare: the protocols differ in {', '.join(differing)}."
-    titles = [column.title.replace("FID ↓", f"{fid_title(runs)} ↓") if column.title == "FID ↓" else column.title for column in columns]
-    return Table(titles, rows, protocol_line(runs), warning if differing else None)
+    students = [run for run in runs if not run.is_teacher]
+    differing = differing_protocol(runs)
+    best = {} if differing else {column.title: _best(column, students) for column in columns}
+    fid = fid_title(runs)
+    return Table(
+        titles=[fid + " ↓" if column.title == "FID ↓" else column.title for column in columns],
+        short_titles=[column.short for column in columns],
+        rows=[
+            Row(
+                run,
+                [column.cell(run, None if run.is_teacher else best.get(column.title)) for column in columns],
+            )
+            for run in runs
+        ],
+        note=protocol_line(runs),
+        warning=_WARNING.format(", ".join(differing)) if differing else None,
+    )
+
+
+_WARNING = "These figures do not compare: the protocols differ in {}."
+
+
+def _best(column: Column, runs: Sequence[Run]) -> float | None:
+    """The best value where there is a choice."""
+    values = [value for run in runs if (value := column.value(run)) is not None and math.isfinite(value)]
+    return column.best(values) if column.best and len(values) > 1 else None
 
 
 def fid_title(runs: Sequence[Run]) -> str:
@@ -112,12 +142,6 @@ def fid_title(runs: Sequence[Run]) -> str:
     features = {run.metrics.features for run in runs if run.metrics}
     name = features.pop() if len(features) == 1 else None
     return f"FID ({name})" if name else "FID"
-
-
-def _best(column: Column, rivals: Sequence[Run]) -> float | None:
-    """The best value where there is a choice."""
-    values = [value for run in rivals if (value := column.value(run)) is not None and math.isfinite(value)]
-    return column.best(values) if column.best and len(values) > 1 else None
 
 
 def markdown_table(paths: Sequence[Path]) -> str:
@@ -130,13 +154,14 @@ def markdown_table(paths: Sequence[Path]) -> str:
     lines = [
         ["Run", *table.titles],
         ["---", *["---:"] * len(table.titles)],
-        *(
-            [_escape(row.run.name), *(f"**{c}**" if b else c for c, b in zip(row.cells, row.best, strict=True))]
-            for row in table.rows
-        ),
+        *([_escape(row.run.name), *map(_markdown_cell, row.cells)] for row in table.rows),
     ]
     notes = [table.note, *([f"**{_escape(table.warning)}**"] if table.warning else [])]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n\n" + "\n\n".join(notes) + "\n"
+
+
+def _markdown_cell(cell: Cell) -> str:
+    return f"**{cell}**" if cell.best else str(cell)
 
 
 def _escape(text: str) -> str:
@@ -144,19 +169,20 @@ def _escape(text: str) -> str:
 
 
 def print_table(paths: Sequence[Path], console: Console | None = None) -> None:
-    """Print the table of these runs to the terminal.
+    """Print the table of these runs to the terminal, in short: it fits 80 columns.
 
     Raises:
         UserError: a folder is no finished run, or a file in it is damaged.
     """
     table = build_table(read_runs(paths))
-    rich = RichTable("Run", caption=table.note, caption_justify="left")
-    for title in table.titles:
-        rich.add_column(title, justify="right")
+    rich = RichTable("Run", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for title in table.short_titles:
+        rich.add_column(title, justify="right", no_wrap=True)
     for row in table.rows:
-        cells = (f"[bold green]{c}[/]" if b else c for c, b in zip(row.cells, row.best, strict=True))
-        rich.add_row(row.run.name, *cells)
+        cells = (Text(cell.text, "bold green" if cell.best else "") for cell in row.cells)
+        rich.add_row(Text(row.run.name), *cells)
     console = console or Console()
     console.print(rich)
+    console.print(Text(table.note, "dim"))
     if table.warning:
-        console.print(table.warning, style="yellow")
+        console.print(Text(table.warning, "yellow"))

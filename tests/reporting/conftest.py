@@ -15,7 +15,6 @@ from PIL import Image
 from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
-
 FIDS = {"teacher": 38.2, "none": 440.1, "kd": 389.7, "kd-shd": 104.3}
 BLOCKS = 6
 PROTOCOL = {
@@ -55,17 +54,22 @@ def make_run(folder: Path, fid: float) -> Path:
         "name": folder.name, "stage": "train-teacher" if teacher else "distill",
         "class": "DiTTransformer2DModel", "parameters": 1_243_000 if teacher else 261_000,
         "heads": 12 if teacher else 5, "blocks": BLOCKS, "head_dim": 8, "steps": 600, "images": 76_800,
-        "seconds": 61.0, "teacher": None if teacher else "runs/teacher", "teacher_heads": None if teacher else 12,
+        "seconds": 61.0, "teacher": None if teacher else "runs/teacher",
+        "teacher_heads": None if teacher else 12,
     }  # fmt: skip
     write(folder / "summary.json", summary)
     command = f"shd-diffusion {summary['stage']} configs/digits/{folder.name}.yaml"
-    write(folder / "environment.json", {"versions": {"torch": "2.14.1"}, "machine": {"cores": 2}, "commit": None,
-                                        "command": command, "started": "2026-01-01T00:00:00+00:00"})  # fmt: skip
+    environment = {
+        "versions": {"torch": "2.14.1"}, "machine": {"cores": 2}, "commit": None,
+        "command": command, "started": "2026-01-01T00:00:00+00:00",
+    }  # fmt: skip
+    write(folder / "environment.json", environment)
     write_log(folder / "metrics.jsonl", terms, fid, rng)
     write_samples(folder / "samples", fid)
     figures = {
-        "fid": fid, "inception_score_mean": 9 - fid / 100, "inception_score_std": 0.11, "kid_mean": fid / 40,
-        "kid_std": 0.2, "precision": 0.9 - fid / 1000, "recall": 0.85 - fid / 900, "label_accuracy": 0.97 - fid / 900,
+        "fid": fid, "inception_score_mean": 9 - fid / 100, "inception_score_std": 0.11,
+        "kid_mean": fid / 40, "kid_std": 0.2, "precision": 0.9 - fid / 1000, "recall": 0.85 - fid / 900,
+        "label_accuracy": 0.97 - fid / 900,
         "per_class_fid": {str(label): fid * (1 + 0.1 * label) for label in range(10)},
         "protocol": PROTOCOL, "warnings": [],
     }  # fmt: skip
@@ -84,7 +88,8 @@ def write_log(path: Path, terms: list[str], fid: float, rng: np.random.Generator
     """60 logged steps with a decaying, noisy loss; the distance watched at four of them."""
     lines = []
     for step in range(10, 601, 10):
-        values = {term: (0.05 + np.exp(-step / 120)) * rng.lognormal(0, 0.15) / (1 + i) for i, term in enumerate(terms)}
+        level = 0.05 + np.exp(-step / 120)
+        values = {term: level * rng.lognormal(0, 0.15) / (1 + i) for i, term in enumerate(terms)}
         total = sum(values.values())
         entry = {
             "step": step, "images": step * 128, "loss": total, "learning_rate": 2e-3, "seconds_per_step": 0.1,
@@ -107,8 +112,11 @@ def write_samples(folder: Path, fid: float) -> None:
         image = digits.images[digits.target == label][index] / 16 + rng.normal(0, fid / 1500, (8, 8))
         pixels = (image.clip(0, 1) * 255).astype(np.uint8)
         Image.fromarray(pixels).convert("RGB").save(folder / f"{index:06d}.png")
-    write(folder / "sampling.json", {"num_images": 40, "labels": labels, "seconds": 0.17,
-                                     "seconds_per_image": 0.17 / 40 + fid * 1e-6, "protocol": PROTOCOL})  # fmt: skip
+    sampling = {
+        "num_images": 40, "labels": labels, "seconds": 0.17, "seconds_per_image": 0.17 / 40 + fid * 1e-6,
+        "protocol": PROTOCOL,
+    }  # fmt: skip
+    write(folder / "sampling.json", sampling)
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
