@@ -27,8 +27,8 @@ StateDict = dict[str, Tensor]
 # Heads by width of the published sizes S, B, L and XL: no shape in a DiT checkpoint tells them.
 DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
-# From our parameter names to the authors', applied in order. One of theirs may serve several of ours: q, k and
-# v are one matrix there, and diffusers' DiT keeps a copy of timestep and label embedders in every block.
+# From our parameter names to the authors', applied in order. One of theirs may serve several of ours: q, k, v
+# are one matrix there, and diffusers' DiT keeps a copy of the timestep and label embedders in every block.
 _RENAMES = (
     (r"^.*timestep_embedder\.linear_1", "t_embedder.mlp.0"),
     (r"^.*timestep_embedder\.linear_2", "t_embedder.mlp.2"),

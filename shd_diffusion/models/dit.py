@@ -12,8 +12,8 @@ class OriginalDiTTransformer2DModel(DiTTransformer2DModel):
     """diffusers' DiT with the timestep frequencies of facebookresearch/DiT.
 
     The authors embed timesteps with frequencies 10000^(-i/128), diffusers with 10000^(-i/127): at t = 999 the
-    angles are up to 2.9 radians apart, and weights that the authors trained compute another function. All else
-    is the same, names and config too: either class reads the folders of the other.
+    angles are up to 2.9 radians apart, so that the same weights compute different functions. All else is the
+    same, names and config too: either class reads the folders of the other.
     """
 
     @functools.wraps(DiTTransformer2DModel.__init__)  # type: ignore[misc]
