@@ -2,7 +2,6 @@
 
 from shd_diffusion.evaluation.evaluate import evaluate_run
 from shd_diffusion.evaluation.extractors import load_extractor
-from shd_diffusion.evaluation.images import read_images
 from shd_diffusion.evaluation.watch import watch_fid
 
-__all__ = ["evaluate_run", "load_extractor", "read_images", "watch_fid"]
+__all__ = ["evaluate_run", "load_extractor", "watch_fid"]

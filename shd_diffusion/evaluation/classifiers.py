@@ -1,8 +1,9 @@
 """Small classifiers of small images as feature extractors: what Inception is to photographs.
 
-A classifier is trained on the spot from a fixed seed, in seconds on a CPU, and kept in the user's cache
-folder. The recipe is deterministic: one thread, its own random numbers, a fixed order of examples. So the
-weights, and with them the hash that every figure carries, are the same each time on a machine.
+A classifier is trained on the spot from a fixed seed, digits in seconds and Fashion-MNIST in minutes on a
+CPU, and kept in the user's cache folder. The recipe is deterministic: one thread, its own random numbers, a
+fixed order of examples. So the weights, and with them the hash that every figure carries, are the same each
+time on a machine.
 """
 
 from __future__ import annotations
@@ -10,43 +11,61 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import register_feature_extractor
+from torchvision.datasets import FashionMNIST
 
-from shd_diffusion.data.digits import NUM_CLASSES, digits_uint8
+from shd_diffusion.data.digits import digits_uint8
+from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_file
+from shd_diffusion.progress import progress_bar
 
 WIDTH = 64  # of the features
-HELD_OUT = 360  # a fifth of the digits
-EPOCHS, BATCH_SIZE, LEARNING_RATE = 12, 64, 1e-3
+NUM_CLASSES = 10
+BATCH_SIZE, LEARNING_RATE = 64, 1e-3
+
+Labelled = tuple[Tensor, Tensor]
+"""8-bit images (N, 1, H, W) and their labels (N,)."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What a classifier is trained on: images of one size, and how often they are seen."""
+
+    size: int
+    epochs: int
+    load: Callable[[], tuple[Labelled, Labelled]]  # for training, and held out
 
 
 class Classifier(nn.Module):
-    """Two convolutions, a layer of `WIDTH` features, and the logits; (N, 1, 8, 8) in [-1, 1]."""
+    """Two convolutions, a layer of `WIDTH` features, and the logits; images (N, 1, size, size) in [-1, 1]."""
 
-    def __init__(self, num_classes: int = NUM_CLASSES) -> None:
+    def __init__(self, size: int) -> None:
         super().__init__()
+        first_pool = 1 if size < 16 else 2
+        side = size // first_pool // 2
         self.body = nn.Sequential(
             nn.Conv2d(1, 32, 3, padding=1),
             nn.SiLU(),
+            nn.MaxPool2d(first_pool),
             nn.Conv2d(32, 64, 3, padding=1),
             nn.SiLU(),
             nn.MaxPool2d(2),
             nn.Flatten(),
-            nn.Linear(64 * 4 * 4, WIDTH),
+            nn.Linear(64 * side * side, WIDTH),
             nn.SiLU(),
         )
-        self.head = nn.Linear(WIDTH, num_classes)
+        self.head = nn.Linear(WIDTH, NUM_CLASSES)
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Features (N, WIDTH) and logits (N, classes)."""
@@ -54,25 +73,26 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
-class DigitsClassifierExtractor(FeatureExtractorBase):
-    """The digits classifier as torch-fidelity wants it: 8-bit images (N, 3, 8, 8) to features and logits.
+class ClassifierExtractor(FeatureExtractorBase):
+    """A classifier as torch-fidelity wants it: 8-bit images (N, 3, size, size) to features and logits.
 
     Args:
-        feature_extractor_weights_path: safetensors file of `Classifier`; `digits_classifier()` makes one.
+        name: key of `RECIPES`.
+        feature_extractor_weights_path: safetensors file of the `Classifier`, see `trained_classifier`.
     """
 
     def __init__(
         self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: Any
     ) -> None:
         super().__init__(name, features_list)
-        self.classifier = Classifier()
-        with safe_open(feature_extractor_weights_path, framework="pt") as file:
-            self.classifier.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        self.size = RECIPES[name].size
+        self.classifier = Classifier(self.size)
+        self.classifier.load_state_dict(load_file(feature_extractor_weights_path))
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        if images.dtype != torch.uint8 or images.shape[1:] != (3, 8, 8):
+        if images.dtype != torch.uint8 or images.shape[1:] != (3, self.size, self.size):
             raise ValueError(
-                "the digits classifier takes uint8 images (N, 3, 8, 8), "
+                f"{self.name} takes uint8 images (N, 3, {self.size}, {self.size}), "
                 f"not {images.dtype} {tuple(images.shape)}"
             )
         grey = images.float().mean(dim=1, keepdim=True)
@@ -92,33 +112,24 @@ class DigitsClassifierExtractor(FeatureExtractorBase):
     def can_be_compiled() -> bool:
         return False
 
-    @staticmethod
-    def get_dummy_input_for_compile() -> Tensor:
-        return torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
 
+def trained_classifier(name: str) -> Path:
+    """The weights of a classifier, trained at the first call; the file's metadata has its held-out accuracy.
 
-register_feature_extractor("digits-classifier", DigitsClassifierExtractor)
-
-
-def digits_classifier(cache: Path | None = None) -> Path:
-    """The weights of the digits classifier, trained at the first call; the file's metadata has its accuracy.
-
-    Args:
-        cache: folder to keep the file in; the user's cache folder by default.
+    Raises:
+        UserError: the training images cannot be had.
     """
-    recipe = {
-        "architecture": str(Classifier()),
-        "training": [HELD_OUT, EPOCHS, BATCH_SIZE, LEARNING_RATE],
+    recipe = RECIPES[name]
+    key = {
+        "architecture": str(Classifier(recipe.size)),
+        "training": [recipe.epochs, BATCH_SIZE, LEARNING_RATE],
         "torch": torch.__version__,
     }
-    key = hashlib.sha256(json.dumps(recipe).encode()).hexdigest()[:16]
-    path = (cache or cache_folder()) / f"digits-classifier-{key}.safetensors"
+    path = cache_folder() / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
     if not path.exists():
-        classifier, accuracy = _train()
+        classifier, accuracy = _train(name, recipe)
         with replacing_file(path) as temporary:
-            save_file(
-                classifier.state_dict(), temporary, {"accuracy": str(accuracy), "held_out": str(HELD_OUT)}
-            )
+            save_file(classifier.state_dict(), temporary, {"accuracy": str(accuracy)})
     return path
 
 
@@ -128,23 +139,32 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "shd-diffusion"
 
 
-def _train() -> tuple[Classifier, float]:
-    """The classifier and its accuracy on the held-out digits."""
-    images, labels = digits_uint8()
-    images = images.float() / 127.5 - 1
-    with _one_thread(), torch.random.fork_rng(devices=[]):
+def _train(name: str, recipe: Recipe) -> tuple[Classifier, float]:
+    """The classifier and its accuracy on held-out images."""
+    (images, labels), (held_out, held_out_labels) = recipe.load()
+    steps = recipe.epochs * -(-len(images) // BATCH_SIZE)
+    with (
+        _one_thread(),
+        torch.random.fork_rng(devices=[]),
+        progress_bar(steps, f"train {name}", "step") as bar,
+    ):
         torch.manual_seed(0)
-        held_out, training = torch.randperm(len(images)).split([HELD_OUT, len(images) - HELD_OUT])
-        classifier = Classifier()
+        classifier = Classifier(recipe.size)
         optimizer = torch.optim.AdamW(classifier.parameters(), lr=LEARNING_RATE)
-        for _ in range(EPOCHS):
-            for batch in training[torch.randperm(len(training))].split(BATCH_SIZE):
+        for _ in range(recipe.epochs):
+            for batch in torch.randperm(len(images)).split(BATCH_SIZE):
                 optimizer.zero_grad()
-                F.cross_entropy(classifier(images[batch])[1], labels[batch]).backward()
+                _, logits = classifier(_scaled(images[batch]))
+                F.cross_entropy(logits, labels[batch]).backward()
                 optimizer.step()
+                bar.update()
         with torch.no_grad():
-            guesses = classifier(images[held_out])[1].argmax(dim=1)
-    return classifier, (guesses == labels[held_out]).double().mean().item()
+            guesses = torch.cat([classifier(_scaled(part))[1].argmax(dim=1) for part in held_out.split(500)])
+    return classifier, (guesses == held_out_labels).double().mean().item()
+
+
+def _scaled(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1
 
 
 @contextmanager
@@ -156,3 +176,30 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(threads)
+
+
+def _digits() -> tuple[Labelled, Labelled]:
+    """The digits, every fifth of them held out."""
+    images, labels = digits_uint8()
+    held_out = torch.arange(len(images)) % 5 == 0
+    return (images[~held_out], labels[~held_out]), (images[held_out], labels[held_out])
+
+
+def _fashion_mnist() -> tuple[Labelled, Labelled]:
+    folder = cache_folder()
+    try:
+        training, test = (FashionMNIST(str(folder), train=train, download=True) for train in (True, False))
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"evaluate.extractor: Fashion-MNIST, which `fashion-mnist-classifier` is trained on, cannot be "
+            f"downloaded ({error}); put its four .gz files into {folder}/FashionMNIST/raw"
+        ) from None
+    return (training.data[:, None], training.targets), (test.data[:, None], test.targets)
+
+
+RECIPES = {
+    "digits-classifier": Recipe(size=8, epochs=12, load=_digits),
+    "fashion-mnist-classifier": Recipe(size=28, epochs=3, load=_fashion_mnist),
+}
+for _name in RECIPES:
+    register_feature_extractor(_name, ClassifierExtractor)

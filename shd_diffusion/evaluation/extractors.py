@@ -1,95 +1,162 @@
-"""Feature extractors by name, all of torch-fidelity's registry, with their weights from a file or a cache."""
+"""Feature extractors by name, all through torch-fidelity's registry, with weights from a file or a cache."""
 
 from __future__ import annotations
 
 import hashlib
+import io
+import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors import safe_open
+from accelerate import PartialState
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
+from torch_fidelity.feature_extractor_clip import MODEL_URLS as CLIP_URLS
+from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation.classifiers import digits_classifier
+from shd_diffusion.evaluation.classifiers import RECIPES, trained_classifier
 
-INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
-PUBLISHED = {
-    "inception-v3-compat": f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}",
-}
+SPATIAL_CHANNELS = 7  # × 17 × 17 = 2,023 numbers, about as many as the 2,048 pooled ones
 
 
 @dataclass(frozen=True)
-class Weights:
-    """The weights of an extractor: the file, its hash, and what is known of it."""
+class Kind:
+    """A kind of extractor: its layers by role, where its weights are published, how their file is read."""
 
-    path: Path
-    sha256: str
-    accuracy: float | None = None
+    layers: dict[str, str]
+    url: str | None
+    open: Callable[[Path], Any]  # to what torch-fidelity takes as the path of the weights
 
 
-def find_weights(name: str, weights: Path | None = None) -> Weights:
-    """The weights file of an extractor: the given one, else trained (digits) or from torch's own cache.
+class Extractor(nn.Module):
+    """8-bit images (N, 3, H, W) to features by role.
 
-    Raises:
-        UserError: an unknown extractor, or weights that cannot be had; the message says which file to supply.
+    `features` are what distances are taken on; `logits`, of classifiers, are for the Inception Score;
+    `spatial`, of Inception, are for sFID: the first 7 channels of TensorFlow's `mixed_6/conv`, 17×17,
+    channels last (N, 2023).
+
+    Attributes:
+        name: of the extractor.
+        sha256: of the file that its weights come from.
+        accuracy: of a classifier trained on the spot, on held-out images.
     """
-    if name == "digits-classifier":
-        path = weights or digits_classifier()
-        with safe_open(path, framework="pt") as file:
-            accuracy = (file.metadata() or {}).get("accuracy")
-        return Weights(path, _sha256(path), None if accuracy is None else float(accuracy))
-    if name not in PUBLISHED:
-        known = ", ".join(["digits-classifier", *PUBLISHED])
-        raise UserError(f"evaluate.extractor: `{name}` is not an extractor; known here: {known}")
-    path = weights or Path(torch.hub.get_dir()) / "checkpoints" / Path(PUBLISHED[name]).name
-    if not path.exists():
-        if weights is not None:
-            raise UserError(
-                f"evaluate.extractor_weights: {path} is missing; download it from {PUBLISHED[name]}"
-            )
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(PUBLISHED[name], str(path))
-        except OSError as error:
-            raise UserError(
-                f"evaluate.extractor: the weights of `{name}` cannot be downloaded ({error}); fetch "
-                f"{PUBLISHED[name]} elsewhere and set `evaluate.extractor_weights` to the file {path.name}"
-            ) from None
-    return Weights(path, _sha256(path))
 
-
-class Features(nn.Module):
-    """8-bit images (N, 3, H, W) to the features (N, D) that the Fréchet distance is taken on."""
-
-    def __init__(self, extractor: FeatureExtractorBase) -> None:
+    def __init__(self, name: str, weights: Path) -> None:
         super().__init__()
-        self.extractor = extractor
+        self.name = name
+        self.sha256 = _sha256(weights)
+        self.accuracy = _recorded_accuracy(weights)
+        self.layers = KINDS[name].layers
+        self.network: FeatureExtractorBase = _open(name, weights)
+        self._spatial: Tensor | None = None
+        if self.has_spatial:
+            self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
+
+    @property
+    def has_spatial(self) -> bool:
+        return self.name == "inception-v3-compat"
+
+    @property
+    def has_logits(self) -> bool:
+        return "logits" in self.layers
+
+    def roles(self, images: Tensor) -> dict[str, Tensor]:
+        """All features of the images, (N, D) for each role."""
+        found = dict(zip(self.layers, self.network(images), strict=True))
+        if self._spatial is not None:
+            found["spatial"], self._spatial = self._spatial.permute(0, 2, 3, 1).flatten(1), None
+        return found
 
     def forward(self, images: Tensor) -> Tensor:
-        features: Tensor = self.extractor(images)[0]
-        return features
+        """The features (N, D) alone, as torchmetrics takes them."""
+        return self.roles(images)["features"]
+
+    def _keep_spatial(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
+        self._spatial = output[:, :SPATIAL_CHANNELS].clone()
 
 
-def load_extractor(name: str, weights: Path | None = None) -> nn.Module:
-    """The extractor as a module that maps uint8 images (N, 3, H, W) to features (N, D).
+def load_extractor(name: str, weights: Path | None = None) -> Extractor:
+    """An extractor by name, with the weights of a file, else trained (classifiers), cached or downloaded.
 
     Raises:
-        UserError: as `find_weights`.
+        UserError: an unknown name, or weights that cannot be had; the message says which file to supply.
     """
-    path = find_weights(name, weights).path
-    layer = {"digits-classifier": "features", "inception-v3-compat": "2048"}[name]
-    extractor = create_feature_extractor(
-        name, [layer], cuda=False, feature_extractor_weights_path=str(path), verbose=False
-    )
-    return Features(extractor)
+    if name not in KINDS:
+        raise UserError(f"evaluate.extractor: `{name}` is unknown; known here: {', '.join(KINDS)}")
+    if weights is not None and not weights.is_file():
+        published = f"; {Path(url).name} is published at {url}" if (url := KINDS[name].url) else ""
+        raise UserError(f"evaluate.extractor_weights: {weights} is missing{published}")
+    with PartialState().local_main_process_first():
+        return Extractor(name, weights or _default_weights(name))
+
+
+def _default_weights(name: str) -> Path:
+    if name in RECIPES:
+        return trained_classifier(name)
+    url = str(KINDS[name].url)
+    path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except OSError as error:
+            raise UserError(
+                f"evaluate.extractor: the weights of `{name}` cannot be downloaded ({error}); "
+                f"fetch {url} elsewhere and set `evaluate.extractor_weights` to the file {path.name}"
+            ) from None
+    return path
+
+
+def _open(name: str, weights: Path) -> FeatureExtractorBase:
+    kind = KINDS[name]
+    try:
+        return create_feature_extractor(
+            name,
+            list(kind.layers.values()),
+            cuda=False,
+            feature_extractor_weights_path=kind.open(weights),
+            verbose=False,
+        )
+    except (RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(
+            f"evaluate.extractor_weights: {weights} does not hold weights of `{name}` ({reason})"
+        ) from None
+
+
+def _without_pickles(path: Path) -> io.BytesIO:
+    """A state dict for a reader that would run pickled code: only plain tensors of the file pass on."""
+    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    buffer.seek(0)
+    return buffer
 
 
 def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"evaluate.extractor_weights: {path} cannot be read ({error.strerror})") from None
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _recorded_accuracy(path: Path) -> float | None:
+    if path.suffix != ".safetensors":
+        return None
+    with safe_open(path, framework="pt") as file:
+        accuracy = (file.metadata() or {}).get("accuracy")
+    return None if accuracy is None else float(accuracy)
+
+
+KINDS = {
+    **{name: Kind({"features": "features", "logits": "logits"}, None, str) for name in RECIPES},
+    "inception-v3-compat": Kind(
+        {"features": "2048", "logits": "logits_unbiased"}, URL_INCEPTION_V3, _without_pickles
+    ),
+    **{name: Kind({"features": "clip"}, url, str) for name, url in CLIP_URLS.items()},
+}

@@ -1,8 +1,12 @@
-"""Images from a folder of PNG files."""
+"""Sets of images, read one by one: a tensor, a folder of files, or an .npz as the ADM suite writes them."""
 
 from __future__ import annotations
 
+import hashlib
+import zipfile
+from abc import ABC, abstractmethod
 from pathlib import Path
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -11,24 +15,187 @@ from torch import Tensor
 
 from shd_diffusion.errors import UserError
 
+SUFFIXES = {".png", ".jpg", ".jpeg"}
 
-def read_images(folder: Path) -> Tensor:
-    """All PNG files of a folder in the order of their names: uint8 (N, 3, H, W); grey becomes RGB.
+
+class ImageSet(ABC):
+    """N images; item j is uint8 (3, H, W).
+
+    Attributes:
+        labels: classes of the images, (N,), where they are known.
+    """
+
+    labels: Tensor | None = None
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def __getitem__(self, index: int) -> Tensor: ...
+
+    @abstractmethod
+    def name(self, index: int) -> str:
+        """What to call an image in a message."""
+
+    @abstractmethod
+    def sha256(self) -> str:
+        """A hash of all that the images follow from."""
+
+
+class ArrayImages(ImageSet):
+    """Images of an array (N, H, W, 3), which may be one that is mapped from a file."""
+
+    def __init__(self, array: np.ndarray, source: str, labels: Tensor | None = None) -> None:
+        self.array, self.source, self.labels = array, source, labels
+
+    def __len__(self) -> int:
+        return len(self.array)
+
+    def __getitem__(self, index: int) -> Tensor:
+        return torch.from_numpy(self.array[index].copy()).permute(2, 0, 1)
+
+    def name(self, index: int) -> str:
+        return f"{self.source}: image {index}"
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256(str(self.array.shape).encode())
+        for image in self.array:
+            digest.update(image.tobytes())
+        return digest.hexdigest()
+
+
+class FolderImages(ImageSet):
+    """The image files of a folder and its subfolders in the order of their paths; grey ones become RGB.
+
+    Where every file lies in a subfolder, the subfolders are the classes, numbered in their order.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        if not self.paths:
+            raise UserError(f"{folder}: no PNG or JPEG files here; sample first, or give another folder")
+        groups = [path.relative_to(folder).parts[0] for path in self.paths]
+        if all(path.parent != folder for path in self.paths):
+            numbers = {group: number for number, group in enumerate(sorted(set(groups)))}
+            self.labels = torch.tensor([numbers[group] for group in groups])
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Tensor:
+        try:
+            with Image.open(self.paths[index]) as image:
+                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
+        except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
+            raise UserError(
+                f"{self.paths[index]}: not a readable image; delete the file and make it anew"
+            ) from None
+
+    def name(self, index: int) -> str:
+        return str(self.paths[index])
+
+    def sha256(self) -> str:
+        digest = hashlib.sha256()
+        for path in self.paths:
+            digest.update(f"{path.relative_to(self.folder)}\0".encode())
+            digest.update(hashlib.sha256(path.read_bytes()).digest())
+        return digest.hexdigest()
+
+
+class ResizedImages(ImageSet):
+    """Images with their shorter side resized to `size` by a filter of Pillow and the centre cut out."""
+
+    def __init__(self, images: ImageSet, size: int, resize: str) -> None:
+        self.images, self.size, self.labels = images, size, images.labels
+        self.resize = resize
+        self.filter = Image.Resampling[resize.upper()]
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor:
+        image = self.images[index]
+        _, height, width = image.shape
+        scale = self.size / min(height, width)
+        resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
+            (round(width * scale), round(height * scale)), self.filter
+        )
+        left, top = (resized.width - self.size) // 2, (resized.height - self.size) // 2
+        cut = resized.crop((left, top, left + self.size, top + self.size))
+        return torch.from_numpy(np.array(cut)).permute(2, 0, 1)
+
+    def name(self, index: int) -> str:
+        return self.images.name(index)
+
+    def sha256(self) -> str:
+        return hashlib.sha256(f"{self.images.sha256()} {self.resize} {self.size}".encode()).hexdigest()
+
+
+def tensor_images(images: Tensor, source: str, labels: Tensor | None = None) -> ArrayImages:
+    """A set of 8-bit images (N, 3, H, W).
 
     Raises:
-        UserError: no such folder, no image in it, a broken one, or sizes that differ.
+        ValueError: another type or shape.
     """
-    paths = sorted(folder.glob("*.png"))
-    if not paths:
+    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+        raise ValueError(f"images are uint8 (N, 3, H, W), not {images.dtype} {tuple(images.shape)}")
+    return ArrayImages(images.permute(0, 2, 3, 1).cpu().numpy(), source, labels)
+
+
+def open_images(path: Path) -> ImageSet:
+    """The images of a folder, or of `arr_0` (N, H, W, 3) in an .npz; `arr_1` holds their labels, if present.
+
+    Raises:
+        UserError: nothing there, or not images.
+    """
+    if path.is_dir():
+        return FolderImages(path)
+    if path.suffix != ".npz":
+        raise UserError(f"{path}: neither a folder of images nor an .npz file")
+    arrays = open_npz(path)
+    images = arrays.get("arr_0")
+    if images is None:
         raise UserError(
-            f"{folder}: no PNG files here; run `shd-diffusion sample` first or give another folder"
+            f"{path}: has no images `arr_0` (keys: {', '.join(arrays)}); write it with np.savez(images)"
         )
-    return torch.stack([_read(path) for path in paths])
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+        raise UserError(f"{path}: `arr_0` is {images.dtype} {images.shape}; images are uint8 (N, H, W, 3)")
+    labels = arrays.get("arr_1")
+    return ArrayImages(
+        images, str(path), None if labels is None else torch.from_numpy(labels.astype(np.int64))
+    )
 
 
-def _read(path: Path) -> Tensor:
+def open_npz(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an .npz; uncompressed ones are mapped, so that 50,000 images fit any memory.
+
+    Raises:
+        UserError: the file is missing or damaged, or holds pickled objects, which are never loaded.
+    """
     try:
-        with Image.open(path) as image:
-            return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-    except (OSError, UnidentifiedImageError, SyntaxError):
-        raise UserError(f"{path}: not a readable PNG file; delete it and sample again") from None
+        with zipfile.ZipFile(path) as archive, path.open("rb") as file:
+            members = {Path(member.filename).stem: member for member in archive.infolist()}
+            return {key: _open_array(path, file, archive, member) for key, member in members.items()}
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+    except (zipfile.BadZipFile, ValueError) as error:
+        raise UserError(f"{path}: not an .npz of plain arrays ({error})") from None
+
+
+def _open_array(path: Path, file: BinaryIO, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
+    with archive.open(member) as stream:
+        if member.compress_type != zipfile.ZIP_STORED:
+            return np.lib.format.read_array(stream, allow_pickle=False)
+    # The member's own header: 30 bytes, of which the last 4 are the lengths of the name and the extra field.
+    file.seek(member.header_offset + 26)
+    name, extra = np.frombuffer(file.read(4), "<u2").astype(int)
+    file.seek(member.header_offset + 30 + name + extra)
+    version = np.lib.format.read_magic(file)
+    read_header: Any = (
+        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+    )
+    shape, fortran, dtype = read_header(file)
+    if dtype.hasobject:
+        raise ValueError(f"`{member.filename}` holds pickled objects")
+    return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
