@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
@@ -68,7 +69,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         classes=classes,
         protocol=compare_protocols(runs),
         configs=_compare_configs(runs),
-        environments=compare(runs, lambda run: run.environment),
+        environments=compare(runs, _environment),
         commands=commands(runs, paths),
         missing=missing(runs),
     )
@@ -155,6 +156,11 @@ def _compare_configs(runs: Sequence[Run]) -> list[Setting]:
     settings = compare(runs, lambda run: run.config)
     marked = [Setting(s.key, s.values, s.key in differing) for s in settings]
     return sorted(marked, key=lambda setting: not setting.differs)
+
+
+def _environment(run: Run) -> dict[str, Any]:
+    """Where a run took place; its command has a place of its own on the page."""
+    return {key: value for key, value in (run.environment or {}).items() if key != "command"}
 
 
 def _template() -> Template:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
@@ -160,7 +161,7 @@ def read_run(path: Path, name: str) -> Run:
         path=path,
         name=name,
         summary=_mapping(path / "summary.json", ("stage", "parameters", "heads")),
-        config=parse_yaml((path / "config.yaml").read_text(encoding="utf-8")),
+        config=_read_config(path / "config.yaml"),
         environment=_mapping(path / "environment.json") if (path / "environment.json").exists() else None,
         log=read_log(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else None,
         samples=_read_samples(path / "samples") if (path / "samples/sampling.json").exists() else None,
@@ -229,6 +230,17 @@ def read_attention(path: Path) -> Attention:
             f"{path}: damaged ({error}); delete it and repeat the distillation's command"
         ) from None
     return Attention(image, description.get("label"), description.get("timestep"), blocks)
+
+
+def _read_config(path: Path) -> dict[str, Any]:
+    """The resolved config as plain values: a report reads runs whose config later versions would refuse."""
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        tree = None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: not a YAML mapping; give the folder that train-teacher or distill wrote")
+    return tree
 
 
 def _read_samples(folder: Path) -> Samples:

@@ -15,8 +15,10 @@ from PIL import Image
 from safetensors.numpy import save_file
 from sklearn.datasets import load_digits
 
+from shd_diffusion.reporting import write_report
+
 FIDS = {"teacher": 38.2, "none": 440.1, "kd": 389.7, "kd-shd": 104.3}
-BLOCKS = 6
+BLOCKS = 3
 PROTOCOL = {
     "seed": 0,
     "num_inference_steps": 25,
@@ -161,3 +163,9 @@ def write_attention(path: Path, closeness: float, samples: int = 32, tokens: int
 def fresh_run(tmp_path: Path) -> Callable[[str], Path]:
     """Make a run of one's own, to be damaged."""
     return lambda name: make_run(tmp_path / "runs" / name, FIDS.get(name, 200.0))
+
+
+@pytest.fixture(scope="session")
+def report(runs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The page of all four runs."""
+    return write_report(list(runs.values()), tmp_path_factory.mktemp("report") / "report.html")

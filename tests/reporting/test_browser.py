@@ -1,0 +1,106 @@
+"""The page in a browser: phone and desktop, light and dark, and on paper."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="no chromium binary; apt-get install chromium to run"
+)
+
+FLAGS = [
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--hide-scrollbars",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync",
+]  # fmt: skip
+SCHEMES = {
+    "dark": "--blink-settings=preferredColorScheme=0",
+    "light": "--blink-settings=preferredColorScheme=1",
+}
+
+PROBE = """<script>addEventListener('load', () => {
+  const wide = innerWidth, inside = '.scroll, pre, .picture';
+  const over = [...document.querySelectorAll('body *')].filter(e =>
+    e.getBoundingClientRect().right > wide + 0.5 && !e.parentElement.closest(inside) && !e.closest('svg'));
+  const style = getComputedStyle(document.body), text = document.querySelector('svg.plot text');
+  parent.postMessage({
+    width: wide, scroll: document.documentElement.scrollWidth,
+    over: over.map(e => e.tagName + '.' + e.className),
+    broken: [...document.images].filter(i => !i.complete || !i.naturalWidth).length,
+    images: document.images.length,
+    plots: [...document.querySelectorAll('svg.plot')].filter(s => s.checkVisibility())
+      .map(s => s.clientHeight),
+    blocks: [...document.querySelectorAll('.block')].filter(b => b.checkVisibility()).length,
+    colour: style.color, background: style.backgroundColor, axis: getComputedStyle(text).fill,
+  }, '*');
+})</script>"""
+FRAME = """<!doctype html><body style="margin:0">
+<iframe src="probed.html" style="border:0;width:{}px;height:{}px"></iframe>
+<script>onmessage = m => document.body.dataset.found = JSON.stringify(m.data)</script>"""
+
+
+def chromium(folder: Path, *arguments: str) -> str:
+    """Run the browser with a profile of its own and return what it prints."""
+    assert CHROMIUM
+    command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder / 'profile'}", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def framed(report: Path, folder: Path, width: int, height: int) -> str:
+    """A page that shows the report in a frame of this size: narrower than a browser window may be."""
+    (folder / "probed.html").write_text(report.read_text().replace("</body>", PROBE + "</body>"))
+    (folder / "frame.html").write_text(FRAME.format(width, height))
+    return (folder / "frame.html").as_uri()
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of `rgb(r, g, b)` (WCAG 2)."""
+    levels = [int(level) / 255 for level in re.findall(r"\d+", colour)[:3]]
+    linear = [level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4 for level in levels]
+    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("width", [390, 1280])
+def test_it_fits_the_screen_and_is_readable(report: Path, tmp_path: Path, width: int, scheme: str) -> None:
+    address = framed(report, tmp_path, width, 1200)
+    picture = tmp_path / "screen.png"
+    size = f"--window-size={width},1200"
+    dump = chromium(tmp_path, SCHEMES[scheme], size, "--virtual-time-budget=4000", "--dump-dom", address)
+    match = re.search(r'data-found="([^"]*)"', dump)
+    assert match, "the page did not load"
+    found: dict[str, Any] = json.loads(html.unescape(match[1]))
+    assert (found["width"], found["scroll"], found["over"]) == (width, width, [])
+    assert found["images"] > 100 and found["broken"] == 0
+    assert len(found["plots"]) > 8 and min(found["plots"]) > 80
+    assert found["blocks"] == 1  # one block is chosen
+    assert (luminance(found["background"]) > luminance(found["colour"])) == (scheme == "light")
+    assert contrast(found["colour"], found["background"]) > 10
+    assert contrast(found["axis"], found["background"]) > 4.5
+
+    chromium(tmp_path, SCHEMES[scheme], size, f"--screenshot={picture}", address)
+    pixels = np.asarray(Image.open(picture).convert("L"), float)
+    assert pixels.shape[0] == 1200 and pixels.std() > 20
+    assert (np.median(pixels) > 200) == (scheme == "light")
+
+
+def test_it_prints_light_with_the_details_open(report: Path, tmp_path: Path) -> None:
+    paper = tmp_path / "paper.pdf"
+    chromium(tmp_path, SCHEMES["dark"], "--no-pdf-header-footer", f"--print-to-pdf={paper}", report.as_uri())
+    pages = len(re.findall(rb"/Type\s*/Page\b", paper.read_bytes()))
+    assert 3 <= pages <= 12

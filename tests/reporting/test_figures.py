@@ -1,0 +1,149 @@
+"""What figures are drawn from, and that they follow the colours of the page."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import GROUPS
+from PIL import Image
+from safetensors.numpy import load_file
+
+from shd_diffusion.errors import UserError
+from shd_diffusion.reporting.attention import _map_pixels, attention_views, membership
+from shd_diffusion.reporting.curves import loss_curves, loss_shares, watched_fid
+from shd_diffusion.reporting.drawing import LIGHT, mosaic, smooth
+from shd_diffusion.reporting.page import assign_looks
+from shd_diffusion.reporting.quality import quality_scatters
+from shd_diffusion.reporting.runs import read_runs
+from shd_diffusion.reporting.samples import sample_gallery
+
+
+def test_smooth_is_the_mean_of_present_neighbours() -> None:
+    values = np.random.default_rng(0).normal(size=23)
+    values[[0, 4, 5, 6, 7, 8, 22]] = np.nan
+    for window in (1, 3, 5):
+        half = window // 2
+        parts = [values[max(0, i - half) : i + half + 1] for i in range(23)]
+        expected = [np.nan if np.isnan(part).all() else np.nanmean(part) for part in parts]
+        np.testing.assert_allclose(smooth(values, window), expected)
+    assert len(smooth(values[:2], 5)) == 2
+
+
+def test_mosaic_sets_images_apart_by_transparent_gaps() -> None:
+    images = [[np.full((2, 3, 3), 10 * row + column, np.uint8) for column in range(2)] for row in range(3)]
+    picture = mosaic(images, gap=1)
+    assert picture.shape == (8, 7, 4)
+    assert (picture[3:5, 4:7, :3] == 11).all() and (picture[3:5, 4:7, 3] == 255).all()
+    assert not picture[2].any() and not picture[:, 3].any()
+
+
+def test_the_gallery_shows_the_same_indices_of_every_run(runs: dict[str, Path]) -> None:
+    gallery = sample_gallery(read_runs(list(runs.values())))
+    assert gallery and gallery.same_noise
+    assert gallery.labels == list(range(10))
+    for run, picture in gallery.pictures:
+        cell = picture.shape[0] // 10
+        image = np.asarray(
+            Image.open(run.path / "samples" / "000037.png").convert("RGB")
+        )  # fourth of label 7
+        factor = 48 // 8
+        top, left = 7 * (48 + 3), 3 * (48 + 3)
+        assert cell == 50
+        np.testing.assert_array_equal(
+            picture[top : top + 48, left : left + 48, :3], image.repeat(factor, 0).repeat(factor, 1)
+        )
+
+
+def test_samples_of_other_seeds_are_not_called_the_same_noise(
+    runs: dict[str, Path], fresh_run: Callable[[str], Path]
+) -> None:
+    other = fresh_run("kd-shd")
+    path = other / "samples" / "sampling.json"
+    content = json.loads(path.read_text())
+    content["protocol"]["seed"] = 1
+    path.write_text(json.dumps(content))
+    gallery = sample_gallery(read_runs([runs["kd"], other]))
+    assert gallery and not gallery.same_noise
+
+
+def test_large_samples_are_reduced_and_broken_ones_named(fresh_run: Callable[[str], Path]) -> None:
+    run = fresh_run("kd")
+    for index in range(40):
+        Image.new("RGB", (256, 512), (0, 0, index)).save(run / "samples" / f"{index:06d}.png")
+    gallery = sample_gallery(read_runs([run]))
+    assert gallery
+    height, width = gallery.pictures[0][1].shape[:2]
+    assert (height, width) == (10 * 128 + 9 * 8, 4 * 64 + 3 * 8)
+    (run / "samples" / "000000.png").write_bytes(b"no image")
+    with pytest.raises(UserError, match=r"000000\.png: cannot be read; run `shd-diffusion sample .*` again"):
+        sample_gallery(read_runs([run]))
+
+
+def test_each_squeezed_head_stands_under_the_heads_it_is_made_of(runs: dict[str, Path]) -> None:
+    tensors = load_file(runs["kd"] / "attention.safetensors")
+    weights = tensors["transformer_blocks.0.attn1/weights"]
+    assert [tuple(heads) for heads in membership(weights)] == GROUPS
+    students = read_runs([runs["none"], runs["kd"], runs["kd-shd"]])
+    (view,) = attention_views(students, assign_looks(students))  # same teacher, same maps: one view
+    assert [run.name for run in view.runs] == ["none", "kd", "kd-shd"]
+    group = view.blocks[0].groups[0]
+    assert [head.title for head in group.teacher] == ["1", "2", "3", "4"]
+    assert [head.detail for head in group.teacher] == [f"{w:.2f}" for w in weights.mean(0)[0, :4]]
+    divergence = tensors["transformer_blocks.0.attn1/divergence"][:, 0].mean()
+    assert group.students[1][1].detail == f"{divergence:.2g}"
+
+
+def test_students_of_other_maps_have_views_of_their_own(runs: dict[str, Path]) -> None:
+    one, other = read_runs([runs["kd"], runs["kd-shd"]])
+    assert other.attention
+    other.attention.blocks[0].squeezed[:] = other.attention.blocks[0].squeezed[::-1].copy()
+    views = attention_views([one, other], assign_looks([one, other]))
+    assert [[run.name for run in view.runs] for view in views] == [["kd"], ["kd-shd"]]
+
+
+def test_map_pixels_darken_with_attention_and_large_maps_are_averaged() -> None:
+    row = _map_pixels(np.linspace(0, 2, 9)[None], brightest=1.0)[0].astype(int).sum(axis=-1)
+    assert row[0] == 3 * 255 and (np.diff(row)[:4] < 0).all() and (row[4:] == row[4]).all()
+    halves = np.zeros((512, 512))
+    halves[:, ::2] = 1.0
+    pixels = _map_pixels(halves, brightest=1.0)
+    assert pixels.shape == (128, 128, 3)
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) == 1  # every area has the same mean
+
+
+def test_figures_take_the_colours_of_the_page(runs: dict[str, Path]) -> None:
+    everything = read_runs(list(runs.values()))
+    looks = assign_looks(everything)
+    watched = watched_fid(everything, looks)
+    assert watched
+    drawings = [*loss_curves(everything, looks), *loss_shares(everything), watched]
+    drawings += quality_scatters(everything, looks)
+    names = [drawing.name for drawing in drawings]
+    assert names == ["loss-denoise", "loss-output", "loss-shd", "shares-kd", "shares-kd-shd", "fid-watched",
+                     "fid-over-parameters", "fid-over-sampling-time-an-image"]  # fmt: skip
+    identifiers: list[str] = []
+    for drawing in drawings:
+        colours = set(re.findall(r"#[0-9a-f]{6}\b", drawing.svg))
+        assert not colours & set(LIGHT.values()), drawing.name
+        assert "var(--muted)" in drawing.svg and "<metadata" not in drawing.svg
+        own = re.findall(r'\bid="([^"]+)"', drawing.svg)
+        assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', drawing.svg)) <= {(i, "") for i in own} | {
+            ("", i) for i in own
+        }
+        identifiers += own
+        assert Image.open(io.BytesIO(drawing.png)).width > 600
+    assert len(identifiers) == len(set(identifiers))
+    assert "kd-shd 104.3 at 261 k" in drawings[-2].description
+
+
+def test_a_term_is_drawn_for_the_runs_that_have_it(runs: dict[str, Path]) -> None:
+    everything = read_runs(list(runs.values()))
+    curves = loss_curves(everything, assign_looks(everything))
+    assert curves[0].description.endswith("teacher, none, kd, kd-shd")
+    assert curves[2].description.endswith(": kd-shd")

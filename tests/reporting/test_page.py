@@ -1,0 +1,154 @@
+"""The page: whole, offline, escaped, and honest about what is missing."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from conftest import BLOCKS
+from PIL import Image
+
+from shd_diffusion.errors import UserError
+from shd_diffusion.reporting import write_report
+from shd_diffusion.reporting.page import headline
+from shd_diffusion.reporting.runs import read_runs
+
+
+class Elements(HTMLParser):
+    """Every start tag with its attributes, and whether tags close in order."""
+
+    VOID = frozenset({"meta", "img", "input", "br", "hr", "link"})
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.found.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+
+def text_of(page: str) -> str:
+    page = re.sub(r"<style>.*?</style>|<svg.*?</svg>", " ", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+def test_the_page_is_whole_and_needs_nothing_else(report: Path) -> None:
+    page = report.read_text()
+    elements = Elements(page)
+    assert elements.open == []
+    tags = [tag for tag, _ in elements.found]
+    assert "script" not in tags and "link" not in tags
+    for tag, attributes in elements.found:
+        for name in ("src", "href", "xlink:href", "srcset"):
+            value = attributes.get(name)
+            assert value is None or value.startswith(("data:image/png;base64,", "#")), (tag, name, value)
+        assert tag != "img" or attributes.get("alt")
+    assert not re.search(r"@import|url\((?!#)", page)
+    identifiers = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
+    assert len(identifiers) == len(set(identifiers))
+    anchors = {str(a["href"])[1:] for tag, a in elements.found if tag == "a"}
+    assert anchors and anchors <= set(identifiers)
+    assert len(page) < 2_000_000
+
+
+def test_the_page_says_what_came_out(report: Path) -> None:
+    text = text_of(report.read_text())
+    for part in (
+        "3 students: 12 heads squeezed into 5",
+        "kd-shd has the lowest FID (digits-classifier) of the students, 104.3; kd has 389.7, none has 440.1, "
+        "the teacher has 38.2.",
+        "An image begins from the same noise in every run",
+        "label 3, noised to timestep 250",
+        "shd-diffusion distill configs/digits/kd-shd.yaml",
+        "losses.shd.weight – 0.0 0.0 5.0",
+        "ab12" * 16,
+    ):
+        assert part in text, part
+    assert "make them with" not in text
+
+
+def test_every_figure_is_beside_it_as_png(report: Path) -> None:
+    figures = sorted((report.parent / "report-figures").iterdir())
+    assert {
+        "samples.png",
+        "loss-shd.png",
+        "fid-over-parameters.png",
+        "none-alpha.png",
+        "none-divergence.png",
+    } <= {figure.name for figure in figures}
+    assert len([figure for figure in figures if "maps" in figure.name]) == BLOCKS
+    for figure in figures:
+        with Image.open(figure) as image:
+            assert image.format == "PNG" and len(image.convert("L").getcolors(1 << 20) or []) > 2, figure.name
+
+
+def test_the_same_runs_give_the_same_page_and_old_figures_go(runs: dict[str, Path], tmp_path: Path) -> None:
+    page = tmp_path / "one.html"
+    folder = tmp_path / "one-figures"
+    folder.mkdir()
+    (folder / "loss-gone.png").write_bytes(b"of an earlier report")
+    first = write_report([runs["teacher"]], page).read_text()
+    assert first == write_report([runs["teacher"]], page).read_text()
+    assert not (folder / "loss-gone.png").exists() and (folder / "loss-denoise.png").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one-figures", "one.html"]
+
+
+def test_what_a_run_lacks_is_named_with_its_command(fresh_run: Callable[[str], Path], tmp_path: Path) -> None:
+    run = fresh_run("kd")
+    for part in ("samples", "evaluation"):
+        shutil.rmtree(run / part)
+    for part in ("metrics.jsonl", "environment.json", "attention.safetensors"):
+        (run / part).unlink()
+    text = text_of(write_report([run], tmp_path / "report.html").read_text())
+    assert "1 student: 12 heads squeezed into 5 Not evaluated yet." in text
+    assert f"Runs without samples; make them with: shd-diffusion sample {run}" in text
+    assert f"Runs without figures; compute them with: shd-diffusion evaluate {run}" in text
+    assert text.count(f"shd-diffusion distill {run}/config.yaml") == 3  # metrics log, attention, commands
+
+
+def test_names_and_values_from_files_are_escaped(fresh_run: Callable[[str], Path], tmp_path: Path) -> None:
+    run = fresh_run("<b>&'\"")
+    metrics = run / "evaluation" / "metrics.json"
+    content = json.loads(metrics.read_text())
+    content["warnings"] = ["<script>alert(1)</script>"]
+    content["protocol"]["reference"] = "</td><img src=x onerror=alert(1)>"
+    metrics.write_text(json.dumps(content))
+    elements = Elements(write_report([run], tmp_path / "report.html").read_text())
+    assert elements.open == []
+    assert not {"script", "b"} & {tag for tag, _ in elements.found}
+    assert all("onerror" not in attributes for _, attributes in elements.found)
+
+
+def test_bad_input_writes_nothing(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match=r"empty/config\.yaml: missing"):
+        write_report([runs["kd"], tmp_path / "empty"], tmp_path / "out" / "report.html")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("names", "title", "lead"),
+    [
+        (["teacher"], "Teacher teacher", "By FID (digits-classifier) the teacher has 38.2."),
+        (["kd"], "1 student: 12 heads squeezed into 5", "kd has FID (digits-classifier), 389.7."),
+    ],
+)
+def test_headline_of_one_run(runs: dict[str, Path], names: list[str], title: str, lead: str) -> None:
+    found = headline(read_runs([runs[name] for name in names]))
+    assert (found.title, found.lead) == (title, lead)

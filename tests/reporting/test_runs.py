@@ -1,0 +1,122 @@
+"""Run folders read as typed data, and what is said of a damaged one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from conftest import BLOCKS
+from safetensors.numpy import load_file, save_file
+
+from shd_diffusion.errors import UserError
+from shd_diffusion.reporting.runs import read_log, read_runs
+
+
+def test_every_part_of_a_run_is_read(runs: dict[str, Path]) -> None:
+    (run,) = read_runs([runs["kd-shd"]])
+    tensors = load_file(runs["kd-shd"] / "attention.safetensors")
+    assert run.log and run.samples and run.metrics and run.attention and run.environment
+    assert run.command == "shd-diffusion distill configs/digits/kd-shd.yaml"
+    assert run.config["losses"]["shd"]["weight"] == 5.0
+    assert (run.figure("fid"), run.figure("kid_mean"), run.figure("sfid")) == (104.3, 104.3 / 40, None)
+    assert run.metrics.features == "digits-classifier" and run.metrics.per_class_fid["9"] == 104.3 * 1.9
+    assert run.samples.labels[:11] == [*range(10), 0]
+    assert (run.attention.label, run.attention.timestep, len(run.attention.blocks)) == (3, 250, BLOCKS)
+    block = run.attention.blocks[2]
+    for field in ("teacher", "squeezed", "student", "coefficients", "weights", "residual", "divergence"):
+        np.testing.assert_array_equal(getattr(block, field), tensors[f"transformer_blocks.2.attn1/{field}"])
+
+
+def test_a_log_has_one_value_a_step_and_nan_where_a_term_was_not_computed(tmp_path: Path) -> None:
+    lines = [
+        {"step": 1, "terms": {"denoise": {"value": 2.0, "share": 1.0}}},
+        {"step": 3, "terms": {"denoise": {"value": 9.0, "share": 1.0}}},
+        {
+            "step": 2,
+            "terms": {"denoise": {"value": 1.0, "share": 0.25}, "shd": {"value": 3.0, "share": 0.75}},
+        },
+        {"step": 3, "terms": {"denoise": {"value": 0.5, "share": 1.0}}, "watch": {"fid": 7.0}},
+    ]
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "ter')  # cut off by an interruption
+    log = read_log(path)
+    np.testing.assert_array_equal(log.steps, [1, 2, 3])
+    np.testing.assert_array_equal(log.values["denoise"], [2, 1, 0.5])  # step 3 was taken again after a resume
+    np.testing.assert_array_equal(log.values["shd"], [np.nan, 3, np.nan])
+    np.testing.assert_array_equal(log.shares["shd"], [np.nan, 0.75, np.nan])
+    np.testing.assert_array_equal(log.watched, [[3, 7]])
+
+
+def test_runs_come_teachers_first_once_each_under_names_that_differ(
+    fresh_run: Callable[[str], Path], runs: dict[str, Path]
+) -> None:
+    teacher, kd = runs["teacher"], runs["kd"]
+    assert [run.name for run in read_runs([kd, teacher, kd])] == ["teacher", "kd"]
+    other = fresh_run("kd")
+    assert [run.name for run in read_runs([kd, other])] == [str(kd), str(other)]
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
+def test_a_folder_that_is_no_finished_run(fresh_run: Callable[[str], Path], name: str) -> None:
+    run = fresh_run("kd")
+    (run / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}: missing.*not a finished run; give the folder that"):
+        read_runs([run])
+
+
+def test_no_run_at_all() -> None:
+    with pytest.raises(UserError, match="give at least one run folder"):
+        read_runs([])
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("summary.json", "{", "summary.json: not a JSON file"),
+        ("summary.json", "[]", "summary.json: not a JSON object"),
+        ("summary.json", '{"stage": "distill", "heads": 5}', "summary.json: key `parameters` is missing"),
+        ("config.yaml", "a: [", "config.yaml: not a YAML mapping"),
+        ("config.yaml", "- a", "config.yaml: not a YAML mapping"),
+        ("samples/sampling.json", '{"labels": []}', "sampling.json: key `seconds_per_image` is missing"),
+        ("metrics.jsonl", 'half\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
+        ("metrics.jsonl", '[1]\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
+        ("evaluation/metrics.json", "NaN", "metrics.json: not a JSON object"),
+        ("attention.safetensors", "not tensors", "attention.safetensors: damaged"),
+    ],
+)
+def test_a_damaged_file_is_named(
+    fresh_run: Callable[[str], Path], file: str, content: str, message: str
+) -> None:
+    run = fresh_run("kd-shd")
+    (run / file).write_text(content)
+    with pytest.raises(UserError, match=message) as caught:
+        read_runs([run])
+    assert str(run) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_attention_that_lacks_a_tensor(fresh_run: Callable[[str], Path]) -> None:
+    path = fresh_run("kd-shd") / "attention.safetensors"
+    tensors = load_file(path)
+    del tensors["transformer_blocks.1.attn1/squeezed"]
+    description = {"blocks": [{"student": "transformer_blocks.1.attn1"}]}
+    save_file(tensors, path, metadata={"description": json.dumps(description)})
+    with pytest.raises(UserError, match=r"attention\.safetensors: damaged.*squeezed"):
+        read_runs([path.parent])
+    save_file(tensors, path)
+    with pytest.raises(UserError, match=r"attention\.safetensors: damaged.*description"):
+        read_runs([path.parent])
+
+
+def test_parts_that_are_not_there_yet_are_none(fresh_run: Callable[[str], Path]) -> None:
+    folder = fresh_run("kd")
+    for part in ("samples", "evaluation"):
+        shutil.rmtree(folder / part)
+    for part in ("metrics.jsonl", "environment.json", "attention.safetensors"):
+        (folder / part).unlink()
+    (run,) = read_runs([folder])
+    assert [run.log, run.samples, run.metrics, run.attention, run.environment] == [None] * 5
+    assert run.command == f"shd-diffusion distill {folder / 'config.yaml'}"
