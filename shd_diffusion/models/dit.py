@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from diffusers import DiTTransformer2DModel
+from diffusers import DiTTransformer2DModel, ModelMixin  # noqa: F401 -- pipelines look for the latter here
 
 
 class OriginalDiTTransformer2DModel(DiTTransformer2DModel):

@@ -12,14 +12,19 @@ from diffusers.models.embeddings import LabelEmbedding
 from shd_diffusion.config import ModelConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json
+from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
+from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
+
+OWN_CLASSES = {kind.__name__: kind for kind in (MDTv2Transformer2DModel, OriginalDiTTransformer2DModel)}
+
 
 def model_class(name: str) -> type[ModelMixin]:
-    """A denoiser class by its name in diffusers.
+    """A denoiser class by its name, one of the project's or of diffusers.
 
     Raises:
         ValueError: no class of that name is a diffusers model.
     """
-    found = getattr(diffusers, name, None)
+    found = OWN_CLASSES.get(name) or getattr(diffusers, name, None)
     if not (isinstance(found, type) and issubclass(found, ModelMixin)):
         raise ValueError(f"`{name}` is no model class of diffusers {diffusers.__version__}")
     return found
@@ -52,7 +57,9 @@ def load_model(path: str) -> ModelMixin:
     """
     folder = find_model_folder(Path(path))
     if folder is None and Path(path).exists():
-        raise UserError(f"{path}: no model in this folder; expected a run, a diffusers pipeline or a diffusers model")
+        raise UserError(
+            f"{path}: no model in this folder; expected a run, a diffusers pipeline or a diffusers model"
+        )
     try:
         if folder is not None:
             kind = model_class(read_json(folder / "config.json").get("_class_name", ""))
@@ -60,7 +67,9 @@ def load_model(path: str) -> ModelMixin:
         return _without_label_dropout(_load_from_hub(path))
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: cannot be loaded as a model ({reason}); give a run or model folder") from error
+        raise UserError(
+            f"{path}: cannot be loaded as a model ({reason}); give a run or model folder"
+        ) from error
 
 
 def find_model_folder(path: Path) -> Path | None:

@@ -11,15 +11,18 @@ from typing import Literal
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin
+from diffusers import DDIMScheduler, DiTTransformer2DModel, ModelMixin
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from shd_diffusion.errors import UserError
+from shd_diffusion.models.adapter import null_label, sample_shape
 from shd_diffusion.models.convert import convert_checkpoint
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
+from shd_diffusion.models.factory import load_model
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
+from shd_diffusion.sampling import ClassConditionalPipeline
 from shd_diffusion.sampling.guidance import guide, power_cosine_scale
 
 DATA = Path(__file__).parent.parent / "data"
@@ -63,6 +66,24 @@ def test_outputs_are_the_authors(kind: Kind, tmp_path: Path) -> None:
 
 
 @KINDS
+def test_a_converted_folder_is_a_teacher_and_samples(kind: Kind, tmp_path: Path) -> None:
+    converted(kind, tmp_path, recorded(kind, "checkpoint/"))
+    model = load_model(str(tmp_path / "model"))
+    assert isinstance(model, CLASSES[kind])
+    assert null_label(model) == 5 and sample_shape(model) == (4, 8, 8)
+    pipeline = ClassConditionalPipeline(model.eval(), DDIMScheduler())
+    pipeline.save_pretrained(tmp_path / "pipeline")
+    loaded = ClassConditionalPipeline.from_pretrained(tmp_path / "pipeline")
+    assert isinstance(loaded.denoiser, CLASSES[kind])
+    latents = torch.randn(2, 4, 8, 8)
+    first, second = (
+        each([0, 4], num_inference_steps=2, guidance_scale=2.0, latents=latents, output_type="pt").images
+        for each in (pipeline, loaded)
+    )
+    assert torch.equal(first, second) and first.std() > 0.1
+
+
+@KINDS
 @torch.no_grad()
 def test_every_parameter_matters_to_the_recorded_outputs(kind: Kind, tmp_path: Path) -> None:
     """Else parity would prove nothing. Biases of keys cannot matter: softmax does not see them."""
@@ -98,7 +119,7 @@ def test_stock_dit_reads_the_folder_but_embeds_timesteps_otherwise(tmp_path: Pat
 @pytest.mark.parametrize("averaged", [False, True])
 def test_files_of_torch(kind: Kind, averaged: bool, tmp_path: Path) -> None:
     state = recorded(kind, "checkpoint/")
-    file, content = tmp_path / "checkpoint.pt", state
+    file, content = tmp_path / "checkpoint.pt", dict[str, object](state)
     if averaged:  # as DiT's train.py saves: the model beside its average, the optimiser and the command line
         zeros = {name: torch.zeros_like(value) for name, value in state.items()}
         content = {"model": zeros, "ema": state, "opt": {"state": {}}, "args": argparse.Namespace(lr=1e-4)}
@@ -137,9 +158,9 @@ def test_sizes_of_a_published_dit_follow_from_shapes(width: int, heads: int, tmp
     convert_checkpoint("dit", tmp_path / "checkpoint.safetensors", tmp_path / "model")
     config = json.loads((tmp_path / "model" / "config.json").read_text())
     assert config["_class_name"] == "OriginalDiTTransformer2DModel"
-    expected = {"num_attention_heads": heads, "attention_head_dim": width // heads, "num_layers": 1}
+    expected: dict[str, float] = {"num_attention_heads": heads, "attention_head_dim": width // heads}
     expected |= {"in_channels": 4, "out_channels": 8, "sample_size": 4, "patch_size": 2}
-    expected |= {"num_embeds_ada_norm": 10, "norm_eps": 1e-6}
+    expected |= {"num_layers": 1, "num_embeds_ada_norm": 10, "norm_eps": 1e-6}
     assert {key: config[key] for key in expected} == expected
 
 
