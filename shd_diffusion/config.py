@@ -25,7 +25,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    """What the models are trained on. Which keys a data set takes, and which it cannot do without: `DATA_KEYS`."""
+    """What the models are trained on; `DATA_KEYS` says which keys a data set needs, and which it takes."""
 
     name: Literal["digits", "fashion_mnist", "cifar10", "image_folder", "huggingface", "latents"] = "digits"
     path: str | None = None
@@ -92,7 +92,22 @@ class SHDConfig(TermConfig):
     """The SHD term (METHOD.md sections 3 to 6)."""
 
     temperature: float = Field(1.0, gt=0)
-    layer_map: Literal["uniform", "last", "first"] | list[int] = "uniform"
+    layer_map: Literal["uniform", "last", "first"] | list[int | None] | dict[str, str] = "uniform"
+    divergence: Literal[
+        "forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "adaptive_kl", "mse"
+    ] = "forward_kl"
+    pairing: Literal["adjacent", "matched"] | list[list[list[int]]] = "adjacent"
+    granularity: Literal["sample", "row"] = "sample"
+    merge: Literal["progressive", "joint"] = "progressive"
+    coefficient: Literal["closed_form", "mean", "select"] = "closed_form"
+    assignment: Literal["order", "optimal"] = "order"
+    calibration_batches: int = Field(4, ge=1)
+    rows: float = Field(1.0, gt=0, le=1)
+    coefficient_rows: Literal["all", "sampled"] = "all"
+    timesteps: list[int] | None = Field(None, min_length=2, max_length=2)
+    decay: Literal["constant", "linear", "cosine"] = "constant"
+    every: int = Field(1, ge=1)
+    chunk_rows: int | None = Field(None, ge=1)
 
 
 class LossesConfig(Section):
@@ -182,6 +197,27 @@ class DistillConfig(RunConfig):
     teacher: TeacherConfig
     student: ModelConfig
     losses: LossesConfig = LossesConfig()
+
+
+class EncodeConfig(Section):
+    """How `prepare` encodes images into a cache of latents.
+
+    `max_corrupt_share`: of the images that may be unreadable and left out, before that is an error.
+    """
+
+    vae: str
+    batch_size: int = Field(16, ge=1)
+    shard_size: int = Field(4096, ge=1)
+    dtype: Literal["float32", "float16"] = "float32"
+    max_corrupt_share: float = Field(0.001, ge=0, le=1)
+
+
+class PrepareConfig(Section):
+    """`prepare`: a cache of latents from images."""
+
+    output: str | None = None
+    data: DataConfig
+    prepare: EncodeConfig
 
 
 # --- reading -------------------------------------------------------------------------------------------------

@@ -10,11 +10,11 @@ from torch.utils.data import Dataset
 
 
 class LabelledImages(Dataset[tuple[Tensor, int]]):
-    """N images with their labels; item i is an 8-bit image (C, H, W) and its label, from 0 to `num_classes` - 1.
+    """N images with their labels; item i is an 8-bit image (C, H, W) and its label.
 
     Attributes:
         shape: (C, H, W), the same for all.
-        num_classes: how many labels there are.
+        num_classes: labels go from 0 to `num_classes` - 1.
         labels: all of them, (N,).
     """
 

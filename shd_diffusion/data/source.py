@@ -1,4 +1,4 @@
-"""What models are trained on: raw items in an order of one's choosing, and how they become what a model sees."""
+"""What models are trained on: raw items in any order, and how they become what a model sees."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
+from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.labelled import LabelledImages
 from shd_diffusion.errors import UserError
 
@@ -17,7 +18,7 @@ from shd_diffusion.errors import UserError
 class Source(ABC):
     """Raw items with labels, and the way from a batch of them to what the model sees.
 
-    Nothing in here is random: which items are flipped, and the noise that a latent is sampled with, are arguments.
+    Nothing here is random: which items are flipped and the noise that a latent is sampled with are given.
 
     Attributes:
         dataset: item i is a tensor and its label.
@@ -50,7 +51,7 @@ class Source(ABC):
         """
 
     def first(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first items as the model sees them, (count, C, H, W), unflipped, latents at their mean; and labels."""
+        """The first items as the model sees them, latents at their mean: (count, C, H, W) and labels (count,)."""
         items, labels = default_collate([self.dataset[index] for index in range(count)])
         noise = torch.zeros(count, *self.shape) if self.needs_noise else None
         return self.clean(items, torch.zeros(count, dtype=torch.bool), noise), labels
@@ -70,8 +71,13 @@ class Source(ABC):
         try:
             yield from loader
         except UserError as error:
-            # From a worker it comes with the worker's traceback as its message, whose last line is the message.
-            raise UserError(str(error).rstrip().rpartition("\n")[2].rpartition("Error: ")[2]) from None
+            # From a worker it comes with a traceback as its message, in whose last line the message stands.
+            message = str(error).rstrip()
+            if "\n" in message:
+                message = message.rpartition("\n")[2].partition(": ")[2]
+            if isinstance(error, UnreadableImage):
+                message += "; remove it, or train on what `shd-diffusion prepare` writes, which leaves it out"
+            raise UserError(message) from None
 
 
 class ImageSource(Source):
@@ -104,10 +110,11 @@ def check_source(source: Source, shape: tuple[int, int, int], num_classes: int, 
     """
     if shape != source.shape:
         raise UserError(
-            f"{place} makes a model of {shape} inputs (channels, height, width), but `data` gives {source.shape}; "
-            "make them equal"
+            f"{place} makes a model of {shape} inputs (channels, height, width), "
+            f"but `data` gives {source.shape}; make them equal"
         )
     if num_classes != source.num_classes:
         raise UserError(
-            f"{place} makes a model of {num_classes} classes, but `data` has {source.num_classes}; make them equal"
+            f"{place} makes a model of {num_classes} classes, "
+            f"but `data` has {source.num_classes}; make them equal"
         )
