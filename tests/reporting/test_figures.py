@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import GROUPS
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -22,6 +21,8 @@ from shd_diffusion.reporting.page import assign_looks
 from shd_diffusion.reporting.quality import quality_scatters
 from shd_diffusion.reporting.runs import read_runs
 from shd_diffusion.reporting.samples import sample_gallery
+
+from .made_up_runs import GROUPS
 
 
 def test_smooth_is_the_mean_of_present_neighbours() -> None:

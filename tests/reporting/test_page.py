@@ -11,13 +11,14 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import BLOCKS
 from PIL import Image
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.reporting import write_report
 from shd_diffusion.reporting.page import headline
 from shd_diffusion.reporting.runs import read_runs
+
+from .made_up_runs import BLOCKS
 
 
 class Elements(HTMLParser):

@@ -9,11 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import BLOCKS
 from safetensors.numpy import load_file, save_file
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.reporting.runs import read_log, read_runs
+
+from .made_up_runs import BLOCKS
 
 
 def test_every_part_of_a_run_is_read(runs: dict[str, Path]) -> None:
