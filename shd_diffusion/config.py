@@ -93,9 +93,9 @@ class SHDConfig(TermConfig):
 
     temperature: float = Field(1.0, gt=0)
     layer_map: Literal["uniform", "last", "first"] | list[int | None] | dict[str, str] = "uniform"
-    divergence: Literal[
-        "forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "adaptive_kl", "mse"
-    ] = "forward_kl"
+    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "adaptive_kl", "mse"] = (
+        "forward_kl"
+    )
     pairing: Literal["adjacent", "matched"] | list[list[list[int]]] = "adjacent"
     granularity: Literal["sample", "row"] = "sample"
     merge: Literal["progressive", "joint"] = "progressive"

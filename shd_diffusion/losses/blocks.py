@@ -16,14 +16,14 @@ def map_blocks(
 ) -> dict[str, str]:
     """The teacher block of each student block, by name; blocks meet their own kind only.
 
-    Self-attention is compared with self-attention, cross with cross, joint with joint, and within joint
-    attention the context stream (`<name>:context`) with the context stream.
+    Self-attention is compared with self-attention, cross with cross, joint with joint, and where one module
+    leaves several records (`<name>:context`), like with like.
 
     Args:
         teacher: kinds of the teacher's blocks by name, in execution order.
         student: the same for the student.
-        layer_map: `uniform` spreads t(l) = ceil((l + 1)·L_T / L_S) - 1, `last` and `first` take so many of the
-            teacher's blocks; a list gives t(l) for each student block of a kind, None to leave the block out;
+        layer_map: `uniform` spreads t(l) = ceil((l + 1)·L_T / L_S) - 1, `last` and `first` take so many of
+            the teacher's blocks; a list gives t(l) for each student block of a kind, None to leave the block out;
             a mapping gives the pairs by name.
 
     Raises:
@@ -38,21 +38,23 @@ def map_blocks(
         return dict(layer_map)
     pairs: dict[str, str] = {}
     for stream in dict.fromkeys(_stream(name, student) for name in student):
-        ours = [name for name in student if _stream(name, student) == stream]
-        theirs = [name for name in teacher if _stream(name, teacher) == stream]
-        for name, index in zip(ours, _indices(len(theirs), len(ours), layer_map), strict=True):
+        of_student = [name for name in student if _stream(name, student) == stream]
+        of_teacher = [name for name in teacher if _stream(name, teacher) == stream]
+        for name, index in zip(
+            of_student, _indices(len(of_teacher), len(of_student), layer_map), strict=True
+        ):
             if index is None:
                 continue
-            if not 0 <= index < len(theirs):
+            if not 0 <= index < len(of_teacher):
                 raise ValueError(
                     f"{name}: no {stream[0]}-attention block {index} among the teacher's {len(theirs)}"
                 )
-            pairs[name] = theirs[index]
+            pairs[name] = of_teacher[index]
     return {name: pairs[name] for name in student if name in pairs}
 
 
-def _stream(name: str, kinds: Mapping[str, Kind]) -> tuple[Kind, bool]:
-    return kinds[name], name.endswith(":context")
+def _stream(name: str, kinds: Mapping[str, Kind]) -> tuple[Kind, str]:
+    return kinds[name], name.partition(":")[2]
 
 
 def _indices(teacher: int, student: int, layer_map: LayerMap) -> Sequence[int | None]:

@@ -60,8 +60,8 @@ def skewed_kl(target: Tensor, log_student: Tensor, skew: float = 0.1) -> tuple[T
 def adaptive_kl(target: Tensor, log_student: Tensor, head: float = 0.5) -> tuple[Tensor, Tensor]:
     """Forward and reverse KL, each row weighted by where the maps differ (Wu et al., arXiv 2404.02657).
 
-    The forward KL weighs as much as the gap on the target's largest entries, which together hold `head` of the
-    mass, the reverse KL as much as the gap on the rest. The weights are constants to the optimiser.
+    The forward KL weighs as much as the gap on the target's largest entries, which together hold `head` of
+    the mass, the reverse KL as much as the gap on the rest. The weights are constants to the optimiser.
     """
     student = log_student.exp()
     ordered, order = target.sort(dim=-1, descending=True)

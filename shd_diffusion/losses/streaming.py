@@ -5,46 +5,49 @@ The seam for other backends: a fused kernel may replace `map_divergence` behind 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from shd_diffusion.losses.divergence import DivergenceFunction
+from shd_diffusion.attention.records import AttentionRecord
+from shd_diffusion.losses.divergence import DivergenceFunction, safe_log
 
-Targets: TypeAlias = Callable[[slice], Iterator[tuple[slice, Tensor]]]
-"""For a slice of samples: slices of query rows, in order, with their target maps (samples, H, rows, K)."""
+Chunks: TypeAlias = Iterable[tuple[slice, slice, Tensor]]
+"""Chunks that cover all target maps: samples, query rows, and the maps (samples, H, rows, K)."""
+Pool: TypeAlias = tuple[int, int]
+"""So many neighbouring query rows and keys of a finer map make one of the coarser."""
 
 
 def map_divergence(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    mask: Tensor | None,
-    targets: Targets,
+    student: AttentionRecord,
+    targets: Callable[[], Chunks],
     divergence: DivergenceFunction,
-    samples_at_once: int = 1,
+    temperature: float = 1.0,
+    pool: Pool = (1, 1),
 ) -> Tensor:
-    """Mean divergence over the query rows of softmax(scale · q kᵀ + mask) from its target maps.
+    """Mean divergence, over the query rows, of a student's maps from their targets.
 
     Maps exist for one chunk at a time. The gradient is linear in each head's upstream gradient, so it is formed
-    in the same pass, while a chunk's maps are at hand: (B, H, Q, d) and (B, H, K, d) wait for the backward pass.
+    in the same pass, while a chunk's maps are at hand: only gradients in the shapes of query and key wait for
+    the backward pass, and no map is computed twice.
 
     Args:
-        query: (B, H, Q, d); the gradient goes to it and to the key.
-        key: (B, H, K, d).
-        scale: factor on the logits, the temperature's 1/τ included.
-        mask: added to the logits as it is, or True where attention is allowed; broadcastable to (B, H, Q, K).
+        student: the gradient goes to its query and key.
         targets: the maps to learn, chunk by chunk.
         divergence: from `DIVERGENCES`.
-        samples_at_once: how many samples a slice takes.
+        temperature: τ of the student's maps.
+        pool: the student's share of bringing both maps to one grid.
 
     Returns:
         (B, H), float32 or better.
     """
-    return _MapDivergence.apply(query, key, scale, mask, targets, divergence, samples_at_once)
+    found: Tensor = _MapDivergence.apply(
+        student.query, student.key, student, targets, divergence, temperature, pool
+    )
+    return found
 
 
 class _MapDivergence(torch.autograd.Function):
@@ -53,52 +56,80 @@ class _MapDivergence(torch.autograd.Function):
         ctx: Any,
         query: Tensor,
         key: Tensor,
-        scale: float,
-        mask: Tensor | None,
-        targets: Targets,
+        student: AttentionRecord,
+        targets: Callable[[], Chunks],
         divergence: DivergenceFunction,
-        samples_at_once: int,
+        temperature: float,
+        pool: Pool,
     ) -> Tensor:
         dtype = torch.promote_types(query.dtype, torch.float32)
-        batch, heads, rows = query.shape[:3]
-        needed = any(ctx.needs_input_grad[:2])
+        batch, heads, rows, _ = query.shape
         values = query.new_zeros((batch, heads), dtype=dtype)
-        query_gradient = torch.empty_like(query, dtype=dtype) if needed else None
-        key_gradient = torch.zeros_like(key, dtype=dtype) if needed else None
-        for start in range(0, batch, samples_at_once):
-            samples = slice(start, start + samples_at_once)
-            k = key[samples].to(dtype)
-            for part, target in targets(samples):
-                q = query[samples, :, part].to(dtype)
-                logits = masked(q @ k.mT * scale, mask, samples, part)
-                log_student = logits.log_softmax(-1)
-                if mask is not None:  # 0 · log 0 = 0
-                    log_student.clamp_min_(torch.finfo(dtype).min)
-                value, gradient = divergence(target, log_student)
-                values[samples] += value.sum(-1)
-                if query_gradient is not None and key_gradient is not None:
-                    query_gradient[samples, :, part] = gradient @ k
-                    key_gradient[samples] += gradient.mT @ q
-        if query_gradient is not None and key_gradient is not None:
-            ctx.save_for_backward(query_gradient.mul_(scale / rows), key_gradient.mul_(scale / rows))
-            ctx.dtypes = query.dtype, key.dtype
-        return values / rows
+        learns = any(ctx.needs_input_grad[:2])
+        of_query, of_key = (
+            torch.zeros_like(tensor, dtype=dtype) if learns else None for tensor in (query, key)
+        )
+        for samples, part, target in targets():
+            own = slice(part.start * pool[0], part.stop * pool[0])
+            value, gradient = _chunk(
+                chunk_logits(student, samples, own, temperature), target, divergence, pool
+            )
+            values[samples] += value.sum(-1)
+            if of_query is not None and of_key is not None:
+                of_query[samples, :, own] = gradient @ key[samples].to(dtype)
+                of_key[samples] += gradient.mT @ query[samples, :, own].to(dtype)
+        if of_query is not None and of_key is not None:
+            ctx.save_for_backward(of_query, of_key)
+            ctx.scale, ctx.dtypes = student.scale / temperature / (rows // pool[0]), (query.dtype, key.dtype)
+        return values.div_(rows // pool[0])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        query_gradient, key_gradient = ctx.saved_tensors
-        by_head = upstream[:, :, None, None]
-        query_dtype, key_dtype = ctx.dtypes
-        gradients = (query_gradient * by_head).to(query_dtype), (key_gradient * by_head).to(key_dtype)
-        return *gradients, None, None, None, None, None
+        by_head = (upstream * ctx.scale)[:, :, None, None]
+        gradients = (saved * by_head for saved in ctx.saved_tensors)
+        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), *[None] * 5
 
 
-def masked(logits: Tensor, mask: Tensor | None, samples: slice, rows: slice) -> Tensor:
-    """Logits (samples, H, rows, K) under the part of a mask (broadcastable to (B, H, Q, K)) that is theirs."""
-    if mask is None:
+def _chunk(
+    logits: Tensor, target: Tensor, divergence: DivergenceFunction, pool: Pool
+) -> tuple[Tensor, Tensor]:
+    """Divergence of each row (samples, H, rows) and its gradient by the student's logits."""
+    if pool == (1, 1):
+        return divergence(target, log_maps(logits))
+    maps = logits.softmax(-1)
+    log_pooled = safe_log(pooled(maps, pool))
+    value, gradient = divergence(target, log_pooled)
+    # log q of the pooled map stands for its logits; from there through log and pooling to the map itself
+    slope = (gradient / log_pooled.exp()).repeat_interleave(pool[0], -2).repeat_interleave(
+        pool[1], -1
+    ) / pool[0]
+    return value, maps * (slope - torch.linalg.vecdot(maps, slope)[..., None])
+
+
+def log_maps(logits: Tensor, pool: Pool = (1, 1)) -> Tensor:
+    """log q of the student's maps, on the targets' grid; finite also where keys are masked, so that 0 · log 0 = 0."""
+    if pool == (1, 1):
+        return logits.log_softmax(-1).clamp_min_(torch.finfo(logits.dtype).min)
+    return safe_log(pooled(logits.softmax(-1), pool))
+
+
+def pooled(maps: Tensor, pool: Pool) -> Tensor:
+    """Maps on a coarser grid: the mean of neighbouring query rows, the sum of neighbouring keys."""
+    rows, keys = pool
+    if keys > 1:
+        maps = maps.unflatten(-1, (-1, keys)).sum(-1)
+    return maps.unflatten(-2, (-1, rows)).mean(-2) if rows > 1 else maps
+
+
+def chunk_logits(record: AttentionRecord, samples: slice, rows: slice, temperature: float = 1.0) -> Tensor:
+    """A record's logits over the temperature for a chunk of it, (samples, H, rows, K), in float32 or better."""
+    dtype = torch.promote_types(record.query.dtype, torch.float32)
+    query = record.query[samples, :, rows].to(dtype) * (record.scale / temperature)
+    logits = query @ record.key[samples].to(dtype).mT
+    if record.mask is None:
         return logits
-    part = mask.expand(*(1,) * (4 - mask.dim()), *mask.shape)
-    part = part[samples] if part.shape[0] > 1 else part
-    part = part[:, :, rows] if part.shape[2] > 1 else part
-    return logits.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else logits + part
+    mask = record.mask[(None,) * (4 - record.mask.ndim)]
+    mask = mask[samples] if mask.shape[0] > 1 else mask
+    mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
+    return logits + mask.to(dtype) / temperature

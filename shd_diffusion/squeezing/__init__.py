@@ -1,6 +1,18 @@
 """The method: which heads merge when, with which weights, and M maps squeezed into N."""
 
-from shd_diffusion.squeezing.plan import Plan, plan_merges
+from shd_diffusion.squeezing.matching import match_merges
+from shd_diffusion.squeezing.plan import Plan, plan_merges, plans_from_json, plans_to_json
 from shd_diffusion.squeezing.squeeze import SqueezeDetails, squeeze_heads
+from shd_diffusion.squeezing.weights import Squeezer, prepare
 
-__all__ = ["Plan", "SqueezeDetails", "plan_merges", "squeeze_heads"]
+__all__ = [
+    "Plan",
+    "SqueezeDetails",
+    "Squeezer",
+    "match_merges",
+    "plan_merges",
+    "plans_from_json",
+    "plans_to_json",
+    "prepare",
+    "squeeze_heads",
+]

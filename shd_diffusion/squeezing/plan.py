@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeAlias
 
 Group: TypeAlias = tuple[int, ...]
@@ -73,3 +74,13 @@ def members(plan: Plan, num_heads: int) -> Round:
 def parse_plan(rounds: Iterable[Iterable[Sequence[int]]]) -> Plan:
     """A plan from nested lists, as JSON and YAML have them."""
     return tuple(tuple(tuple(group) for group in groups) for groups in rounds)
+
+
+def plans_to_json(plans: Mapping[str, Plan]) -> str:
+    """Plans by block as JSON."""
+    return json.dumps(plans, indent=1)
+
+
+def plans_from_json(text: str) -> dict[str, Plan]:
+    """What `plans_to_json` wrote."""
+    return {name: parse_plan(plan) for name, plan in json.loads(text).items()}

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from shd_diffusion.squeezing.chunks import chunk_rows_for, cut
 from shd_diffusion.squeezing.coefficients import Coefficient
-from shd_diffusion.squeezing.plan import Group, Plan, check_heads, check_plan, plan_merges
-from shd_diffusion.squeezing.value_space import output_gram
+from shd_diffusion.squeezing.matching import match_merges
+from shd_diffusion.squeezing.plan import Plan, check_heads, check_plan, plan_merges
+from shd_diffusion.squeezing.residual import residual_energies
 from shd_diffusion.squeezing.weights import (
     Granularity,
     Merge,
-    Stream,
+    Squeezer,
     apply_weights,
-    mix,
     prepare,
     squeeze_weights,
     with_weights,
@@ -51,6 +51,7 @@ def squeeze_heads(
     granularity: Granularity = ...,
     merge: Merge = ...,
     coefficient: Coefficient = ...,
+    squeezer: Squeezer | None = ...,
     return_details: Literal[False] = ...,
 ) -> Tensor: ...
 @overload
@@ -64,6 +65,7 @@ def squeeze_heads(
     granularity: Granularity = ...,
     merge: Merge = ...,
     coefficient: Coefficient = ...,
+    squeezer: Squeezer | None = ...,
     return_details: Literal[True],
 ) -> tuple[Tensor, SqueezeDetails]: ...
 @torch.no_grad()
@@ -77,6 +79,7 @@ def squeeze_heads(
     granularity: Granularity = "sample",
     merge: Merge = "progressive",
     coefficient: Coefficient = "closed_form",
+    squeezer: Squeezer | None = None,
     return_details: bool = False,
 ) -> Tensor | tuple[Tensor, SqueezeDetails]:
     """Squeeze the teacher's M attention maps into the student's N (METHOD.md sections 3 and 4).
@@ -90,56 +93,52 @@ def squeeze_heads(
         granularity: one α for each `sample` and merge (the paper), or for each `row`.
         merge: `progressive`, pair by pair (the paper), or `joint`, each final group at once.
         coefficient: `closed_form` (the paper), or for ablations `mean` (1/2) or `select` (0 or 1).
+        squeezer: what `prepare` made of the plan and the output weight of a frozen teacher, to save doing it
+            again; `pairing` and `merge` are then settled.
         return_details: also return `SqueezeDetails`.
 
     Returns:
         The squeezed maps (B, N, Q, K), in float32 or better, without gradient.
 
     Raises:
-        ValueError: head counts that cannot be squeezed, shapes that do not fit, maps or values that are not finite.
+        ValueError: head counts that cannot be squeezed, shapes that do not fit, numbers that are not finite.
     """
-    batch, heads, _, keys = maps.shape
+    batch, heads, rows, keys = maps.shape
     check_heads(heads, num_heads)
     if values.shape[:3] != (batch, heads, keys):
         raise ValueError(f"values {tuple(values.shape)} do not fit maps {tuple(maps.shape)}")
     if output_weight.shape[1] != heads * values.shape[3]:
         raise ValueError(
-            f"an output weight {tuple(output_weight.shape)} does not fit {heads} heads of {values.shape[3]}"
+            f"output weight {tuple(output_weight.shape)} does not fit values {tuple(values.shape)}"
         )
     dtype = torch.promote_types(torch.promote_types(maps.dtype, values.dtype), torch.float32)
     maps, values, output_weight = maps.to(dtype), values.to(dtype), output_weight.to(dtype)
-    plan = plan_merges(heads, num_heads) if pairing == "adjacent" else pairing
-    check_plan(plan, heads, num_heads)
-    squeezer = prepare(plan, output_weight, heads, merge)
-    weights, coefficients = squeeze_weights(lambda: [maps], values, squeezer, granularity, coefficient)
-    squeezed = apply_weights(maps, weights, squeezer.groups)
-    if not torch.isfinite(squeezed.sum() + weights.sum()):
+
+    if squeezer is None:
+        plan = plan_merges(heads, num_heads) if pairing == "adjacent" else pairing
+        if plan == "matched":
+            batches = [(lambda: [maps], values)]
+            plan = match_merges(batches, output_weight, num_heads, granularity, merge, coefficient)
+        assert not isinstance(plan, str)
+        check_plan(plan, heads, num_heads)
+        squeezer = prepare(plan, output_weight, heads, merge)
+
+    squeezed = maps.new_empty(batch, num_heads, rows, keys)
+    found = []
+    at_once = chunk_rows_for((batch, heads, rows, keys), maps.device)
+    for samples in cut(batch, at_once // rows):
+        parts = cut(rows, at_once)
+        chunks = [maps[samples, :, part] for part in parts]
+        found.append(squeeze_weights(lambda c=chunks: c, values[samples], squeezer, granularity, coefficient))
+        for part, (chunk, share) in zip(parts, with_weights(chunks, found[-1][0]), strict=True):
+            squeezed[samples, :, part] = apply_weights(chunk, share, squeezer.groups)
+    weights, coefficients = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    if not torch.compiler.is_compiling() and not torch.isfinite(squeezed.sum() + weights.sum()):
         raise ValueError("attention maps or values are not finite")
     if not return_details:
         return squeezed
-    residual = relative_residual(lambda: [maps], values, output_weight, weights, squeezer.groups)
-    if weights.shape[-1] == 1:
+    lost, total = residual_energies(lambda: [maps], values, output_weight, weights, squeezer.groups)
+    residual = (lost / total.clamp_min(torch.finfo(dtype).tiny)).sqrt()
+    if granularity == "sample" or weights.shape[-1] == 1:
         coefficients, weights = coefficients.squeeze(-1), weights.squeeze(-1)
     return squeezed, SqueezeDetails(coefficients, weights, residual)
-
-
-def relative_residual(
-    stream: Stream, values: Tensor, output_weight: Tensor, weights: Tensor, groups: Sequence[Group]
-) -> Tensor:
-    """|sum A_h X_h - Ā sum X_h| / |sum A_h X_h| over the heads h of each group, (B, N); 0 for a head alone."""
-    lost = values.new_zeros(values.shape[0], len(groups))
-    total = torch.zeros_like(lost)
-    for index, group in enumerate(groups):
-        if len(group) == 1:
-            continue
-        gram = output_gram(output_weight, [group], values.shape[1])[0]
-        for maps, part in with_weights(stream(), weights):
-            squeezed = mix(maps, part[:, index], group)
-            kept = torch.cat(
-                [maps[:, head] @ values[:, head] for head in group], -1
-            )  # [A_h V_h], (B, rows, n·d)
-            error = kept - torch.cat([squeezed @ values[:, head] for head in group], -1)
-            lost[:, index] += ((error @ gram) * error).sum((-2, -1))
-            total[:, index] += ((kept @ gram) * kept).sum((-2, -1))
-    tiny = torch.finfo(total.dtype).tiny
-    return (lost.clamp_min(0) / total.clamp_min(tiny)).sqrt()

@@ -39,6 +39,11 @@ class MergeStep:
     parts: tuple[tuple[Group, ...], ...]
     gram: Tensor
 
+    @property
+    def heads(self) -> tuple[Group, ...]:
+        """The teacher heads behind each merge."""
+        return tuple(joined(parts) for parts in self.parts)
+
 
 @dataclass(frozen=True, slots=True)
 class Squeezer:
@@ -73,23 +78,31 @@ def prepare(plan: Plan, output_weight: Tensor, num_heads: int, merge: Merge = "p
         for group in groups:
             if merge == "progressive" and len(group) > 2:
                 raise ValueError(
-                    f"a progressive merge takes two heads at a time, not {group}; use merge='joint'"
+                    f"a progressive merge takes two heads, not {group}; merge='joint' takes more"
                 )
             if len(group) > 1:
                 by_shape.setdefault(tuple(len(behind[head]) for head in group), []).append(group)
-        rounds.append((groups, tuple(_step(inputs, behind, output_weight) for inputs in by_shape.values())))
-        behind = tuple(_joined(behind[head] for head in group) for group in groups)
+        steps = tuple(merge_step(inputs, behind, output_weight) for inputs in by_shape.values())
+        rounds.append((groups, steps))
+        behind = tuple(joined(behind[head] for head in group) for group in groups)
     return Squeezer(final, tuple(rounds))
 
 
-def _step(inputs: list[Group], behind: Sequence[Group], output_weight: Tensor) -> MergeStep:
+def merge_step(inputs: Sequence[Group], behind: Sequence[Group], output_weight: Tensor) -> MergeStep:
+    """Merges of `inputs` (heads of one round), given the teacher heads behind each head of that round."""
     parts = tuple(tuple(behind[head] for head in group) for group in inputs)
     num_heads = sum(map(len, behind))
-    return MergeStep(tuple(inputs), parts, output_gram(output_weight, [_joined(p) for p in parts], num_heads))
+    return MergeStep(tuple(inputs), parts, output_gram(output_weight, [joined(p) for p in parts], num_heads))
 
 
-def _joined(parts: Iterable[Group]) -> Group:
+def joined(parts: Iterable[Group]) -> Group:
     return tuple(head for part in parts for head in part)
+
+
+def identity_weights(values: Tensor) -> Tensor:
+    """Weights of the heads before any merge: (B, M, M, 1) for values (B, M, K, d)."""
+    batch, heads = values.shape[:2]
+    return torch.eye(heads, dtype=values.dtype, device=values.device).expand(batch, heads, heads)[..., None]
 
 
 def squeeze_weights(
@@ -112,10 +125,8 @@ def squeeze_weights(
         The weights (B, N, M, R), with R = Q by row and else 1, and the shares (B, M - N, R) that each merge
         gives to its inputs, the last one's (1 - the others') left out: α, where pairs merge.
     """
-    batch, heads = values.shape[:2]
-    eye = torch.eye(heads, dtype=values.dtype, device=values.device)
-    weights = eye.expand(batch, heads, heads)[..., None]  # (B, heads of the round, M, R)
-    coefficients: list[Tensor] = []
+    weights = identity_weights(values)
+    coefficients = [values.new_empty(values.shape[0], 0, 1)]
     for groups, steps in squeezer.rounds:
         merged: dict[Group, Tensor] = {}
         for step in steps:
@@ -123,9 +134,9 @@ def squeeze_weights(
             inputs = torch.stack([weights[:, list(group)] for group in step.inputs], 1)  # (B, P, n, M, R)
             merged.update(zip(step.inputs, (shares[:, :, :, None] * inputs).sum(2).unbind(1), strict=True))
             coefficients.append(shares[:, :, :-1].flatten(1, 2))
-        rounds = [merged[group] if len(group) > 1 else weights[:, group[0]] for group in groups]
-        weights = torch.stack(torch.broadcast_tensors(*rounds), 1)
-    return weights, torch.cat(coefficients, 1) if coefficients else weights.new_empty(batch, 0, 1)
+        heads = [merged[group] if len(group) > 1 else weights[:, group[0]] for group in groups]
+        weights = torch.stack(torch.broadcast_tensors(*heads), 1)
+    return weights, torch.cat(coefficients[1:] or coefficients, 1)
 
 
 def _shares(
@@ -135,41 +146,40 @@ def _shares(
     count = len(step.inputs[0])
     if coefficient == "mean":
         return values.new_full((values.shape[0], len(step.inputs), count, 1), 1 / count)
-    beside = side_by_side(values, [_joined(parts) for parts in step.parts])
-    if count > 2:
-        grams = [
-            deviation_gram(
-                torch.stack([maps[:, list(group)] for group in step.inputs], 1), beside, step.gram, by_row
-            )
-            for maps in stream()
-        ]
-        gram = torch.cat(grams, 2) if by_row else torch.stack(grams).sum(0)
-        if coefficient == "select":
-            best = gram.diagonal(dim1=-2, dim2=-1).argmin(-1)
-            return torch.nn.functional.one_hot(best, count).to(gram).mT
-        return minimum_norm_weights(gram).mT
-    split = len(step.parts[0][0]) * values.shape[-1]
-    sums = [
-        pair_sums(_differences(step, maps, part), beside, step.gram, split, by_row)
-        for maps, part in with_weights(stream(), weights)
+    if count == 2:
+        sums = merge_sums(step, stream, values, weights, by_row)
+        alpha = closed_form(sums) if coefficient == "closed_form" else select(sums)
+        return torch.stack([alpha, 1 - alpha], 2)
+    beside = side_by_side(values, step.heads)
+    grams = [
+        deviation_gram(
+            torch.stack([maps[:, list(group)] for group in step.heads], 1), beside, step.gram, by_row
+        )
+        for maps in stream()
     ]
-    alpha = {"closed_form": closed_form, "select": select}[coefficient](
-        torch.cat(sums, -1) if by_row else torch.stack(sums).sum(0)
-    )
-    return torch.stack([alpha, 1 - alpha], 2)
+    gram = torch.cat(grams, 2) if by_row else torch.stack(grams).sum(0)
+    if coefficient == "select":
+        best = gram.diagonal(dim1=-2, dim2=-1).argmin(-1)
+        return torch.nn.functional.one_hot(best, count).to(gram).mT
+    return minimum_norm_weights(gram).mT
 
 
-def _differences(step: MergeStep, maps: Tensor, weights: Tensor) -> Tensor:
-    """D = A_p - A_q for each pair of a step, (B, P, rows, K)."""
-    batch, _, rows, keys = maps.shape
-    differences = maps.new_empty(batch, len(step.inputs), rows, keys)
-    for index, ((p, q), (of_p, of_q)) in enumerate(zip(step.inputs, step.parts, strict=True)):
-        torch.sub(mix(maps, weights[:, p], of_p), mix(maps, weights[:, q], of_q), out=differences[:, index])
-    return differences
+def merge_sums(step: MergeStep, stream: Stream, values: Tensor, weights: Tensor, by_row: bool) -> Tensor:
+    """`pair_sums` of a step's merges over all chunks, (3, B, P, R)."""
+    beside = side_by_side(values, step.heads)
+    split = len(step.parts[0][0]) * values.shape[-1]
+    firsts, seconds = zip(*step.inputs, strict=True)
+    of_first, of_second = zip(*step.parts, strict=True)
+    sums = []
+    for maps, part in with_weights(stream(), weights):
+        # D = A_p - A_q, each itself a mixture of teacher maps from the second round on
+        difference = mix(maps, part[:, firsts], of_first) - mix(maps, part[:, seconds], of_second)
+        sums.append(pair_sums(difference, beside, step.gram, split, by_row))
+    return torch.cat(sums, -1) if by_row else torch.stack(sums).sum(0)
 
 
 def with_weights(chunks: Iterable[Tensor], weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each chunk of maps with the weights of its rows."""
+    """Each chunk of maps (B, M, rows, K) with the weights (B, N, M, rows or 1) of its rows."""
     start = 0
     for maps in chunks:
         stop = start + maps.shape[2]
@@ -177,26 +187,42 @@ def with_weights(chunks: Iterable[Tensor], weights: Tensor) -> Iterator[tuple[Te
         start = stop
 
 
-def mix(maps: Tensor, weights: Tensor, heads: Group, out: Tensor | None = None) -> Tensor:
-    """One squeezed map: the heads' maps (of (B, M, rows, K)) by their weights (of (B, M, R)); (B, rows, K)."""
-    if len(heads) == 1:
-        return maps[:, heads[0]] if out is None else out.copy_(maps[:, heads[0]])
-    first, *others, last = heads
-    if not others:  # weights sum to 1
-        return torch.lerp(maps[:, last], maps[:, first], weights[:, first, :, None], out=out)
-    mixed = torch.mul(maps[:, first], weights[:, first, :, None], out=out)
-    for head in (*others, last):
-        mixed.addcmul_(maps[:, head], weights[:, head, :, None])
-    return mixed
-
-
 def apply_weights(maps: Tensor, weights: Tensor, groups: Sequence[Group]) -> Tensor:
-    """`weights @ maps`: (B, M, rows, K) by (B, N, M, R), R = rows or 1, to (B, N, rows, K).
+    """`weights @ maps`: (B, M, rows, K) by (B, N, M, rows or 1) to (B, N, rows, K).
 
     `groups` names the heads whose weights are not zero, so that each teacher map is read once.
     """
+    sizes = sorted({len(group) for group in groups})
+    if len(sizes) == 1:
+        return mix(maps, weights, groups)
     batch, _, rows, keys = maps.shape
     mixed = maps.new_empty(batch, len(groups), rows, keys)
-    for index, group in enumerate(groups):
-        mix(maps, weights[:, index], group, out=mixed[:, index])
+    for size in sizes:
+        positions = [index for index, group in enumerate(groups) if len(group) == size]
+        part = mix(maps, weights[:, positions], [groups[index] for index in positions])
+        mixed[:, _span(positions)] = part
     return mixed
+
+
+def mix(maps: Tensor, weights: Tensor, groups: Sequence[Group]) -> Tensor:
+    """Mixtures of P groups of equally many heads: maps (B, M, rows, K), weights (B, P, M, rows or 1)."""
+    columns = list(zip(*groups, strict=True))
+    parts = [maps[:, _span(heads)] for heads in columns]
+    if len(parts) == 1:
+        return parts[0]
+    order = torch.arange(len(groups), device=maps.device)
+    shares = [weights[:, order, torch.tensor(heads, device=maps.device), :, None] for heads in columns]
+    if len(parts) == 2:  # weights sum to 1
+        return torch.lerp(parts[1], parts[0], shares[0])
+    mixed = parts[0] * shares[0]
+    for part, share in zip(parts[1:], shares[1:], strict=True):
+        mixed.addcmul_(part, share)
+    return mixed
+
+
+def _span(heads: Sequence[int]) -> slice | list[int]:
+    """Evenly spaced heads as a slice, which selects without a copy."""
+    step = heads[1] - heads[0] if len(heads) > 1 else 1
+    if step > 0 and list(heads) == list(range(heads[0], heads[-1] + 1, step)):
+        return slice(heads[0], heads[-1] + 1, step)
+    return list(heads)

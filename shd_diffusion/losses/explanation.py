@@ -1,0 +1,63 @@
+"""What the SHD loss compares, laid open for a report."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from shd_diffusion.attention.records import AttentionRecord
+from shd_diffusion.losses.divergence import DivergenceFunction
+from shd_diffusion.losses.streaming import Pool, chunk_logits, log_maps, pooled
+from shd_diffusion.losses.targets import SqueezedTeacher
+from shd_diffusion.squeezing.residual import residual_energies
+from shd_diffusion.squeezing.weights import apply_weights
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """One student block: S samples, M teacher heads, N student heads, maps (Q, K) at the loss's temperature.
+
+    Attributes:
+        teacher: (S, M, Q, K).
+        squeezed: (S, N, Q, K), in the order of the student's heads.
+        student: (S, N, Q, K).
+        coefficients: (S, M - N), by row (S, M - N, Q): see `SqueezeDetails`.
+        weights: (S, N, M), by row (S, N, M, Q).
+        residual: (S, N), see `SqueezeDetails`.
+        divergence: (S, N), mean over the query rows.
+    """
+
+    teacher: Tensor
+    squeezed: Tensor
+    student: Tensor
+    coefficients: Tensor
+    weights: Tensor
+    residual: Tensor
+    divergence: Tensor
+
+
+def explain(
+    teacher: SqueezedTeacher, student: AttentionRecord, divergence: DivergenceFunction, pool: Pool
+) -> Explanation:
+    """Compute all maps of one block at once, of as many samples as the records hold."""
+    everything, record = slice(None), teacher.record
+    maps = chunk_logits(record, everything, everything).softmax(-1)
+    weights, coefficients = teacher.weights(everything, lambda: [maps])
+    value = record.value.to(maps.dtype)
+    lost, total = residual_energies(lambda: [maps], value, record.output_weight, weights, teacher.groups)
+    softened = chunk_logits(record, everything, everything, teacher.temperature).softmax(-1)
+    squeezed = pooled(apply_weights(softened, weights, teacher.groups), teacher.pool)
+    log_student = log_maps(chunk_logits(student, everything, everything, teacher.temperature), pool)
+    if teacher.granularity == "sample":
+        coefficients, weights = coefficients[..., 0], weights[..., 0]
+    return Explanation(
+        teacher=pooled(softened, teacher.pool),
+        squeezed=squeezed,
+        student=log_student.exp(),
+        coefficients=coefficients,
+        weights=weights,
+        residual=(lost / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt(),
+        divergence=divergence(squeezed, log_student)[0].mean(-1),
+    )
