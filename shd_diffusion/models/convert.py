@@ -87,7 +87,9 @@ def convert_checkpoint(
     try:
         with torch.device("meta"):
             model = _empty_model(kind, state, num_attention_heads)
-        _check(state, model)
+        _check_keys(state, model)
+        if kind == "dit":
+            _check_positions(state, model)
     except ValueError as error:
         raise UserError(f"{file}: not a checkpoint of {kind}: {error}") from None
     model.load_state_dict({name: _take(state, name) for name in model.state_dict()}, assign=True)
@@ -146,13 +148,9 @@ def _empty_model(kind: str, state: StateDict, heads: int | None) -> ModelMixin:
     }
     if kind == "dit":
         return OriginalDiTTransformer2DModel(**arguments, num_layers=_count(state, "blocks"), norm_eps=1e-6)
-    encoder_half, decoder = (
-        max(_count(state, "en_inblocks"), _count(state, "en_outblocks")),
-        _count(state, "de_blocks"),
-    )
-    return MDTv2Transformer2DModel(
-        **arguments, num_layers=2 * encoder_half + decoder, num_decoder_layers=decoder
-    )
+    decoder = _count(state, "de_blocks")
+    encoder = 2 * max(_count(state, "en_inblocks"), _count(state, "en_outblocks"))
+    return MDTv2Transformer2DModel(**arguments, num_layers=encoder + decoder, num_decoder_layers=decoder)
 
 
 def _count(state: StateDict, stack: str) -> int:
@@ -180,37 +178,44 @@ def _take(state: StateDict, name: str) -> Tensor:
     return value.detach().to(torch.float32, copy=True)
 
 
-def _check(state: StateDict, model: ModelMixin) -> None:
-    """See that the checkpoint has exactly the model's parameters, and positions that the model can have.
+def _check_keys(state: StateDict, model: ModelMixin) -> None:
+    """See that the checkpoint has exactly the model's parameters.
 
     Raises:
         ValueError: with all keys that are missing, unexpected or misshapen.
     """
-    expected = {}
+    expected = {"pos_embed": _sincos(model).shape}  # diffusers' DiT computes it: no parameter there
     for name, (rows, *rest) in ((name, value.shape) for name, value in model.state_dict().items()):
         source = _source(name)
-        expected[source] = (3 * rows if ".qkv." in source else rows, *rest)
-    grid, width = model.config.sample_size // model.config.patch_size, expected["x_embedder.proj.bias"][0]
-    expected["pos_embed"] = (1, grid**2, width)  # diffusers' DiT computes it
+        expected[source] = torch.Size([3 * rows if ".qkv." in source else rows, *rest])
     findings = {
         "missing": expected.keys() - state.keys(),
         "unexpected": {key for key in state.keys() - expected.keys() if not key.endswith(_DERIVED)},
         "misshapen": {
-            f"{key} {tuple(state[key].shape)} instead of {shape}"
+            f"{key} {tuple(state[key].shape)} instead of {tuple(shape)}"
             for key, shape in expected.items()
             if key in state and state[key].shape != shape
         },
     }
     if any(findings.values()):
         raise ValueError("; ".join(f"{what}: {_listed(keys)}" for what, keys in findings.items() if keys))
-    if isinstance(model, OriginalDiTTransformer2DModel):
-        sincos = get_2d_sincos_pos_embed(width, grid, base_size=grid)
-        if not torch.allclose(
-            state["pos_embed"][0].double(), sincos, atol=5e-3
-        ):  # as near as bfloat16 keeps it
-            raise ValueError(
-                "`pos_embed` is not the fixed sine-cosine table, and diffusers' DiT has no other"
-            )
+
+
+def _check_positions(state: StateDict, model: ModelMixin) -> None:
+    """See that a DiT has the positions that diffusers computes, as near as bfloat16 would keep them.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if not torch.allclose(state["pos_embed"].double(), _sincos(model), atol=5e-3):
+        raise ValueError("`pos_embed` is not the fixed sine-cosine table; diffusers' DiT has no other")
+
+
+def _sincos(model: ModelMixin) -> Tensor:
+    """The table of sines and cosines for the model's tokens, (1, N, C)."""
+    grid = model.config.sample_size // model.config.patch_size
+    width = model.config.num_attention_heads * model.config.attention_head_dim
+    return get_2d_sincos_pos_embed(width, grid, base_size=grid)[None]
 
 
 def _listed(keys: Iterable[str], limit: int = 20) -> str:
