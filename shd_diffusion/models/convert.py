@@ -13,7 +13,6 @@ from typing import Any, Literal
 import torch
 from diffusers import ModelMixin
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -110,7 +109,7 @@ def _read(file: Path) -> StateDict:
         raise UserError(f"{file}: no such file; give the path of a checkpoint") from None
     except pickle.UnpicklingError:
         raise UserError(f"{file}: damaged, or holds more than tensors, which is not loaded") from None
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError) as error:
+    except Exception as error:  # a damaged pickle may raise anything
         raise UserError(f"{file}: not a readable checkpoint ({' '.join(str(error).split())})") from None
     state = content.get("ema", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
