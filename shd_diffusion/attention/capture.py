@@ -212,19 +212,19 @@ def _read(model: nn.Module, block: AttentionBlock, tap: _Tap) -> Iterator[Attent
             yield AttentionRecord(
                 name=block.name + suffix + stream,
                 kind=block.kind,
-                query=call.query[:, :, rows],
+                query=call.query if rows is None else call.query[:, :, rows],
                 key=call.key,
                 value=call.value,
                 output_weight=weight.full_tensor() if hasattr(weight, "full_tensor") else weight,
                 scale=call.scale,
-                mask=None if call.mask is None else mask_rows(call.mask, rows),
+                mask=call.mask if rows is None or call.mask is None else mask_rows(call.mask, rows),
             )
 
 
-def _rows(order: tuple[str, ...], total: int, main: int) -> list[tuple[str, slice]]:
-    """Which query rows belong to which stream; `main` is the number of the main stream's."""
+def _rows(order: tuple[str, ...], total: int, main: int) -> list[tuple[str, slice | None]]:
+    """Which of `total` query rows belong to which stream, None for all; the main stream has `main` rows."""
     if len(order) == 1 or total == main:
-        return [(MAIN, slice(None))]
+        return [(MAIN, None)]
     if order[0] == MAIN:
         return [(MAIN, slice(main)), (CONTEXT, slice(main, None))]
     return [(MAIN, slice(total - main, None)), (CONTEXT, slice(total - main))]

@@ -1,0 +1,97 @@
+"""Records against scaled_dot_product_attention itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from shd_diffusion.attention import AttentionCapture, AttentionRecord
+
+SAMPLES, HEADS, QUERIES, KEYS, WIDTH = 2, 4, 5, 7, 3
+
+
+class Kernel(nn.Module):
+    """An attention module that is nothing but one call of the kernel."""
+
+    heads, inner_dim, processor = HEADS, HEADS * WIDTH, None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_out = nn.Sequential(nn.Linear(HEADS * WIDTH, 6))
+
+    def set_processor(self, processor: Any) -> None: ...
+
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return F.scaled_dot_product_attention(hidden_states, *args, **kwargs)
+
+
+def record_of(*args: Any, **kwargs: Any) -> tuple[Tensor, AttentionRecord]:
+    model = nn.Sequential(Kernel())
+    with AttentionCapture(model) as capture:
+        result = model[0](*args, **kwargs)
+    return result, capture.records["0"]
+
+
+def qkv(heads: int = HEADS) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    return (
+        torch.randn(SAMPLES, HEADS, QUERIES, WIDTH),
+        torch.randn(SAMPLES, heads, KEYS, WIDTH),
+        torch.randn(SAMPLES, heads, KEYS, WIDTH),
+    )
+
+
+KEPT = torch.rand(SAMPLES, 1, QUERIES, KEYS, generator=torch.Generator().manual_seed(1)) < 0.7
+CALLS: dict[str, tuple[int, tuple[Any, ...], dict[str, Any]]] = {
+    "plain": (HEADS, (), {}),
+    "scale": (HEADS, (), {"scale": 0.3}),
+    "keys kept": (HEADS, (KEPT,), {}),
+    "keys kept, for all rows": (HEADS, (), {"attn_mask": KEPT[:, :, :1]}),
+    "two-dimensional mask": (HEADS, (), {"attn_mask": KEPT[0, 0]}),
+    "bias": (
+        HEADS,
+        (),
+        {"attn_mask": torch.linspace(-3, 3, HEADS * QUERIES * KEYS).view(1, HEADS, QUERIES, KEYS)},
+    ),
+    "causal": (HEADS, (), {"is_causal": True}),
+    "grouped": (2, (), {"enable_gqa": True}),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_maps_times_values_is_what_the_kernel_returned(
+    call: tuple[int, tuple[Any, ...], dict[str, Any]],
+) -> None:
+    heads, args, kwargs = call
+    result, record = record_of(*qkv(heads), *args, **kwargs)
+    assert record.key.shape == record.value.shape == (SAMPLES, HEADS, KEYS, WIDTH)
+    torch.testing.assert_close(record.maps() @ record.value, result)
+    torch.testing.assert_close(record.maps().sum(dim=-1), torch.ones(SAMPLES, HEADS, QUERIES))
+
+
+@pytest.mark.parametrize("rows", [slice(1, 4), torch.tensor([4, 0, 2])], ids=["slice", "indices"])
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_some_rows_are_the_same_rows_of_all(
+    call: tuple[int, tuple[Any, ...], dict[str, Any]], rows: Any
+) -> None:
+    heads, args, kwargs = call
+    _, record = record_of(*qkv(heads), *args, **kwargs)
+    torch.testing.assert_close(record.maps(2.0, rows), record.maps(2.0)[:, :, rows])
+
+
+def test_temperature_divides_the_logits() -> None:
+    query, key, value = qkv()
+    _, record = record_of(query, key, value, KEPT)
+    expected = torch.einsum("bhqd,bhkd->bhqk", query, key) / WIDTH**0.5 / 4
+    torch.testing.assert_close(record.maps(4.0), expected.masked_fill(~KEPT, float("-inf")).softmax(-1))
+
+
+def test_logits_of_masked_keys_are_finite_and_their_maps_exactly_zero() -> None:
+    """So that 0 · log 0 in a divergence is 0 and not NaN, at high temperature too."""
+    _, record = record_of(*qkv(), KEPT)
+    assert record.logits().isfinite().all() and record.logits(100.0).log_softmax(-1).isfinite().all()
+    assert (record.maps(100.0)[~KEPT.expand_as(record.maps())] == 0).all()
