@@ -277,7 +277,7 @@ def divergences(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look]
     with panel() as (figure, axes):
         for run, attention in members:
             _by_block(axes, [b.divergence for b in attention.blocks], looks[run.name], run.name)
-        axes.set(xlabel="block", ylabel="KL(squeezed ‖ student)")
+        axes.set(xlabel="block", ylabel="divergence, squeezed to student")
         axes.set_ylim(bottom=0)
         legend_above(figure, axes)
         return finish(figure, f"{members[0][0].name}-divergence", "Divergence in each block")

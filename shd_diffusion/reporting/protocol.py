@@ -7,10 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from shd_diffusion.protocol import OF_THE_MODEL, flatten
 from shd_diffusion.reporting.runs import Run
-
-OF_THE_MODEL = {"steps_trained", "ema_decay"}
-"""Protocol keys that say what was measured, not how: they may differ between figures that are compared."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,17 +22,6 @@ class Setting:
     @property
     def shared(self) -> bool:
         return len(set(self.values)) == 1
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys with values as text."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat
 
 
 def compare(runs: Sequence[Run], tree_of: Callable[[Run], Mapping[str, Any] | None]) -> list[Setting]:

@@ -49,9 +49,10 @@ class Samples:
 
 @dataclass(frozen=True, slots=True)
 class Metrics:
-    """Figures of one evaluation by their names, and all that they depend on."""
+    """Figures of one evaluation by their names, 95 % intervals of some, and all that they depend on."""
 
     figures: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
     per_class_fid: dict[str, float]
     protocol: dict[str, Any]
     warnings: list[str]
@@ -72,9 +73,10 @@ class BlockAttention:
         squeezed: (N, Q, K).
         student: (N, Q, K).
         coefficients: (S, merges), α of every merge.
-        weights: (S, N, M), parts of the teacher's heads in each squeezed map.
+        weights: (S, N, M), parts of the teacher's heads in each squeezed map; where they differ from row to
+            row, their mean.
         residual: (S, N), error that squeezing leaves.
-        divergence: (S, N), KL of the squeezed map to the student's.
+        divergence: (S, N), of the squeezed map to the student's.
     """
 
     name: str
@@ -218,11 +220,8 @@ def read_attention(path: Path) -> Attention:
         with safe_open(path, framework="numpy") as file:
             description = json.loads((file.metadata() or {})["description"])
             blocks = [
-                BlockAttention(
-                    block["student"],
-                    *(file.get_tensor(f"{block['student']}/{field}").astype(float) for field in fields),
-                )
-                for block in description["blocks"]
+                _block(name, {field: file.get_tensor(f"{name}/{field}").astype(float) for field in fields})
+                for name in (block["student"] for block in description["blocks"])
             ]
             image = file.get_tensor("image").astype(float)
     except (SafetensorError, KeyError, ValueError) as error:
@@ -230,6 +229,11 @@ def read_attention(path: Path) -> Attention:
             f"{path}: damaged ({error}); delete it and repeat the distillation's command"
         ) from None
     return Attention(image, description.get("label"), description.get("timestep"), blocks)
+
+
+def _block(name: str, tensors: dict[str, Array]) -> BlockAttention:
+    weights = tensors.pop("weights")
+    return BlockAttention(name, weights=weights.mean(-1) if weights.ndim == 4 else weights, **tensors)
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -252,7 +256,12 @@ def _read_metrics(path: Path) -> Metrics:
     content = _mapping(path)
     figures = {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
     per_class = {str(label): float(value) for label, value in content.get("per_class_fid", {}).items()}
-    return Metrics(figures, per_class, content.get("protocol", {}), content.get("warnings", []))
+    intervals = {
+        key.removesuffix("_interval"): (float(value[0]), float(value[1]))
+        for key, value in content.items()
+        if key.endswith("_interval")
+    }
+    return Metrics(figures, intervals, per_class, content.get("protocol", {}), content.get("warnings", []))
 
 
 def _mapping(path: Path, required: Sequence[str] = ()) -> dict[str, Any]:

@@ -38,8 +38,8 @@ def duration(seconds: float) -> str:
 class Column:
     """One figure of a run.
 
-    `best` says which end of it is good, None where there is no better; `spread` names the metric that is its
-    standard deviation; an `optional` column is left out where no run has the figure.
+    `best` says which end of it is good, None where there is no better; `spread` is the metric whose interval or
+    standard deviation stands beside it; an `optional` column is left out where no run has the figure.
     """
 
     title: str
@@ -55,20 +55,26 @@ class Column:
         value = self.value(run)
         if value is None or not math.isfinite(value):
             return Cell("–")
-        spread = run.figure(self.spread) if self.spread else None
-        return Cell(self.text(value), None if spread is None else self.text(spread), value == target)
+        return Cell(self.text(value), self._spread(run), value == target)
+
+    def _spread(self, run: Run) -> str | None:
+        """The 95 % interval if there is one, otherwise the standard deviation."""
+        if self.spread and run.metrics and (interval := run.metrics.intervals.get(self.spread)):
+            return "[{}, {}]".format(*map(self.text, interval))
+        deviation = run.figure(f"{self.spread}_std")
+        return None if deviation is None else f"± {self.text(deviation)}"
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A figure as text, its standard deviation where it has one, and whether it is the best."""
+    """A figure as text, its interval or standard deviation if known, and whether it is the best."""
 
     text: str
     spread: str | None = None
     best: bool = False
 
     def __str__(self) -> str:
-        return self.text + (f" ± {self.spread}" if self.spread else "")
+        return self.text + (f" {self.spread}" if self.spread else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,12 +101,15 @@ def _metric(name: str) -> Callable[[Run], float | None]:
 COLUMNS = [
     Column("Parameters", "Params", lambda run: run.summary["parameters"], count),
     Column("Heads", "Heads", lambda run: run.summary["heads"], "{:.0f}".format),
-    Column("FID ↓", "FID ↓", _metric("fid"), "{:.2f}".format, min),
-    Column("sFID ↓", "sFID ↓", _metric("sfid"), "{:.2f}".format, min, optional=True),
-    Column("IS ↑", "IS ↑", _metric("inception_score_mean"), "{:.2f}".format, max, "inception_score_std"),
-    Column("KID ↓", "KID ↓", _metric("kid_mean"), significant, min, "kid_std"),
+    Column("FID ↓", "FID ↓", _metric("fid"), "{:.2f}".format, min, "fid"),
+    Column("FID∞ ↓", "FID∞ ↓", _metric("fid_infinity"), "{:.2f}".format, min, optional=True),
+    Column("sFID ↓", "sFID ↓", _metric("sfid"), "{:.2f}".format, min, "sfid", optional=True),
+    Column("IS ↑", "IS ↑", _metric("inception_score_mean"), "{:.2f}".format, max, "inception_score"),
+    Column("KID ↓", "KID ↓", _metric("kid_mean"), significant, min, "kid"),
     Column("Precision ↑", "Prec ↑", _metric("precision"), "{:.3f}".format, max),
     Column("Recall ↑", "Rec ↑", _metric("recall"), "{:.3f}".format, max),
+    Column("Density ↑", "Dens ↑", _metric("density"), "{:.3f}".format, max, optional=True),
+    Column("Coverage ↑", "Cov ↑", _metric("coverage"), "{:.3f}".format, max, optional=True),
     Column("Labels right ↑", "Right ↑", _metric("label_accuracy"), "{:.1%}".format, max, optional=True),
     Column("Time an image", "Time", lambda run: run.seconds_per_image, duration),
 ]
@@ -123,11 +132,12 @@ def build_table(runs: Sequence[Run]) -> Table:
             )
             for run in runs
         ],
-        note=protocol_line(runs),
+        note=protocol_line(runs) + _INTERVALS * any(run.metrics and run.metrics.intervals for run in runs),
         warning=_WARNING.format(", ".join(differing)) if differing else None,
     )
 
 
+_INTERVALS = " Brackets hold the 95 % interval by bootstrap."
 _WARNING = "These figures do not compare: the protocols differ in {}."
 
 

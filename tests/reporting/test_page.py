@@ -74,7 +74,7 @@ def test_the_page_says_what_came_out(report: Path) -> None:
         "3 students: 12 heads squeezed into 5",
         "kd-shd has the lowest FID (digits-classifier) of the students, 104.3; kd has 389.7, none has 440.1, "
         "the teacher has 38.2.",
-        "An image begins from the same noise in every run",
+        "no image was picked by hand. Each begins from the same noise in every run.",
         "label 3, noised to timestep 250",
         "shd-diffusion distill configs/digits/kd-shd.yaml",
         "losses.shd.weight – 0.0 0.0 5.0",

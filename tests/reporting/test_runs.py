@@ -121,3 +121,16 @@ def test_parts_that_are_not_there_yet_are_none(fresh_run: Callable[[str], Path])
     (run,) = read_runs([folder])
     assert [run.log, run.samples, run.metrics, run.attention, run.environment] == [None] * 5
     assert run.command == f"shd-diffusion distill {folder / 'config.yaml'}"
+
+
+def test_weights_by_row_are_averaged(fresh_run: Callable[[str], Path]) -> None:
+    path = fresh_run("kd-shd") / "attention.safetensors"
+    tensors = load_file(path)
+    name = "transformer_blocks.0.attn1"
+    weights = tensors[f"{name}/weights"]
+    tensors[f"{name}/weights"] = np.stack([weights, weights[..., ::-1]], axis=-1)  # (S, N, M, Q)
+    save_file(tensors, path, metadata={"description": json.dumps({"blocks": [{"student": name}]})})
+    (run,) = read_runs([path.parent])
+    assert run.attention and run.attention.label is None
+    expected = (weights + weights[..., ::-1]) / 2
+    np.testing.assert_allclose(run.attention.blocks[0].weights, expected, rtol=1e-6)

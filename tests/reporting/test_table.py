@@ -78,6 +78,16 @@ def test_a_missing_figure_is_a_dash_and_never_the_best(
     assert "Labels right ↑" not in cells(markdown_table([fresh, other]))["Run"]
 
 
+def test_intervals_stand_beside_their_figures(fresh_run: Callable[[str], Path]) -> None:
+    run = fresh_run("kd")
+    edit_metrics(run, fid_interval=[370.1, 402.46], fid_infinity=380.04)
+    table = markdown_table([run])
+    rows = cells(table)
+    assert rows["kd"][2] == "389.70 [370.10, 402.46]"
+    assert rows["kd"][rows["Run"].index("FID∞ ↓")] == "380.04"
+    assert table.rstrip().endswith("Brackets hold the 95 % interval by bootstrap.")
+
+
 def test_markdown_escapes_names(fresh_run: Callable[[str], Path]) -> None:
     assert r"| a\|b\_c |" in markdown_table([fresh_run("a|b_c")])
 

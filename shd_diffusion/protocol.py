@@ -1,0 +1,20 @@
+"""Protocols as flat keys: what figures depend on, and which of it makes them another measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+OF_THE_MODEL = frozenset({"steps_trained", "ema_decay"})
+"""Protocol keys that say what was measured, not how: figures that differ in them are meant to be compared."""
+
+
+def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested mappings as dotted keys with values as text."""
+    flat: dict[str, str] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = str(value)
+    return flat
