@@ -57,14 +57,19 @@ def reference_images(config: DataConfig) -> ReferenceImages:
     Raises:
         UserError: as `build_source`.
     """
-    if config.name != "latents":
-        return ReferenceImages(open_images(config))
-    shards = read_manifest(Path(config.path or ""))["shards"]
-    left_out = [image["index"] for shard in shards for image in shard["unreadable"]]
-    return ReferenceImages(open_images(config), left_out)
+    if config.name == "latents":
+        manifest = read_manifest(Path(config.path or ""))
+        made_from = DataConfig.model_validate(manifest["data"])
+        left_out = [image["index"] for shard in manifest["shards"] for image in shard["unreadable"]]
+        return ReferenceImages(open_images(made_from), _describe(made_from), left_out)
+    return ReferenceImages(open_images(config), _describe(config))
 
 
-build_dataset = build_source  # until the stages call it by its name
+def _describe(config: DataConfig) -> str:
+    """The data set in a few words, as a report names it."""
+    parts = (config.name, config.path, config.split, config.image_size and f"{config.image_size} px")
+    return " ".join(str(part) for part in parts if part)
+
 
 __all__ = [
     "ImageSource",

@@ -17,11 +17,14 @@ class ReferenceImages(Dataset[Tensor]):
 
     Args:
         images: the data set.
+        source: what to call it in a report.
         left_out: indices of images that do not take part.
     """
 
-    def __init__(self, images: LabelledImages, left_out: Collection[int] = ()) -> None:
-        self.images = images
+    labels: Tensor | None
+
+    def __init__(self, images: LabelledImages, source: str, left_out: Collection[int] = ()) -> None:
+        self.images, self.source = images, source
         kept = torch.ones(len(images), dtype=torch.bool)
         kept[list(left_out)] = False
         self.indices = kept.nonzero()[:, 0]

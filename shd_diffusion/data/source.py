@@ -51,7 +51,10 @@ class Source(ABC):
         """
 
     def first(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first items as the model sees them, latents at their mean: (count, C, H, W) and labels (count,)."""
+        """The first items as the model sees them, (count, C, H, W), and their labels (count,).
+
+        Nothing is flipped, and latents are at their mean.
+        """
         items, labels = default_collate([self.dataset[index] for index in range(count)])
         noise = torch.zeros(count, *self.shape) if self.needs_noise else None
         return self.clean(items, torch.zeros(count, dtype=torch.bool), noise), labels

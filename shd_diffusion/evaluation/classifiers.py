@@ -23,10 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.registry import register_feature_extractor
-from torchvision.datasets import FashionMNIST
 
 from shd_diffusion.data.digits import digits_uint8
-from shd_diffusion.errors import UserError
+from shd_diffusion.data.published import fashion_mnist
 from shd_diffusion.files import replacing_file
 from shd_diffusion.progress import progress_bar
 
@@ -186,20 +185,14 @@ def _digits() -> tuple[Labelled, Labelled]:
 
 
 def _fashion_mnist() -> tuple[Labelled, Labelled]:
-    folder = cache_folder()
-    try:
-        training, test = (FashionMNIST(str(folder), train=train, download=True) for train in (True, False))
-    except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"evaluate.extractor: Fashion-MNIST, which `fashion-mnist-classifier` is trained on, cannot be "
-            f"downloaded ({error}); put its four .gz files into {folder}/FashionMNIST/raw"
-        ) from None
-    return (training.data[:, None], training.targets), (test.data[:, None], test.targets)
+    """Fashion-MNIST as models see it, padded to 32×32, from where Debian's package puts it."""
+    training, test = fashion_mnist(None, "train"), fashion_mnist(None, "test")
+    return (training.images, training.labels), (test.images, test.labels)
 
 
 RECIPES = {
     "digits-classifier": Recipe(size=8, epochs=12, load=_digits),
-    "fashion-mnist-classifier": Recipe(size=28, epochs=3, load=_fashion_mnist),
+    "fashion-mnist-classifier": Recipe(size=32, epochs=3, load=_fashion_mnist),
 }
 for _name in RECIPES:
     register_feature_extractor(_name, ClassifierExtractor)

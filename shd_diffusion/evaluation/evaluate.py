@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from shd_diffusion.config import EvaluateConfig
+from shd_diffusion.data import ReferenceImages
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.classifiers import RECIPES
 from shd_diffusion.evaluation.density_coverage import density_coverage
@@ -34,7 +35,7 @@ FEWEST_IMAGES = 10  # one for each split of the Inception Score
 
 def evaluate_run(
     images: Path | Tensor,
-    reference: str | Path | Tensor,
+    reference: str | Path | Tensor | ReferenceImages,
     config: EvaluateConfig,
     labels: Sequence[int] | None = None,
     protocol: dict[str, Any] | None = None,
@@ -65,7 +66,7 @@ def evaluate_run(
         config.reference or reference, extractor, config.batch_size, config.resize, min(height, width)
     )
     classes = torch.tensor(labels) if labels is not None else generated.labels
-    metrics = _choose(config, extractor, real, classes)
+    metrics = choose_metrics(config, extractor, real, classes)
     found = extract_features(generated, extractor, config.batch_size, "images")
 
     figures: dict[str, Any] = {}
@@ -82,7 +83,7 @@ def evaluate_run(
     }
 
 
-def _choose(
+def choose_metrics(
     config: EvaluateConfig, extractor: Extractor, reference: Reference, classes: Tensor | None
 ) -> list[str]:
     """The metrics to compute.

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -18,7 +18,7 @@ from shd_diffusion.errors import UserError
 SUFFIXES = {".png", ".jpg", ".jpeg"}
 
 
-class ImageSet(ABC):
+class ImageSet(Protocol):
     """N images; item j is uint8 (3, H, W).
 
     Attributes:

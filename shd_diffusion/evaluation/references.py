@@ -15,7 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shd_diffusion.data.digits import digits_uint8
+from shd_diffusion.config import DataConfig
+from shd_diffusion.data import ReferenceImages, reference_images
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.classifiers import cache_folder
 from shd_diffusion.evaluation.extractors import Extractor
@@ -49,14 +50,18 @@ class Reference:
 
 
 def open_reference(
-    source: str | Path | Tensor, extractor: Extractor, batch_size: int, resize: str = "none", size: int = 0
+    source: str | Path | Tensor | ReferenceImages,
+    extractor: Extractor,
+    batch_size: int,
+    resize: str = "none",
+    size: int = 0,
 ) -> Reference:
     """A reference from the name of a data set, a folder, an .npz, a statistics file of our own, or images.
 
     Args:
         source: `digits`; a folder of images; an .npz of the ADM suite, with `mu`, `sigma`, `mu_s`,
-            `sigma_s`, images `arr_0`, or both; a .safetensors file of `save_reference`; or uint8 images (R,
-            3, H, W).
+            `sigma_s`, images `arr_0`, or both; a .safetensors file of `save_reference`; the images of a data
+            set; or uint8 images (R, 3, H, W).
         extractor: what the features are extracted by.
         resize: filter by which images are brought to `size`; `none` leaves them as they are.
 
@@ -66,9 +71,9 @@ def open_reference(
     if isinstance(source, Tensor):
         return _from_images(tensor_images(source, "reference"), "images", extractor, batch_size)
     if source == "digits":
-        images, labels = digits_uint8()
-        digits = tensor_images(images.expand(-1, 3, -1, -1), "digits", labels)
-        return _from_images(digits, "digits", extractor, batch_size)
+        source = reference_images(DataConfig(name="digits"))
+    if isinstance(source, ReferenceImages):
+        return _from_images(source, source.source, extractor, batch_size)
     path = Path(source)
     if not path.exists():
         raise UserError(

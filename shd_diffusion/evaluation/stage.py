@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from shd_diffusion.config import RunConfig
+from shd_diffusion.data import reference_images
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.evaluate import evaluate_run
 from shd_diffusion.files import read_json, write_json
@@ -25,7 +26,11 @@ def evaluate_samples(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         raise UserError(f"{run.path}: has no samples yet; run `shd-diffusion sample {run.path}` first")
     sampled = read_json(summary)
     figures = evaluate_run(
-        run.samples, config.data.name, config.evaluate, labels=sampled["labels"], protocol=sampled["protocol"]
+        run.samples,
+        config.evaluate.reference or reference_images(config.data),
+        config.evaluate,
+        labels=sampled["labels"],
+        protocol=sampled["protocol"],
     )
     write_json(run.evaluation_file, figures)
     return figures
