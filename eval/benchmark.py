@@ -1,0 +1,214 @@
+"""Launch file of the benchmarks: every figure is a ratio of things measured side by side in one run.
+
+    python eval/benchmark.py squeeze --threads 2 --output docs/results/benchmark-squeeze.json
+    python eval/benchmark.py step --threads 2 --output docs/results/benchmark-step.json
+
+The candidates take turns, round after round; a ratio is the median over the rounds of the two times of one round,
+so that whatever else the machine does weighs on both alike.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Annotated, Any
+
+import torch
+import typer
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from shd_diffusion.attention import AttentionCapture
+from shd_diffusion.environment import describe_environment
+from shd_diffusion.losses import SHDLoss
+from shd_diffusion.squeezing import plan_merges, prepare, squeeze_heads
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
+
+Output = Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads of torch.")]
+Rounds = Annotated[int, typer.Option(min=3, help="How often every candidate takes its turn.")]
+
+# --- measuring -----------------------------------------------------------------------------------------------
+
+
+def take_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of every candidate in every round; one round before is not counted. The order turns each round."""
+    names = list(candidates)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(-1, rounds):
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            started = time.perf_counter()
+            candidates[name]()
+            if turn >= 0:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def compare(seconds: dict[str, list[float]], numerator: str, denominator: str) -> dict[str, float]:
+    """Median and quartiles over the rounds of how many times longer the first candidate takes."""
+    ratios = [a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)]
+    low, _, high = quantiles(ratios, n=4)
+    return {"ratio": round(median(ratios), 4), "quartiles": [round(low, 4), round(high, 4)]}
+
+
+def publish(name: str, figures: dict[str, Any], output: Path | None) -> None:
+    """Print the figures, and write them with what they depend on."""
+    text = json.dumps({"benchmark": name, "figures": figures, "environment": describe_environment()}, indent=1)
+    print(json.dumps(figures, indent=1))
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        temporary = output.with_suffix(".tmp")
+        temporary.write_text(text + "\n", encoding="utf-8")
+        os.replace(temporary, output)
+
+
+# --- squeeze -------------------------------------------------------------------------------------------------
+
+
+def literal_squeeze(maps: Tensor, values: Tensor, output_weight: Tensor, num_heads: int) -> Tensor:
+    """METHOD.md sections 3 and 4 as they are written, every contribution as wide as the output."""
+    weights = output_weight.T.unflatten(0, (maps.shape[1], -1))  # (M, d, C)
+    contributions = values @ weights  # X, (B, M, K, C)
+    while maps.shape[1] > num_heads:
+        merges = min(maps.shape[1] // 2, maps.shape[1] - num_heads)
+        (a, x), (rest, others) = ((t[:, : 2 * merges] for t in (maps, contributions)),) + (
+            (maps[:, 2 * merges :], contributions[:, 2 * merges :]),
+        )
+        difference, total = a[:, ::2] - a[:, 1::2], x[:, ::2] + x[:, 1::2]
+        of_first, of_total = difference @ x[:, ::2], difference @ total
+        alpha = (of_first * of_total).sum((-2, -1), keepdim=True) / of_total.square().sum((-2, -1), keepdim=True)
+        alpha = alpha.nan_to_num(0.5).clamp(0, 1)
+        maps = torch.cat([alpha * a[:, ::2] + (1 - alpha) * a[:, 1::2], rest], 1)
+        contributions = torch.cat([total, others], 1)
+    return maps
+
+
+@app.command()
+def squeeze(threads: Threads = 2, rounds: Rounds = 15, batch: int = 4, tokens: int = 256, output: Output = None) -> None:
+    """The squeeze in value space against the literal form, Gram matrices computed beforehand and within."""
+    torch.set_num_threads(threads)
+    figures: dict[str, Any] = {}
+    for heads, target, head_dim in ((16, 6, 72), (12, 6, 64), (12, 5, 64)):
+        torch.manual_seed(0)
+        width = heads * head_dim
+        maps = (2 * torch.randn(batch, heads, tokens, tokens)).softmax(-1)
+        values = torch.randn(batch, tokens, heads, head_dim).transpose(1, 2)
+        weight = torch.randn(width, width) / width**0.5
+        squeezer = prepare(plan_merges(heads, target), weight, heads)
+        candidates: dict[str, Callable[[], Tensor]] = {
+            "literal": lambda m=maps, v=values, w=weight, n=target: literal_squeeze(m, v, w, n),  # type: ignore[misc]
+            "value space": lambda m=maps, v=values, w=weight, n=target, s=squeezer: squeeze_heads(m, v, w, n, squeezer=s),  # type: ignore[misc]
+            "value space, Gram matrices anew": lambda m=maps, v=values, w=weight, n=target: squeeze_heads(m, v, w, n),  # type: ignore[misc]
+        }
+        torch.testing.assert_close(candidates["literal"](), candidates["value space"](), atol=1e-5, rtol=1e-3)
+        seconds = take_turns(candidates, rounds)
+        figures[f"{heads} -> {target}, d {head_dim}, C {width}, N {tokens}, batch {batch}"] = {
+            "milliseconds": {name: round(1e3 * median(taken), 2) for name, taken in seconds.items()},
+            "speed-up": compare(seconds, "literal", "value space"),
+            "speed-up, Gram matrices anew": compare(seconds, "literal", "value space, Gram matrices anew"),
+        }
+    publish("squeeze", figures, output)
+
+
+# --- step ----------------------------------------------------------------------------------------------------
+
+
+def dit(heads: int) -> DiTTransformer2DModel:
+    """A DiT of 12 blocks and patch 2 on 32x32 latents (256 tokens), no parameter left at zero."""
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads, attention_head_dim=64, in_channels=4, num_layers=12, sample_size=32, patch_size=2
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+class FeatureDistillation:
+    """The baseline: a linear projector a block from the student's hidden states to the teacher's, MSE."""
+
+    def __init__(self, teacher: nn.Module, student: nn.Module, widths: tuple[int, int]) -> None:
+        self.blocks = [list(model.transformer_blocks) for model in (teacher, student)]
+        self.projectors = nn.ModuleList(nn.Linear(*widths) for _ in self.blocks[1])
+        self.hidden: tuple[list[Tensor], list[Tensor]] = [], []
+
+    def __enter__(self) -> FeatureDistillation:
+        self.handles = [
+            block.register_forward_hook(lambda _module, _inputs, result, into=into: into.append(result))
+            for blocks, into in zip(self.blocks, self.hidden, strict=True)
+            for block in blocks
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    def loss(self) -> Tensor:
+        terms = [
+            F.mse_loss(project(ours), theirs)
+            for project, theirs, ours in zip(self.projectors, *self.hidden, strict=True)
+        ]
+        for hidden in self.hidden:
+            hidden.clear()
+        return torch.stack(terms).mean()
+
+
+@app.command()
+def step(threads: Threads = 2, rounds: Rounds = 11, batch: int = 4, output: Output = None) -> None:
+    """A training step DiT-B/2 -> DiT-S/2 with output KD, alone and with SHD or FD on all 12 blocks."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    teacher, student = dit(12).requires_grad_(False).eval(), dit(6)
+    inputs = torch.randn(batch, 4, 32, 32)
+    conditions = {"timestep": torch.randint(1000, (batch,)), "class_labels": torch.randint(1000, (batch,))}
+    distiller = FeatureDistillation(teacher, student, (6 * 64, 12 * 64))
+    optimizer = torch.optim.AdamW([*student.parameters(), *distiller.projectors.parameters()], lr=1e-5)
+
+    def train(term: Callable[[], Tensor] | None) -> None:
+        with torch.no_grad():
+            taught = teacher(inputs, **conditions).sample
+        loss = F.mse_loss(student(inputs, **conditions).sample, taught)
+        if term is not None:
+            loss = loss + term()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def with_shd(shd: SHDLoss) -> Callable[[], None]:
+        def run() -> None:
+            with AttentionCapture(teacher) as of_teacher, AttentionCapture(student) as of_student:
+                train(lambda: shd(of_teacher.records, of_student.records))
+
+        return run
+
+    def with_features() -> None:
+        with distiller:
+            train(distiller.loss)
+
+    names = ["SHD, all rows", "SHD, a quarter of the rows", "SHD, a quarter, sampled coefficients", "FD"]
+    seconds = take_turns(
+        {
+            "output KD": lambda: train(None),
+            names[0]: with_shd(SHDLoss()),
+            names[1]: with_shd(SHDLoss(rows=0.25)),
+            names[2]: with_shd(SHDLoss(rows=0.25, coefficient_rows="sampled")),
+            names[3]: with_features,
+        },
+        rounds,
+    )
+    figures = {
+        "milliseconds": {name: round(1e3 * median(taken), 1) for name, taken in seconds.items()},
+        "against output KD alone": {name: compare(seconds, name, "output KD") for name in names},
+        "SHD, all rows, against FD": compare(seconds, names[0], "FD"),
+    }
+    publish("step", figures, output)
+
+
+if __name__ == "__main__":
+    app()
