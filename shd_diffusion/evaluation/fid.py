@@ -22,10 +22,10 @@ class Statistics:
 
     @cached_property
     def root(self) -> Tensor:
-        """(D, D) factor R of the covariance, R Rᵀ = Σ; kept, as one reference meets many sets of samples."""
+        """Factor R (D, rank) of the covariance, R Rᵀ = Σ; kept, as one reference meets many sets of samples."""
         values, vectors = torch.linalg.eigh(self.covariance)
         noise = len(values) * torch.finfo(values.dtype).eps * values[-1]
-        return vectors * torch.where(values > noise, values, 0).sqrt()
+        return vectors[:, values > noise] * values[values > noise].sqrt()
 
 
 def feature_statistics(features: Tensor) -> Statistics:

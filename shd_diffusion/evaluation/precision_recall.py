@@ -27,10 +27,10 @@ def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float
 def precision_recall_adm(generated: Tensor, reference: Tensor) -> tuple[float, float]:
     """Precision and recall as published with the ADM suite (Dhariwal and Nichol 2021, arXiv 2105.05233).
 
-    The same figures but for the suite's arithmetic: squared distances in float16 wherever they are finite.
-    With 11 bits a distance of 200, usual between Inception features, is rounded to a multiple of 1/8;
-    samples at the rim of a ball then change sides, and the third digit of the figures can differ from
-    `precision_recall`.
+    The same figures but for the suite's arithmetic: squared distances in float16 wherever they are finite. A
+    float16 has 11 bits, so a squared distance of 200, usual between Inception features, is a multiple of 1/8:
+    samples at the rim of a ball change sides, and the third digit may differ from `precision_recall`. It may
+    differ from the suite's too, as the order in which float16 sums are taken is the device's own.
     """
     _require_neighbours(generated, reference)
     on_generated = torch.zeros(len(reference), dtype=torch.bool)

@@ -14,17 +14,17 @@ from shd_diffusion.evaluation.fid import Statistics, feature_statistics, frechet
 def bootstrap_interval(
     figure: Callable[[Tensor], float], samples: Tensor, replicates: int, level: float = 0.95, seed: int = 0
 ) -> tuple[float, float]:
-    """Interval within which the figure of another set of as many samples is expected.
+    """Interval that holds the figure's expectation over sets of as many samples, by bootstrap.
 
-    Resampled sets repeat samples, and so have a Fréchet distance that is larger throughout: the quantiles
-    are taken of the deviations from the replicates' mean and laid round the figure itself. The interval is
-    of chance in the samples; a bias from their number is left as it is (see `fid_infinity`).
+    Resampled sets repeat samples, and so have a Fréchet distance that is larger throughout: the quantiles are
+    taken of the deviations from the replicates' mean and laid round the figure itself. The interval is of
+    chance in the samples; a bias from their number is left as it is (see `fid_infinity`).
 
     Args:
         figure: of features or logits (N, D).
         samples: (N, D).
         replicates: sets drawn with replacement.
-        level: probability that the interval is to hold.
+        level: share of such intervals that are to hold it.
     """
     generator = torch.Generator().manual_seed(seed)
     draws = (torch.randint(len(samples), (len(samples),), generator=generator) for _ in range(replicates))

@@ -1,0 +1,34 @@
+"""Figures are compared under one protocol only."""
+
+from __future__ import annotations
+
+import pytest
+
+from shd_diffusion.errors import UserError
+from shd_diffusion.evaluation import compare
+
+FIGURES = {
+    "fid": 10.0,
+    "per_class_fid": {"0": 1.0},
+    "protocol": {"num_inference_steps": 25, "steps_trained": 100, "versions": {"torch": "2"}},
+    "warnings": [],
+}
+
+
+def test_the_same_protocol():
+    better = FIGURES | {"fid": 8.5, "protocol": FIGURES["protocol"] | {"steps_trained": 200}}
+    assert compare(FIGURES, better) == {"fid": {"first": 10.0, "second": 8.5, "difference": -1.5}}
+
+
+def test_another_protocol_is_refused_with_the_differing_lines():
+    other = FIGURES | {
+        "protocol": {"num_inference_steps": 50, "versions": {"torch": "3"}, "guidance_scale": 1.5}
+    }
+    with pytest.raises(UserError) as refused:
+        compare(FIGURES, other)
+    assert str(refused.value).splitlines()[1:] == [
+        "  num_inference_steps: 25 | 50",
+        "  versions.torch: 2 | 3",
+        "  guidance_scale: – | 1.5",
+    ]
+    assert compare(FIGURES, other, anyway=True)["fid"]["difference"] == 0

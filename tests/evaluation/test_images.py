@@ -1,0 +1,123 @@
+"""Sets of images from tensors, folders and .npz files, and what is wrong with those that are refused."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from shd_diffusion.errors import UserError
+from shd_diffusion.evaluation.images import FolderImages, ImageSet, ResizedImages, open_images, tensor_images
+
+
+@pytest.fixture
+def pixels() -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (4, 6, 8, 3), dtype=np.uint8)
+
+
+def write_folder(folder: Path, pixels: np.ndarray) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{index:06d}.png")
+    return folder
+
+
+def stacked(images: ImageSet) -> torch.Tensor:
+    return torch.stack([images[index] for index in range(len(images))])
+
+
+def test_tensor_folder_and_npz_hold_the_same_images(pixels, tmp_path):
+    expected = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    np.savez(tmp_path / "plain.npz", pixels)
+    np.savez_compressed(tmp_path / "compressed.npz", pixels)
+    sets = [
+        tensor_images(expected, "tensor"),
+        open_images(write_folder(tmp_path / "folder", pixels)),
+        open_images(tmp_path / "plain.npz"),
+        open_images(tmp_path / "compressed.npz"),
+    ]
+    for images in sets:
+        assert torch.equal(stacked(images), expected)
+    assert sets[0].sha256() == sets[2].sha256() == sets[3].sha256()
+
+
+def test_an_uncompressed_npz_is_mapped_not_read(pixels, tmp_path):
+    np.savez(tmp_path / "images.npz", arr_0=pixels, arr_1=np.arange(4))
+    images = open_images(tmp_path / "images.npz")
+    assert isinstance(images.array, np.memmap)
+    assert images.labels.tolist() == [0, 1, 2, 3]
+
+
+def test_grey_images_become_rgb_and_subfolders_classes(tmp_path):
+    for name in ("cats", "dogs"):
+        (tmp_path / name).mkdir()
+        Image.new("L", (5, 4), color=77).save(tmp_path / name / "a.png")
+    images = open_images(tmp_path)
+    assert images[0].shape == (3, 4, 5) and images[0].unique().tolist() == [77]
+    assert images.labels.tolist() == [0, 1]
+
+
+def test_the_hash_is_of_the_content(pixels, tmp_path):
+    before = FolderImages(write_folder(tmp_path / "a", pixels)).sha256()
+    assert FolderImages(write_folder(tmp_path / "b", pixels)).sha256() == before
+    pixels[2, 0, 0, 0] ^= 1
+    assert FolderImages(write_folder(tmp_path / "a", pixels)).sha256() != before
+
+
+def test_resizing_keeps_the_centre(tmp_path):
+    stripes = torch.zeros(1, 3, 8, 24, dtype=torch.uint8)
+    stripes[..., 8:16] = 200  # the middle third
+    small = ResizedImages(tensor_images(stripes, "stripes"), 4, "box")
+    assert small[0].shape == (3, 4, 4) and small[0].unique().tolist() == [200]
+    assert small.sha256() != ResizedImages(tensor_images(stripes, "stripes"), 4, "bicubic").sha256()
+
+
+class Surprise:
+    """What a pickle can do."""
+
+    def __reduce__(self):
+        return sys.exit, ("a pickle was run",)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": np.zeros((2, 4, 4, 3), np.uint8)}, r"has no images `arr_0` \(keys: images\)"),
+        ({"arr_0": np.zeros((2, 4, 4, 3))}, r"`arr_0` is float64 \(2, 4, 4, 3\); images are uint8"),
+        ({"arr_0": np.zeros((2, 3, 4, 4), np.uint8)}, r"`arr_0` is uint8 \(2, 3, 4, 4\)"),
+        ({"arr_0": np.array([Surprise()], dtype=object)}, "not an .npz of plain arrays"),
+    ],
+)
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
+def test_an_npz_of_something_else_is_refused(arrays, message, save, tmp_path):
+    save(tmp_path / "images.npz", **arrays)
+    with pytest.raises(UserError, match=message) as refused:
+        open_images(tmp_path / "images.npz")
+    assert str(tmp_path / "images.npz") in str(refused.value)
+
+
+def test_files_that_are_no_images_are_refused(pixels, tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: no PNG or JPEG files here"):
+        open_images(tmp_path / "empty")
+    with pytest.raises(UserError, match="neither a folder of images nor an .npz"):
+        open_images(tmp_path / "missing")
+    (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
+    with pytest.raises(UserError, match=r"torn.npz: not an .npz"):
+        open_images(tmp_path / "torn.npz")
+    with pytest.raises(UserError, match="absent.npz: cannot be read"):
+        open_images(tmp_path / "absent.npz")
+    folder = write_folder(tmp_path / "folder", pixels)
+    torn = folder / "000002.png"
+    torn.write_bytes(torn.read_bytes()[:60])
+    with pytest.raises(UserError, match="000002.png: not a readable image"):
+        stacked(open_images(folder))
+
+
+def test_a_tensor_of_another_type_is_refused():
+    with pytest.raises(ValueError, match=r"uint8 \(N, 3, H, W\), not torch.float32 \(1, 3, 8, 8\)"):
+        tensor_images(torch.zeros(1, 3, 8, 8), "images")

@@ -1,0 +1,52 @@
+"""Inception Score and KID against their definitions, written out."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from shd_diffusion.evaluation.inception_score import inception_score
+from shd_diffusion.evaluation.kid import kernel_distance, subset_size
+
+
+def test_inception_score_of_one_split_is_its_definition():
+    logits = 3 * torch.randn(50, 7, generator=torch.Generator().manual_seed(0))
+    exponents = np.exp(logits.double().numpy())
+    given = exponents / exponents.sum(axis=1, keepdims=True)
+    overall = given.mean(axis=0)
+    expected = np.exp(
+        np.mean([sum(p * np.log(p / q) for p, q in zip(row, overall, strict=True)) for row in given])
+    )
+    assert inception_score(logits, splits=1) == (pytest.approx(expected, rel=1e-12), 0.0)
+
+
+def test_inception_score_at_its_limits():
+    certain = 100 * torch.eye(10).repeat(20, 1)
+    assert inception_score(certain, splits=1)[0] == pytest.approx(10)
+    assert inception_score(torch.zeros(200, 10)) == (pytest.approx(1), pytest.approx(0))
+    with pytest.raises(ValueError, match="9 images are too few for 10 splits"):
+        inception_score(torch.zeros(9, 10))
+
+
+def test_kid_of_whole_sets_is_the_unbiased_estimate():
+    generator = torch.Generator().manual_seed(0)
+    first, second = torch.rand(30, 8, generator=generator), torch.rand(30, 8, generator=generator) + 0.2
+
+    def kernel(x, y):
+        return (float(x.double() @ y.double()) / 8 + 1) ** 3
+
+    within = sum(kernel(s[i], s[j]) for s in (first, second) for i in range(30) for j in range(30) if i != j)
+    across = sum(kernel(x, y) for x in first for y in second)
+    expected = within / (30 * 29) - 2 * across / 30**2
+    assert kernel_distance(first, second, size=30) == (
+        pytest.approx(expected, rel=1e-5),
+        pytest.approx(0, abs=1e-6),
+    )
+
+
+@pytest.mark.parametrize(
+    ("counts", "expected"), [((50_000, 10_000), 1000), ((1000, 1797), 500), ((24, 1797), 12), ((3, 9), 2)]
+)
+def test_subsets_adapt_to_few_samples(counts: tuple[int, int], expected: int):
+    assert subset_size(*counts) == expected
