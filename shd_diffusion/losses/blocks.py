@@ -47,7 +47,7 @@ def map_blocks(
                 continue
             if not 0 <= index < len(of_teacher):
                 raise ValueError(
-                    f"{name}: no {stream[0]}-attention block {index} among the teacher's {len(theirs)}"
+                    f"{name}: no {stream[0]}-attention block {index} among the teacher's {len(of_teacher)}"
                 )
             pairs[name] = of_teacher[index]
     return {name: pairs[name] for name in student if name in pairs}
