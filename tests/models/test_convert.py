@@ -16,11 +16,12 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import shd_diffusion.models
 from shd_diffusion.errors import UserError
 from shd_diffusion.models.adapter import null_label, sample_shape
 from shd_diffusion.models.convert import convert_checkpoint
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
-from shd_diffusion.models.factory import load_model
+from shd_diffusion.models.factory import OWN_CLASSES, load_model
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.sampling import ClassConditionalPipeline
 from shd_diffusion.sampling.guidance import guide, power_cosine_scale
@@ -81,6 +82,11 @@ def test_a_converted_folder_is_a_teacher_and_samples(kind: Kind, tmp_path: Path)
         for each in (pipeline, loaded)
     )
     assert torch.equal(first, second) and first.std() > 0.1
+
+
+def test_own_classes_are_imported_with_their_room() -> None:
+    """diffusers loads a pipeline's component only from a module that is already imported."""
+    assert OWN_CLASSES.items() <= vars(shd_diffusion.models).items()
 
 
 @KINDS
