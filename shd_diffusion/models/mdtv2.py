@@ -278,10 +278,7 @@ class MDTv2Transformer2DModel(ModelMixin, ConfigMixin):
             skips.append(x)
         for block in self.out_blocks:
             x = self._run(block, x, condition, skips.pop(), ids_keep)
-        if ids_keep is None:
-            x = x + self.decoder_position_embedding
-        else:
-            x = self._interpolate(x, condition, ids_keep)
+        x = self._complete(x, condition, ids_keep)
         for block in self.decoder_blocks:
             x = self._run(block, x, condition, patches)
 
@@ -290,8 +287,10 @@ class MDTv2Transformer2DModel(ModelMixin, ConfigMixin):
         sample = self._unpatchify(x)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _interpolate(self, kept: Tensor, condition: Tensor, ids_keep: Tensor) -> Tensor:
-        """The side interpolater: (B, K, C) to (B, N, C); only dropped tokens take what its block predicts."""
+    def _complete(self, kept: Tensor, condition: Tensor, ids_keep: Tensor | None) -> Tensor:
+        """All tokens for the decoder, (B, N, C): those the encoder saw, the others from the side interpolater."""
+        if ids_keep is None:
+            return kept + self.decoder_position_embedding
         tokens = self.mask_token.to(kept.dtype).repeat(len(kept), self.num_tokens, 1)
         tokens = tokens.scatter(1, _over_channels(ids_keep, kept), kept) + self.decoder_position_embedding
         dropped = tokens.new_ones(tokens.shape[:2], dtype=torch.bool).scatter(1, ids_keep, False)
