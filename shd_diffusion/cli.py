@@ -24,9 +24,12 @@ app = typer.Typer(
 ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")]
 Overrides = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a config key, e.g. train.max_steps=100.")
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a config key, e.g. train.max_steps=100."),
 ]
-Output = Annotated[Path | None, typer.Option("--output", metavar="DIR", help="The run folder; default: the config's.")]
+Output = Annotated[
+    Path | None, typer.Option("--output", metavar="DIR", help="The run folder; default: the config's.")
+]
 
 Arguments = ParamSpec("Arguments")
 
@@ -42,7 +45,9 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
         except KeyboardInterrupt:
-            typer.echo("\ninterrupted; what was finished is kept, the same command goes on from there", err=True)
+            typer.echo(
+                "\ninterrupted; what was finished is kept, the same command goes on from there", err=True
+            )
             raise typer.Exit(130) from None
 
     return guarded
@@ -92,7 +97,9 @@ def evaluate(runs: Runs, set_: Overrides = None) -> None:
 @stage
 def report(
     runs: Runs,
-    output: Annotated[Path | None, typer.Option("--output", metavar="FILE", help="The HTML page to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="The HTML page to write.")
+    ] = None,
 ) -> None:
     """Write one page that shows and compares runs."""
     from shd_diffusion.reporting import print_table, write_report
@@ -111,3 +118,7 @@ def _output(config: RunConfig, output: Path | None, source: Path) -> Path:
 def main() -> None:
     """Entry point of the installed command."""
     app()
+
+
+if __name__ == "__main__":
+    main()

@@ -74,12 +74,30 @@ class TeacherConfig(Section):
     path: str
 
 
-class DiffusionConfig(Section):
-    """The forward process and what the denoiser predicts."""
+Objective = Literal["epsilon", "v_prediction", "sample", "flow"]
 
-    objective: Literal["epsilon", "v_prediction", "sample"] = "epsilon"
-    num_train_timesteps: int = Field(1000, ge=1)
+
+class DiffusionConfig(Section):
+    """The forward process, what the denoiser predicts, and how its timesteps are drawn and weighed.
+
+    `flow` is rectified flow: straight paths from image to noise, without a `beta_schedule`. With
+    `learned_variance` the model predicts twice the channels, the second half trained by the variational bound.
+    """
+
+    objective: Objective = "epsilon"
+    num_train_timesteps: int = Field(1000, ge=2)
     beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
+    learned_variance: bool = False
+    min_snr_gamma: float | None = Field(None, gt=0)
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
+
+    @model_validator(mode="after")
+    def _variance_has_a_bound(self) -> DiffusionConfig:
+        if self.learned_variance and self.objective == "flow":
+            raise ValueError(
+                "a variance cannot be learned with the objective `flow`; set learned_variance: false"
+            )
+        return self
 
 
 class TermConfig(Section):
@@ -111,9 +129,10 @@ class SHDConfig(TermConfig):
 
 
 class LossesConfig(Section):
-    """L = w_denoise · L_denoise + w_output · L_output + w_shd · L_SHD."""
+    """L = w_denoise · L_denoise + w_output · L_output + w_shd · L_SHD, and with a learned variance + w_variance · L_vlb."""
 
     denoise: TermConfig = TermConfig(weight=1.0)
+    variance: TermConfig = TermConfig(weight=1.0)
     output: TermConfig = TermConfig(weight=1.0)
     shd: SHDConfig = SHDConfig(weight=1.0)
 
@@ -254,7 +273,9 @@ def read_config(path: Path, kind: type[AnyConfig], overrides: Iterable[str] = ()
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); give the path of a config file") from None
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a config file"
+        ) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
     if not isinstance(tree, dict):

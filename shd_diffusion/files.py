@@ -85,7 +85,9 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except ValueError:
-        raise UserError(f"{path}: not a JSON file; delete it and run the command that wrote it again") from None
+        raise UserError(
+            f"{path}: not a JSON file; delete it and run the command that wrote it again"
+        ) from None
 
 
 def _sync(path: Path) -> None:

@@ -69,9 +69,14 @@ class RunFolder:
         """
         if not self.config_file.exists():
             if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
-                raise UserError(f"{self.path}: holds files but no config.yaml of a run; give another --output")
+                raise UserError(
+                    f"{self.path}: holds files but no config.yaml of a run; give another --output"
+                )
             return
-        present, wanted = _flat(_read_tree(self.config_file)), _flat(config.model_dump(mode="json", by_alias=True))
+        present, wanted = (
+            _flat(_read_tree(self.config_file)),
+            _flat(config.model_dump(mode="json", by_alias=True)),
+        )
         for key in sorted(present.keys() | wanted.keys()):
             if key.split(".")[0] not in NOT_TRAINING and present.get(key) != wanted.get(key):
                 raise UserError(
@@ -111,7 +116,9 @@ class RunFolder:
             UserError: this is no run folder, or its config cannot be read.
         """
         if not self.config_file.is_file():
-            raise UserError(f"{self.path}: no config.yaml in it, so it is not a run folder; give the folder of a run")
+            raise UserError(
+                f"{self.path}: no config.yaml in it, so it is not a run folder; give the folder of a run"
+            )
         tree = _read_tree(self.config_file)
         kind = DistillConfig if "student" in tree else TrainTeacherConfig
         return parse_config(tree, kind, source=str(self.config_file))

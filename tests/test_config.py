@@ -4,7 +4,14 @@ from pathlib import Path
 
 import pytest
 
-from shd_diffusion.config import DistillConfig, TrainTeacherConfig, dump_config, override_config, parse_yaml, read_config
+from shd_diffusion.config import (
+    DistillConfig,
+    TrainTeacherConfig,
+    dump_config,
+    override_config,
+    parse_yaml,
+    read_config,
+)
 from shd_diffusion.errors import UserError
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -26,7 +33,9 @@ def test_override_leaves_the_rest_alone() -> None:
     assert changed.train == config.train
 
 
-@pytest.mark.parametrize(("text", "value"), [("2e-3", 2e-3), ("1E4", 1e4), ("3", 3), ("1.5", 1.5), ("e3", "e3")])
+@pytest.mark.parametrize(
+    ("text", "value"), [("2e-3", 2e-3), ("1E4", 1e4), ("3", 3), ("1.5", 1.5), ("e3", "e3")]
+)
 def test_numbers_are_read_as_people_write_them(text: str, value: object) -> None:
     assert parse_yaml(text) == value
 
@@ -64,11 +73,13 @@ def test_missing_file_and_missing_key_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"nowhere\.yaml"):
         read_config(tmp_path / "nowhere.yaml", DistillConfig)
     (tmp_path / "part.yaml").write_text("seed: 1\ntrain: {batch_size: 2}\n")
-    with pytest.raises(UserError, match="`train.max_steps` is missing"):
+    with pytest.raises(UserError, match=r"`train\.max_steps` is missing"):
         read_config(tmp_path / "part.yaml", TrainTeacherConfig)
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.relative_to(CONFIGS).as_posix())
+@pytest.mark.parametrize(
+    "path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda p: p.relative_to(CONFIGS).as_posix()
+)
 def test_every_config_that_ships_is_valid(path: Path) -> None:
     kind = DistillConfig if "student:" in path.read_text() else TrainTeacherConfig
     assert read_config(path, kind).train.max_steps > 0

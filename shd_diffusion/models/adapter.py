@@ -31,7 +31,9 @@ def null_label(model: ModelMixin) -> int:
     for key in ("num_embeds_ada_norm", "num_classes"):  # DiT, MDTv2
         if getattr(config, key, None):
             return config[key]
-    if getattr(config, "num_class_embeds", None):  # UNets have no null class of their own: the last one serves
+    if getattr(
+        config, "num_class_embeds", None
+    ):  # UNets have no null class of their own: the last one serves
         return config["num_class_embeds"] - 1
     raise ValueError(f"{type(model).__name__} is not class-conditional")
 

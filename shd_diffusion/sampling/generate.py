@@ -45,7 +45,9 @@ def balanced_labels(indices: Sequence[int], num_classes: int) -> list[int]:
     return [index % num_classes for index in indices]
 
 
-def sample_indices(pipeline: ClassConditionalPipeline, indices: Sequence[int], config: SampleConfig) -> Tensor:
+def sample_indices(
+    pipeline: ClassConditionalPipeline, indices: Sequence[int], config: SampleConfig
+) -> Tensor:
     """The images of these indices: (B, C, H, W) in [-1, 1]."""
     generators = [generator(config.seed, "sample", index) for index in indices]
     shape = sample_shape(pipeline.denoiser)
@@ -63,7 +65,11 @@ def sample_indices(pipeline: ClassConditionalPipeline, indices: Sequence[int], c
 
 
 def generate(
-    pipeline: ClassConditionalPipeline, config: SampleConfig, folder: Path, protocol: dict[str, Any], name: str
+    pipeline: ClassConditionalPipeline,
+    config: SampleConfig,
+    folder: Path,
+    protocol: dict[str, Any],
+    name: str,
 ) -> dict[str, Any]:
     """Write `config.num_images` PNG files, continuing where an interrupted call stopped.
 

@@ -50,7 +50,10 @@ def save_checkpoint(
     with replacing_folder(path, accelerator) as temporary:
         accelerator.save_state(str(temporary), safe_serialization=True)
         if accelerator.is_main_process:
-            save_file({str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)}, temporary / "ema.safetensors")
+            save_file(
+                {str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)},
+                temporary / "ema.safetensors",
+            )
             save_file(method.state_dict(), temporary / "method.safetensors")
             write_json(temporary / "step.json", {"step": step, "ema_step": ema.optimization_step})
     if accelerator.is_main_process:
@@ -58,7 +61,9 @@ def save_checkpoint(
             shutil.rmtree(_path(folder, old))
 
 
-def load_checkpoint(folder: Path, step: int, accelerator: Accelerator, ema: EMAModel, method: Stateful) -> None:
+def load_checkpoint(
+    folder: Path, step: int, accelerator: Accelerator, ema: EMAModel, method: Stateful
+) -> None:
     """Put everything back as it was after `step` steps. Every process calls this."""
     path = _path(folder, step)
     accelerator.load_state(str(path))

@@ -26,8 +26,9 @@ class Draws:
 
     def take(self, share: slice, device: torch.device) -> Draws:
         """One process's share, on its device."""
-        parts = (self.noise, self.timesteps, self.dropped, self.flipped, self.latent_noise)
-        return Draws(*(None if part is None else part[share].to(device) for part in parts))
+        latent_noise = None if self.latent_noise is None else self.latent_noise[share].to(device)
+        always = (self.noise, self.timesteps, self.dropped, self.flipped)
+        return Draws(*(part[share].to(device) for part in always), latent_noise)
 
 
 def draw(
@@ -38,13 +39,24 @@ def draw(
     num_timesteps: int,
     label_drop: float,
     latent_noise: bool = False,
+    timestep_sampling: str = "uniform",
 ) -> Draws:
-    """The draws of a step; teacher and student share them, and so do all variants of one seed."""
+    """The draws of a step; teacher and student share them, and so do all variants of one seed.
+
+    Timesteps are `uniform`, or `logit_normal` (Esser et al. 2024, section 3.1): sigmoid of a standard normal.
+    """
     source = generator(seed, "step", step)
     return Draws(
         noise=torch.randn((count, *shape), generator=source),
-        timesteps=torch.randint(num_timesteps, (count,), generator=source),
+        timesteps=_timesteps(count, num_timesteps, timestep_sampling, source),
         dropped=torch.rand(count, generator=source) < label_drop,
         flipped=torch.rand(count, generator=source) < 0.5,
         latent_noise=torch.randn((count, *shape), generator=source) if latent_noise else None,
     )
+
+
+def _timesteps(count: int, num_timesteps: int, sampling: str, source: torch.Generator) -> Tensor:
+    if sampling == "uniform":
+        return torch.randint(num_timesteps, (count,), generator=source)
+    share = torch.randn(count, generator=source).sigmoid()
+    return (share * num_timesteps).long().clamp(max=num_timesteps - 1)

@@ -10,20 +10,21 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, ModelMixin
+from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 
-from shd_diffusion.config import TrainConfig
+from shd_diffusion.config import RunConfig, TrainConfig
 from shd_diffusion.data.source import Source
+from shd_diffusion.losses.denoising import ForwardProcess
 from shd_diffusion.models.adapter import null_label, sample_shape
 from shd_diffusion.progress import progress_bar
+from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from shd_diffusion.training.data_order import Layout, StepSampler
 from shd_diffusion.training.draws import draw
 from shd_diffusion.training.methods import Batch, Method, make_batch
-from shd_diffusion.run_folder import RunFolder
 
 Watch = Callable[[ModelMixin], dict[str, float]]
 
@@ -79,10 +80,9 @@ def fit(
     model: ModelMixin,
     method: Method,
     source: Source,
-    schedule: DDPMScheduler,
+    process: ForwardProcess,
     run: RunFolder,
-    config: TrainConfig,
-    seed: int,
+    config: RunConfig,
     accelerator: Accelerator,
     watch: Watch | None = None,
 ) -> ModelMixin:
@@ -92,45 +92,56 @@ def fit(
         model: with the weights to start from.
         method: gives the terms of the loss.
         source: what to train on.
-        schedule: the forward process.
+        process: the forward process.
         run: gets metrics and checkpoints.
-        config: steps, batch size, optimiser.
-        seed: noise, timesteps, dropped labels and data order follow from it and the step.
+        config: of the run; noise, timesteps, dropped labels and data order follow from its seed and the step.
         accelerator: see `make_accelerator`.
         watch: figures of the averaged model, every `config.watch.every` steps.
     """
+    train = config.train
     layout = Layout(
-        config.batch_size, config.gradient_accumulation_steps, accelerator.num_processes, accelerator.process_index
+        train.batch_size,
+        train.gradient_accumulation_steps,
+        accelerator.num_processes,
+        accelerator.process_index,
     )
-    training = Training.prepare(model, config, accelerator)
+    training = Training.prepare(model, train, accelerator)
     start = latest_checkpoint(run.checkpoints)
     if start:
         load_checkpoint(run.checkpoints, start, accelerator, training.average, method)
     if accelerator.is_main_process:
         run.forget_after(start)
 
-    images = source.batches(StepSampler(seed, len(source), layout, start, config.max_steps))
-    shape, null, timesteps = sample_shape(model), null_label(model), schedule.config["num_train_timesteps"]
+    items = source.batches(StepSampler(config.seed, len(source), layout, start, train.max_steps))
+    shape, null = sample_shape(model), null_label(model)
 
     def batches(step: int) -> Iterator[Batch]:
-        drawn = draw(seed, step, layout.step_size, shape, timesteps, config.label_drop, source.needs_noise)
+        drawn = draw(
+            config.seed,
+            step,
+            layout.step_size,
+            shape,
+            process.num_timesteps,
+            train.label_drop,
+            source.needs_noise,
+            config.diffusion.timestep_sampling,
+        )
         for micro_step in range(layout.accumulation):
-            items, labels = (part.to(accelerator.device, non_blocking=True) for part in next(images))
+            raw, labels = (part.to(accelerator.device, non_blocking=True) for part in next(items))
             mine = drawn.take(layout.share(micro_step), accelerator.device)
-            clean = source.clean(items, mine.flipped, mine.latent_noise)
-            yield make_batch(schedule, clean, labels, mine, null)
+            yield make_batch(process, source.clean(raw, mine.flipped, mine.latent_noise), labels, mine, null)
 
     training.wrapped.train()
     began, logged = time.perf_counter(), start
-    bar = progress_bar(config.max_steps, f"train {run.path.name}", "step", start, accelerator.is_main_process)
+    bar = progress_bar(train.max_steps, f"train {run.path.name}", "step", start, accelerator.is_main_process)
     with bar:
-        for step in range(start, config.max_steps):
+        for step in range(start, train.max_steps):
             weights = method.weights(step)
-            terms, norm = take_step(training, method, batches(step), weights, step, config, accelerator)
+            terms, norm = take_step(training, method, batches(step), weights, step, train, accelerator)
             bar.update()
             done = step + 1
-            last, watching = done == config.max_steps, watch is not None and is_due(done, config.watch.every)
-            if last or watching or is_due(done, config.log_every):
+            last, watching = done == train.max_steps, watch is not None and is_due(done, train.watch.every)
+            if last or watching or is_due(done, train.log_every):
                 entry = {
                     "step": done,
                     "images": done * layout.step_size,
@@ -146,8 +157,8 @@ def fit(
                     run.log(entry)
                 bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
                 began, logged = time.perf_counter(), done
-            if last or is_due(done, config.checkpoint_every):
-                save_checkpoint(run.checkpoints, done, accelerator, training.average, method, config.keep_last)
+            if last or is_due(done, train.checkpoint_every):
+                save_checkpoint(run.checkpoints, done, accelerator, training.average, method, train.keep_last)
     training.average.copy_to(model.parameters())
     return model.eval()
 
@@ -189,7 +200,11 @@ def summarize_terms(values: dict[str, float], weights: dict[str, float]) -> dict
     weighted = {name: weights[name] * value for name, value in values.items()}
     loss = sum(weighted.values())
     terms = {
-        name: {"value": values[name], "weighted": weighted[name], "share": weighted[name] / loss if loss else 0.0}
+        name: {
+            "value": values[name],
+            "weighted": weighted[name],
+            "share": weighted[name] / loss if loss else 0.0,
+        }
         for name in values
     }
     return {"loss": loss, "terms": terms}

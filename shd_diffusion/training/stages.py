@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, ModelMixin
+from diffusers import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from shd_diffusion.attention import AttentionCapture, attention_blocks
-from shd_diffusion.config import DistillConfig, ModelConfig, RunConfig, TrainTeacherConfig
-from shd_diffusion.data import build_dataset
+from shd_diffusion.config import DistillConfig, ModelConfig, RunConfig, SHDConfig, TrainTeacherConfig
+from shd_diffusion.data import Source, build_source, check_source
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import replacing_folder, write_json
-from shd_diffusion.losses import SHDLoss
-from shd_diffusion.losses.denoising import noise_schedule
+from shd_diffusion.files import replacing_folder, write_json, write_text
+from shd_diffusion.losses import SHDLoss, map_blocks
+from shd_diffusion.losses.denoising import ForwardProcess, forward_process
 from shd_diffusion.models.adapter import count_parameters, freeze, null_label, sample_shape
 from shd_diffusion.models.factory import build_model, load_model
 from shd_diffusion.progress import announce
-from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
-from shd_diffusion.training.loop import fit, make_accelerator
-from shd_diffusion.training.methods import Denoising, Distillation, Method
 from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
+from shd_diffusion.squeezing.plan import plan_merges, plans_from_json, plans_to_json
+from shd_diffusion.training.loop import fit, make_accelerator
+from shd_diffusion.training.methods import Denoising, DenoisingLoss, Distillation, Method
+from shd_diffusion.training.probe import paired_records, probe_batches, study_attention
 
 
 def train_teacher(config: TrainTeacherConfig, output: Path, source: str) -> None:
@@ -37,10 +42,11 @@ def train_teacher(config: TrainTeacherConfig, output: Path, source: str) -> None
     Raises:
         UserError: the config cannot be carried out, or the folder belongs to another run.
     """
-    run = RunFolder(output)
-    run.check(config)
-    model = _new_model(config, config.model, f"{source}: key `model`")
-    _train(config, model, Denoising(), run, None)
+    stage = _open(config, config.model, "model", output, source)
+    if stage is None:
+        return
+    trained, seconds = _fit(stage, Denoising(DenoisingLoss(stage.process, config.diffusion)))
+    _finish(stage, trained, seconds, None)
 
 
 def distill(config: DistillConfig, output: Path, source: str) -> None:
@@ -50,20 +56,34 @@ def distill(config: DistillConfig, output: Path, source: str) -> None:
         UserError: the config cannot be carried out (a teacher that is missing or cannot be captured, heads that
             cannot be squeezed), or the folder belongs to another run.
     """
-    run = RunFolder(output)
-    run.check(config)
-    teacher = freeze(load_model(config.teacher.path))
-    student = _new_model(config, config.student, f"{source}: key `student`")
-    check_pair(teacher, student, config, source)
+    try:
+        teacher = freeze(load_model(config.teacher.path))
+    except UserError as error:
+        raise UserError(f"{source}: key `teacher.path`: {error}") from error
+    stage = _open(config, config.student, "student", output, source, teacher)
+    if stage is None:
+        return
+    teacher.to(stage.accelerator.device)
+    shd = config.losses.shd
+    loss = SHDLoss.from_config(shd, config.seed)
+    denoising = DenoisingLoss(stage.process, config.diffusion)
     with ExitStack() as stack:
-        captures = shd = None
-        if config.losses.shd.weight:
-            captures = (
-                stack.enter_context(AttentionCapture(teacher)),
-                stack.enter_context(AttentionCapture(student)),
+        captures = None
+        if shd.weight:
+            if shd.pairing == "matched":
+                _load_or_calibrate(loss, teacher, stage)
+            of_teacher, of_student = (
+                stack.enter_context(AttentionCapture(m)) for m in (teacher, stage.model)
             )
-            shd = SHDLoss.from_config(config.losses.shd)
-        _train(config, student, Distillation(teacher, captures, shd, config.losses), run, teacher)
+            captures = of_teacher, of_student
+        method = Distillation(
+            denoising, teacher, captures, loss if shd.weight else None, config.losses, config.train.max_steps
+        )
+        trained, seconds = _fit(stage, method)
+    if stage.accelerator.is_main_process and shd.weight:
+        path = stage.run.attention_file
+        study_attention(loss, teacher, trained, stage.data, stage.process, config.seed, path)
+    _finish(stage, trained, seconds, teacher)
 
 
 def check_pair(teacher: ModelMixin, student: ModelMixin, config: DistillConfig, source: str) -> None:
@@ -72,20 +92,107 @@ def check_pair(teacher: ModelMixin, student: ModelMixin, config: DistillConfig, 
     Raises:
         UserError: their inputs or classes differ, or with SHD, their attention cannot be captured or squeezed.
     """
-    if sample_shape(teacher) != sample_shape(student):
+    path = config.teacher.path
+    try:
+        ours, theirs = sample_shape(student), sample_shape(teacher)
+        classes, taught = null_label(student), null_label(teacher)
+    except ValueError as error:
+        raise UserError(f"{source}: key `teacher.path` ({path}): {error}") from error
+    if ours != theirs:
         raise UserError(
-            f"{source}: key `student.arguments` makes a model of {sample_shape(student)} inputs (channels, height, "
-            f"width), but the teacher {config.teacher.path} takes {sample_shape(teacher)}; make them equal"
+            f"{source}: key `student.arguments` makes a model of {ours} inputs (channels, height, width), "
+            f"but the teacher {path} takes {theirs}; make them equal"
         )
-    if null_label(teacher) != null_label(student):
+    if classes != taught:
         raise UserError(
-            f"{source}: key `student.arguments` gives {null_label(student)} classes, but the teacher "
-            f"{config.teacher.path} has {null_label(teacher)}; make them equal"
+            f"{source}: key `student.arguments` gives {classes} classes, but the teacher {path} has {taught}; "
+            "make them equal"
         )
+    if config.losses.shd.weight:
+        check_squeezing(teacher, student, config.losses.shd, path, source)
+
+
+def check_squeezing(teacher: ModelMixin, student: ModelMixin, shd: SHDConfig, path: str, source: str) -> None:
+    """See that the student's attention blocks have teacher blocks whose heads can be squeezed to theirs.
+
+    Raises:
+        UserError: they have not.
+    """
+    theirs, ours = (
+        {name: block for name, block in attention_blocks(model).items() if block.capturable}
+        for model in (teacher, student)
+    )
+    for key, model, blocks in (("teacher.path", teacher, theirs), ("student", student, ours)):
+        if not blocks:
+            raise UserError(
+                f"{source}: key `{key}`: {type(model).__name__} has no attention block that can be captured; "
+                "choose another model or set losses.shd.weight=0"
+            )
+    try:
+        taught, learning = ({name: block.kind for name, block in blocks.items()} for blocks in (theirs, ours))
+        pairs = map_blocks(taught, learning, shd.layer_map)
+    except ValueError as error:
+        raise UserError(f"{source}: key `losses.shd.layer_map`: {error}") from error
+    for name, taught_by in pairs.items():
+        try:
+            plan_merges(theirs[taught_by].heads, ours[name].heads)
+        except ValueError as error:
+            raise UserError(
+                f"{source}: key `student.arguments`: block {name}: {error} (teacher {path})"
+            ) from error
+
+
+# --- what both stages share ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A run that is about to train: everything that its config names, built and checked."""
+
+    config: RunConfig
+    run: RunFolder
+    model: ModelMixin
+    data: Source
+    process: ForwardProcess
+    sampler: SchedulerMixin
+    accelerator: Accelerator
+
+
+def _open(
+    config: RunConfig,
+    model: ModelConfig,
+    key: str,
+    output: Path,
+    source: str,
+    teacher: ModelMixin | None = None,
+) -> Stage | None:
+    """Build and check everything, then create the run folder; None where the run is complete already."""
+    run = RunFolder(output)
+    run.check(config)
+    if run.summary_file.exists():
+        announce(f"{run.path}: complete, nothing to do")
+        return None
+    process = forward_process(config.diffusion)
+    data = build_source(config.data)
+    built = _new_model(config, model, f"{source}: key `{key}`")
+    if isinstance(config, DistillConfig) and teacher is not None:
+        check_pair(teacher, built, config, source)
+    check_source(data, sample_shape(built), null_label(built), f"{source}: key `{key}.arguments`")
+    try:
+        sampler = make_scheduler(
+            config.sample.scheduler, config.sample.scheduler_arguments, process.scheduler
+        )
+    except ValueError as error:
+        raise UserError(f"{source}: key `sample.scheduler`: {error}") from error
+    accelerator = make_accelerator(config.train)
+    if accelerator.is_main_process:
+        run.create(config)
+    accelerator.wait_for_everyone()
+    return Stage(config, run, built, data, process, sampler, accelerator)
 
 
 def _new_model(config: RunConfig, model: ModelConfig, place: str) -> ModelMixin:
-    """The model of a config on its seed's weights, the same for every variant of one seed."""
+    """The model of a config, with weights that follow from its seed: the same for every variant of one seed."""
     torch.manual_seed(config.seed)
     try:
         built = build_model(model)
@@ -95,30 +202,64 @@ def _new_model(config: RunConfig, model: ModelConfig, place: str) -> ModelMixin:
     return built
 
 
-def _train(config: RunConfig, model: ModelMixin, method: Method, run: RunFolder, teacher: ModelMixin | None) -> None:
-    if run.summary_file.exists():
-        announce(f"{run.path} is complete; nothing to do")
+def _load_or_calibrate(loss: SHDLoss, teacher: ModelMixin, stage: Stage) -> None:
+    """Give the loss its matched plans, found once for a run and kept with it."""
+    path = stage.run.path / "merge_plans.json"
+    if path.exists():
+        loss.plans = plans_from_json(path.read_text(encoding="utf-8"))
         return
-    accelerator = make_accelerator(config.train)
-    if accelerator.is_main_process:
-        run.create(config)
-    accelerator.wait_for_everyone()
-    if teacher is not None:
-        teacher.to(accelerator.device)
-    schedule = noise_schedule(config.diffusion)
+    config = stage.config
+    assert isinstance(config, DistillConfig)
+    student = stage.model.to(stage.accelerator.device)
+    count, size = config.losses.shd.calibration_batches, config.train.batch_size
+    batches = probe_batches(stage.data, student, stage.process, count, size, config.seed)
+    plans = loss.calibrate(paired_records(teacher, student, batches))
+    stage.accelerator.wait_for_everyone()
+    if stage.accelerator.is_main_process:
+        write_text(path, plans_to_json(plans))
+
+
+def _fit(stage: Stage, method: Method) -> tuple[ModelMixin, float]:
+    """The trained model with its averaged weights, and the seconds that it took."""
     began = time.perf_counter()
-    model = fit(model, method, build_dataset(config.data), schedule, run, config.train, config.seed, accelerator)
-    _export(config, model, schedule, run, accelerator)
-    if accelerator.is_main_process:
-        heads = next(iter(attention_blocks(model).values()))
-        write_json(run.summary_file, {})
-    accelerator.end_training()
+    trained = fit(stage.model, method, stage.data, stage.process, stage.run, stage.config, stage.accelerator)
+    return trained, time.perf_counter() - began
 
 
-def _export(
-    config: RunConfig, model: ModelMixin, schedule: DDPMScheduler, run: RunFolder, accelerator: Accelerator
-) -> None:
-    scheduler = make_scheduler(config.sample.scheduler, config.sample.scheduler_arguments, schedule)
-    if accelerator.is_main_process:
-        with replacing_folder(run.pipeline) as temporary:
-            ClassConditionalPipeline(model, scheduler).save_pretrained(temporary, safe_serialization=True)
+def _finish(stage: Stage, trained: ModelMixin, seconds: float, teacher: ModelMixin | None) -> None:
+    """Save the pipeline, then the summary: a run that has one is complete."""
+    if stage.accelerator.is_main_process:
+        with replacing_folder(stage.run.pipeline) as temporary:
+            ClassConditionalPipeline(trained, stage.sampler).save_pretrained(
+                temporary, safe_serialization=True
+            )
+        write_json(stage.run.summary_file, summarize(stage, trained, seconds, teacher))
+    stage.accelerator.end_training()
+
+
+def summarize(stage: Stage, model: ModelMixin, seconds: float, teacher: ModelMixin | None) -> dict[str, Any]:
+    """What the report says of a run; heads are the most that any block has."""
+    config, train = stage.config, stage.config.train
+    blocks = attention_blocks(model).values()
+    return {
+        "name": stage.run.path.name,
+        "stage": "train-teacher" if teacher is None else "distill",
+        "class": type(model).__name__,
+        "parameters": count_parameters(model),
+        "heads": most_heads(model),
+        "head_dim": max((block.head_dim for block in blocks), default=0),
+        "blocks": len(blocks),
+        "steps": train.max_steps,
+        "images": train.max_steps
+        * train.batch_size
+        * train.gradient_accumulation_steps
+        * stage.accelerator.num_processes,
+        "seconds": seconds,
+        "teacher": config.teacher.path if isinstance(config, DistillConfig) else None,
+        "teacher_heads": None if teacher is None else most_heads(teacher),
+    }
+
+
+def most_heads(model: ModelMixin) -> int:
+    """The most heads that any attention block of a model has; 0 if it has none."""
+    return max((block.heads for block in attention_blocks(model).values()), default=0)

@@ -28,7 +28,9 @@ def tiny_pipeline(scheduler: str = "DDIMScheduler") -> ClassConditionalPipeline:
     with torch.no_grad():
         for parameter in model.parameters():  # adaLN-zero would predict exactly nothing
             parameter.normal_(std=0.2)
-    pipeline = ClassConditionalPipeline(model, make_scheduler(scheduler, {}, DDPMScheduler(clip_sample=False)))
+    pipeline = ClassConditionalPipeline(
+        model, make_scheduler(scheduler, {}, DDPMScheduler(clip_sample=False))
+    )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 

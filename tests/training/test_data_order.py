@@ -17,7 +17,9 @@ def test_every_epoch_sees_every_image_once() -> None:
 
 
 def test_an_epoch_may_end_inside_a_step() -> None:
-    assert [i for s in range(7) for i in step_indices(0, s, 3, 7)] == [i for s in range(3) for i in step_indices(0, s, 7, 7)]
+    assert [i for s in range(7) for i in step_indices(0, s, 3, 7)] == [
+        i for s in range(3) for i in step_indices(0, s, 7, 7)
+    ]
 
 
 @pytest.mark.parametrize(

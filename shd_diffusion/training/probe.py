@@ -1,0 +1,87 @@
+"""Looking at teacher and student side by side outside of the training steps: calibration, and the report's maps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shd_diffusion.attention import AttentionCapture, AttentionRecord
+from shd_diffusion.data import Source
+from shd_diffusion.files import replacing_file
+from shd_diffusion.losses import SHDLoss
+from shd_diffusion.losses.denoising import ForwardProcess
+from shd_diffusion.models.adapter import null_label, predict, sample_shape
+from shd_diffusion.training.data_order import Layout, StepSampler
+from shd_diffusion.training.draws import draw
+from shd_diffusion.training.methods import Batch, make_batch
+
+Records = dict[str, AttentionRecord]
+
+STUDY_BATCHES = 8
+STUDY_BATCH_SIZE = 4
+
+
+def probe_batches(
+    source: Source, model: ModelMixin, process: ForwardProcess, count: int, size: int, seed: int
+) -> Iterator[Batch]:
+    """Noised batches that no training step sees, with labels that are never dropped."""
+    shape, null, device = sample_shape(model), null_label(model), model.device
+    items = source.batches(StepSampler(seed, len(source), Layout(size), 0, count))
+    for step, (raw, labels) in enumerate(items):
+        # negative steps: draws of their own
+        drawn = draw(seed, -1 - step, size, shape, process.num_timesteps, 0.0, source.needs_noise)
+        drawn = drawn.take(slice(None), device)
+        clean = source.clean(raw.to(device), drawn.flipped, drawn.latent_noise)
+        yield make_batch(process, clean, labels.to(device), drawn, null)
+
+
+@torch.no_grad()
+def paired_records(
+    teacher: ModelMixin, student: ModelMixin, batches: Iterator[Batch]
+) -> Iterator[tuple[Records, Records]]:
+    """What teacher and student attend to on each batch."""
+    with AttentionCapture(teacher) as of_teacher, AttentionCapture(student) as of_student:
+        for batch in batches:
+            for model in (teacher, student):
+                predict(model, batch.noised, batch.timesteps, batch.labels)
+            yield of_teacher.records, of_student.records
+
+
+def study_attention(
+    shd: SHDLoss,
+    teacher: ModelMixin,
+    student: ModelMixin,
+    source: Source,
+    process: ForwardProcess,
+    seed: int,
+    path: Path,
+) -> None:
+    """Write `attention.safetensors`: the maps of one image, and how a few dozen images are squeezed, block by block."""
+    first, *_ = batches = list(probe_batches(source, student, process, STUDY_BATCHES, STUDY_BATCH_SIZE, seed))
+    tensors: dict[str, Tensor] = {"image": first.clean[0]}
+    samples: dict[str, list[Tensor]] = {}
+    for records in paired_records(teacher, student, iter(batches)):
+        pairs = shd.pairs(*records)
+        kinds = {name: records[1][name].kind for name in pairs}
+        for name, found in shd.explain(*records).items():
+            for part in ("teacher", "squeezed", "student"):
+                tensors.setdefault(f"{name}/{part}", getattr(found, part)[0])
+            for part in ("coefficients", "weights", "residual", "divergence"):
+                samples.setdefault(f"{name}/{part}", []).append(getattr(found, part))
+    tensors |= {name: torch.cat(parts) for name, parts in samples.items()}
+    description = {
+        "label": int(first.labels[0]),
+        "timestep": int(first.timesteps[0]),
+        "blocks": [
+            {"student": ours, "teacher": theirs, "kind": kinds[ours]} for ours, theirs in pairs.items()
+        ],
+    }
+    with replacing_file(path) as temporary:
+        contiguous = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(contiguous, temporary, metadata={"description": json.dumps(description)})

@@ -1,0 +1,222 @@
+"""Every stage, short but real, through the command line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command, sets
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+from shd_diffusion.sampling import ClassConditionalPipeline
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors")
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_folder_holds_what_it_should(runs: Path) -> None:
+    run = runs / "kd-shd"
+    expected = ["config.yaml", "environment.json", "metrics.jsonl", "summary.json", "attention.safetensors"]
+    expected += ["checkpoints/step-00000010", "checkpoints/step-00000020", "pipeline/model_index.json"]
+    expected += ["samples/000023.png", "samples/sampling.json", "evaluation/metrics.json"]
+    assert [name for name in expected if not (run / name).exists()] == []
+    summary = json.loads((run / "summary.json").read_text())
+    assert (summary["heads"], summary["teacher_heads"], summary["steps"], summary["images"]) == (
+        5,
+        12,
+        20,
+        320,
+    )
+    assert summary["parameters"] == sum(tensor.numel() for tensor in weights(run).values())
+
+
+def test_every_term_is_logged_with_its_weight_and_share(runs: Path) -> None:
+    entries = log(runs / "kd-shd")
+    assert [entry["step"] for entry in entries] == [5, 10, 15, 20]
+    for entry in entries:
+        assert entry["images"] == entry["step"] * 16 and entry["seconds_per_step"] > 0
+        assert set(entry["terms"]) == {"denoise", "output", "shd"}
+        for name, weight in (("denoise", 1.0), ("output", 1.0), ("shd", 5.0)):
+            term = entry["terms"][name]
+            assert term["weighted"] == pytest.approx(weight * term["value"])
+            assert term["share"] == pytest.approx(term["weighted"] / entry["loss"])
+        assert sum(term["weighted"] for term in entry["terms"].values()) == pytest.approx(entry["loss"])
+
+
+def test_figures_are_there_with_their_protocol(runs: Path) -> None:
+    figures = json.loads((runs / "teacher" / "evaluation" / "metrics.json").read_text())
+    names = [
+        "fid",
+        "inception_score_mean",
+        "inception_score_std",
+        "kid_mean",
+        "kid_std",
+        "precision",
+        "recall",
+    ]
+    assert all(isinstance(figures[name], float) for name in names)
+    assert figures["protocol"]["num_inference_steps"] == 3 and figures["protocol"]["guidance_scale"] == 1.0
+
+
+def test_attention_of_teacher_squeezed_and_student_is_kept(runs: Path) -> None:
+    with safe_open(runs / "kd-shd" / "attention.safetensors", "pt") as file:
+        blocks = json.loads(file.metadata()["description"])["blocks"]
+        assert len(blocks) == 6
+        for block in blocks:
+            name = block["student"]
+            for part, heads in (("teacher", 12), ("squeezed", 5), ("student", 5)):
+                maps = file.get_tensor(f"{name}/{part}")
+                assert maps.shape == (heads, 16, 16)
+                torch.testing.assert_close(maps.sum(-1), torch.ones(heads, 16))
+            alpha = file.get_tensor(f"{name}/coefficients")
+            assert alpha.shape[1] == 7 and alpha.min() >= 0 and alpha.max() <= 1  # 12 -> 6 -> 5
+
+
+def test_the_teacher_is_not_touched(runs: Path) -> None:
+    before = weights(runs / "teacher")
+    pipeline = ClassConditionalPipeline.from_pretrained(runs / "teacher" / "pipeline")
+    assert all(torch.equal(value, before[name]) for name, value in pipeline.denoiser.state_dict().items())
+
+
+def test_the_same_command_on_a_complete_run_changes_nothing(runs: Path) -> None:
+    run = runs / "teacher"
+    files = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    assert command("train-teacher", TEACHER_CONFIG, "--output", run, *sets(*SHORT))[0] == 0
+    assert command("sample", run, *sets(*FEW_IMAGES))[0] == 0
+    changed = [p.name for p, when in files.items() if p.stat().st_mtime_ns != when]
+    assert changed == []
+
+
+def test_resume_is_bit_identical(runs: Path, tmp_path: Path) -> None:
+    """A run that lost everything after its first checkpoint ends with the same weights and the same log."""
+    run = tmp_path / "kd-shd"
+    shutil.copytree(runs / "kd-shd", run)
+    shutil.rmtree(run / "checkpoints" / "step-00000020")
+    shutil.rmtree(run / "pipeline")
+    (run / "summary.json").unlink()
+    overrides = sets(*SHORT, f"teacher.path={runs / 'teacher'}")
+    assert command("distill", DISTILL_CONFIG, "--output", run, *overrides)[0] == 0
+    before, after = weights(runs / "kd-shd"), weights(run)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    without_time = [{k: v for k, v in e.items() if k != "seconds_per_step"} for e in log(run)]
+    assert without_time == [
+        {k: v for k, v in e.items() if k != "seconds_per_step"} for e in log(runs / "kd-shd")
+    ]
+
+
+def test_terms_of_weight_zero_are_left_out(runs: Path, tmp_path: Path) -> None:
+    overrides = sets(*SHORT, f"teacher.path={runs / 'teacher'}", "losses.shd.weight=0", "train.max_steps=2")
+    assert command("distill", DISTILL_CONFIG, "--output", tmp_path / "kd", *overrides)[0] == 0
+    assert set(log(tmp_path / "kd")[-1]["terms"]) == {"denoise", "output"}
+
+
+def test_variants_of_one_seed_start_alike(runs: Path, tmp_path: Path) -> None:
+    """Without an update yet, the denoising term of the first step is the same with and without a teacher."""
+    overrides = sets(*SHORT, f"teacher.path={runs / 'teacher'}", "train.max_steps=1")
+    for name, weight in (("none", 0), ("shd", 5)):
+        more = sets(f"losses.shd.weight={weight}", f"losses.output.weight={min(weight, 1)}")
+        assert command("distill", DISTILL_CONFIG, "--output", tmp_path / name, *overrides, *more)[0] == 0
+    first, second = (log(tmp_path / name)[0]["terms"]["denoise"]["value"] for name in ("none", "shd"))
+    assert first == second
+
+
+def test_ctrl_c_keeps_the_last_checkpoint(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    arguments = [TEACHER_CONFIG, "--output", run, *sets(*SHORT, "train.max_steps=100000")]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shd_diffusion.cli", "train-teacher", *map(str, arguments)],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoints" / "step-00000010").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors and "Traceback" not in errors
+    assert list((run / "checkpoints").glob("step-*"))
+
+
+BAD = {
+    "unknown key": (["train.max_step=3"], ["distill.yaml", "train.max_step", "max_steps"]),
+    "wrong type": (["train.batch_size=big"], ["distill.yaml", "train.batch_size", "integer"]),
+    "too many heads": (
+        ["student.arguments.num_attention_heads=13"],
+        ["distill.yaml", "student.arguments", "12", "13"],
+    ),
+    "unknown class": (["student.class=NoModel"], ["distill.yaml", "student", "NoModel"]),
+    "unknown argument": (["student.arguments.depth=3"], ["distill.yaml", "student", "depth"]),
+    "other classes": (
+        ["student.arguments.num_embeds_ada_norm=7"],
+        ["distill.yaml", "student.arguments", "10", "7"],
+    ),
+    "other size": (["student.arguments.sample_size=16"], ["distill.yaml", "student.arguments", "16"]),
+    "no teacher": (["teacher.path=nowhere/at/all"], ["nowhere/at/all", "teacher.path"]),
+    "unknown scheduler": (["sample.scheduler=Nope"], ["distill.yaml", "sample.scheduler", "Nope"]),
+}
+
+
+@pytest.mark.parametrize("case", BAD, ids=lambda case: case.replace(" ", "-"))
+def test_bad_input_is_one_line_and_writes_nothing(case: str, runs: Path, tmp_path: Path) -> None:
+    overrides, says = BAD[case]
+    arguments = sets(*SHORT, f"teacher.path={runs / 'teacher'}", *overrides)
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
+    assert code == 2
+    message = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(message) == 1 and all(part in message[0] for part in says), errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_teacher_is_named(tmp_path: Path) -> None:
+    arguments = sets(*SHORT, f"teacher.path={tmp_path}")
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
+    assert code == 2 and str(tmp_path) in errors and "teacher.path" in errors
+
+
+def test_a_teacher_that_cannot_be_captured_is_named(tmp_path: Path) -> None:
+    from diffusers import UNet2DModel
+
+    unet = UNet2DModel(
+        sample_size=8, in_channels=1, out_channels=1, layers_per_block=1, block_out_channels=(32,), num_class_embeds=11,
+        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), add_attention=False,
+    )  # fmt: skip
+    unet.save_pretrained(tmp_path / "unet")
+    arguments = sets(*SHORT, f"teacher.path={tmp_path / 'unet'}")
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
+    assert code == 2 and "UNet2DModel" in errors and "teacher.path" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_of_another_config_is_left_alone(runs: Path) -> None:
+    run = runs / "teacher"
+    before = (run / "config.yaml").read_bytes()
+    code, _, errors = command("train-teacher", TEACHER_CONFIG, "--output", run, *sets(*SHORT, "seed=1"))
+    assert code == 2 and "`seed`" in errors and "config.yaml" in errors and "--output" in errors
+    assert (run / "config.yaml").read_bytes() == before
+
+
+def test_a_folder_with_other_files_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("dear")
+    code, _, errors = command("train-teacher", TEACHER_CONFIG, "--output", tmp_path, *sets(*SHORT))
+    assert code == 2 and str(tmp_path) in errors
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+@pytest.mark.parametrize("stage", ["sample", "evaluate", "report"])
+def test_a_folder_that_is_no_run_is_named(stage: str, tmp_path: Path) -> None:
+    code, _, errors = command(stage, tmp_path / "nothing")
+    assert code == 2 and "nothing" in errors
+    assert not (tmp_path / "nothing").exists()
