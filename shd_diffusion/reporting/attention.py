@@ -27,7 +27,7 @@ from shd_diffusion.reporting.drawing import (
 )
 from shd_diffusion.reporting.runs import Array, Attention, BlockAttention, Run
 
-MAX_SIDE = 128
+MAX_SIDE = 64
 """Pixels of a map: larger ones are shown reduced, by the mean over areas."""
 
 COLOURS = LinearSegmentedColormap.from_list(
@@ -267,7 +267,7 @@ def residuals(run: Run, attention: Attention) -> Drawing:
     """Residual of squeezing, block by block: mean over samples and heads, with the middle 80 %."""
     with panel() as (figure, axes):
         _by_block(axes, [block.residual for block in attention.blocks], SQUEEZE_LOOK, "residual")
-        axes.set(xlabel="block", ylabel="relative residual of squeezing")
+        axes.set(xlabel="block", ylabel="relative residual")
         axes.set_ylim(bottom=0)
         return finish(figure, f"{run.name}-residual", "Residual of squeezing in each block")
 
@@ -277,7 +277,7 @@ def divergences(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look]
     with panel() as (figure, axes):
         for run, attention in members:
             _by_block(axes, [b.divergence for b in attention.blocks], looks[run.name], run.name)
-        axes.set(xlabel="block", ylabel="divergence, squeezed to student")
+        axes.set(xlabel="block", ylabel="divergence")
         axes.set_ylim(bottom=0)
         legend_above(figure, axes)
         return finish(figure, f"{members[0][0].name}-divergence", "Divergence in each block")

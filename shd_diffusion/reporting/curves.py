@@ -37,11 +37,10 @@ def _term_panel(term: str, logs: Sequence[tuple[Run, Log]], looks: dict[str, Loo
         for run, log in logs:
             look = looks[run.name]
             values = log.values[term]
+            mean = np.exp(smooth(np.log(values), _window(values)))  # geometric, as the scale is
             chosen = _thin(len(values))
             axes.plot(log.steps[chosen], values[chosen], color=look.colour, linewidth=0.8, alpha=0.35)
-            axes.plot(
-                log.steps[chosen], smooth(values, _window(values))[chosen], color=look.colour, label=run.name
-            )
+            axes.plot(log.steps[chosen], mean[chosen], color=look.colour, label=run.name)
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
@@ -94,4 +93,4 @@ def _thin(count: int) -> Array:
 
 
 def _window(values: Array) -> int:
-    return max(1, len(values) // 12)
+    return max(1, len(values) // 20)

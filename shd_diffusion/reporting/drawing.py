@@ -204,6 +204,8 @@ def mosaic(images: Sequence[Sequence[NDArray[np.uint8]]], gap: int) -> NDArray[n
 
 def data_uri(image: NDArray[np.uint8]) -> str:
     """An image as a PNG that stands inside the page."""
-    buffer = io.BytesIO()
-    Image.fromarray(image).save(buffer, format="png", optimize=True)
+    picture, buffer = Image.fromarray(image), io.BytesIO()
+    if picture.mode == "RGB" and picture.getcolors(256):
+        picture = picture.quantize(256)  # exact, and a third of the size
+    picture.save(buffer, format="png", optimize=True)
     return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"

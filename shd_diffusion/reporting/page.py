@@ -19,7 +19,7 @@ from shd_diffusion.reporting.protocol import Setting, compare, compare_protocols
 from shd_diffusion.reporting.quality import quality_scatters
 from shd_diffusion.reporting.runs import Run, read_runs
 from shd_diffusion.reporting.samples import draw_gallery, sample_gallery
-from shd_diffusion.reporting.table import build_table, fid_title
+from shd_diffusion.reporting.table import build_table, fid_text, fid_title
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,18 +112,17 @@ def _title(teachers: Sequence[Run], students: Sequence[Run]) -> str:
 def _lead(teachers: Sequence[Run], students: Sequence[Run], fid: str) -> str:
     ranked = sorted((value, run.name) for run in students if (value := run.figure("fid")) is not None)
     reference = [
-        f"{'the teacher' if len(teachers) == 1 else run.name} has {value:.4g}"
+        f"{'the teacher' if len(teachers) == 1 else run.name} has {fid_text(value)}"
         for run in teachers
         if (value := run.figure("fid")) is not None
     ]
     if not ranked:
         return f"By {fid} {', '.join(reference)}." if reference else "Not evaluated yet."
     (best, name), *others = ranked
-    lowest = (
-        f"{name} has {'the lowest ' if others else ''}{fid}{' of the students' if others else ''}, {best:.4g}"
-    )
-    rest = [*(f"{other} has {value:.4g}" for value, other in others), *reference]
-    return f"{lowest}; {', '.join(rest)}." if rest else f"{lowest}."
+    first = f"{name} has the lowest {fid} of the students" if others else f"{name} has {fid}"
+    first = f"{first}, {fid_text(best)}"
+    rest = [*(f"{other} has {fid_text(value)}" for value, other in others), *reference]
+    return f"{first}; {', '.join(rest)}." if rest else f"{first}."
 
 
 def missing(runs: Sequence[Run]) -> dict[str, list[str]]:

@@ -10,6 +10,8 @@ from typing import Any
 from shd_diffusion.protocol import OF_THE_MODEL, flatten
 from shd_diffusion.reporting.runs import Run
 
+UNSET = ("None", "{}", "[]")
+
 
 @dataclass(frozen=True, slots=True)
 class Setting:
@@ -52,12 +54,15 @@ def protocol_line(runs: Sequence[Run]) -> str:
     if not evaluated:
         return "Not evaluated yet."
     shared = [s for s in compare_protocols(evaluated) if not s.differs and s.key not in OF_THE_MODEL]
-    return "Protocol: " + "; ".join(f"{s.key} {_short(s.values[0])}" for s in shared) + "."
+    parts = (f"{s.key.replace('_', ' ')} {_short(s.values[0])}" for s in shared if s.values[0] not in UNSET)
+    return f"Protocol: {'; '.join(parts)}."
 
 
 def _short(value: str) -> str:
-    """A hash by its first twelve digits."""
-    return value[:12] if re.fullmatch(r"[0-9a-f]{40,}", value) else value
+    """A hash by its first twelve digits, a number by four."""
+    if re.fullmatch(r"[0-9a-f]{40,}", value):
+        return value[:12]
+    return f"{float(value):.4g}" if re.fullmatch(r"\d+\.\d{4,}", value) else value
 
 
 def _ordered(trees: Iterable[Mapping[str, Any]]) -> list[str]:

@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from shd_diffusion.reporting.drawing import Drawing, Look, finish, panel
 from shd_diffusion.reporting.runs import Run
-from shd_diffusion.reporting.table import count, duration, fid_title
+from shd_diffusion.reporting.table import count, duration, fid_text, fid_title
 
 LABEL_HEIGHT = 0.075  # of the panel's height
 
@@ -37,13 +37,13 @@ def _scatter(
         for run, x, y in points:
             look = looks[run.name]
             axes.plot(x, y, look.marker, color=look.colour, markersize=11 if run.is_teacher else 7)
-        axes.set_xlim(0, 1.35 * max(x for _, x, _ in points))
+        axes.set_xlim(0, 1.5 * max(x for _, x, _ in points))
         axes.set_ylim(0, 1.15 * max(y for *_, y in points) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda value, _: text(value))
         axes.set(xlabel=cost, ylabel=f"{fid_title(runs)}, lower is better")
         _label(axes, points, looks)
-        listing = ", ".join(f"{run.name} {y:.4g} at {text(x)}" for run, x, y in points)
+        listing = ", ".join(f"{run.name} {fid_text(y)} at {text(x)}" for run, x, y in points)
         return finish(figure, f"fid-over-{cost}", f"FID over {cost}: {listing}")
 
 
@@ -56,7 +56,7 @@ def _label(axes: Axes, points: Sequence[tuple[Run, float, float]], looks: dict[s
         taken = height
         moved = height - y > 0.01 * top
         axes.annotate(
-            f"{run.name}  {y:.4g}",
+            f"{run.name}  {fid_text(y)}",
             (x, y),
             (9, (height - y) / top * 170),
             textcoords="offset points",

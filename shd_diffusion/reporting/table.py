@@ -34,12 +34,15 @@ def duration(seconds: float) -> str:
     return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
+fid_text = "{:.2f}".format
+
+
 @dataclass(frozen=True, slots=True)
 class Column:
     """One figure of a run.
 
-    `best` says which end of it is good, None where there is no better; `spread` is the metric whose interval or
-    standard deviation stands beside it; an `optional` column is left out where no run has the figure.
+    `best` says which end of it is good, None where there is no better; `spread` is the metric whose interval
+    or standard deviation stands beside it; an `optional` column is left out where no run has the figure.
     """
 
     title: str
@@ -101,9 +104,9 @@ def _metric(name: str) -> Callable[[Run], float | None]:
 COLUMNS = [
     Column("Parameters", "Params", lambda run: run.summary["parameters"], count),
     Column("Heads", "Heads", lambda run: run.summary["heads"], "{:.0f}".format),
-    Column("FID ↓", "FID ↓", _metric("fid"), "{:.2f}".format, min, "fid"),
-    Column("FID∞ ↓", "FID∞ ↓", _metric("fid_infinity"), "{:.2f}".format, min, optional=True),
-    Column("sFID ↓", "sFID ↓", _metric("sfid"), "{:.2f}".format, min, "sfid", optional=True),
+    Column("FID ↓", "FID ↓", _metric("fid"), fid_text, min, "fid"),
+    Column("FID∞ ↓", "FID∞ ↓", _metric("fid_infinity"), fid_text, min, optional=True),
+    Column("sFID ↓", "sFID ↓", _metric("sfid"), fid_text, min, "sfid", optional=True),
     Column("IS ↑", "IS ↑", _metric("inception_score_mean"), "{:.2f}".format, max, "inception_score"),
     Column("KID ↓", "KID ↓", _metric("kid_mean"), significant, min, "kid"),
     Column("Precision ↑", "Prec ↑", _metric("precision"), "{:.3f}".format, max),

@@ -72,8 +72,8 @@ def test_the_page_says_what_came_out(report: Path) -> None:
     text = text_of(report.read_text())
     for part in (
         "3 students: 12 heads squeezed into 5",
-        "kd-shd has the lowest FID (digits-classifier) of the students, 104.3; kd has 389.7, none has 440.1, "
-        "the teacher has 38.2.",
+        "kd-shd has the lowest FID (digits-classifier) of the students, 104.30; kd has 389.70, none has 440.10, "
+        "the teacher has 38.20.",
         "no image was picked by hand. Each begins from the same noise in every run.",
         "label 3, noised to timestep 250",
         "shd-diffusion distill configs/digits/kd-shd.yaml",
@@ -146,8 +146,8 @@ def test_bad_input_writes_nothing(runs: dict[str, Path], tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("names", "title", "lead"),
     [
-        (["teacher"], "Teacher teacher", "By FID (digits-classifier) the teacher has 38.2."),
-        (["kd"], "1 student: 12 heads squeezed into 5", "kd has FID (digits-classifier), 389.7."),
+        (["teacher"], "Teacher teacher", "By FID (digits-classifier) the teacher has 38.20."),
+        (["kd"], "1 student: 12 heads squeezed into 5", "kd has FID (digits-classifier), 389.70."),
     ],
 )
 def test_headline_of_one_run(runs: dict[str, Path], names: list[str], title: str, lead: str) -> None:

@@ -48,7 +48,7 @@ def test_markdown_holds_the_figures_and_marks_the_best_student(runs: dict[str, P
                 written[key], abs=0.006
             )
     assert not any("**" in cell for name in ("teacher", "none", "kd") for cell in rows[name])
-    assert table.rstrip().splitlines()[-1].startswith("Protocol: seed 0; num_inference_steps 25; ")
+    assert table.rstrip().splitlines()[-1].startswith("Protocol: seed 0; num inference steps 25; ")
 
 
 def test_figures_of_other_protocols_are_not_ranked(
