@@ -173,6 +173,9 @@ class SampleConfig(Section):
     scheduler: str = "DDIMScheduler"
     scheduler_arguments: dict[str, Any] = {}
     guidance_scale: float = Field(1.0, ge=0)
+    guidance_power: float | None = Field(None, gt=0)
+    guidance_interval: list[int] | None = Field(None, min_length=2, max_length=2)
+    guidance_channels: int | None = Field(None, ge=1)
     batch_size: int = Field(100, ge=1)
     seed: int = Field(0, ge=0)
 

@@ -36,6 +36,10 @@ class ForwardProcess:
     def num_timesteps(self) -> int:
         return len(self.signal)
 
+    def times(self, timesteps: Tensor) -> Tensor:
+        """What the denoiser is told: the timestep, or for flow s_t · T, as diffusers' flow schedulers tell it."""
+        return timesteps + 1 if self.objective == "flow" else timesteps
+
     def noised(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t, (B, C, H, W), for the timesteps (B,)."""
         a, s = self._at(timesteps, clean)
@@ -95,6 +99,7 @@ def forward_process(config: DiffusionConfig) -> ForwardProcess:
         beta_schedule=config.beta_schedule,
         prediction_type=config.objective,
         clip_sample=False,
+        variance_type="learned_range" if config.learned_variance else "fixed_small",
     )
     cumulative = (1 - scheduler.betas.double()).cumprod(0)
     return ForwardProcess(cumulative.sqrt(), (1 - cumulative).sqrt(), config.objective, scheduler)

@@ -11,6 +11,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
 from shd_diffusion.models.adapter import null_label, predict, sample_shape
+from shd_diffusion.sampling.guidance import guide, power_cosine_scale
 
 
 class ClassConditionalPipeline(DiffusionPipeline):
@@ -35,6 +36,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         class_labels: Sequence[int],
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
+        guidance_power: float | None = None,
+        guidance_interval: Sequence[int] | None = None,
+        guidance_channels: int | None = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
         output_type: str = "pil",
@@ -47,6 +51,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
             num_inference_steps: steps of the scheduler.
             guidance_scale: w in ε_uncond + w (ε_cond - ε_uncond) (Ho and Salimans 2022); 1 is without guidance
                 and needs one forward pass a step instead of two.
+            guidance_power: raises w from 1 at pure noise to `guidance_scale`, see `power_cosine_scale`; None
+                keeps it constant.
+            guidance_interval: first and last training timestep with guidance (Kynkäänniemi et al. 2024).
+            guidance_channels: so many channels are guided; None for all.
             generator: one for the batch, or B of them, so that an image does not depend on its batch.
             latents: (B, C, H, W) standard normal noise to start from, instead of drawing it.
             output_type: `pil`, `np` (B, H, W, C) in [0, 1], or `pt` (B, C, H, W) in [0, 1].
@@ -65,13 +73,16 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.scheduler.set_timesteps(num_inference_steps, device=device)
         if latents is None:
             latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents = latents.to(device, dtype) * self.scheduler.init_noise_sigma
+        latents = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
         labels = torch.tensor(class_labels, device=device)
 
         extra = {"generator": generator} if _takes_generator(self.scheduler) else {}
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            scaled = self.scheduler.scale_model_input(latents, timestep)
-            prediction = self._guided(scaled, timestep, labels, null, guidance_scale)
+            scale = self._scale_at(timestep, guidance_scale, guidance_power, guidance_interval)
+            scaled = latents
+            if hasattr(self.scheduler, "scale_model_input"):
+                scaled = self.scheduler.scale_model_input(latents, timestep)
+            prediction = self._predict(scaled, timestep, labels, null, scale, guidance_channels)
             latents = self.scheduler.step(prediction, timestep, latents, **extra).prev_sample
 
         images = (self._decode(latents).float() / 2 + 0.5).clamp(0, 1)
@@ -80,20 +91,35 @@ class ClassConditionalPipeline(DiffusionPipeline):
             result = self.numpy_to_pil(result)
         return ImagePipelineOutput(images=result) if return_dict else (result,)
 
-    def _guided(self, latents: Tensor, timestep: Tensor, labels: Tensor, null: int, scale: float) -> Tensor:
-        """The denoiser's prediction with classifier-free guidance; a predicted variance is left out."""
+    def _scale_at(
+        self, timestep: Tensor, scale: float, power: float | None, interval: Sequence[int] | None
+    ) -> float:
+        """w at one timestep."""
+        if interval is not None and not interval[0] <= timestep <= interval[1]:
+            return 1.0
+        if power is None:
+            return scale
+        return float(power_cosine_scale(timestep, scale, power, self.scheduler.config.num_train_timesteps))
+
+    def _predict(
+        self, latents: Tensor, timestep: Tensor, labels: Tensor, null: int, scale: float, guided: int | None
+    ) -> Tensor:
+        """The denoiser's prediction with guidance, and with a predicted variance where the scheduler uses one."""
         channels = latents.shape[1]
         timesteps = timestep.expand(len(latents))
         if scale == 1.0:
-            return predict(self.denoiser, latents, timesteps, labels)[:, :channels]
-        both = predict(
-            self.denoiser,
-            torch.cat([latents, latents]),
-            torch.cat([timesteps, timesteps]),
-            torch.cat([labels, torch.full_like(labels, null)]),
-        )[:, :channels]
-        conditional, unconditional = both.chunk(2)
-        return unconditional + scale * (conditional - unconditional)
+            prediction = predict(self.denoiser, latents, timesteps, labels)
+        else:
+            both = predict(
+                self.denoiser,
+                torch.cat([latents, latents]),
+                torch.cat([timesteps, timesteps]),
+                torch.cat([labels, torch.full_like(labels, null)]),
+            )
+            conditional, unconditional = both.chunk(2)
+            prediction = guide(conditional, unconditional, scale, guided or channels)
+        learned = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
+        return prediction if learned else prediction[:, :channels]
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self.vae is None:

@@ -19,12 +19,16 @@ from shd_diffusion.training.draws import Draws
 
 @dataclass(frozen=True)
 class Batch:
-    """A noised batch: clean, noise and noised (B, C, H, W), timesteps and labels (B,)."""
+    """A noised batch: clean, noise and noised (B, C, H, W), timesteps, times and labels (B,).
+
+    Timesteps count the forward process; times are what the denoiser is told of them.
+    """
 
     clean: Tensor
     noise: Tensor
     noised: Tensor
     timesteps: Tensor
+    times: Tensor
     labels: Tensor
 
 
@@ -35,6 +39,7 @@ def make_batch(process: ForwardProcess, clean: Tensor, labels: Tensor, draws: Dr
         noise=draws.noise,
         noised=process.noised(clean, draws.noise, draws.timesteps),
         timesteps=draws.timesteps,
+        times=process.times(draws.timesteps),
         labels=labels.masked_fill(draws.dropped, null),
     )
 
@@ -79,7 +84,7 @@ class Denoising:
         self.denoising = denoising
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        return self.denoising(predict(model, batch.noised, batch.timesteps, batch.labels), batch)
+        return self.denoising(predict(model, batch.noised, batch.times, batch.labels), batch)
 
     def weights(self, step: int) -> dict[str, float]:
         return {"denoise": 1.0, "variance": 1.0}
@@ -122,8 +127,8 @@ class Distillation:
         weights = self.weights(step)
         if weights["output"] or weights["shd"]:
             with torch.no_grad():
-                taught = predict(self.teacher, batch.noised, batch.timesteps, batch.labels)
-        prediction = predict(model, batch.noised, batch.timesteps, batch.labels)
+                taught = predict(self.teacher, batch.noised, batch.times, batch.labels)
+        prediction = predict(model, batch.noised, batch.times, batch.labels)
         terms = {name: term for name, term in self.denoising(prediction, batch).items() if weights[name]}
         if weights["output"]:
             channels = min(prediction.shape[1], taught.shape[1])

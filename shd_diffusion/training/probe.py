@@ -49,7 +49,7 @@ def paired_records(
     with AttentionCapture(teacher) as of_teacher, AttentionCapture(student) as of_student:
         for batch in batches:
             for model in (teacher, student):
-                predict(model, batch.noised, batch.timesteps, batch.labels)
+                predict(model, batch.noised, batch.times, batch.labels)
             yield of_teacher.records, of_student.records
 
 

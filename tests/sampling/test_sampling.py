@@ -62,8 +62,8 @@ def test_guidance_is_a_line_through_both_predictions() -> None:
     with torch.no_grad():
         conditional = model(latents, timestep=steps.expand(2), class_labels=labels).sample
         unconditional = model(latents, timestep=steps.expand(2), class_labels=torch.full((2,), null)).sample
-        guided = pipeline._guided(latents, steps, labels, null, 3.0)
-        unguided = pipeline._guided(latents, steps, labels, null, 1.0)
+        guided = pipeline._predict(latents, steps, labels, null, 3.0, None)
+        unguided = pipeline._predict(latents, steps, labels, null, 1.0, None)
     torch.testing.assert_close(guided, 3 * conditional - 2 * unconditional)
     torch.testing.assert_close(unguided, conditional)
     assert (conditional - unconditional).abs().max() > 1e-3
