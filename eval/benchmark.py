@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
@@ -37,7 +37,7 @@ Rounds = Annotated[int, typer.Option(min=3, help="How often every candidate take
 # --- measuring -----------------------------------------------------------------------------------------------
 
 
-def take_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def take_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every candidate in every round; one round before is not counted. The order turns each round."""
     names = list(candidates)
     seconds: dict[str, list[float]] = {name: [] for name in names}
@@ -50,7 +50,7 @@ def take_turns(candidates: dict[str, Callable[[], object]], rounds: int) -> dict
     return seconds
 
 
-def compare(seconds: dict[str, list[float]], numerator: str, denominator: str) -> dict[str, float]:
+def compare(seconds: dict[str, list[float]], numerator: str, denominator: str) -> dict[str, Any]:
     """Median and quartiles over the rounds of how many times longer the first candidate takes."""
     ratios = [a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)]
     low, _, high = quantiles(ratios, n=4)
@@ -59,7 +59,9 @@ def compare(seconds: dict[str, list[float]], numerator: str, denominator: str) -
 
 def publish(name: str, figures: dict[str, Any], output: Path | None) -> None:
     """Print the figures, and write them with what they depend on."""
-    text = json.dumps({"benchmark": name, "figures": figures, "environment": describe_environment()}, indent=1)
+    text = json.dumps(
+        {"benchmark": name, "figures": figures, "environment": describe_environment()}, indent=1
+    )
     print(json.dumps(figures, indent=1))
     if output is not None:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -82,7 +84,9 @@ def literal_squeeze(maps: Tensor, values: Tensor, output_weight: Tensor, num_hea
         )
         difference, total = a[:, ::2] - a[:, 1::2], x[:, ::2] + x[:, 1::2]
         of_first, of_total = difference @ x[:, ::2], difference @ total
-        alpha = (of_first * of_total).sum((-2, -1), keepdim=True) / of_total.square().sum((-2, -1), keepdim=True)
+        alpha = (of_first * of_total).sum((-2, -1), keepdim=True) / of_total.square().sum(
+            (-2, -1), keepdim=True
+        )
         alpha = alpha.nan_to_num(0.5).clamp(0, 1)
         maps = torch.cat([alpha * a[:, ::2] + (1 - alpha) * a[:, 1::2], rest], 1)
         contributions = torch.cat([total, others], 1)
@@ -90,7 +94,9 @@ def literal_squeeze(maps: Tensor, values: Tensor, output_weight: Tensor, num_hea
 
 
 @app.command()
-def squeeze(threads: Threads = 2, rounds: Rounds = 15, batch: int = 4, tokens: int = 256, output: Output = None) -> None:
+def squeeze(
+    threads: Threads = 2, rounds: Rounds = 15, batch: int = 4, tokens: int = 256, output: Output = None
+) -> None:
     """The squeeze in value space against the literal form, Gram matrices computed beforehand and within."""
     torch.set_num_threads(threads)
     figures: dict[str, Any] = {}
@@ -103,8 +109,12 @@ def squeeze(threads: Threads = 2, rounds: Rounds = 15, batch: int = 4, tokens: i
         squeezer = prepare(plan_merges(heads, target), weight, heads)
         candidates: dict[str, Callable[[], Tensor]] = {
             "literal": lambda m=maps, v=values, w=weight, n=target: literal_squeeze(m, v, w, n),  # type: ignore[misc]
-            "value space": lambda m=maps, v=values, w=weight, n=target, s=squeezer: squeeze_heads(m, v, w, n, squeezer=s),  # type: ignore[misc]
-            "value space, Gram matrices anew": lambda m=maps, v=values, w=weight, n=target: squeeze_heads(m, v, w, n),  # type: ignore[misc]
+            "value space": lambda m=maps, v=values, w=weight, n=target, s=squeezer: squeeze_heads(
+                m, v, w, n, squeezer=s
+            ),  # type: ignore[misc]
+            "value space, Gram matrices anew": lambda m=maps, v=values, w=weight, n=target: squeeze_heads(
+                m, v, w, n
+            ),  # type: ignore[misc]
         }
         torch.testing.assert_close(candidates["literal"](), candidates["value space"](), atol=1e-5, rtol=1e-3)
         seconds = take_turns(candidates, rounds)
@@ -122,7 +132,12 @@ def squeeze(threads: Threads = 2, rounds: Rounds = 15, batch: int = 4, tokens: i
 def dit(heads: int) -> DiTTransformer2DModel:
     """A DiT of 12 blocks and patch 2 on 32x32 latents (256 tokens), no parameter left at zero."""
     model = DiTTransformer2DModel(
-        num_attention_heads=heads, attention_head_dim=64, in_channels=4, num_layers=12, sample_size=32, patch_size=2
+        num_attention_heads=heads,
+        attention_head_dim=64,
+        in_channels=4,
+        num_layers=12,
+        sample_size=32,
+        patch_size=2,
     )
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.02)
@@ -132,7 +147,9 @@ def dit(heads: int) -> DiTTransformer2DModel:
 class FeatureDistillation:
     """The baseline: a linear projector a block from the student's hidden states to the teacher's, MSE."""
 
-    def __init__(self, teacher: nn.Module, student: nn.Module, widths: tuple[int, int]) -> None:
+    def __init__(
+        self, teacher: DiTTransformer2DModel, student: DiTTransformer2DModel, widths: tuple[int, int]
+    ) -> None:
         self.blocks = [list(model.transformer_blocks) for model in (teacher, student)]
         self.projectors = nn.ModuleList(nn.Linear(*widths) for _ in self.blocks[1])
         self.hidden: tuple[list[Tensor], list[Tensor]] = [], []

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, distributed
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction
-from shd_diffusion.losses.streaming import Chunks, Pool, chunk_logits, log_maps
+from shd_diffusion.losses.streaming import Pool, log_maps
+from shd_diffusion.squeezing.chunks import Chunk
 
 
 @torch.no_grad()
 def assignment_costs(
-    targets: Chunks, student: AttentionRecord, divergence: DivergenceFunction, temperature: float, pool: Pool
+    targets: Iterable[Chunk],
+    student: AttentionRecord,
+    divergence: DivergenceFunction,
+    temperature: float,
+    pool: Pool,
 ) -> Tensor:
     """Divergence of every student head from every squeezed map, summed over samples and rows: (N squeezed, N student).
 
@@ -22,7 +29,7 @@ def assignment_costs(
     costs = student.query.new_zeros((student.heads, student.heads), dtype=torch.float64)
     for samples, rows, target in targets:
         own = slice(rows.start * pool[0], rows.stop * pool[0])
-        log_student = log_maps(chunk_logits(student, samples, own, temperature), pool)
+        log_student = log_maps(student, samples, own, temperature, pool)
         for head in range(student.heads):
             value, _ = divergence(target[:, head : head + 1].expand_as(log_student), log_student)
             costs[head] += value.sum((0, 2))

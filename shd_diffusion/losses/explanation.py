@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction
 from shd_diffusion.losses.streaming import Pool, chunk_logits, log_maps, pooled
-from shd_diffusion.losses.targets import SqueezedTeacher
-from shd_diffusion.squeezing.residual import residual_energies
-from shd_diffusion.squeezing.weights import apply_weights
+from shd_diffusion.losses.targets import SqueezedTeacher, map_stream
+from shd_diffusion.squeezing.chunks import kept
+from shd_diffusion.squeezing.residual import relative_residual, residual_energies
+from shd_diffusion.squeezing.weights import mixture
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,14 +42,15 @@ def explain(
     teacher: SqueezedTeacher, student: AttentionRecord, divergence: DivergenceFunction, pool: Pool
 ) -> Explanation:
     """Compute all maps of one block at once, of as many samples as the records hold."""
-    everything, record = slice(None), teacher.record
-    maps = chunk_logits(record, everything, everything).softmax(-1)
-    weights, coefficients = teacher.weights(everything, lambda: [maps])
-    value = record.value.to(maps.dtype)
-    lost, total = residual_energies(lambda: [maps], value, record.output_weight, weights, teacher.groups)
-    softened = chunk_logits(record, everything, everything, teacher.temperature).softmax(-1)
-    squeezed = pooled(apply_weights(softened, weights, teacher.groups), teacher.pool)
-    log_student = log_maps(chunk_logits(student, everything, everything, teacher.temperature), pool)
+    record, everything = teacher.record, slice(0, teacher.record.query.shape[0])
+    rows, own_rows = slice(0, record.query.shape[2]), slice(0, student.query.shape[2])
+    maps = kept(map_stream(record))
+    weights, coefficients = teacher.weights(maps)
+    value = record.value.to(weights.dtype)
+    energies = residual_energies(maps, value, record.output_weight, weights, teacher.groups)
+    softened = chunk_logits(record, everything, rows, teacher.temperature).softmax(-1)
+    squeezed = pooled(mixture(weights, teacher.groups)(everything, rows, softened), teacher.pool)
+    log_student = log_maps(student, everything, own_rows, teacher.temperature, pool)
     if teacher.granularity == "sample":
         coefficients, weights = coefficients[..., 0], weights[..., 0]
     return Explanation(
@@ -58,6 +59,6 @@ def explain(
         student=log_student.exp(),
         coefficients=coefficients,
         weights=weights,
-        residual=(lost / total.clamp_min(torch.finfo(total.dtype).tiny)).sqrt(),
+        residual=relative_residual(energies),
         divergence=divergence(squeezed, log_student)[0].mean(-1),
     )

@@ -18,7 +18,7 @@ from shd_diffusion.losses.explanation import Explanation, explain
 from shd_diffusion.losses.grids import common_grid, on_grid, sample_rows, take
 from shd_diffusion.losses.schedule import within
 from shd_diffusion.losses.streaming import Pool, map_divergence
-from shd_diffusion.losses.targets import SqueezedTeacher, calibration_batch
+from shd_diffusion.losses.targets import SqueezedTeacher, map_stream
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.matching import match_merges
 from shd_diffusion.squeezing.plan import Plan, check_plan, parse_plan, plan_merges
@@ -212,7 +212,7 @@ class SHDLoss:
                 heads[ours] = student_records[ours].heads
         for name, records in seen.items():
             self.plans[name] = match_merges(
-                [calibration_batch(record) for record in records],
+                [(map_stream(record), _float(record.value)) for record in records],
                 records[0].output_weight,
                 heads[name],
                 self.granularity,
@@ -238,3 +238,7 @@ class SHDLoss:
                 teacher = replace(teacher, order=best_assignment(self._costs[ours]))
             found[ours] = explain(teacher, student, DIVERGENCES[self.divergence], pool)
         return found
+
+
+def _float(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -14,16 +14,15 @@ from torch.autograd.function import once_differentiable
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction, safe_log
+from shd_diffusion.squeezing.chunks import Chunk
 
-Chunks: TypeAlias = Iterable[tuple[slice, slice, Tensor]]
-"""Chunks that cover all target maps: samples, query rows, and the maps (samples, H, rows, K)."""
 Pool: TypeAlias = tuple[int, int]
 """So many neighbouring query rows and keys of a finer map make one of the coarser."""
 
 
 def map_divergence(
     student: AttentionRecord,
-    targets: Callable[[], Chunks],
+    targets: Callable[[], Iterable[Chunk]],
     divergence: DivergenceFunction,
     temperature: float = 1.0,
     pool: Pool = (1, 1),
@@ -57,7 +56,7 @@ class _MapDivergence(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         student: AttentionRecord,
-        targets: Callable[[], Chunks],
+        targets: Callable[[], Iterable[Chunk]],
         divergence: DivergenceFunction,
         temperature: float,
         pool: Pool,
@@ -71,9 +70,7 @@ class _MapDivergence(torch.autograd.Function):
         )
         for samples, part, target in targets():
             own = slice(part.start * pool[0], part.stop * pool[0])
-            value, gradient = _chunk(
-                chunk_logits(student, samples, own, temperature), target, divergence, pool
-            )
+            value, gradient = _chunk(student, samples, own, target, divergence, temperature, pool)
             values[samples] += value.sum(-1)
             if of_query is not None and of_key is not None:
                 of_query[samples, :, own] = gradient @ key[samples].to(dtype)
@@ -92,12 +89,18 @@ class _MapDivergence(torch.autograd.Function):
 
 
 def _chunk(
-    logits: Tensor, target: Tensor, divergence: DivergenceFunction, pool: Pool
+    student: AttentionRecord,
+    samples: slice,
+    rows: slice,
+    target: Tensor,
+    divergence: DivergenceFunction,
+    temperature: float,
+    pool: Pool,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence of each row (samples, H, rows) and its gradient by the student's logits."""
+    """Divergence of each target row (samples, H, rows) and its gradient by the student's logits."""
     if pool == (1, 1):
-        return divergence(target, log_maps(logits))
-    maps = logits.softmax(-1)
+        return divergence(target, log_maps(student, samples, rows, temperature))
+    maps = chunk_logits(student, samples, rows, temperature).softmax(-1)
     log_pooled = safe_log(pooled(maps, pool))
     value, gradient = divergence(target, log_pooled)
     # log q of the pooled map stands for its logits; from there through log and pooling to the map itself
@@ -107,11 +110,15 @@ def _chunk(
     return value, maps * (slope - torch.linalg.vecdot(maps, slope)[..., None])
 
 
-def log_maps(logits: Tensor, pool: Pool = (1, 1)) -> Tensor:
-    """log q of the student's maps, on the targets' grid; finite also where keys are masked, so that 0 · log 0 = 0."""
-    if pool == (1, 1):
-        return logits.log_softmax(-1).clamp_min_(torch.finfo(logits.dtype).min)
-    return safe_log(pooled(logits.softmax(-1), pool))
+def log_maps(
+    record: AttentionRecord, samples: slice, rows: slice, temperature: float = 1.0, pool: Pool = (1, 1)
+) -> Tensor:
+    """log q of a chunk of a record's maps on the targets' grid; finite at masked keys too, so that 0 · log 0 = 0."""
+    logits = chunk_logits(record, samples, rows, temperature)
+    if pool != (1, 1):
+        return safe_log(pooled(logits.softmax(-1), pool))
+    found = logits.log_softmax(-1)
+    return found if record.mask is None else found.clamp_min_(torch.finfo(found.dtype).min)
 
 
 def pooled(maps: Tensor, pool: Pool) -> Tensor:
@@ -130,6 +137,6 @@ def chunk_logits(record: AttentionRecord, samples: slice, rows: slice, temperatu
     if record.mask is None:
         return logits
     mask = record.mask[(None,) * (4 - record.mask.ndim)]
-    mask = mask[samples] if mask.shape[0] > 1 else mask
-    mask = mask[:, :, rows] if mask.shape[2] > 1 else mask
+    mask = mask if mask.shape[0] == 1 else mask[samples]
+    mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
     return logits + mask.to(dtype) / temperature

@@ -1,30 +1,103 @@
-"""How much of the attention maps exists at a time."""
+"""Attention maps that are had chunk by chunk, so that they never exist all at once."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TypeAlias
+
 import torch
+from torch import Tensor
 
-# Elements of teacher maps: on a CPU what its caches hold, on an accelerator enough to occupy it.
-_CHUNK = {"cpu": 2**18}
-_CHUNK_ELSEWHERE = 2**26
-_KEPT = 2**24
+Chunk: TypeAlias = tuple[slice, slice, Tensor]
+"""Samples, query rows, and their maps (samples, heads, rows, K)."""
 
-
-def chunk_rows_for(shape: tuple[int, ...], device: torch.device) -> int:
-    """Query rows, counted over samples, whose maps (of shape (B, M, Q, K)) are computed at once on a device."""
-    _, heads, _, keys = shape
-    return max(1, _CHUNK.get(device.type, _CHUNK_ELSEWHERE) // (heads * keys))
+# Elements of maps at once: on a CPU what its caches hold, on an accelerator enough to occupy it.
+_AT_ONCE = {"cpu": 2**20}
+_AT_ONCE_ELSEWHERE = 2**26
+_KEPT = 2**26
 
 
-def may_be_kept(shape: tuple[int, ...]) -> bool:
-    """Whether one sample's maps are few enough to be kept for a second walk rather than computed again."""
-    _, heads, rows, keys = shape
-    return heads * rows * keys <= _KEPT
+@dataclass(frozen=True, slots=True)
+class MapStream:
+    """Maps of a known shape that can be walked through as often as wanted.
+
+    Attributes:
+        shape: (B, M, Q, K).
+        walk: yields chunks that together cover all samples and query rows.
+    """
+
+    shape: tuple[int, int, int, int]
+    walk: Callable[[], Iterable[Chunk]]
+
+
+def whole(maps: Tensor) -> MapStream:
+    """Maps that exist already, as one chunk."""
+    batch, heads, rows, keys = maps.shape
+    return MapStream((batch, heads, rows, keys), lambda: [(slice(0, batch), slice(0, rows), maps)])
+
+
+def stream(
+    shape: tuple[int, int, int, int],
+    maps: Callable[[slice, slice], Tensor],
+    device: torch.device,
+    chunk_rows: int | None = None,
+    multiple: int = 1,
+    keep: bool = True,
+) -> MapStream:
+    """Maps that are computed when they are needed.
+
+    Args:
+        shape: (B, M, Q, K).
+        maps: computes those of some samples and query rows.
+        device: where; it decides how much is computed at once.
+        chunk_rows: query rows, counted over samples, whose maps may exist at once; None leaves it to the device.
+        multiple: of how many rows a chunk consists.
+        keep: that maps which are few may be kept from one walk to the next, where `chunk_rows` allows it.
+    """
+    batch, heads, rows, keys = shape
+    elements = heads * keys
+    at_once = chunk_rows or max(1, _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE) // elements)
+    parts = [
+        (samples, part)
+        for samples in cut(batch, max(1, at_once // max(rows, 1)))
+        for part in cut(rows, min(at_once, rows), multiple)
+    ]
+
+    def walk() -> Iterable[Chunk]:
+        return ((samples, part, maps(samples, part)) for samples, part in parts)
+
+    if keep and (len(parts) == 1 or (chunk_rows is None and batch * rows * elements <= _KEPT)):
+        return kept(MapStream(shape, walk))
+    return MapStream(shape, walk)
+
+
+def kept(maps: MapStream) -> MapStream:
+    """The same maps, each computed at the first walk only."""
+    chunks: list[Chunk] = []
+
+    def walk() -> Iterable[Chunk]:
+        if not chunks:
+            chunks.extend(maps.walk())
+        return chunks
+
+    return MapStream(maps.shape, walk)
 
 
 def cut(total: int, size: int, multiple: int = 1) -> list[slice]:
-    """Slices that cover range(total), of about `size` (equally long, rounded up to a multiple)."""
-    pieces = max(1, -(-total // max(size, 1)))
-    step = max(1, -(-total // pieces))
-    step = -(-step // multiple) * multiple
+    """Slices that cover range(total), equally long up to a multiple, and of at most `size` where that allows."""
+    if not total:
+        return []
+    pieces = -(-total // size)
+    step = -(-total // (pieces * multiple)) * multiple
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
+
+
+def part_of(tensor: Tensor, samples: slice, rows: slice, dimension: int = -1) -> Tensor:
+    """The samples and query rows of a tensor (B, ...); a length of 1 along `dimension` stands for all rows."""
+    tensor = tensor[samples]
+    return (
+        tensor
+        if tensor.shape[dimension] == 1
+        else tensor.narrow(dimension, rows.start, rows.stop - rows.start)
+    )

@@ -28,8 +28,13 @@ def closed_form(sums: Tensor) -> Tensor:
 
 
 def select(sums: Tensor) -> Tensor:
-    """α in {0, 1}, whichever loses less: on a parabola, the end that is nearer to its minimum."""
-    first, _, second = sums
-    # The error is <D X_p, D X_p> at α = 0 ... and <D X_q, D X_q> at α = 1: keep p where losing q costs less.
-    coefficient = (second < first).to(sums.dtype)
-    return torch.where(torch.isfinite(first + second), coefficient, torch.nan)
+    """α in {0, 1}, whichever loses less: |D X_q|² at 1, |D X_p|² at 0."""
+    first, mixed, second = sums
+    return torch.where(torch.isfinite(first + mixed + second), (second < first).to(sums.dtype), torch.nan)
+
+
+def select_one(gram: Tensor) -> Tensor:
+    """The same for n heads: 1 for the head whose map alone loses least. (..., n, n) `deviation_gram` to (..., n)."""
+    lost = gram.diagonal(dim1=-2, dim2=-1)
+    chosen = torch.nn.functional.one_hot(lost.argmin(-1), lost.shape[-1]).to(gram.dtype)
+    return torch.where(torch.isfinite(lost).all(-1, keepdim=True), chosen, torch.nan)

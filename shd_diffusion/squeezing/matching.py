@@ -4,28 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from typing import TypeAlias
 
 import networkx
 import torch
 from torch import Tensor
 
+from shd_diffusion.squeezing.chunks import MapStream
 from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select
 from shd_diffusion.squeezing.plan import Group, Plan, Round, check_heads, num_merges, plan_merges
 from shd_diffusion.squeezing.residual import residual_energies
 from shd_diffusion.squeezing.weights import (
     Granularity,
     Merge,
-    Stream,
     identity_weights,
     joined,
     merge_step,
     merge_sums,
+    merge_weights,
     prepare,
     squeeze_weights,
 )
 
-Batches = Sequence[tuple[Stream, Tensor]]
-"""Calibration batches of one block: a stream of the teacher's maps, and its values (B, M, K, d)."""
+Batches: TypeAlias = Sequence[tuple[MapStream, Tensor]]
+"""Calibration batches of one block: the teacher's maps (B, M, Q, K) and values (B, M, K, d)."""
 
 
 @torch.no_grad()
@@ -55,32 +57,24 @@ def match_merges(
         merged: list[dict[Group, Tensor]] = [{} for _ in batches]
         for pair in losses:
             step = merge_step([pair], behind, output_weight)
-            for (stream, values), weight, into in zip(batches, weights, merged, strict=True):
-                sums = merge_sums(step, stream, values, weight, granularity == "row")[:, :, 0]
+            for (maps, values), weight, into in zip(batches, weights, merged, strict=True):
+                sums = merge_sums(step, maps, values, weight, granularity == "row")[:, :, 0]
                 alpha = _share(sums, coefficient)
                 losses[pair] += _loss(sums, alpha).double().sum().item()
                 into[pair] = torch.lerp(weight[:, pair[1]], weight[:, pair[0]], alpha[:, None])
         pairs = minimum_matching(losses, len(behind), num_merges(len(behind), target))
         alone = set(range(len(behind))) - {head for pair in pairs for head in pair}
         groups = tuple(sorted([*pairs, *((head,) for head in alone)]))
-        weights = [
-            torch.stack(
-                torch.broadcast_tensors(
-                    *(of[group] if len(group) > 1 else weight[:, group[0]] for group in groups)
-                ),
-                1,
-            )
-            for weight, of in zip(weights, merged, strict=True)
-        ]
+        weights = [merge_weights(weight, groups, of) for weight, of in zip(weights, merged, strict=True)]
         behind = tuple(joined(behind[head] for head in group) for group in groups)
         plan.append(groups)
 
     def lost(candidate: Plan) -> float:
         squeezer = prepare(candidate, output_weight, num_heads, merge)
         total = 0.0
-        for stream, values in batches:
-            found, _ = squeeze_weights(stream, values, squeezer, granularity, coefficient)
-            total += residual_energies(stream, values, output_weight, found, squeezer.groups)[0].sum().item()
+        for maps, values in batches:
+            found, _ = squeeze_weights(maps, values, squeezer, granularity, coefficient)
+            total += residual_energies(maps, values, output_weight, found, squeezer.groups)[0].sum().item()
         return total
 
     return min(plan_merges(num_heads, target), tuple(plan), key=lost)

@@ -8,19 +8,18 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.chunks import chunk_rows_for, cut
+from shd_diffusion.squeezing.chunks import whole
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.matching import match_merges
 from shd_diffusion.squeezing.plan import Plan, check_heads, check_plan, plan_merges
-from shd_diffusion.squeezing.residual import residual_energies
+from shd_diffusion.squeezing.residual import relative_residual, residual_energies
 from shd_diffusion.squeezing.weights import (
     Granularity,
     Merge,
     Squeezer,
-    apply_weights,
+    mixture,
     prepare,
     squeeze_weights,
-    with_weights,
 )
 
 
@@ -103,7 +102,7 @@ def squeeze_heads(
     Raises:
         ValueError: head counts that cannot be squeezed, shapes that do not fit, numbers that are not finite.
     """
-    batch, heads, rows, keys = maps.shape
+    batch, heads, _, keys = maps.shape
     check_heads(heads, num_heads)
     if values.shape[:3] != (batch, heads, keys):
         raise ValueError(f"values {tuple(values.shape)} do not fit maps {tuple(maps.shape)}")
@@ -117,28 +116,20 @@ def squeeze_heads(
     if squeezer is None:
         plan = plan_merges(heads, num_heads) if pairing == "adjacent" else pairing
         if plan == "matched":
-            batches = [(lambda: [maps], values)]
-            plan = match_merges(batches, output_weight, num_heads, granularity, merge, coefficient)
+            plan = match_merges(
+                [(whole(maps), values)], output_weight, num_heads, granularity, merge, coefficient
+            )
         assert not isinstance(plan, str)
         check_plan(plan, heads, num_heads)
         squeezer = prepare(plan, output_weight, heads, merge)
 
-    squeezed = maps.new_empty(batch, num_heads, rows, keys)
-    found = []
-    at_once = chunk_rows_for((batch, heads, rows, keys), maps.device)
-    for samples in cut(batch, at_once // rows):
-        parts = cut(rows, at_once)
-        chunks = [maps[samples, :, part] for part in parts]
-        found.append(squeeze_weights(lambda c=chunks: c, values[samples], squeezer, granularity, coefficient))
-        for part, (chunk, share) in zip(parts, with_weights(chunks, found[-1][0]), strict=True):
-            squeezed[samples, :, part] = apply_weights(chunk, share, squeezer.groups)
-    weights, coefficients = (torch.cat(tensors) for tensors in zip(*found, strict=True))
+    weights, coefficients = squeeze_weights(whole(maps), values, squeezer, granularity, coefficient)
+    squeezed = mixture(weights, squeezer.groups)(slice(None), slice(0, maps.shape[2]), maps)
     if not torch.compiler.is_compiling() and not torch.isfinite(squeezed.sum() + weights.sum()):
         raise ValueError("attention maps or values are not finite")
     if not return_details:
         return squeezed
-    lost, total = residual_energies(lambda: [maps], values, output_weight, weights, squeezer.groups)
-    residual = (lost / total.clamp_min(torch.finfo(dtype).tiny)).sqrt()
+    energies = residual_energies(whole(maps), values, output_weight, weights, squeezer.groups)
     if granularity == "sample" or weights.shape[-1] == 1:
         coefficients, weights = coefficients.squeeze(-1), weights.squeeze(-1)
-    return squeezed, SqueezeDetails(coefficients, weights, residual)
+    return squeezed, SqueezeDetails(coefficients, weights, relative_residual(energies))

@@ -1,28 +1,27 @@
 """The weights with which a squeezed map mixes the teacher's maps: the central object of the method.
 
 Whatever pairs, rounds and coefficients are chosen, a squeezed map is a convex combination of teacher maps:
-`squeezed = weights @ maps`, each row of `weights` on the simplex. Maps come as a stream of chunks of query
-rows that may be walked again for the next round, so no more than one chunk of maps need exist at a time.
+`squeezed = weights @ maps`, each row of `weights` on the simplex. Maps come as a stream that each round walks
+again, so no more than one chunk of them need exist at a time.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, TypeAlias
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select
+from shd_diffusion.squeezing.chunks import MapStream, part_of
+from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select, select_one
 from shd_diffusion.squeezing.plan import Group, Plan, members
 from shd_diffusion.squeezing.simplex import minimum_norm_weights
 from shd_diffusion.squeezing.value_space import deviation_gram, output_gram, pair_sums, side_by_side
 
 Granularity = Literal["sample", "row"]
 Merge = Literal["progressive", "joint"]
-Stream: TypeAlias = Callable[[], Iterable[Tensor]]
-"""Yields the teacher's maps (B, M, rows, K), chunk after chunk of query rows, from the first row each time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +105,7 @@ def identity_weights(values: Tensor) -> Tensor:
 
 
 def squeeze_weights(
-    stream: Stream,
+    maps: MapStream,
     values: Tensor,
     squeezer: Squeezer,
     granularity: Granularity = "sample",
@@ -115,7 +114,7 @@ def squeeze_weights(
     """Weights of the squeezed maps over the teacher's maps.
 
     Args:
-        stream: the teacher's maps at temperature 1.
+        maps: the teacher's at temperature 1, (B, M, Q, K).
         values: V, (B, M, K, d).
         squeezer: from `prepare`.
         granularity: one coefficient a sample and merge, or one a query row.
@@ -130,94 +129,108 @@ def squeeze_weights(
     for groups, steps in squeezer.rounds:
         merged: dict[Group, Tensor] = {}
         for step in steps:
-            shares = _shares(step, stream, values, weights, granularity == "row", coefficient)  # (B, P, n, R)
-            inputs = torch.stack([weights[:, list(group)] for group in step.inputs], 1)  # (B, P, n, M, R)
+            shares = _shares(step, maps, values, weights, granularity == "row", coefficient)  # (B, P, n, R)
+            inputs = weights[:, torch.tensor(step.inputs, device=values.device)]  # (B, P, n, M, R)
             merged.update(zip(step.inputs, (shares[:, :, :, None] * inputs).sum(2).unbind(1), strict=True))
             coefficients.append(shares[:, :, :-1].flatten(1, 2))
-        heads = [merged[group] if len(group) > 1 else weights[:, group[0]] for group in groups]
-        weights = torch.stack(torch.broadcast_tensors(*heads), 1)
+        weights = merge_weights(weights, groups, merged)
     return weights, torch.cat(coefficients[1:] or coefficients, 1)
 
 
+def merge_weights(weights: Tensor, groups: Sequence[Group], merged: Mapping[Group, Tensor]) -> Tensor:
+    """Weights after a round: a group's merged ones (B, M, R), or those of the head that stays alone."""
+    heads = [merged[group] if len(group) > 1 else weights[:, group[0]] for group in groups]
+    return torch.stack(torch.broadcast_tensors(*heads), 1)
+
+
 def _shares(
-    step: MergeStep, stream: Stream, values: Tensor, weights: Tensor, by_row: bool, coefficient: Coefficient
+    step: MergeStep, maps: MapStream, values: Tensor, weights: Tensor, by_row: bool, coefficient: Coefficient
 ) -> Tensor:
     """Each input's share in its merge, (B, P, n, R): on the simplex."""
     count = len(step.inputs[0])
     if coefficient == "mean":
         return values.new_full((values.shape[0], len(step.inputs), count, 1), 1 / count)
     if count == 2:
-        sums = merge_sums(step, stream, values, weights, by_row)
+        sums = merge_sums(step, maps, values, weights, by_row)
         alpha = closed_form(sums) if coefficient == "closed_form" else select(sums)
         return torch.stack([alpha, 1 - alpha], 2)
-    beside = side_by_side(values, step.heads)
-    grams = [
-        deviation_gram(
-            torch.stack([maps[:, list(group)] for group in step.heads], 1), beside, step.gram, by_row
-        )
-        for maps in stream()
-    ]
-    gram = torch.cat(grams, 2) if by_row else torch.stack(grams).sum(0)
-    if coefficient == "select":
-        best = gram.diagonal(dim1=-2, dim2=-1).argmin(-1)
-        return torch.nn.functional.one_hot(best, count).to(gram).mT
-    return minimum_norm_weights(gram).mT
+    gram = merge_grams(step, maps, values, by_row)
+    return (minimum_norm_weights(gram) if coefficient == "closed_form" else select_one(gram)).mT
 
 
-def merge_sums(step: MergeStep, stream: Stream, values: Tensor, weights: Tensor, by_row: bool) -> Tensor:
-    """`pair_sums` of a step's merges over all chunks, (3, B, P, R)."""
+def merge_sums(step: MergeStep, maps: MapStream, values: Tensor, weights: Tensor, by_row: bool) -> Tensor:
+    """`pair_sums` of a step's merges, (3, B, P, R)."""
+    batch, _, rows, _ = maps.shape
     beside = side_by_side(values, step.heads)
     split = len(step.parts[0][0]) * values.shape[-1]
-    firsts, seconds = zip(*step.inputs, strict=True)
-    of_first, of_second = zip(*step.parts, strict=True)
-    sums = []
-    for maps, part in with_weights(stream(), weights):
-        # D = A_p - A_q, each itself a mixture of teacher maps from the second round on
-        difference = mix(maps, part[:, firsts], of_first) - mix(maps, part[:, seconds], of_second)
-        sums.append(pair_sums(difference, beside, step.gram, split, by_row))
-    return torch.cat(sums, -1) if by_row else torch.stack(sums).sum(0)
+    inputs, parts = zip(*step.inputs, strict=True), zip(*step.parts, strict=True)
+    first, second = (mixture(weights[:, heads], behind) for heads, behind in zip(inputs, parts, strict=True))
+    sums = values.new_zeros(3, batch, len(step.inputs), rows if by_row else 1)
+    for samples, part, chunk in maps.walk():
+        difference = first(samples, part, chunk) - second(samples, part, chunk)
+        into = sums[:, samples, :, part] if by_row else sums[:, samples]
+        into += pair_sums(difference, beside[samples], step.gram, split, by_row)
+    return sums
 
 
-def with_weights(chunks: Iterable[Tensor], weights: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Each chunk of maps (B, M, rows, K) with the weights (B, N, M, rows or 1) of its rows."""
-    start = 0
-    for maps in chunks:
-        stop = start + maps.shape[2]
-        yield maps, weights if weights.shape[-1] == 1 else weights[..., start:stop]
-        start = stop
+def merge_grams(step: MergeStep, maps: MapStream, values: Tensor, by_row: bool) -> Tensor:
+    """`deviation_gram` of a step's merges of single heads, (B, P, R, n, n)."""
+    batch, _, rows, _ = maps.shape
+    beside = side_by_side(values, step.heads)
+    heads = torch.tensor(step.heads, device=values.device)
+    grams = values.new_zeros(batch, len(heads), rows if by_row else 1, heads.shape[1], heads.shape[1])
+    for samples, part, chunk in maps.walk():
+        into = grams[samples, :, part] if by_row else grams[samples]
+        into += deviation_gram(chunk[:, heads], beside[samples], step.gram, by_row)
+    return grams
 
 
-def apply_weights(maps: Tensor, weights: Tensor, groups: Sequence[Group]) -> Tensor:
-    """`weights @ maps`: (B, M, rows, K) by (B, N, M, rows or 1) to (B, N, rows, K).
+def mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, slice, Tensor], Tensor]:
+    """`weights @ maps`, made ready to be applied to chunk after chunk.
 
-    `groups` names the heads whose weights are not zero, so that each teacher map is read once.
+    Args:
+        weights: (B, P, M, Q or 1).
+        groups: the heads whose weights are not zero, for each of P mixtures: each map is read once.
+
+    Returns:
+        A function of a chunk's samples, rows and maps (samples, M, rows, K) to (samples, P, rows, K).
     """
     sizes = sorted({len(group) for group in groups})
     if len(sizes) == 1:
-        return mix(maps, weights, groups)
-    batch, _, rows, keys = maps.shape
-    mixed = maps.new_empty(batch, len(groups), rows, keys)
-    for size in sizes:
-        positions = [index for index, group in enumerate(groups) if len(group) == size]
-        part = mix(maps, weights[:, positions], [groups[index] for index in positions])
-        mixed[:, _span(positions)] = part
-    return mixed
+        return _even_mixture(weights, groups)
+    positions = [[index for index, group in enumerate(groups) if len(group) == size] for size in sizes]
+    parts = [_even_mixture(weights[:, which], [groups[index] for index in which]) for which in positions]
+
+    def mix(samples: slice, rows: slice, maps: Tensor) -> Tensor:
+        mixed = maps.new_empty(maps.shape[0], len(groups), *maps.shape[2:])
+        for which, part in zip(positions, parts, strict=True):
+            mixed[:, _span(which)] = part(samples, rows, maps)
+        return mixed
+
+    return mix
 
 
-def mix(maps: Tensor, weights: Tensor, groups: Sequence[Group]) -> Tensor:
-    """Mixtures of P groups of equally many heads: maps (B, M, rows, K), weights (B, P, M, rows or 1)."""
-    columns = list(zip(*groups, strict=True))
-    parts = [maps[:, _span(heads)] for heads in columns]
-    if len(parts) == 1:
-        return parts[0]
-    order = torch.arange(len(groups), device=maps.device)
-    shares = [weights[:, order, torch.tensor(heads, device=maps.device), :, None] for heads in columns]
-    if len(parts) == 2:  # weights sum to 1
-        return torch.lerp(parts[1], parts[0], shares[0])
-    mixed = parts[0] * shares[0]
-    for part, share in zip(parts[1:], shares[1:], strict=True):
-        mixed.addcmul_(part, share)
-    return mixed
+def _even_mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, slice, Tensor], Tensor]:
+    """`mixture` of groups of equally many heads."""
+    columns = torch.tensor(groups, device=weights.device)[None, :, :, None].expand(
+        weights.shape[0], -1, -1, weights.shape[3]
+    )
+    shares = weights.gather(2, columns).unbind(2)  # of each group's i-th head, (B, P, Q or 1)
+    spans = [_span(heads) for heads in zip(*groups, strict=True)]
+
+    def mix(samples: slice, rows: slice, maps: Tensor) -> Tensor:
+        parts = [maps[:, span] for span in spans]
+        if len(parts) == 1:
+            return parts[0]
+        by_head = [part_of(share, samples, rows)[..., None] for share in shares]
+        if len(parts) == 2:  # weights sum to 1
+            return torch.lerp(parts[1], parts[0], by_head[0])
+        mixed = parts[0] * by_head[0]
+        for part, share in zip(parts[1:], by_head[1:], strict=True):
+            mixed.addcmul_(part, share)
+        return mixed
+
+    return mix
 
 
 def _span(heads: Sequence[int]) -> slice | list[int]:
