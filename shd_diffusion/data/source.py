@@ -73,14 +73,13 @@ class Source(ABC):
         )
         try:
             yield from loader
+            return
         except UserError as error:
-            # From a worker it comes with a traceback as its message, in whose last line the message stands.
-            message = str(error).rstrip()
-            if "\n" in message:
-                message = message.rpartition("\n")[2].partition(": ")[2]
+            # Without its traceback nothing holds the workers any longer, so that they end at once.
+            message = _last_line(error.with_traceback(None))
             if isinstance(error, UnreadableImage):
                 message += "; remove it, or train on what `shd-diffusion prepare` writes, which leaves it out"
-            raise UserError(message) from None
+        raise UserError(message)
 
 
 class ImageSource(Source):
@@ -121,3 +120,9 @@ def check_source(source: Source, shape: tuple[int, int, int], num_classes: int, 
             f"{place} makes a model of {num_classes} classes, "
             f"but `data` has {source.num_classes}; make them equal"
         )
+
+
+def _last_line(error: UserError) -> str:
+    """The message of an error; from a worker it comes with the worker's traceback, in whose last line it stands."""
+    *traceback, last = str(error).rstrip().split("\n")
+    return last.partition(": ")[2] if traceback else last
