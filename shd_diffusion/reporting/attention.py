@@ -41,9 +41,9 @@ SQUEEZE_LOOK = Look("ink", "o")
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A map as the page shows it."""
+    """A map as the page shows it: of head `number`, from 1, with the figure that is told beside it."""
 
-    title: str
+    number: int
     uri: str
     detail: str
 
@@ -93,7 +93,10 @@ def attention_views(runs: Sequence[Run], looks: dict[str, Look]) -> list[Attenti
         if kin is None:
             views.append(kin := [])
         kin.append((run, run.attention))
-    return [_view(members, looks) for members in views]
+    return [
+        _view(members, looks, f"attention-{number}" if number else "attention")
+        for number, members in enumerate(views)
+    ]
 
 
 def _same_maps(a: Attention, b: Attention) -> bool:
@@ -105,26 +108,25 @@ def _same_maps(a: Attention, b: Attention) -> bool:
     )
 
 
-def _view(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look]) -> AttentionView:
-    first, attention = members[0]
+def _view(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look], prefix: str) -> AttentionView:
+    """One view; `prefix` begins the names of its figures."""
+    attention = members[0][1]
+    blocks = attention.blocks
+    has_merges = any(block.coefficients.size for block in blocks)
     return AttentionView(
         runs=[run for run, _ in members],
         image=data_uri(enlarge(_input_image(attention.image), 96)),
         attention=attention,
         blocks=[
-            _block([(run, kept.blocks[i]) for run, kept in members], first.name)
-            for i in range(len(attention.blocks))
+            _block([(run, kept.blocks[i]) for run, kept in members], f"{prefix}-block-{i}")
+            for i in range(len(blocks))
         ],
         statistics=[
-            divergences(members, looks),
-            residuals(first, attention),
-            *([coefficients(first, attention)] if _has_merges(attention) else []),
+            divergences(members, looks, prefix),
+            residuals(blocks, prefix),
+            *([coefficients(blocks, prefix)] if has_merges else []),
         ],
     )
-
-
-def _has_merges(attention: Attention) -> bool:
-    return any(block.coefficients.size for block in attention.blocks)
 
 
 def _input_image(image: Array) -> NDArray[np.uint8]:
@@ -142,44 +144,28 @@ def membership(weights: Array) -> list[list[int]]:
     return [np.flatnonzero(owner == head).tolist() for head in range(weights.shape[1])]
 
 
-def _block(members: Sequence[tuple[Run, BlockAttention]], owner: str) -> BlockView:
-    """One block: `members` differ in the student's maps only; `owner` names the figures' files."""
+def _block(members: Sequence[tuple[Run, BlockAttention]], prefix: str) -> BlockView:
+    """One block; `members` differ in the student's maps only."""
     block = members[0][1]
-    everything = np.concatenate(
-        [block.teacher.ravel(), block.squeezed.ravel(), *(kept.student.ravel() for _, kept in members)]
-    )
-    brightest = float(np.quantile(everything, 0.995)) or 1.0
+    everything = [block.teacher, block.squeezed, *(kept.student for _, kept in members)]
+    brightest = float(np.quantile(np.concatenate([maps.ravel() for maps in everything]), 0.995)) or 1.0
     weights = block.weights.mean(axis=0)
+
+    def head(maps: Array, number: int, detail: str) -> Head:
+        return Head(number + 1, data_uri(enlarge(_map_pixels(maps[number], brightest), 64)), detail)
+
     groups = [
         Group(
-            teacher=[
-                Head(str(head + 1), _map_uri(block.teacher[head], brightest), f"{weights[n, head]:.2f}")
-                for head in heads
-            ],
-            squeezed=Head(
-                str(n + 1), _map_uri(block.squeezed[n], brightest), f"{block.residual[:, n].mean():.2g}"
-            ),
+            teacher=[head(block.teacher, m, f"{weights[n, m]:.2f}") for m in members_of_n],
+            squeezed=head(block.squeezed, n, f"{block.residual[:, n].mean():#.2g}"),
             students=[
-                (
-                    run,
-                    Head(
-                        str(n + 1),
-                        _map_uri(kept.student[n], brightest),
-                        f"{kept.divergence[:, n].mean():.2g}",
-                    ),
-                )
-                for run, kept in members
+                (run, head(kept.student, n, f"{kept.divergence[:, n].mean():#.2g}")) for run, kept in members
             ],
         )
-        for n, heads in enumerate(membership(block.weights))
+        for n, members_of_n in enumerate(membership(block.weights))
     ]
-    return BlockView(
-        block.name,
-        groups,
-        brightest,
-        head_weights(block, owner),
-        _draw_maps(members, brightest, owner),
-    )
+    weights_figure = head_weights(block, prefix)
+    return BlockView(block.name, groups, brightest, weights_figure, _draw_maps(members, brightest, prefix))
 
 
 def _map_pixels(values: Array, brightest: float) -> NDArray[np.uint8]:
@@ -193,11 +179,7 @@ def _map_pixels(values: Array, brightest: float) -> NDArray[np.uint8]:
     return np.asarray(COLOURS(np.asarray(levels), bytes=True)[..., :3])
 
 
-def _map_uri(values: Array, brightest: float) -> str:
-    return data_uri(enlarge(_map_pixels(values, brightest), 64))
-
-
-def _draw_maps(members: Sequence[tuple[Run, BlockAttention]], brightest: float, owner: str) -> Drawing:
+def _draw_maps(members: Sequence[tuple[Run, BlockAttention]], brightest: float, prefix: str) -> Drawing:
     """All maps of a block as one figure, for documents that are not the page: a row for each kind of map."""
     block = members[0][1]
     rows = [("teacher", block.teacher), ("squeezed", block.squeezed)]
@@ -208,47 +190,34 @@ def _draw_maps(members: Sequence[tuple[Run, BlockAttention]], brightest: float, 
             ax.imshow(mosaic([pixels], gap=6), interpolation="nearest")
             ax.set_title(title, loc="left")
             ax.axis("off")
-        return finish(figure, f"{owner}-maps-{block.name}", f"Attention maps of {block.name}", inline=False)
+        return finish(figure, f"{prefix}-maps", f"Attention maps of {block.name}", inline=False)
 
 
 # --- statistics over many images ----------------------------------------------------------------------------
 
 
-def head_weights(block: BlockAttention, owner: str) -> Drawing:
+def head_weights(block: BlockAttention, prefix: str) -> Drawing:
     """Heat map (N, M) of the teacher's heads in each squeezed head, mean over the samples."""
     weights = block.weights.mean(axis=0)
     squeezed, teacher = weights.shape
     with panel(height=0.7 + 0.26 * squeezed) as (figure, axes):
-        for (row, column), weight in np.ndenumerate(weights):
-            if weight > 0.005:
-                axes.add_patch(
-                    Rectangle(
-                        (column + 0.53, row + 0.53),
-                        0.94,
-                        0.94,
-                        alpha=0.5 * weight,
-                        color=SQUEEZE_LOOK.colour,
-                        lw=0,
-                    )
-                )
-                if teacher <= 16:
-                    axes.text(
-                        column + 1, row + 1, f"{weight:.2f}"[1:] if weight < 0.995 else "1",
-                        ha="center", va="center", size=7,
-                    )  # fmt: skip
+        for n, m in np.argwhere(weights > 0.005):
+            weight = weights[n, m]
+            shade = {"color": SQUEEZE_LOOK.colour, "alpha": 0.5 * weight, "linewidth": 0}
+            axes.add_patch(Rectangle((m + 0.53, n + 0.53), 0.94, 0.94, **shade))
+            if teacher <= 16:
+                text = "1" if weight > 0.995 else f"{weight:.2f}"[1:]
+                axes.text(m + 1, n + 1, text, ha="center", va="center", size=7)
         axes.set(xlim=(0.5, teacher + 0.5), ylim=(squeezed + 0.5, 0.5))
         axes.set(xlabel="teacher's head", ylabel="squeezed head")
         axes.set_xticks(range(1, teacher + 1, max(1, teacher // 12)))
         axes.set_yticks(range(1, squeezed + 1, max(1, squeezed // 8)))
         axes.grid(False)
-        return finish(
-            figure, f"{owner}-weights-{block.name}", f"Weights of the teacher's heads in {block.name}"
-        )
+        return finish(figure, f"{prefix}-weights", f"Weights of the teacher's heads in {block.name}")
 
 
-def coefficients(run: Run, attention: Attention) -> Drawing:
+def coefficients(blocks: Sequence[BlockAttention], prefix: str) -> Drawing:
     """Histogram of α, a ridge a block: all merges, all samples."""
-    blocks = attention.blocks
     edges = np.linspace(0, 1, 41)
     with panel(height=0.8 + 0.34 * len(blocks)) as (figure, axes):
         for row, block in enumerate(blocks):
@@ -260,19 +229,19 @@ def coefficients(run: Run, attention: Attention) -> Drawing:
         axes.set(xlim=(0, 1), ylim=(0, len(blocks)), xlabel="α", ylabel="block")
         axes.set_yticks(range(len(blocks)), [str(i) for i in reversed(range(len(blocks)))])
         axes.axvline(0.5, color=LIGHT["muted"], linewidth=0.8, linestyle=":")
-        return finish(figure, f"{run.name}-alpha", "Histogram of α in each block")
+        return finish(figure, f"{prefix}-alpha", "Histogram of α in each block")
 
 
-def residuals(run: Run, attention: Attention) -> Drawing:
+def residuals(blocks: Sequence[BlockAttention], prefix: str) -> Drawing:
     """Residual of squeezing, block by block: mean over samples and heads, with the middle 80 %."""
     with panel() as (figure, axes):
-        _by_block(axes, [block.residual for block in attention.blocks], SQUEEZE_LOOK, "residual")
+        _by_block(axes, [block.residual for block in blocks], SQUEEZE_LOOK, "residual")
         axes.set(xlabel="block", ylabel="relative residual")
         axes.set_ylim(bottom=0)
-        return finish(figure, f"{run.name}-residual", "Residual of squeezing in each block")
+        return finish(figure, f"{prefix}-residual", "Residual of squeezing in each block")
 
 
-def divergences(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look]) -> Drawing:
+def divergences(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look], prefix: str) -> Drawing:
     """Divergence of the squeezed maps to the student's, block by block and run by run."""
     with panel() as (figure, axes):
         for run, attention in members:
@@ -280,7 +249,7 @@ def divergences(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look]
         axes.set(xlabel="block", ylabel="divergence")
         axes.set_ylim(bottom=0)
         legend_above(figure, axes)
-        return finish(figure, f"{members[0][0].name}-divergence", "Divergence in each block")
+        return finish(figure, f"{prefix}-divergence", "Divergence in each block")
 
 
 def _by_block(axes: Axes, values: Sequence[Array], look: Look, label: str) -> None:

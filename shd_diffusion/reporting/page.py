@@ -70,7 +70,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         protocol=compare_protocols(runs),
         configs=_compare_configs(runs),
         environments=compare(runs, _environment),
-        commands=commands(runs, paths),
+        commands=commands(runs),
         missing=missing(runs),
     )
     drawings = [
@@ -141,7 +141,7 @@ def missing(runs: Sequence[Run]) -> dict[str, list[str]]:
     }
 
 
-def commands(runs: Sequence[Run], paths: Sequence[Path]) -> list[str]:
+def commands(runs: Sequence[Run]) -> list[str]:
     """The commands that make all this again, in their order."""
     folders = " ".join(shlex.quote(str(run.path)) for run in runs)
     stages = [f"shd-diffusion {stage} {folders}" for stage in ("sample", "evaluate", "report")]

@@ -95,10 +95,10 @@ def test_each_squeezed_head_stands_under_the_heads_it_is_made_of(runs: dict[str,
     (view,) = attention_views(students, assign_looks(students))  # same teacher, same maps: one view
     assert [run.name for run in view.runs] == ["none", "kd", "kd-shd"]
     group = view.blocks[0].groups[0]
-    assert [head.title for head in group.teacher] == ["1", "2", "3", "4"]
+    assert [head.number for head in group.teacher] == [1, 2, 3, 4]
     assert [head.detail for head in group.teacher] == [f"{w:.2f}" for w in weights.mean(0)[0, :4]]
     divergence = tensors["transformer_blocks.0.attn1/divergence"][:, 0].mean()
-    assert group.students[1][1].detail == f"{divergence:.2g}"
+    assert group.students[1][1].detail == f"{divergence:#.2g}"
 
 
 def test_students_of_other_maps_have_views_of_their_own(runs: dict[str, Path]) -> None:

@@ -90,8 +90,8 @@ def test_every_figure_is_beside_it_as_png(report: Path) -> None:
         "samples.png",
         "loss-shd.png",
         "fid-over-parameters.png",
-        "none-alpha.png",
-        "none-divergence.png",
+        "attention-alpha.png",
+        "attention-divergence.png",
     } <= {figure.name for figure in figures}
     assert len([figure for figure in figures if "maps" in figure.name]) == BLOCKS
     for figure in figures:
