@@ -66,7 +66,7 @@ class AttentionBlock:
 
 
 def attention_blocks(model: nn.Module) -> dict[str, AttentionBlock]:
-    """The attention blocks of a model in the order in which they run, by module path. Runs nothing.
+    """The attention blocks of a model by module path, in order of depth; runs nothing.
 
     Every module with diffusers' attention interface (`set_processor`) counts.
     """

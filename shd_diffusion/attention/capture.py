@@ -160,8 +160,8 @@ def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             "an attention block runs without gradients in a forward pass that has them: under reentrant "
             "checkpointing records carry none; checkpoint with use_reentrant=False (diffusers' default)"
         )
-    tap.notes = ()
-    tap.rows = (args[0] if args else kwargs["hidden_states"]).shape[1]
+    hidden_states = args[0] if args else kwargs.get("hidden_states")
+    tap.notes, tap.rows = (), 0 if hidden_states is None else hidden_states.shape[1]
     with watch(self, tap.note):
         return tap.inner(*args, **kwargs)
 

@@ -24,6 +24,9 @@ from diffusers.models.attention_dispatch import (
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from families import FAMILIES, output
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from shd_diffusion.attention import AttentionCapture, attention_blocks
@@ -290,6 +293,7 @@ def test_reentrant_checkpointing_is_refused() -> None:
 # --- other kernels ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without")
 @pytest.mark.parametrize("name", ["flux", "prx"])
 def test_a_backend_other_than_sdpa_serves_the_forward_and_is_seen(name: str) -> None:
     family = FAMILIES[name]
@@ -372,7 +376,27 @@ def test_inside_distributed_data_parallel(process_group: None) -> None:
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_a_compiled_model_is_captured_before_and_after_it_was_compiled() -> None:
+def test_with_fully_sharded_blocks_the_output_weight_is_whole(process_group: None) -> None:
+    model, reference = DIT.build(), DIT.build()
+    mesh = init_device_mesh("cpu", (1,))
+    for index, block in enumerate(model.transformer_blocks):
+        fully_shard(block, mesh=mesh, reshard_after_forward=index > 0)  # DiT reads block 0's embedding again
+    fully_shard(model, mesh=mesh)
+    gradients = []
+    for trained in (model, reference):
+        with AttentionCapture(trained) as capture:
+            prediction = run(trained)
+            records = capture.records
+        assert type(records[SECOND].output_weight) is not DTensor
+        expected = reference.get_submodule(SECOND).to_out[0].weight
+        torch.testing.assert_close(records[SECOND].output_weight, expected, check_device=False)
+        (prediction.square().mean() + records[SECOND].maps().square().sum()).backward()
+        gradient = trained.transformer_blocks[0].attn1.to_q.weight.grad
+        gradients.append(gradient.full_tensor() if isinstance(gradient, DTensor) else gradient)
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_a_compiled_model_is_captured_though_it_was_compiled_before() -> None:
     torch._dynamo.reset()
     model = DIT.build()
     expected = run(model)
