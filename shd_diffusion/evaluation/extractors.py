@@ -22,6 +22,8 @@ from torch_fidelity.utils import create_feature_extractor
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.classifiers import RECIPES, trained_classifier
+from shd_diffusion.evaluation.dinov2 import URLS as DINOV2_URLS
+from shd_diffusion.evaluation.dinov2 import DinoV2Extractor
 
 SPATIAL_CHANNELS = 7  # × 17 × 17 = 2,023 numbers, about as many as the 2,048 pooled ones
 
@@ -32,7 +34,7 @@ class Kind:
 
     layers: dict[str, str]
     url: str | None
-    open: Callable[[Path], Any]  # to what torch-fidelity takes as the path of the weights
+    build: Callable[[str, list[str], Path], FeatureExtractorBase]
 
 
 class Extractor(nn.Module):
@@ -117,27 +119,34 @@ def _default_weights(name: str) -> Path:
 def _open(name: str, weights: Path) -> FeatureExtractorBase:
     kind = KINDS[name]
     try:
-        return create_feature_extractor(
-            name,
-            list(kind.layers.values()),
-            cuda=False,
-            feature_extractor_weights_path=kind.open(weights),
-            verbose=False,
-        )
+        return kind.build(name, list(kind.layers.values()), weights)
     except (RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = " ".join(str(error).split())[:200]
         raise UserError(
             f"evaluate.extractor_weights: {weights} does not hold weights of `{name}` ({reason})"
         ) from None
 
 
-def _without_pickles(path: Path) -> io.BytesIO:
-    """A state dict for a reader that would run pickled code: only plain tensors of the file pass on."""
-    state = load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
+def _from_file(name: str, layers: list[str], weights: Path | io.BytesIO) -> FeatureExtractorBase:
+    return create_feature_extractor(
+        name, layers, cuda=False, feature_extractor_weights_path=weights, verbose=False
+    )
+
+
+def _from_tensors(name: str, layers: list[str], weights: Path) -> FeatureExtractorBase:
+    """For a reader that would run pickled code: it gets a file in memory with nothing but the tensors."""
     buffer = io.BytesIO()
-    torch.save(state, buffer)
+    torch.save(_state_dict(weights), buffer)
     buffer.seek(0)
-    return buffer
+    return _from_file(name, layers, buffer)
+
+
+def _dinov2(name: str, _layers: list[str], weights: Path) -> FeatureExtractorBase:
+    return DinoV2Extractor(name, _state_dict(weights))
+
+
+def _state_dict(path: Path) -> dict[str, Tensor]:
+    return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
 
 
 def _sha256(path: Path) -> str:
@@ -154,9 +163,10 @@ def _recorded_accuracy(path: Path) -> float | None:
 
 
 KINDS = {
-    **{name: Kind({"features": "features", "logits": "logits"}, None, str) for name in RECIPES},
+    **{name: Kind({"features": "features", "logits": "logits"}, None, _from_file) for name in RECIPES},
     "inception-v3-compat": Kind(
-        {"features": "2048", "logits": "logits_unbiased"}, URL_INCEPTION_V3, _without_pickles
+        {"features": "2048", "logits": "logits_unbiased"}, URL_INCEPTION_V3, _from_tensors
     ),
-    **{name: Kind({"features": "clip"}, url, str) for name, url in CLIP_URLS.items()},
+    **{name: Kind({"features": "dinov2"}, url, _dinov2) for name, url in DINOV2_URLS.items()},
+    **{name: Kind({"features": "clip"}, url, _from_file) for name, url in CLIP_URLS.items()},
 }

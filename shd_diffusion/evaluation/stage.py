@@ -1,10 +1,13 @@
-"""`evaluate`: the figures of a run's samples."""
+"""`evaluate`: the figures of a run's samples, or of any folder of images."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from shd_diffusion.config import RunConfig
+from pydantic import BaseModel
+
+from shd_diffusion.config import EvaluateConfig, RunConfig, override_config
 from shd_diffusion.data import reference_images
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.evaluate import evaluate_run
@@ -21,16 +24,39 @@ def evaluate_samples(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: there are no samples, or they cannot be evaluated.
     """
-    summary = run.samples / "sampling.json"
-    if not summary.exists():
+    if not (run.samples / "sampling.json").exists():
         raise UserError(f"{run.path}: has no samples yet; run `shd-diffusion sample {run.path}` first")
-    sampled = read_json(summary)
-    figures = evaluate_run(
-        run.samples,
-        config.evaluate.reference or reference_images(config.data),
-        config.evaluate,
-        labels=sampled["labels"],
-        protocol=sampled["protocol"],
-    )
+    reference = config.evaluate.reference or reference_images(config.data)
+    figures = _evaluate(run.samples, reference, config.evaluate)
     write_json(run.evaluation_file, figures)
     return figures
+
+
+class _Options(BaseModel):
+    evaluate: EvaluateConfig = EvaluateConfig(extractor="inception-v3-compat")
+
+
+def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
+    """Evaluate a folder of images or an .npz of the ADM suite that no run of ours has made.
+
+    Args:
+        images: where they are; a `sampling.json` beside them is heeded.
+        overrides: of the `evaluate` section; the extractor is Inception unless they say otherwise.
+
+    Raises:
+        UserError: there are no images, no reference was given, or they cannot be evaluated.
+    """
+    if not images.exists():
+        raise UserError(f"{images}: no such run, folder of images or .npz file")
+    config = override_config(_Options(), overrides, "--set").evaluate
+    if config.reference is None:
+        raise UserError(f"{images}: is no run, so the images to compare with must be given: --reference REF")
+    return _evaluate(images, config.reference, config)
+
+
+def _evaluate(images: Path, reference: Any, config: EvaluateConfig) -> dict[str, Any]:
+    record = images / "sampling.json"
+    sampled = read_json(record) if record.exists() else {}
+    return evaluate_run(
+        images, reference, config, labels=sampled.get("labels"), protocol=sampled.get("protocol")
+    )

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
-from pathlib import Path
 from urllib.error import URLError
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch_fidelity.feature_extractor_clip import CLIPVisual
 
+from shd_diffusion.data.labelled import ImagesInMemory
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import classifiers, load_extractor
+from shd_diffusion.evaluation.dinov2 import VisionTransformer
 
 
 def test_the_digits_classifier_is_good_and_says_how_good(digits):
@@ -31,7 +30,9 @@ def test_the_digits_classifier_is_good_and_says_how_good(digits):
 
 
 def test_the_recipe_gives_the_same_weights_whatever_the_threads_and_the_random_state(monkeypatch, tmp_path):
-    monkeypatch.setattr(classifiers, "RECIPES", {"digits-classifier": classifiers.Recipe(8, 1, classifiers._digits)})
+    monkeypatch.setattr(
+        classifiers, "RECIPES", {"digits-classifier": classifiers.Recipe(8, 1, classifiers._digits)}
+    )
     hashes = set()
     threads = torch.get_num_threads()
     for number in (1, 2):
@@ -52,40 +53,22 @@ def test_the_classifier_is_trained_once(monkeypatch):
     assert classifiers.trained_classifier("digits-classifier") == path
 
 
-def write_fashion_mnist(folder: Path, counts: dict[str, int]) -> None:
-    """Files in the format of Fashion-MNIST: class c is a bright row 2c."""
-    folder.mkdir(parents=True)
-    generator = np.random.default_rng(0)
-    for name, count in counts.items():
-        labels = generator.integers(0, 10, count).astype(np.uint8)
-        images = generator.integers(0, 60, (count, 28, 28)).astype(np.uint8)
-        images[np.arange(count), 2 * labels] = 250
-        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
-            header = (0x800 + array.ndim).to_bytes(4, "big") + b"".join(n.to_bytes(4, "big") for n in array.shape)
-            (folder / f"{name}-{kind}-ubyte").write_bytes(header + array.tobytes())
-            with gzip.open(folder / f"{name}-{kind}-ubyte.gz", "wb") as file:
-                file.write(header + array.tobytes())
-
-
 def test_fashion_mnist_classifier(monkeypatch, tmp_path):
+    """Its recipe, on images in which class c is a bright row 3c."""
+
+    def rows(_folder: None, split: str) -> ImagesInMemory:
+        labels = torch.arange(640 if split == "train" else 100) % 10
+        images = torch.randint(0, 60, (len(labels), 1, 32, 32), generator=torch.Generator().manual_seed(0))
+        images[torch.arange(len(labels)), 0, 3 * labels] = 250
+        return ImagesInMemory(images.to(torch.uint8), labels, 10, "rows")
+
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    write_fashion_mnist(tmp_path / "shd-diffusion/FashionMNIST/raw", {"train": 640, "t10k": 100})
+    monkeypatch.setattr(classifiers, "fashion_mnist", rows)
     extractor = load_extractor("fashion-mnist-classifier")
     assert extractor.accuracy > 0.9
-    assert extractor(torch.zeros(2, 3, 28, 28, dtype=torch.uint8)).shape == (2, 64)
-    with pytest.raises(ValueError, match=r"takes uint8 images \(N, 3, 28, 28\)"):
+    assert extractor(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)).shape == (2, 64)
+    with pytest.raises(ValueError, match=r"takes uint8 images \(N, 3, 32, 32\)"):
         extractor(torch.zeros(2, 3, 8, 8, dtype=torch.uint8))
-
-
-def test_fashion_mnist_that_cannot_be_downloaded(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-
-    def offline(*_args, **_kwargs):
-        raise URLError("no network")
-
-    monkeypatch.setattr("torchvision.datasets.mnist.download_and_extract_archive", offline)
-    with pytest.raises(UserError, match=r"put its four .gz files into .*FashionMNIST/raw"):
-        load_extractor("fashion-mnist-classifier")
 
 
 def test_inception_that_cannot_be_downloaded_says_which_file_to_supply(monkeypatch, tmp_path):
@@ -97,13 +80,19 @@ def test_inception_that_cannot_be_downloaded_says_which_file_to_supply(monkeypat
     with pytest.raises(UserError) as refused:
         load_extractor("inception-v3-compat")
     assert "https://github.com/toshas/torch-fidelity/releases" in str(refused.value)
-    assert "set `evaluate.extractor_weights` to the file weights-inception-2015-12-05-6726825d.pth" in str(refused.value)
+    assert "set `evaluate.extractor_weights` to the file weights-inception-2015-12-05-6726825d.pth" in str(
+        refused.value
+    )
 
 
 def test_unknown_missing_and_foreign_weights_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"`inception` is unknown; known here: digits-classifier, .*dinov2-vit-l-14"):
+    with pytest.raises(
+        UserError, match=r"`inception` is unknown; known here: digits-classifier, .*dinov2-vit-l-14"
+    ):
         load_extractor("inception")
-    with pytest.raises(UserError, match=r"absent.pth is missing; weights-inception.* is published at https://"):
+    with pytest.raises(
+        UserError, match=r"absent.pth is missing; weights-inception.* is published at https://"
+    ):
         load_extractor("inception-v3-compat", tmp_path / "absent.pth")
     save_file({"weight": torch.zeros(3)}, tmp_path / "other.safetensors")
     for name in ("digits-classifier", "inception-v3-compat", "dinov2-vit-s-14"):
@@ -135,6 +124,7 @@ class TinyCLIP(nn.Module):
         return self.visual(images)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_clip_features_come_from_the_file(tmp_path):
     torch.manual_seed(0)
     network = TinyCLIP().eval()
@@ -144,7 +134,61 @@ def test_clip_features_come_from_the_file(tmp_path):
     path = tmp_path / "clip.pt"
     torch.jit.trace(network, torch.zeros(1, 3, 32, 32)).save(str(path))
     images = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    mean, deviation = torch.tensor([0.48145466, 0.4578275, 0.40821073]), torch.tensor([0.26862954, 0.26130258, 0.27577711])
-    scaled = (images / 255 - mean[:, None, None]) / deviation[:, None, None]
+    mean = torch.tensor([0.48145466, 0.4578275, 0.40821073])[:, None, None]
+    deviation = torch.tensor([0.26862954, 0.26130258, 0.27577711])[:, None, None]
     with torch.no_grad():
-        torch.testing.assert_close(load_extractor("clip-vit-b-32", path)(images), network(scaled), rtol=2e-2, atol=2e-2)
+        expected = network((images / 255 - mean) / deviation)
+    torch.testing.assert_close(load_extractor("clip-vit-b-32", path)(images), expected)
+
+
+def test_dinov2_equals_torch_s_own_transformer(tmp_path):
+    """Layers of `nn.TransformerEncoderLayer`, into whose last weights the scales (`gamma`) are multiplied."""
+    torch.manual_seed(0)
+    ours = VisionTransformer(width=128, depth=2, positions=1 + 16 * 16)
+    for parameter in ours.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    state = ours.state_dict()
+    save_file(state, tmp_path / "dinov2.safetensors")
+
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
+    deviation = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
+    patches = (
+        ((images / 255 - mean) / deviation).unfold(2, 14, 14).unfold(3, 14, 14)
+    )  # (2, 3, 16, 16, 14, 14)
+    patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(2, 256, -1)
+    tokens = patches @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
+    tokens = torch.cat([state["cls_token"].expand(2, -1, -1), tokens], dim=1) + state["pos_embed"]
+    for index in range(2):
+        block = {name.split(".", 2)[2]: value for name, value in state.items() if f"blocks.{index}." in name}
+        layer = nn.TransformerEncoderLayer(
+            128, 2, 512, activation="gelu", batch_first=True, norm_first=True, layer_norm_eps=1e-6
+        )
+        for kind in ("weight", "bias"):
+            scales = [block[f"ls{n}.gamma"].reshape((-1, 1) if kind == "weight" else -1) for n in (1, 2)]
+            weights = {
+                f"self_attn.in_proj_{kind}": block[f"attn.qkv.{kind}"],
+                f"self_attn.out_proj.{kind}": block[f"attn.proj.{kind}"] * scales[0],
+                f"linear1.{kind}": block[f"mlp.fc1.{kind}"],
+                f"linear2.{kind}": block[f"mlp.fc2.{kind}"] * scales[1],
+                f"norm1.{kind}": block[f"norm1.{kind}"],
+                f"norm2.{kind}": block[f"norm2.{kind}"],
+            }
+            layer.load_state_dict(weights, strict=False)
+        with torch.no_grad():
+            tokens = layer.eval()(tokens)
+    expected = nn.functional.layer_norm(
+        tokens[:, 0], (128,), state["norm.weight"], state["norm.bias"], eps=1e-6
+    )
+    found = load_extractor("dinov2-vit-s-14", tmp_path / "dinov2.safetensors")(images)
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_dinov2_resizes_its_position_table_as_published():
+    """The published models, learnt on 37×37 patches, add 0.1 to the wanted grid before they divide by theirs."""
+    network = VisionTransformer(width=64, depth=1, positions=1 + 37 * 37)
+    nn.init.normal_(network.pos_embed)
+    grid = network.pos_embed[:, 1:].reshape(1, 37, 37, 64).permute(0, 3, 1, 2)
+    expected = nn.functional.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic")
+    torch.testing.assert_close(network._positions(16, 16), expected)
+    assert network(torch.rand(1, 3, 224, 224)).shape == (1, 64)

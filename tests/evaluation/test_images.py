@@ -102,19 +102,19 @@ def test_an_npz_of_something_else_is_refused(arrays, message, save, tmp_path):
 
 def test_files_that_are_no_images_are_refused(pixels, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="empty: no PNG or JPEG files here"):
+    with pytest.raises(UserError, match=r"empty: no PNG or JPEG files here"):
         open_images(tmp_path / "empty")
-    with pytest.raises(UserError, match="neither a folder of images nor an .npz"):
+    with pytest.raises(UserError, match=r"neither a folder of images nor an \.npz"):
         open_images(tmp_path / "missing")
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(UserError, match=r"torn.npz: not an .npz"):
         open_images(tmp_path / "torn.npz")
-    with pytest.raises(UserError, match="absent.npz: cannot be read"):
+    with pytest.raises(UserError, match=r"absent\.npz: cannot be read"):
         open_images(tmp_path / "absent.npz")
     folder = write_folder(tmp_path / "folder", pixels)
     torn = folder / "000002.png"
     torn.write_bytes(torn.read_bytes()[:60])
-    with pytest.raises(UserError, match="000002.png: not a readable image"):
+    with pytest.raises(UserError, match=r"000002\.png: not a readable image"):
         stacked(open_images(folder))
 
 

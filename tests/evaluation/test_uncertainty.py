@@ -35,7 +35,9 @@ def test_nearly_all_bootstrap_intervals_hold_the_expected_distance():
         return frechet_distance(feature_statistics(features), TRUTH)
 
     expected = sum(figure(gaussian(300, seed, mean=0.3)) for seed in range(100)) / 100
-    intervals = [bootstrap_interval(figure, gaussian(300, seed, mean=0.3), replicates=60) for seed in range(30)]
+    intervals = [
+        bootstrap_interval(figure, gaussian(300, seed, mean=0.3), replicates=60) for seed in range(30)
+    ]
     assert sum(low <= expected <= high for low, high in intervals) >= 25  # 28.5 of 30 on average
 
 
