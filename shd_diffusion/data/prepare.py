@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from diffusers import ModelMixin
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -28,6 +27,7 @@ from shd_diffusion.data.latents import MANIFEST, sha256
 from shd_diffusion.data.vae import encode_moments, hash_model, load_vae
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json, replacing_file, write_json, write_text
+from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -98,7 +98,7 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
         raise UserError(
             f"{source}: key `data.name`: latents are what prepare writes; give a data set of images"
         )
-    state = PartialState()
+    state = processes()
     images, vae = open_images(config.data), load_vae(config.prepare.vae).to(state.device)
     manifest = describe(config, images, vae, source)
     check_identity(output, manifest["identity"])
@@ -193,7 +193,7 @@ def encode_shards(
     shards: list[Shard], images: LabelledImages, vae: ModelMixin, config: PrepareConfig
 ) -> None:
     """Encode the shards that are not done yet; end as soon as it is certain that too many are unreadable."""
-    state = PartialState()
+    state = processes()
     name = f"prepare, process {state.process_index + 1} of {state.num_processes}"
     unreadable = 0
     with progress_bar(sum(map(len, shards)), name, "image", visible=state.is_main_process) as bar:
