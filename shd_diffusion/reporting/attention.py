@@ -94,8 +94,8 @@ def attention_views(runs: Sequence[Run], looks: dict[str, Look]) -> list[Attenti
             views.append(kin := [])
         kin.append((run, run.attention))
     return [
-        _view(members, looks, f"attention-{number}" if number else "attention")
-        for number, members in enumerate(views)
+        _view(members, looks, "attention" if number == 1 else f"attention-{number}")
+        for number, members in enumerate(views, start=1)
     ]
 
 

@@ -132,12 +132,12 @@ def missing(runs: Sequence[Run]) -> dict[str, list[str]]:
         names = " ".join(shlex.quote(str(run.path)) for run in part)
         return [f"shd-diffusion {command} {names}"] if names else []
 
-    students = [run for run in runs if not run.is_teacher]
+    squeezing = [run for run in runs if run.config.get("losses", {}).get("shd", {}).get("weight")]
     return {
         "samples": lacking((run for run in runs if run.samples is None), "sample"),
         "metrics": lacking((run for run in runs if run.metrics is None), "evaluate"),
         "log": [run.command for run in runs if run.log is None],
-        "attention": [run.command for run in students if run.attention is None],
+        "attention": [run.command for run in squeezing if run.attention is None],
     }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,13 +27,16 @@ class Setting:
 
 
 def compare(runs: Sequence[Run], tree_of: Callable[[Run], Mapping[str, Any] | None]) -> list[Setting]:
-    """Every setting of these runs, those first that differ between the runs that have it."""
+    """Every setting of these runs, those first that differ between the runs that have settings at all."""
     trees = [flatten(tree_of(run) or {}) for run in runs]
+    keys = dict.fromkeys(key for tree in trees for key in tree)
     settings = [
         Setting(
-            key, [tree.get(key, "–") for tree in trees], len({tree[key] for tree in trees if key in tree}) > 1
+            key,
+            values=[tree.get(key, "–") for tree in trees],
+            differs=len({tree.get(key) for tree in trees if tree}) > 1,
         )
-        for key in _ordered(trees)
+        for key in keys
     ]
     return sorted(settings, key=lambda setting: not setting.differs)
 
@@ -63,7 +66,3 @@ def _short(value: str) -> str:
     if re.fullmatch(r"[0-9a-f]{40,}", value):
         return value[:12]
     return f"{float(value):.4g}" if re.fullmatch(r"\d+\.\d{4,}", value) else value
-
-
-def _ordered(trees: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for tree in trees for key in tree))

@@ -111,7 +111,7 @@ def test_the_same_runs_give_the_same_page_and_old_figures_go(runs: dict[str, Pat
 
 
 def test_what_a_run_lacks_is_named_with_its_command(fresh_run: Callable[[str], Path], tmp_path: Path) -> None:
-    run = fresh_run("kd")
+    run = fresh_run("kd-shd")
     for part in ("samples", "evaluation"):
         shutil.rmtree(run / part)
     for part in ("metrics.jsonl", "environment.json", "attention.safetensors"):

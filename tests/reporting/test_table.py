@@ -60,6 +60,8 @@ def test_figures_of_other_protocols_are_not_ranked(
     table = markdown_table([runs["kd"], runs["kd-shd"], other])
     assert "do not compare: the protocols differ in num\\_inference\\_steps." in table
     assert not any("**" in cell for row in cells(table).values() for cell in row)
+    edit_metrics(other, protocol=protocol | {"resize": "none"})  # the others do not say
+    assert "the protocols differ in resize." in markdown_table([runs["kd"], other])
     edit_metrics(other, protocol=protocol | {"steps_trained": 10})  # of the model, not of the measurement
     assert "do not compare" not in markdown_table([runs["kd"], other])
 
@@ -105,7 +107,7 @@ def test_the_terminal_table_fits_80_columns(runs: dict[str, Path]) -> None:
     ("text", "expected"),
     [
         (count(812), "812"), (count(71_304), "71.3 k"), (count(675e6), "675 M"), (count(12e9), "12 G"),
-        (duration(0.00421), "4.21 ms"), (duration(1.3), "1.3 s"), (duration(0), "0 ms"),
+        (duration(0.00421), "4.21 ms"), (duration(1.3), "1.30 s"), (duration(0.012), "12.0 ms"),
         (significant(0.0012), "0.00120"), (significant(110.2), "110"), (significant(-10432.2), "-10432"),
     ],
 )  # fmt: skip
