@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, ParamSpec
+from typing import Annotated, Literal, ParamSpec
 
 import typer
 
-from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, override_config, read_config
+from shd_diffusion.config import (
+    DistillConfig,
+    PrepareConfig,
+    RunConfig,
+    TrainTeacherConfig,
+    override_config,
+    read_config,
+)
 from shd_diffusion.errors import UserError
+from shd_diffusion.files import read_json
 from shd_diffusion.run_folder import RunFolder
 
 app = typer.Typer(
@@ -53,6 +62,59 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
     return guarded
 
 
+# --- before training -----------------------------------------------------------------------------------------
+
+
+@app.command()
+@stage
+def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
+    """Encode images through a VAE into a cache of latents."""
+    from shd_diffusion.data.prepare import prepare as run_stage
+
+    parsed = read_config(config, PrepareConfig, set_ or [])
+    run_stage(parsed, _output(parsed, output, config), str(config))
+
+
+@app.command()
+@stage
+def inspect(
+    model: Annotated[
+        str, typer.Argument(metavar="MODEL", help="A run, a model folder, a config, or a hub name.")
+    ],
+    student: Annotated[
+        str | None, typer.Option("--student", metavar="OTHER", help="Show what it would learn.")
+    ] = None,
+) -> None:
+    """List a model's attention blocks; with --student also the layer map and the merges that SHD would use."""
+    from rich.console import Console
+
+    from shd_diffusion.models.factory import open_model
+    from shd_diffusion.models.inspect import render
+
+    try:
+        tables = render(open_model(model), open_model(student) if student else None)
+    except ValueError as error:
+        raise UserError(f"{model} and {student}: {error}") from error
+    Console().print(tables)
+
+
+@app.command()
+@stage
+def convert(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A published checkpoint.")],
+    kind: Annotated[Literal["mdtv2", "dit"], typer.Option("--from", help="Whose checkpoint it is.")],
+    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The model folder to write.")],
+    heads: Annotated[int | None, typer.Option(help="Only for a DiT of an unpublished width.")] = None,
+) -> None:
+    """Turn a checkpoint of sail-sg/MDT or facebookresearch/DiT into a diffusers model folder."""
+    from shd_diffusion.models.convert import convert_checkpoint
+
+    convert_checkpoint(kind, file, to, num_attention_heads=heads)
+
+
+# --- training ------------------------------------------------------------------------------------------------
+
+
 @app.command("train-teacher")
 @stage
 def train_teacher(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
@@ -73,6 +135,9 @@ def distill(config: ConfigFile, set_: Overrides = None, output: Output = None) -
     run_stage(parsed, _output(parsed, output, config), str(config))
 
 
+# --- after training ------------------------------------------------------------------------------------------
+
+
 @app.command()
 @stage
 def sample(runs: Runs, set_: Overrides = None) -> None:
@@ -85,12 +150,49 @@ def sample(runs: Runs, set_: Overrides = None) -> None:
 
 @app.command()
 @stage
-def evaluate(runs: Runs, set_: Overrides = None) -> None:
-    """Compute the figures of sampled images; they are printed as JSON and kept in `evaluation/metrics.json`."""
-    from shd_diffusion.evaluation.stage import evaluate_samples
+def evaluate(
+    targets: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_OR_IMAGES...", help="Sampled runs, folders of images, or .npz files."),
+    ],
+    set_: Overrides = None,
+    reference: Annotated[
+        str | None, typer.Option(metavar="REF", help="Data set, folder, .npz or statistics.")
+    ] = None,
+    extractor: Annotated[
+        str | None, typer.Option(metavar="NAME", help="What features are taken from.")
+    ] = None,
+    extractor_weights: Annotated[str | None, typer.Option(metavar="FILE", help="Its weights.")] = None,
+    metrics: Annotated[str | None, typer.Option(metavar="A,B", help="E.g. fid,sfid,is,kid,prc.")] = None,
+) -> None:
+    """Compute figures; JSON on standard output, and for a run also in its `evaluation/metrics.json`."""
+    from shd_diffusion.evaluation.stage import evaluate_images, evaluate_samples
 
-    for run in map(RunFolder, runs):
-        evaluate_samples(run, override_config(run.read_config(), set_ or [], str(run.config_file)))
+    options = {"reference": reference, "extractor": extractor, "extractor_weights": extractor_weights}
+    overrides = [*(set_ or []), *(f"evaluate.{key}={value}" for key, value in options.items() if value)]
+    overrides += [f"evaluate.metrics=[{metrics}]"] if metrics else []
+    figures = {}
+    for target in targets:
+        run = RunFolder(target)
+        if run.config_file.exists():
+            config = override_config(run.read_config(), overrides, str(run.config_file))
+            figures[str(target)] = evaluate_samples(run, config)
+        else:
+            figures[str(target)] = evaluate_images(target, overrides)
+    typer.echo(json.dumps(figures if len(targets) > 1 else figures[str(targets[0])], indent=2))
+
+
+@app.command()
+@stage
+def compare(
+    first: Annotated[Path, typer.Argument(metavar="A.json", help="An evaluation/metrics.json.")],
+    second: Annotated[Path, typer.Argument(metavar="B.json", help="Another.")],
+    anyway: Annotated[bool, typer.Option("--anyway", help="Though the protocols differ.")] = False,
+) -> None:
+    """Compare two evaluations, if their protocols allow it."""
+    from shd_diffusion.evaluation.compare import compare as compare_figures
+
+    typer.echo(json.dumps(compare_figures(read_json(first), read_json(second), anyway), indent=2))
 
 
 @app.command()
@@ -109,7 +211,7 @@ def report(
     print_table(runs)
 
 
-def _output(config: RunConfig, output: Path | None, source: Path) -> Path:
+def _output(config: RunConfig | PrepareConfig, output: Path | None, source: Path) -> Path:
     if output is None and config.output is None:
         raise UserError(f"{source}: key `output` is missing; add it or give --output DIR")
     return output or Path(str(config.output))

@@ -128,13 +128,39 @@ class SHDConfig(TermConfig):
     chunk_rows: int | None = Field(None, ge=1)
 
 
+class MappedTermConfig(TermConfig):
+    """A term on pairs of blocks."""
+
+    layer_map: Literal["uniform", "last", "first"] | list[int | None] | dict[str, str] = "uniform"
+
+
+class VkDConfig(MappedTermConfig):
+    """VkD: features of the teacher are whitened (for generation) or standardised (for classification)."""
+
+    normalisation: Literal["whiten", "standardise"] = "whiten"
+
+
+class AttentionMSEConfig(MappedTermConfig):
+    """Squared error between attention logits: of `equal` head counts head by head, or of the heads' `average`."""
+
+    heads: Literal["equal", "average"] = "average"
+
+
 class LossesConfig(Section):
-    """L = w_denoise · L_denoise + w_output · L_output + w_shd · L_SHD, and with a learned variance + w_variance · L_vlb."""
+    """The terms of the loss, each with its weight; `variance` counts with a learned variance only.
+
+    L = w_denoise · L_denoise + w_output · L_output + w_shd · L_SHD + the baselines that SHD is compared with.
+    """
 
     denoise: TermConfig = TermConfig(weight=1.0)
     variance: TermConfig = TermConfig(weight=1.0)
     output: TermConfig = TermConfig(weight=1.0)
     shd: SHDConfig = SHDConfig(weight=1.0)
+    features: MappedTermConfig = MappedTermConfig(weight=0.0)
+    vkd: VkDConfig = VkDConfig(weight=0.0)
+    attention_output: MappedTermConfig = MappedTermConfig(weight=0.0)
+    attention_mse: AttentionMSEConfig = AttentionMSEConfig(weight=0.0)
+    aligner: TermConfig = TermConfig(weight=0.0)
 
 
 class WatchConfig(Section):
@@ -264,7 +290,7 @@ def parse_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: the text is not YAML.
     """
-    return yaml.load(text, Loader=_Loader)  # noqa: S506 -- a SafeLoader
+    return yaml.load(text, Loader=_Loader)
 
 
 def read_config(path: Path, kind: type[AnyConfig], overrides: Iterable[str] = ()) -> AnyConfig:
@@ -273,18 +299,18 @@ def read_config(path: Path, kind: type[AnyConfig], overrides: Iterable[str] = ()
     Raises:
         UserError: the file is missing or not YAML, a key is unknown, or a value has the wrong type.
     """
-    try:
-        tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be read ({error.strerror}); give the path of a config file"
-        ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
-    if not isinstance(tree, dict):
-        raise UserError(f"{path}: a config is a mapping of keys to values, see configs/ for examples")
+    tree = _read_tree(path)
     for override in overrides:
         _apply_override(tree, override)
+    return parse_config(tree, kind, source=str(path))
+
+
+def read_run_config(path: Path) -> TrainTeacherConfig | DistillConfig:
+    """Read the config of a training, which is a distillation if it names a student; errors as for `read_config`."""
+    tree = _read_tree(path)
+    kind: type[TrainTeacherConfig] | type[DistillConfig] = (
+        DistillConfig if "student" in tree else TrainTeacherConfig
+    )
     return parse_config(tree, kind, source=str(path))
 
 
@@ -307,6 +333,20 @@ def parse_config(tree: dict[str, Any], kind: type[AnyConfig], source: str) -> An
 def dump_config(config: BaseModel) -> str:
     """The resolved config as YAML; reading it back gives the same config."""
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+
+
+def _read_tree(path: Path) -> dict[str, Any]:
+    try:
+        tree = parse_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read ({error.strerror}); give the path of a config file"
+        ) from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values, see configs/ for examples")
+    return tree
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -7,17 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shd_diffusion.config import (
-    DistillConfig,
-    RunConfig,
-    TrainTeacherConfig,
-    dump_config,
-    parse_config,
-    parse_yaml,
-)
+from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, dump_config, read_run_config
+from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json, write_json, write_text
-from shd_diffusion.environment import describe_environment
 
 # What a run may be given anew without becoming another run: where it is, and what happens after training.
 NOT_TRAINING = {"output", "sample", "evaluate"}
@@ -74,7 +67,7 @@ class RunFolder:
                 )
             return
         present, wanted = (
-            _flat(_read_tree(self.config_file)),
+            _flat(self.read_config().model_dump(mode="json", by_alias=True)),
             _flat(config.model_dump(mode="json", by_alias=True)),
         )
         for key in sorted(present.keys() | wanted.keys()):
@@ -109,7 +102,7 @@ class RunFolder:
                 break
         write_text(self.metrics_file, "".join(kept))
 
-    def read_config(self) -> RunConfig:
+    def read_config(self) -> TrainTeacherConfig | DistillConfig:
         """The resolved config of the run.
 
         Raises:
@@ -119,9 +112,7 @@ class RunFolder:
             raise UserError(
                 f"{self.path}: no config.yaml in it, so it is not a run folder; give the folder of a run"
             )
-        tree = _read_tree(self.config_file)
-        kind = DistillConfig if "student" in tree else TrainTeacherConfig
-        return parse_config(tree, kind, source=str(self.config_file))
+        return read_run_config(self.config_file)
 
     def read_summary(self) -> dict[str, Any]:
         """What training left behind.
@@ -132,10 +123,6 @@ class RunFolder:
         if not self.summary_file.exists():
             raise UserError(f"{self.path}: its training has not ended; run its command again to continue it")
         return read_json(self.summary_file)
-
-
-def _read_tree(path: Path) -> dict[str, Any]:
-    return parse_yaml(path.read_text(encoding="utf-8"))
 
 
 def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -9,7 +9,7 @@ import diffusers
 from diffusers import ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 
-from shd_diffusion.config import ModelConfig
+from shd_diffusion.config import DistillConfig, ModelConfig, read_run_config
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
@@ -70,6 +70,23 @@ def load_model(path: str) -> ModelMixin:
         raise UserError(
             f"{path}: cannot be loaded as a model ({reason}); give a run or model folder"
         ) from error
+
+
+def open_model(name: str) -> ModelMixin:
+    """As `load_model`, or the new model of a config file of `train-teacher` or `distill`.
+
+    Raises:
+        UserError: there is no such model or config, or it cannot be built.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        return load_model(name)
+    config = read_run_config(path)
+    model = config.student if isinstance(config, DistillConfig) else config.model
+    try:
+        return build_model(model)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
 
 
 def find_model_folder(path: Path) -> Path | None:
