@@ -40,19 +40,27 @@ def make_accelerator(config: TrainConfig) -> Accelerator:
 
 @dataclass
 class Training:
-    """What changes while a run trains: a model with its optimiser, learning rate and averaged weights."""
+    """What changes while a run trains: a model with its optimiser, learning rate and averaged weights.
+
+    `extra` are the method's own parameters: trained with the model, neither averaged nor a part of it.
+    """
 
     model: ModelMixin
+    extra: list[nn.Parameter]
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
     rate: torch.optim.lr_scheduler.LRScheduler
     average: EMAModel
 
     @classmethod
-    def prepare(cls, model: ModelMixin, config: TrainConfig, accelerator: Accelerator) -> Training:
+    def prepare(
+        cls, model: ModelMixin, extra: list[nn.Parameter], config: TrainConfig, accelerator: Accelerator
+    ) -> Training:
         """Everything on its device, ready for step 0."""
         parameters = list(model.to(accelerator.device).parameters())
-        optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay)
+        optimizer = torch.optim.AdamW(
+            [*parameters, *extra], lr=config.learning_rate, weight_decay=config.weight_decay
+        )
         rate = get_scheduler(
             config.lr_schedule,
             optimizer,
@@ -61,7 +69,7 @@ class Training:
         )
         average = EMAModel(parameters, decay=config.ema_decay, foreach=True)
         wrapped, optimizer, rate = accelerator.prepare(model, optimizer, rate)
-        return cls(model, wrapped, optimizer, rate, average)
+        return cls(model, extra, wrapped, optimizer, rate, average)
 
     @contextmanager
     def averaged(self) -> Iterator[ModelMixin]:
@@ -105,7 +113,7 @@ def fit(
         accelerator.num_processes,
         accelerator.process_index,
     )
-    training = Training.prepare(model, train, accelerator)
+    training = Training.prepare(model, method.parameters(), train, accelerator)
     start = latest_checkpoint(run.checkpoints)
     if start:
         load_checkpoint(run.checkpoints, start, accelerator, training.average, method)
@@ -180,7 +188,9 @@ def take_step(
                 terms = method(training.wrapped, batch, step)
             accelerator.backward(sum(weights[name] * value for name, value in terms.items()))
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(training.model.parameters(), config.max_grad_norm)
+                average_gradients(training.extra, accelerator)
+                parameters = [*training.model.parameters(), *training.extra]
+                norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
             training.optimizer.step()
             training.optimizer.zero_grad()
         for name, value in terms.items():
@@ -188,6 +198,14 @@ def take_step(
     training.rate.step()
     training.average.step(training.model.parameters())
     return sums, norm
+
+
+def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
+    """The mean over processes, in place, of gradients that no distributed wrapper takes care of."""
+    if accelerator.num_processes > 1:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad = accelerator.reduce(parameter.grad, "mean")
 
 
 def is_due(step: int, every: int) -> bool:

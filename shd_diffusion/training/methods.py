@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -9,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from shd_diffusion.attention import AttentionCapture
+from shd_diffusion.attention.outputs import OutputCapture
 from shd_diffusion.config import DiffusionConfig, LossesConfig
 from shd_diffusion.losses import SHDLoss, schedule_weight
+from shd_diffusion.losses.baselines import Baseline, Captured
 from shd_diffusion.losses.denoising import ForwardProcess, squared_error
 from shd_diffusion.losses.variance import variational_bound
 from shd_diffusion.models.adapter import predict
@@ -72,6 +76,9 @@ class Method(Protocol):
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step."""
 
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains beside the model and is no part of it."""
+
     def state_dict(self) -> dict[str, Tensor]: ...
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
@@ -89,6 +96,9 @@ class Denoising:
     def weights(self, step: int) -> dict[str, float]:
         return {"denoise": 1.0, "variance": 1.0}
 
+    def parameters(self) -> list[nn.Parameter]:
+        return []
+
     def state_dict(self) -> dict[str, Tensor]:
         return {}
 
@@ -96,8 +106,45 @@ class Denoising:
         pass
 
 
+class Captures:
+    """Context that notes, in every pass of teacher and student, what SHD and the baselines look at.
+
+    Args:
+        teacher: frozen.
+        student: in training.
+        shd: whether SHD is a term of the loss.
+        baselines: those in use.
+    """
+
+    def __init__(
+        self, teacher: nn.Module, student: nn.Module, shd: bool, baselines: Mapping[str, Baseline]
+    ) -> None:
+        looking_at_maps = shd or any(baseline.needs_records for baseline in baselines.values())
+        self._records = [AttentionCapture(m) for m in (teacher, student)] if looking_at_maps else []
+        pairs = [pair for b in baselines.values() if not b.needs_records for pair in b.pairs.items()]
+        ours, theirs = ({pair[side]: None for pair in pairs} for side in (0, 1))
+        self._outputs = OutputCapture(teacher, theirs), OutputCapture(student, ours)
+        self._stack = ExitStack()
+
+    def __enter__(self) -> Captures:
+        contexts: list[AbstractContextManager[object]] = [*self._records, *self._outputs]
+        for context in contexts:
+            self._stack.enter_context(context)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self) -> tuple[Captured, Captured]:
+        """Of the teacher's and of the student's last pass."""
+        records = [capture.records for capture in self._records] or [{}, {}]
+        teacher, student = (Captured(r, o.outputs) for r, o in zip(records, self._outputs, strict=True))
+        return teacher, student
+
+
 class Distillation:
-    """L = w_denoise · L_denoise + w_output · ||ε_student - ε_teacher||² + w_shd · L_SHD (METHOD.md section 6).
+    """L = w_denoise · L_denoise + w_output · ||ε_student - ε_teacher||² + w_shd · L_SHD (METHOD.md section 6),
+    and the baselines that SHD is compared with.
 
     Teacher and student see the same noised images, timesteps, labels and dropped labels. A term of weight 0
     is not computed; without a term that needs it, neither is the teacher's forward pass.
@@ -105,8 +152,9 @@ class Distillation:
     Args:
         denoising: the denoising loss.
         teacher: frozen, in evaluation mode.
-        captures: open captures of the teacher and of the student; None where SHD is left out.
+        captures: of teacher and student, open.
         shd: the SHD loss; None where it is left out.
+        baselines: by their sections in `losses`, on the device.
         losses: the weights.
         max_steps: where a decaying weight ends.
     """
@@ -115,17 +163,18 @@ class Distillation:
         self,
         denoising: DenoisingLoss,
         teacher: nn.Module,
-        captures: tuple[AttentionCapture, AttentionCapture] | None,
+        captures: Captures,
         shd: SHDLoss | None,
+        baselines: Mapping[str, Baseline],
         losses: LossesConfig,
         max_steps: int,
     ) -> None:
         self.denoising, self.teacher, self.captures, self.shd = denoising, teacher, captures, shd
-        self.losses, self.max_steps = losses, max_steps
+        self.baselines, self.losses, self.max_steps = nn.ModuleDict(baselines), losses, max_steps
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         weights = self.weights(step)
-        if weights["output"] or weights["shd"]:
+        if weights["output"] or weights["shd"] or self.baselines:
             with torch.no_grad():
                 taught = predict(self.teacher, batch.noised, batch.times, batch.labels)
         prediction = predict(model, batch.noised, batch.times, batch.labels)
@@ -133,11 +182,14 @@ class Distillation:
         if weights["output"]:
             channels = min(prediction.shape[1], taught.shape[1])
             terms["output"] = squared_error(prediction[:, :channels], taught[:, :channels])
-        if weights["shd"] and self.shd is not None and self.captures is not None:
-            of_teacher, of_student = self.captures
+        of_teacher, of_student = self.captures.read()
+        if weights["shd"] and self.shd is not None:
             terms["shd"] = self.shd(
                 of_teacher.records, of_student.records, step=step, timesteps=batch.timesteps
             )
+        with torch.autocast(prediction.device.type, enabled=False):
+            for name, baseline in self.baselines.items():
+                terms[name] = baseline(of_teacher, of_student)
         return terms
 
     def weights(self, step: int) -> dict[str, float]:
@@ -147,11 +199,26 @@ class Distillation:
             "variance": self.losses.variance.weight,
             "output": self.losses.output.weight,
             "shd": schedule_weight(shd.weight, step, self.max_steps, shd.decay, shd.every),
+            **{name: getattr(self.losses, name).weight for name in self.baselines},
         }
 
+    def parameters(self) -> list[nn.Parameter]:
+        return list(self.baselines.parameters())
+
     def state_dict(self) -> dict[str, Tensor]:
-        return self.shd.state_dict() if self.shd is not None else {}
+        of_shd = self.shd.state_dict() if self.shd is not None else {}
+        return {**_prefixed("shd", of_shd), **_prefixed("baselines", self.baselines.state_dict())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         if self.shd is not None:
-            self.shd.load_state_dict(state)
+            self.shd.load_state_dict(_without_prefix("shd", state))
+        self.baselines.load_state_dict(_without_prefix("baselines", state))
+
+
+def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {f"{prefix}/{name}": tensor.contiguous() for name, tensor in state.items()}
+
+
+def _without_prefix(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    mine = f"{prefix}/"
+    return {name.removeprefix(mine): tensor for name, tensor in state.items() if name.startswith(mine)}

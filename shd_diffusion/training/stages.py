@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,13 @@ from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
-from shd_diffusion.attention import AttentionCapture, attention_blocks
+from shd_diffusion.attention import attention_blocks
 from shd_diffusion.config import DistillConfig, ModelConfig, RunConfig, SHDConfig, TrainTeacherConfig
 from shd_diffusion.data import Source, build_source, check_source
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_folder, write_json, write_text
 from shd_diffusion.losses import SHDLoss, map_blocks
+from shd_diffusion.losses.baselines import build_baselines
 from shd_diffusion.losses.denoising import ForwardProcess, forward_process
 from shd_diffusion.models.adapter import count_parameters, freeze, null_label, sample_shape
 from shd_diffusion.models.factory import build_model, load_model
@@ -27,8 +27,9 @@ from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
 from shd_diffusion.squeezing.plan import plan_merges, plans_from_json, plans_to_json
 from shd_diffusion.training.loop import fit, make_accelerator
-from shd_diffusion.training.methods import Denoising, DenoisingLoss, Distillation, Method
+from shd_diffusion.training.methods import Captures, Denoising, DenoisingLoss, Distillation, Method
 from shd_diffusion.training.probe import paired_records, probe_batches, study_attention
+from shd_diffusion.training.watch import make_watch
 
 
 def train_teacher(config: TrainTeacherConfig, output: Path, source: str) -> None:
@@ -67,23 +68,26 @@ def distill(config: DistillConfig, output: Path, source: str) -> None:
     shd = config.losses.shd
     loss = SHDLoss.from_config(shd, config.seed)
     denoising = DenoisingLoss(stage.process, config.diffusion)
-    with ExitStack() as stack:
-        captures = None
-        if shd.weight:
-            if shd.pairing == "matched":
-                _load_or_calibrate(loss, teacher, stage)
-            of_teacher, of_student = (
-                stack.enter_context(AttentionCapture(m)) for m in (teacher, stage.model)
-            )
-            captures = of_teacher, of_student
+    if shd.weight and shd.pairing == "matched":
+        _load_or_calibrate(loss, teacher, stage)
+    baselines = build_baselines(config.losses, teacher, stage.model, config.seed)
+    for baseline in baselines.values():
+        baseline.to(stage.accelerator.device)
+    with Captures(teacher, stage.model, shd.weight > 0, baselines) as captures:
         method = Distillation(
-            denoising, teacher, captures, loss if shd.weight else None, config.losses, config.train.max_steps
+            denoising,
+            teacher,
+            captures,
+            loss if shd.weight else None,
+            baselines,
+            config.losses,
+            config.train.max_steps,
         )
         trained, seconds = _fit(stage, method)
     if stage.accelerator.is_main_process and shd.weight:
         path = stage.run.attention_file
         study_attention(loss, teacher, trained, stage.data, stage.process, config.seed, path)
-    _finish(stage, trained, seconds, teacher)
+    _finish(stage, trained, seconds, teacher, sum(p.numel() for p in method.parameters()))
 
 
 def check_pair(teacher: ModelMixin, student: ModelMixin, config: DistillConfig, source: str) -> None:
@@ -110,6 +114,10 @@ def check_pair(teacher: ModelMixin, student: ModelMixin, config: DistillConfig, 
         )
     if config.losses.shd.weight:
         check_squeezing(teacher, student, config.losses.shd, path, source)
+    try:
+        build_baselines(config.losses, teacher, student, config.seed)
+    except ValueError as error:
+        raise UserError(f"{source}: key {error} (teacher {path})") from error
 
 
 def check_squeezing(teacher: ModelMixin, student: ModelMixin, shd: SHDConfig, path: str, source: str) -> None:
@@ -222,18 +230,24 @@ def _load_or_calibrate(loss: SHDLoss, teacher: ModelMixin, stage: Stage) -> None
 def _fit(stage: Stage, method: Method) -> tuple[ModelMixin, float]:
     """The trained model with its averaged weights, and the seconds that it took."""
     began = time.perf_counter()
-    trained = fit(stage.model, method, stage.data, stage.process, stage.run, stage.config, stage.accelerator)
+    watch = make_watch(stage.config, stage.sampler, stage.accelerator.device)
+    trained = fit(
+        stage.model, method, stage.data, stage.process, stage.run, stage.config, stage.accelerator, watch
+    )
     return trained, time.perf_counter() - began
 
 
-def _finish(stage: Stage, trained: ModelMixin, seconds: float, teacher: ModelMixin | None) -> None:
+def _finish(
+    stage: Stage, trained: ModelMixin, seconds: float, teacher: ModelMixin | None, extra_parameters: int = 0
+) -> None:
     """Save the pipeline, then the summary: a run that has one is complete."""
     if stage.accelerator.is_main_process:
         with replacing_folder(stage.run.pipeline) as temporary:
             ClassConditionalPipeline(trained, stage.sampler).save_pretrained(
                 temporary, safe_serialization=True
             )
-        write_json(stage.run.summary_file, summarize(stage, trained, seconds, teacher))
+        summary = summarize(stage, trained, seconds, teacher)
+        write_json(stage.run.summary_file, summary | {"extra_parameters": extra_parameters})
     stage.accelerator.end_training()
 
 

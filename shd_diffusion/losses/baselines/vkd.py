@@ -1,0 +1,54 @@
+"""VkD: block outputs through an orthogonal projector against normalised features of the teacher.
+
+Source: Miles, Elezi, Deng, "VkD: Improving Knowledge Distillation using Orthogonal Projections" (CVPR 2024):
+an orthogonal projection keeps the student's features as they are among each other, so that the student
+learns and not the projector; the teacher's features are whitened for generation, standardised for
+classification. The distance is the smooth L1 of the published code, which pools the tokens first; here every
+token counts. Extra parameters: C_student · C_teacher for each mapped block.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.utils.parametrizations import orthogonal
+
+from shd_diffusion.config import VkDConfig
+from shd_diffusion.losses.baselines.features import FeatureDistillation
+
+EPSILON = 1e-5  # on a variance, of features whose scale is about 1
+
+
+class VkD(FeatureDistillation):
+    """Mean over mapped blocks of the smooth L1 distance between P(student) and the normalised teacher.
+
+    P has orthonormal rows, one a student's channel (orthonormal columns where the student is wider).
+    """
+
+    def __init__(self, config: VkDConfig, teacher: nn.Module, student: nn.Module) -> None:
+        super().__init__(config, teacher, student)
+        self.normalise = {"whiten": whiten, "standardise": standardise}[config.normalisation]
+
+    def projector(self, of_student: int, of_teacher: int) -> nn.Module:
+        return orthogonal(nn.Linear(of_student, of_teacher, bias=False))
+
+    def distance(self, projected: Tensor, target: Tensor) -> Tensor:
+        return F.smooth_l1_loss(projected, self.normalise(target))
+
+
+def standardise(features: Tensor) -> Tensor:
+    """Each token with mean 0 and variance 1 over its channels."""
+    return F.layer_norm(features, features.shape[-1:], eps=EPSILON)
+
+
+def whiten(features: Tensor) -> Tensor:
+    """Channels with mean 0 and the identity as covariance over a batch's tokens: the least change (ZCA).
+
+    Directions in which the batch does not vary stay near 0.
+    """
+    flat = features.flatten(0, -2)
+    centred = flat - flat.mean(0)
+    values, vectors = torch.linalg.eigh(centred.T @ centred / len(flat))
+    scale = (values.clamp_min(0) + EPSILON * values.max()).rsqrt()
+    return (centred @ (vectors * scale) @ vectors.T).view_as(features)
