@@ -147,50 +147,54 @@ def membership(weights: Array) -> list[list[int]]:
 def _block(members: Sequence[tuple[Run, BlockAttention]], prefix: str) -> BlockView:
     """One block; `members` differ in the student's maps only."""
     block = members[0][1]
-    everything = [block.teacher, block.squeezed, *(kept.student for _, kept in members)]
+    teacher, squeezed = reduced(block.teacher), reduced(block.squeezed)
+    students = [(run, kept, reduced(kept.student)) for run, kept in members]
+    everything = [teacher, squeezed, *(maps for *_, maps in students)]
     brightest = float(np.quantile(np.concatenate([maps.ravel() for maps in everything]), 0.995)) or 1.0
     weights = block.weights.mean(axis=0)
 
     def head(maps: Array, number: int, detail: str) -> Head:
-        return Head(number + 1, data_uri(enlarge(_map_pixels(maps[number], brightest), 64)), detail)
+        return Head(number + 1, data_uri(enlarge(map_pixels(maps[number], brightest), MAX_SIDE)), detail)
 
     groups = [
         Group(
-            teacher=[head(block.teacher, m, f"{weights[n, m]:.2f}") for m in members_of_n],
-            squeezed=head(block.squeezed, n, f"{block.residual[:, n].mean():#.2g}"),
+            teacher=[head(teacher, m, f"{weights[n, m]:.2f}") for m in heads],
+            squeezed=head(squeezed, n, f"{block.residual[:, n].mean():#.2g}"),
             students=[
-                (run, head(kept.student, n, f"{kept.divergence[:, n].mean():#.2g}")) for run, kept in members
+                (run, head(maps, n, f"{kept.divergence[:, n].mean():#.2g}")) for run, kept, maps in students
             ],
         )
-        for n, members_of_n in enumerate(membership(block.weights))
+        for n, heads in enumerate(membership(block.weights))
     ]
-    weights_figure = head_weights(block, prefix)
-    return BlockView(block.name, groups, brightest, weights_figure, _draw_maps(members, brightest, prefix))
-
-
-def _map_pixels(values: Array, brightest: float) -> NDArray[np.uint8]:
-    """A map (Q, K) as RGB pixels, `brightest` and more being darkest."""
-    levels = Image.fromarray((np.clip(values / brightest, 0, 1)).astype(np.float32))
-    height, width = values.shape
-    factor = min(1.0, MAX_SIDE / max(height, width))
-    levels = levels.resize(
-        (max(1, round(width * factor)), max(1, round(height * factor))), Image.Resampling.BOX
+    rows = [("teacher", teacher), ("squeezed", squeezed), *((run.name, maps) for run, _, maps in students)]
+    return BlockView(
+        block.name, groups, brightest, head_weights(block, prefix), _draw_maps(rows, brightest, prefix)
     )
-    return np.asarray(COLOURS(np.asarray(levels), bytes=True)[..., :3])
 
 
-def _draw_maps(members: Sequence[tuple[Run, BlockAttention]], brightest: float, prefix: str) -> Drawing:
+def reduced(maps: Array) -> Array:
+    """Maps (H, Q, K) with at most `MAX_SIDE` rows and columns, by the mean over areas."""
+    height, width = maps.shape[1:]
+    factor = min(1.0, MAX_SIDE / max(height, width))
+    size = (max(1, round(width * factor)), max(1, round(height * factor)))
+    pictures = (Image.fromarray(each.astype(np.float32)) for each in maps)
+    return np.stack([np.asarray(picture.resize(size, Image.Resampling.BOX), float) for picture in pictures])
+
+
+def map_pixels(values: Array, brightest: float) -> NDArray[np.uint8]:
+    """A map (Q, K) as RGB pixels, `brightest` and more being darkest."""
+    return np.asarray(COLOURS(np.clip(values / brightest, 0, 1), bytes=True)[..., :3])
+
+
+def _draw_maps(rows: Sequence[tuple[str, Array]], brightest: float, prefix: str) -> Drawing:
     """All maps of a block as one figure, for documents that are not the page: a row for each kind of map."""
-    block = members[0][1]
-    rows = [("teacher", block.teacher), ("squeezed", block.squeezed)]
-    rows += [(run.name, kept.student) for run, kept in members]
     with panels(len(rows), 1, 7.5, 1.0 * len(rows)) as (figure, axes):
         for ax, (title, maps) in zip(axes, rows, strict=True):
-            pixels = [enlarge(_map_pixels(each, brightest), 64) for each in maps]
+            pixels = [enlarge(map_pixels(each, brightest), MAX_SIDE) for each in maps]
             ax.imshow(mosaic([pixels], gap=6), interpolation="nearest")
             ax.set_title(title, loc="left")
             ax.axis("off")
-        return finish(figure, f"{prefix}-maps", f"Attention maps of {block.name}", inline=False)
+        return finish(figure, f"{prefix}-maps", f"Attention maps: {prefix}", inline=False)
 
 
 # --- statistics over many images ----------------------------------------------------------------------------
@@ -219,7 +223,7 @@ def head_weights(block: BlockAttention, prefix: str) -> Drawing:
 def coefficients(blocks: Sequence[BlockAttention], prefix: str) -> Drawing:
     """Histogram of α, a ridge a block: all merges, all samples."""
     edges = np.linspace(0, 1, 41)
-    with panel(height=0.8 + 0.34 * len(blocks)) as (figure, axes):
+    with panel(height=0.8 + min(0.34 * len(blocks), 4)) as (figure, axes):
         for row, block in enumerate(blocks):
             heights, _ = np.histogram(block.coefficients, edges)
             base = len(blocks) - 1 - row

@@ -61,11 +61,12 @@ def _share_panel(run: Run, log: Log) -> Drawing:
     shares = [np.nan_to_num(smooth(share, _window(share)))[chosen] for share in log.shares.values()]
     spare = iter(RUN_COLOURS * len(shares))
     colours = [TERM_COLOURS.get(term) or LIGHT[next(spare)] for term in log.shares]
-    with panel(height=2.2) as (figure, axes):
+    with panel(height=2.4) as (figure, axes):
         axes.stackplot(
             log.steps[chosen], shares, labels=list(log.shares), colors=colours, alpha=0.75, linewidth=0
         )
-        axes.set(xlabel="step", ylabel=f"{run.name}: share of the loss", ylim=(0, 1))
+        axes.set(xlabel="step", ylabel="share of the loss", ylim=(0, 1))
+        axes.set_title(run.name, loc="left")
         axes.margins(x=0)
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.0%}")
         legend_above(figure, axes)

@@ -31,7 +31,7 @@ def count(value: float) -> str:
 
 def duration(seconds: float) -> str:
     """A time in three figures: 4.21 ms, 1.3 s."""
-    return f"{significant(seconds * 1e3)} ms" if seconds < 1 else f"{significant(seconds)} s"
+    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
 
 
 fid_text = "{:.2f}".format

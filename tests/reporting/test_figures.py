@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from shd_diffusion.errors import UserError
-from shd_diffusion.reporting.attention import _map_pixels, attention_views, membership
+from shd_diffusion.reporting.attention import attention_views, map_pixels, membership, reduced
 from shd_diffusion.reporting.curves import loss_curves, loss_shares, watched_fid
 from shd_diffusion.reporting.drawing import LIGHT, data_uri, mosaic, smooth
 from shd_diffusion.reporting.page import assign_looks
@@ -110,21 +110,23 @@ def test_students_of_other_maps_have_views_of_their_own(runs: dict[str, Path]) -
 
 
 def test_maps_keep_their_pixels_in_the_page() -> None:
-    image = _map_pixels(np.random.default_rng(0).random((40, 30)), brightest=0.9)
+    image = map_pixels(np.random.default_rng(0).random((40, 30)), brightest=0.9)
     encoded = data_uri(image).removeprefix("data:image/png;base64,")
     with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
         assert picture.mode == "P"
         np.testing.assert_array_equal(np.asarray(picture.convert("RGB")), image)
 
 
-def test_map_pixels_darken_with_attention_and_large_maps_are_averaged() -> None:
-    row = _map_pixels(np.linspace(0, 2, 9)[None], brightest=1.0)[0].astype(int).sum(axis=-1)
+def test_map_pixels_darken_with_attention() -> None:
+    row = map_pixels(np.linspace(0, 2, 9)[None], brightest=1.0)[0].astype(int).sum(axis=-1)
     assert row[0] == 3 * 255 and (np.diff(row)[:4] < 0).all() and (row[4:] == row[4]).all()
-    halves = np.zeros((512, 512))
-    halves[:, ::2] = 1.0
-    pixels = _map_pixels(halves, brightest=1.0)
-    assert pixels.shape == (64, 64, 3)
-    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) == 1  # every area has the same mean
+
+
+def test_large_maps_are_averaged_over_areas() -> None:
+    maps = np.random.default_rng(0).random((2, 256, 128))
+    expected = maps.reshape(2, 64, 4, 32, 4).mean(axis=(2, 4))
+    np.testing.assert_allclose(reduced(maps), expected, rtol=1e-5)
+    np.testing.assert_allclose(reduced(maps[:, :16, :16]), maps[:, :16, :16], rtol=1e-6)
 
 
 def test_figures_take_the_colours_of_the_page(runs: dict[str, Path]) -> None:
