@@ -112,7 +112,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             f"data.path: {folder}: no {MANIFEST} in it; give the output of `shd-diffusion prepare`"
         )
     manifest = read_json(folder / MANIFEST)
-    if not manifest["shards"]:
+    if not manifest.get("shards"):
         raise UserError(
             f"data.path: {folder}: not complete; run its `shd-diffusion prepare` again to continue it"
         )

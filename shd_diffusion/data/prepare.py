@@ -114,10 +114,9 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     state.wait_for_everyone()
     records = [shard.read_record() for shard in shards]
     unreadable = [image for record in records for image in record["unreadable"]]
+    check_share(unreadable, len(images), config.prepare, output)
     if state.is_main_process:
-        write_text(output / UNREADABLE, "".join(f"{image['reason']}\n" for image in unreadable))
-    check_share(len(unreadable), len(images), config.prepare, output)
-    if state.is_main_process:
+        write_report(output, unreadable)
         write_json(output / MANIFEST, {**manifest, "shards": records})
         announce(
             f"{output}: {len(images) - len(unreadable)} images in {len(shards)} shards; "
@@ -195,14 +194,14 @@ def encode_shards(
     """Encode the shards that are not done yet; end as soon as it is certain that too many are unreadable."""
     state = processes()
     name = f"prepare, process {state.process_index + 1} of {state.num_processes}"
-    unreadable = 0
+    unreadable: list[dict[str, Any]] = []
     with progress_bar(sum(map(len, shards)), name, "image", visible=state.is_main_process) as bar:
         for shard in shards:
             if shard.is_done():
                 bar.update(len(shard))
             else:
                 encode_shard(shard, images, vae, config, bar.update)
-            unreadable += len(shard.read_record()["unreadable"])
+            unreadable += shard.read_record()["unreadable"]
             check_share(unreadable, len(images), config.prepare, shard.folder)
 
 
@@ -263,15 +262,21 @@ def as_input(images: Tensor, vae: ModelMixin) -> Tensor:
     return scaled.expand(-1, vae.config.in_channels, -1, -1) if scaled.shape[1] == 1 else scaled
 
 
-def check_share(unreadable: int, count: int, settings: EncodeConfig, output: Path) -> None:
-    """See that not too many images are unreadable.
+def write_report(output: Path, unreadable: list[dict[str, Any]]) -> None:
+    """Write which images are left out, one a line, and why."""
+    write_text(output / UNREADABLE, "".join(f"{image['reason']}\n" for image in unreadable))
+
+
+def check_share(unreadable: list[dict[str, Any]], count: int, settings: EncodeConfig, output: Path) -> None:
+    """See that not too many images are unreadable; those that are so far are reported if there are.
 
     Raises:
         UserError: there are too many.
     """
-    if unreadable > settings.max_corrupt_share * count:
+    if len(unreadable) > settings.max_corrupt_share * count:
+        write_report(output, unreadable)
         raise UserError(
-            f"{output}: {unreadable} of {count} images are unreadable, more than the share of "
+            f"{output}: {len(unreadable)} of {count} images are unreadable, more than the share of "
             f"{settings.max_corrupt_share} that `prepare.max_corrupt_share` allows; "
             f"mend those that {UNREADABLE} names, or raise it"
         )
