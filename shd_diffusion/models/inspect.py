@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from diffusers import ModelMixin
+from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Table
 
@@ -128,42 +129,36 @@ def _pair(student: BlockRow, teacher: BlockRow) -> PairRow:
 
 
 def _block_table(model: ModelMixin, rows: Sequence[BlockRow]) -> Table:
-    table = Table(
-        title=f"{type(model).__name__}, {count_parameters(model):,} parameters", title_justify="left"
-    )
-    for column in ("attention block", "kind"):
-        table.add_column(column)
+    table = _table(f"{type(model).__name__}, {count_parameters(model):,} parameters", "attention block")
+    table.add_column("kind")
     for column in ("heads", "head width", "tokens"):
         table.add_column(column, justify="right")
-    table.add_column("can be captured")
+    table.add_column("captured")
     for row in rows:
         block = row.block
         shared = "" if block.key_value_heads == block.heads else f" ({block.key_value_heads} key heads)"
-        table.add_row(
-            block.name,
-            block.kind,
-            f"{block.heads}{shared}",
-            str(block.head_dim),
-            row.tokens,
-            block.reason or "yes",
-        )
+        heads = f"{block.heads}{shared}"
+        reason = block.reason or "yes"
+        table.add_row(block.name, block.kind, heads, str(block.head_dim), row.tokens, reason)
     return table
 
 
 def _pair_table(pairs: Sequence[PairRow]) -> Table:
-    table = Table(title="student from teacher", title_justify="left")
-    for column in (
-        "student block",
-        "learns from",
-        "tokens",
-        "heads",
-        "teacher heads behind each student head",
-    ):
+    table = _table("student from teacher", "student block", "learns from")
+    for column in ("tokens", "heads", "merged heads"):
         table.add_column(column)
     for pair in pairs:
         ours, theirs = pair.student, pair.teacher
-        rounds = " → ".join(str(n) for n in (theirs.block.heads, *map(len, pair.plan)))
-        behind = "  ".join("+".join(map(str, group)) for group in members(pair.plan, theirs.block.heads))
+        rounds = "→".join(str(n) for n in (theirs.block.heads, *map(len, pair.plan)))
+        behind = " ".join("+".join(map(str, group)) for group in members(pair.plan, theirs.block.heads))
         tokens = theirs.tokens if theirs.tokens == ours.tokens else f"{theirs.tokens} → {ours.tokens}"
         table.add_row(ours.block.name, theirs.block.name, tokens, rounds, pair.problem or behind)
+    return table
+
+
+def _table(title: str, *names: str) -> Table:
+    """A table whose first columns hold module paths, which a narrow terminal folds and never cuts."""
+    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for name in names:
+        table.add_column(name, overflow="fold")
     return table

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from io import StringIO
+
 import diffusers
 import pytest
 import torch
@@ -27,7 +29,7 @@ def dit(heads: int = 12, blocks: int = 6, patch: int = 2) -> ModelMixin:
 
 
 def printed(*arguments: ModelMixin) -> str:
-    console = Console(width=200, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    console = Console(width=200, record=True, file=StringIO())
     console.print(render(*arguments))
     return console.export_text()
 
@@ -58,7 +60,14 @@ def test_a_student_of_fewer_heads_and_blocks() -> None:
     assert [pair.teacher.block.name for pair in pairs] == [f"transformer_blocks.{i}.attn1" for i in (1, 3, 5)]
     assert all([len(groups) for groups in pair.plan] == [6, 5] and pair.problem is None for pair in pairs)
     text = printed(dit(12, 6), dit(5, 3))
-    assert "12 → 6 → 5" in text and "0+1+2+3  4+5  6+7  8+9  10+11" in text
+    assert "12→6→5" in text and "0+1+2+3 4+5 6+7 8+9 10+11" in text
+
+
+def test_a_narrow_terminal_cuts_no_name() -> None:
+    console = Console(width=80, record=True, file=StringIO())
+    console.print(render(dit(12, 2), dit(5, 2)))
+    text = console.export_text()
+    assert "12→6→5" in text and "0.attn1" in text and "…" not in text
 
 
 def test_a_coarser_student_is_paired_and_shown() -> None:
