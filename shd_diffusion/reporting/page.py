@@ -52,7 +52,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
     watched = watched_fid(runs, looks)
     attention = attention_views(runs, looks)
     classes = per_class_fid(runs, looks)
-    page = _template().render(
+    page = template("report.html").render(
         headline=headline(runs),
         runs=runs,
         looks=looks,
@@ -162,7 +162,8 @@ def _environment(run: Run) -> dict[str, Any]:
     return {key: value for key, value in (run.environment or {}).items() if key != "command"}
 
 
-def _template() -> Template:
+def template(name: str) -> Template:
+    """A page of this folder, to be rendered."""
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -170,4 +171,4 @@ def _template() -> Template:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    return environment.get_template("report.html")
+    return environment.get_template(name)
