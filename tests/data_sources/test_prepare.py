@@ -120,6 +120,7 @@ def test_too_many_broken_images_are_an_error(broken_images: Path, vae: Path, tmp
     output = tmp_path / "cache"
     with pytest.raises(UserError, match=r"1 of 14 images are unreadable.*prepare\.max_corrupt_share"):
         make_cache(broken_images, vae, output, max_corrupt_share=0.05)
+    assert "05.png" in (output / "unreadable.txt").read_text()
     with pytest.raises(UserError, match="not complete"):
         build_source(latents(output))
     make_cache(
