@@ -140,6 +140,7 @@ def finish(figure: Figure, name: str, description: str, inline: bool = True) -> 
     """
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
     raster, vector = io.BytesIO(), io.StringIO()
+    figure.draw_without_rendering()  # ticks are chosen in the first layout and need room in the second
     figure.savefig(raster, format="png", dpi=180)
     if inline:
         figure.set_layout_engine("none")  # keeps the layout just found

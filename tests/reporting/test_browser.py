@@ -40,6 +40,11 @@ PROBE = """<script>addEventListener('load', () => {
     images: document.images.length,
     plots: [...document.querySelectorAll('svg.plot')].filter(s => s.checkVisibility())
       .map(s => s.clientHeight),
+    cut: [...document.querySelectorAll('svg.plot text')].filter(t => t.checkVisibility()).filter(t => {
+      const inner = t.getBoundingClientRect(), outer = t.closest('svg').getBoundingClientRect();
+      return inner.left < outer.left - 2 || inner.right > outer.right + 2
+          || inner.top < outer.top - 2 || inner.bottom > outer.bottom + 2;
+    }).map(t => t.textContent),
     blocks: [...document.querySelectorAll('.block')].filter(b => b.checkVisibility()).length,
     colour: style.color, background: style.backgroundColor, axis: getComputedStyle(text).fill,
   }, '*');
@@ -88,6 +93,7 @@ def test_it_fits_the_screen_and_is_readable(report: Path, tmp_path: Path, width:
     assert (found["width"], found["scroll"], found["over"]) == (width, width, [])
     assert found["images"] > 100 and found["broken"] == 0
     assert len(found["plots"]) > 8 and min(found["plots"]) > 80
+    assert found["cut"] == []
     assert found["blocks"] == 1  # one block is chosen
     assert (luminance(found["background"]) > luminance(found["colour"])) == (scheme == "light")
     assert contrast(found["colour"], found["background"]) > 10
