@@ -69,9 +69,13 @@ class ModelConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The trained model to distil from: a run folder, a pipeline or model folder, or a hub name."""
+    """The trained model to distil from: a run folder, a pipeline or model folder, or a hub name.
+
+    It is never trained, so `dtype` may be half as wide as the student's.
+    """
 
     path: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
 
 Objective = Literal["epsilon", "v_prediction", "sample", "flow"]
@@ -188,6 +192,12 @@ class TrainConfig(Section):
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_last: int = Field(2, ge=1)
+    keep_every: int = Field(0, ge=0)
+    max_skipped_steps: int = Field(10, ge=1)
+    num_processes: int | None = Field(None, ge=1)
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    trackers: list[Literal["tensorboard", "wandb"]] = []
     watch: WatchConfig = WatchConfig()
 
 

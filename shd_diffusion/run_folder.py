@@ -67,8 +67,8 @@ class RunFolder:
                 )
             return
         present, wanted = (
-            _flat(self.read_config().model_dump(mode="json", by_alias=True)),
-            _flat(config.model_dump(mode="json", by_alias=True)),
+            flatten(self.read_config().model_dump(mode="json", by_alias=True)),
+            flatten(config.model_dump(mode="json", by_alias=True)),
         )
         for key in sorted(present.keys() | wanted.keys()):
             if key.split(".")[0] not in NOT_TRAINING and present.get(key) != wanted.get(key):
@@ -125,12 +125,12 @@ class RunFolder:
         return read_json(self.summary_file)
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested sections as dotted keys."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
-            flat |= _flat(value, f"{prefix}{key}.")
+            flat |= flatten(value, f"{prefix}{key}.")
         else:
             flat[prefix + key] = value
     return flat

@@ -3,6 +3,6 @@
 from shd_diffusion.losses.blocks import map_blocks
 from shd_diffusion.losses.explanation import Explanation
 from shd_diffusion.losses.schedule import schedule_weight
-from shd_diffusion.losses.shd import SHDLoss
+from shd_diffusion.losses.shd import NonFiniteError, SHDLoss
 
-__all__ = ["Explanation", "SHDLoss", "map_blocks", "schedule_weight"]
+__all__ = ["Explanation", "NonFiniteError", "SHDLoss", "map_blocks", "schedule_weight"]

@@ -37,9 +37,15 @@ def map_blocks(
                 raise ValueError(f"layer map {ours!r}: {theirs!r} pairs attention of different kinds")
         return dict(layer_map)
     pairs: dict[str, str] = {}
-    for stream in dict.fromkeys(_stream(name, student) for name in student):
-        of_student = [name for name in student if _stream(name, student) == stream]
-        of_teacher = [name for name in teacher if _stream(name, teacher) == stream]
+    same_stages = {_stage(name) for name in teacher} == {_stage(name) for name in student}
+    staged = isinstance(layer_map, str) and same_stages
+
+    def group(name: str, kinds: Mapping[str, Kind]) -> tuple[Kind, str, str]:
+        return (*_stream(name, kinds), _stage(name) if staged else "")
+
+    for stream in dict.fromkeys(group(name, student) for name in student):
+        of_student = [name for name in student if group(name, student) == stream]
+        of_teacher = [name for name in teacher if group(name, teacher) == stream]
         for name, index in zip(
             of_student, _indices(len(of_teacher), len(of_student), layer_map), strict=True
         ):
@@ -55,6 +61,10 @@ def map_blocks(
 
 def _stream(name: str, kinds: Mapping[str, Kind]) -> tuple[Kind, str]:
     return kinds[name], name.partition(":")[2]
+
+
+def _stage(name: str) -> str:
+    return name.partition(".")[0]
 
 
 def _indices(teacher: int, student: int, layer_map: LayerMap) -> Sequence[int | None]:

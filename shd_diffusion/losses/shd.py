@@ -27,6 +27,10 @@ from shd_diffusion.squeezing.weights import Granularity, Merge, Squeezer, prepar
 Records = Mapping[str, AttentionRecord]
 
 
+class NonFiniteError(ValueError):
+    """Attention maps or values that are not finite; the message names the block."""
+
+
 @dataclass
 class SHDLoss:
     """Mean over blocks, samples, heads and query rows of τ² · divergence(squeezed teacher map, student map).
@@ -122,7 +126,7 @@ class SHDLoss:
         loss = torch.stack(terms)
         if not torch.compiler.is_compiling() and not torch.isfinite(loss).all():
             ours, theirs = list(pairs.items())[int((~torch.isfinite(loss)).nonzero()[0])]
-            raise ValueError(f"attention maps or values of block {ours} (teacher's {theirs}) are not finite")
+            raise NonFiniteError(f"attention maps or values of block {ours} (teacher's {theirs}) are not finite")
         return loss.mean() * self.temperature**2
 
     def pairs(self, teacher_records: Records, student_records: Records) -> dict[str, str]:

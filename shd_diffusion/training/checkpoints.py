@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from diffusers.training_utils import EMAModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json, replacing_folder, write_json
+from shd_diffusion.progress import announce
+
+MANIFEST = "manifest.json"
 
 
 class Stateful(Protocol):
@@ -28,52 +35,102 @@ def checkpoint_steps(folder: Path) -> list[int]:
     return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
 
 
-def latest_checkpoint(folder: Path) -> int:
-    """The last step of which there is a checkpoint; 0 if there is none."""
-    return max(checkpoint_steps(folder), default=0)
+def latest_checkpoint(folder: Path, accelerator: Accelerator) -> int:
+    """The last step of which there is an undamaged checkpoint; 0 if there is none. Every process calls this."""
+    found = [0]
+    if accelerator.is_main_process:
+        for step in reversed(checkpoint_steps(folder)):
+            if damage := find_damage(_path(folder, step)):
+                announce(f"{_path(folder, step)}: damaged ({damage}); using the checkpoint before it")
+            else:
+                found = [step]
+                break
+    return broadcast_object_list(found)[0]
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is as it was written."""
+    try:
+        files = read_json(checkpoint / MANIFEST)["files"]
+    except (UserError, KeyError, TypeError):
+        return f"{MANIFEST} is missing or damaged"
+    for name, digest in files.items():
+        if not (checkpoint / name).is_file():
+            return f"{name} is missing"
+        if _digest(checkpoint / name) != digest:
+            return f"{name} has changed"
+    return None
 
 
 def save_checkpoint(
-    folder: Path, step: int, accelerator: Accelerator, ema: EMAModel, method: Stateful, keep_last: int
+    folder: Path,
+    step: int,
+    accelerator: Accelerator,
+    average: EMAModel,
+    method: Stateful,
+    keep_last: int,
+    keep_every: int = 0,
 ) -> None:
-    """Write the checkpoint of a step, then delete all but the last few. Every process calls this.
+    """Write the checkpoint of a step, then delete older ones. Every process calls this.
 
     Args:
         folder: the run's `checkpoints`.
         step: how many steps have been taken.
         accelerator: has prepared the model, the optimiser and the schedule.
-        ema: the averaged weights.
+        average: the averaged weights.
         method: keeps what else the loss remembers.
-        keep_last: how many checkpoints stay.
+        keep_last: so many of the last checkpoints stay.
+        keep_every: those of every so many steps stay too; 0 for none.
+
+    Raises:
+        UserError: it could not be written, for want of space perhaps; the checkpoints before it are whole.
     """
     path = _path(folder, step)
-    with replacing_folder(path, accelerator) as temporary:
-        accelerator.save_state(str(temporary), safe_serialization=True)
-        if accelerator.is_main_process:
-            save_file(
-                {str(i): p.contiguous() for i, p in enumerate(ema.shadow_params)},
-                temporary / "ema.safetensors",
-            )
-            save_file(method.state_dict(), temporary / "method.safetensors")
-            write_json(temporary / "step.json", {"step": step, "ema_step": ema.optimization_step})
+    try:
+        with replacing_folder(path, accelerator) as temporary:
+            accelerator.save_state(str(temporary), safe_serialization=True)
+            accelerator.wait_for_everyone()
+            if accelerator.is_main_process:
+                shadow = {str(i): parameter.contiguous() for i, parameter in enumerate(average.shadow_params)}
+                save_file(shadow, temporary / "ema.safetensors")
+                save_file(method.state_dict(), temporary / "method.safetensors")
+                files = {
+                    str(f.relative_to(temporary)): _digest(f) for f in temporary.rglob("*") if f.is_file()
+                }
+                write_json(
+                    temporary / MANIFEST,
+                    {"step": step, "ema_step": average.optimization_step, "files": files},
+                )
+    except (OSError, RuntimeError, SafetensorError) as error:
+        kept = checkpoint_steps(folder)
+        raise UserError(
+            f"{path}: cannot be written ({' '.join(str(error).split())}); is the disk full? "
+            f"The same command goes on from step {kept[-1] if kept else 0}"
+        ) from error
     if accelerator.is_main_process:
         for old in checkpoint_steps(folder)[:-keep_last]:
-            shutil.rmtree(_path(folder, old))
+            if not (keep_every and old % keep_every == 0):
+                shutil.rmtree(_path(folder, old))
 
 
 def load_checkpoint(
-    folder: Path, step: int, accelerator: Accelerator, ema: EMAModel, method: Stateful
+    folder: Path, step: int, accelerator: Accelerator, average: EMAModel, method: Stateful
 ) -> None:
     """Put everything back as it was after `step` steps. Every process calls this."""
     path = _path(folder, step)
     accelerator.load_state(str(path))
-    averaged = load_file(path / "ema.safetensors", device=str(accelerator.device))
+    shadow = load_file(path / "ema.safetensors", device=str(accelerator.device))
     with torch.no_grad():
-        for i, parameter in enumerate(ema.shadow_params):
-            parameter.copy_(averaged[str(i)])
-    ema.optimization_step = read_json(path / "step.json")["ema_step"]
+        for i, parameter in enumerate(average.shadow_params):
+            parameter.copy_(shadow[str(i)])
+    average.optimization_step = read_json(path / MANIFEST)["ema_step"]
     method.load_state_dict(load_file(path / "method.safetensors", device=str(accelerator.device)))
 
 
 def _path(folder: Path, step: int) -> Path:
     return folder / f"step-{step:08d}"
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

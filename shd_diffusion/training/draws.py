@@ -27,8 +27,10 @@ class Draws:
     def take(self, share: slice, device: torch.device) -> Draws:
         """One process's share, on its device."""
         latent_noise = None if self.latent_noise is None else self.latent_noise[share].to(device)
-        always = (self.noise, self.timesteps, self.dropped, self.flipped)
-        return Draws(*(part[share].to(device) for part in always), latent_noise)
+        noise, timesteps, dropped, flipped = (
+            part[share].to(device) for part in (self.noise, self.timesteps, self.dropped, self.flipped)
+        )
+        return Draws(noise, timesteps, dropped, flipped, latent_noise)
 
 
 def draw(

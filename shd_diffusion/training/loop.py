@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -17,10 +20,12 @@ from torch import Tensor, nn
 
 from shd_diffusion.config import RunConfig, TrainConfig
 from shd_diffusion.data.source import Source
+from shd_diffusion.errors import UserError
 from shd_diffusion.losses.denoising import ForwardProcess
 from shd_diffusion.models.adapter import null_label, sample_shape
 from shd_diffusion.progress import progress_bar
-from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.randomness import generator
+from shd_diffusion.run_folder import RunFolder, flatten
 from shd_diffusion.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
 from shd_diffusion.training.data_order import Layout, StepSampler
 from shd_diffusion.training.draws import draw
@@ -29,13 +34,28 @@ from shd_diffusion.training.methods import Batch, Method, make_batch
 Watch = Callable[[ModelMixin], dict[str, float]]
 
 
-def make_accelerator(config: TrainConfig) -> Accelerator:
-    """The accelerator of a run. The learning rate follows the optimiser's steps, however many processes there are."""
-    return Accelerator(
+def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    """The accelerator of a run. The learning rate follows the optimiser's steps, however many processes there are.
+
+    Raises:
+        UserError: other than the wanted number of processes was launched, or a tracker is not installed.
+    """
+    for tracker in config.trackers:
+        if tracker not in map(str, get_available_trackers()):
+            raise UserError(f"key `train.trackers`: {tracker} is not installed; `pip install {tracker}`")
+    accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
         step_scheduler_with_optimizer=False,
+        log_with=config.trackers or None,
+        project_dir=folder,
     )
+    if config.num_processes not in (None, accelerator.num_processes):
+        raise UserError(
+            f"key `train.num_processes` asks for {config.num_processes}, but {accelerator.num_processes} were "
+            "launched; on CPUs `accelerate launch --cpu` starts one whatever it is told, `torchrun` does not"
+        )
+    return accelerator
 
 
 @dataclass
@@ -114,7 +134,7 @@ def fit(
         accelerator.process_index,
     )
     training = Training.prepare(model, method.parameters(), train, accelerator)
-    start = latest_checkpoint(run.checkpoints)
+    start = latest_checkpoint(run.checkpoints, accelerator)
     if start:
         load_checkpoint(run.checkpoints, start, accelerator, training.average, method)
     if accelerator.is_main_process:
@@ -140,19 +160,34 @@ def fit(
             yield make_batch(process, source.clean(raw, mine.flipped, mine.latent_noise), labels, mine, null)
 
     training.wrapped.train()
-    began, logged = time.perf_counter(), start
+    began, logged, skipped = time.perf_counter(), start, 0
     bar = progress_bar(train.max_steps, f"train {run.path.name}", "step", start, accelerator.is_main_process)
     with bar:
         for step in range(start, train.max_steps):
+            torch.manual_seed(generator(config.seed, "model", step, layout.process).initial_seed())
             weights = method.weights(step)
             terms, norm = take_step(training, method, batches(step), weights, step, train, accelerator)
             bar.update()
             done = step + 1
             last, watching = done == train.max_steps, watch is not None and is_due(done, train.watch.every)
-            if last or watching or is_due(done, train.log_every):
-                entry = {
-                    "step": done,
-                    "images": done * layout.step_size,
+            entry: dict[str, Any] = {"step": done, "images": done * layout.step_size}
+            if norm.isfinite():
+                skipped = 0
+            else:
+                skipped += 1
+                values = _mean_over_processes(terms, accelerator)
+                entry["skipped"] = [name for name in values if not math.isfinite(values[name])] or [
+                    "gradient"
+                ]
+                _record(entry, run, accelerator)
+                if skipped == train.max_skipped_steps:
+                    raise UserError(
+                        f"{run.path}: {skipped} steps in a row had no finite {' or '.join(entry['skipped'])} and "
+                        "were left out; try a lower train.learning_rate or loss weight. The last good checkpoint "
+                        f"is step {latest_checkpoint(run.checkpoints, accelerator)}"
+                    )
+            if not skipped and (last or watching or is_due(done, train.log_every)):
+                entry |= {
                     **summarize_terms(_mean_over_processes(terms, accelerator), weights),
                     "learning_rate": training.rate.get_last_lr()[0],
                     "gradient_norm": float(norm),
@@ -161,12 +196,19 @@ def fit(
                 if watch is not None and watching:
                     with training.averaged() as averaged:
                         entry["watch"] = watch(averaged)
-                if accelerator.is_main_process:
-                    run.log(entry)
+                _record(entry, run, accelerator)
                 bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
                 began, logged = time.perf_counter(), done
             if last or is_due(done, train.checkpoint_every):
-                save_checkpoint(run.checkpoints, done, accelerator, training.average, method, train.keep_last)
+                save_checkpoint(
+                    run.checkpoints,
+                    done,
+                    accelerator,
+                    training.average,
+                    method,
+                    train.keep_last,
+                    train.keep_every,
+                )
     training.average.copy_to(model.parameters())
     return model.eval()
 
@@ -180,7 +222,10 @@ def take_step(
     config: TrainConfig,
     accelerator: Accelerator,
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """One optimiser step over all accumulated batches: this process's mean terms, and the gradient's norm."""
+    """One optimiser step over all accumulated batches: this process's mean terms, and the gradient's norm.
+
+    Where the norm is not finite the step is left out: weights, their average and the optimiser stay as they are.
+    """
     sums: dict[str, Tensor] = {}
     for batch in batches:
         with accelerator.accumulate(training.wrapped):
@@ -191,12 +236,15 @@ def take_step(
                 average_gradients(training.extra, accelerator)
                 parameters = [*training.model.parameters(), *training.extra]
                 norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+                if not norm.isfinite():
+                    training.optimizer.zero_grad()
             training.optimizer.step()
             training.optimizer.zero_grad()
         for name, value in terms.items():
             sums[name] = sums.get(name, 0) + value.detach() / config.gradient_accumulation_steps
     training.rate.step()
-    training.average.step(training.model.parameters())
+    if norm.isfinite():
+        training.average.step(training.model.parameters())
     return sums, norm
 
 
@@ -226,6 +274,14 @@ def summarize_terms(values: dict[str, float], weights: dict[str, float]) -> dict
         for name in values
     }
     return {"loss": loss, "terms": terms}
+
+
+def _record(entry: dict[str, Any], run: RunFolder, accelerator: Accelerator) -> None:
+    """A line in the run's metrics, and the same numbers in the trackers."""
+    if accelerator.is_main_process:
+        run.log(entry)
+    numbers = {key: value for key, value in flatten(entry).items() if isinstance(value, int | float)}
+    accelerator.log(numbers, step=entry["step"])
 
 
 def _mean_over_processes(terms: dict[str, Tensor], accelerator: Accelerator) -> dict[str, float]:

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.attention.outputs import OutputCapture
 from shd_diffusion.config import DiffusionConfig, LossesConfig
-from shd_diffusion.losses import SHDLoss, schedule_weight
+from shd_diffusion.losses import NonFiniteError, SHDLoss, schedule_weight
 from shd_diffusion.losses.baselines import Baseline, Captured
 from shd_diffusion.losses.denoising import ForwardProcess, squared_error
 from shd_diffusion.losses.variance import variational_bound
 from shd_diffusion.models.adapter import predict
+from shd_diffusion.progress import announce
 from shd_diffusion.training.draws import Draws
 
 
@@ -162,7 +165,7 @@ class Distillation:
     def __init__(
         self,
         denoising: DenoisingLoss,
-        teacher: nn.Module,
+        teacher: ModelMixin,
         captures: Captures,
         shd: SHDLoss | None,
         baselines: Mapping[str, Baseline],
@@ -176,7 +179,8 @@ class Distillation:
         weights = self.weights(step)
         if weights["output"] or weights["shd"] or self.baselines:
             with torch.no_grad():
-                taught = predict(self.teacher, batch.noised, batch.times, batch.labels)
+                noised = batch.noised.to(self.teacher.dtype)
+                taught = predict(self.teacher, noised, batch.times, batch.labels)
         prediction = predict(model, batch.noised, batch.times, batch.labels)
         terms = {name: term for name, term in self.denoising(prediction, batch).items() if weights[name]}
         if weights["output"]:
@@ -184,9 +188,15 @@ class Distillation:
             terms["output"] = squared_error(prediction[:, :channels], taught[:, :channels])
         of_teacher, of_student = self.captures.read()
         if weights["shd"] and self.shd is not None:
-            terms["shd"] = self.shd(
-                of_teacher.records, of_student.records, step=step, timesteps=batch.timesteps
-            )
+            try:
+                terms["shd"] = self.shd(
+                    of_teacher.records, of_student.records, step=step, timesteps=batch.timesteps
+                )
+            except (
+                NonFiniteError
+            ) as error:  # all processes must go on to the backward pass, which is then left out
+                announce(f"step {step + 1}: {error}")
+                terms["shd"] = prediction.sum() * math.nan
         with torch.autocast(prediction.device.type, enabled=False):
             for name, baseline in self.baselines.items():
                 terms[name] = baseline(of_teacher, of_student)

@@ -23,7 +23,7 @@ from shd_diffusion.losses.denoising import ForwardProcess, forward_process
 from shd_diffusion.models.adapter import count_parameters, freeze, null_label, sample_shape
 from shd_diffusion.models.factory import build_model, load_model
 from shd_diffusion.progress import announce
-from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.run_folder import RunFolder, flatten
 from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
 from shd_diffusion.squeezing.plan import plan_merges, plans_from_json, plans_to_json
 from shd_diffusion.training.loop import fit, make_accelerator
@@ -58,7 +58,7 @@ def distill(config: DistillConfig, output: Path, source: str) -> None:
             cannot be squeezed), or the folder belongs to another run.
     """
     try:
-        teacher = freeze(load_model(config.teacher.path))
+        teacher = freeze(load_model(config.teacher.path)).to(getattr(torch, config.teacher.dtype))
     except UserError as error:
         raise UserError(f"{source}: key `teacher.path`: {error}") from error
     stage = _open(config, config.student, "student", output, source, teacher)
@@ -192,7 +192,18 @@ def _open(
         )
     except ValueError as error:
         raise UserError(f"{source}: key `sample.scheduler`: {error}") from error
-    accelerator = make_accelerator(config.train)
+    if config.train.gradient_checkpointing:
+        try:
+            built.enable_gradient_checkpointing()
+        except ValueError as error:
+            raise UserError(f"{source}: key `train.gradient_checkpointing`: {error}") from error
+    if config.train.compile:
+        built.compile()
+    try:
+        accelerator = make_accelerator(config.train, run.path)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    accelerator.init_trackers("trackers", flatten(config.model_dump(include={"seed", "train", "losses"})))
     if accelerator.is_main_process:
         run.create(config)
     accelerator.wait_for_everyone()
