@@ -12,8 +12,9 @@ from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json, write_json, write_text
 
-# What a run may be given anew without becoming another run: where it is, and what happens after training.
-NOT_TRAINING = {"output", "sample", "evaluate"}
+# What a run may be given anew without becoming another run: where it is, how its data are read, and what
+# happens after training.
+NOT_TRAINING = ("output", "data.num_workers", "data.verify", "sample", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class RunFolder:
             flatten(config.model_dump(mode="json", by_alias=True)),
         )
         for key in sorted(present.keys() | wanted.keys()):
-            if key.split(".")[0] not in NOT_TRAINING and present.get(key) != wanted.get(key):
+            if _concerns_training(key) and present.get(key) != wanted.get(key):
                 raise UserError(
                     f"{self.config_file}: this run belongs to another config (`{key}` is {present.get(key)!r} "
                     f"there, {wanted.get(key)!r} now); give another --output or delete the folder"
@@ -123,6 +124,10 @@ class RunFolder:
         if not self.summary_file.exists():
             raise UserError(f"{self.path}: its training has not ended; run its command again to continue it")
         return read_json(self.summary_file)
+
+
+def _concerns_training(key: str) -> bool:
+    return not any(key == part or key.startswith(f"{part}.") for part in NOT_TRAINING)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

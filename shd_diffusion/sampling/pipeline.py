@@ -124,7 +124,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
     def _decode(self, latents: Tensor) -> Tensor:
         if self.vae is None:
             return latents
-        return self.vae.decode(latents / self.vae.config.scaling_factor).sample
+        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        return self.vae.decode(latents / self.vae.config.scaling_factor + shift).sample
 
 
 def _takes_generator(scheduler: SchedulerMixin) -> bool:

@@ -23,6 +23,7 @@ from shd_diffusion.data.source import Source
 from shd_diffusion.errors import UserError
 from shd_diffusion.losses.denoising import ForwardProcess
 from shd_diffusion.models.adapter import null_label, sample_shape
+from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.randomness import generator
 from shd_diffusion.run_folder import RunFolder, flatten
@@ -43,6 +44,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     for tracker in config.trackers:
         if tracker not in map(str, get_available_trackers()):
             raise UserError(f"key `train.trackers`: {tracker} is not installed; `pip install {tracker}`")
+    processes()
     accelerator = Accelerator(
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         mixed_precision=config.mixed_precision,
