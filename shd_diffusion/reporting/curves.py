@@ -27,9 +27,13 @@ TERM_COLOURS = {"denoise": LIGHT["muted"], "output": LIGHT["run-4"], "shd": LIGH
 
 def loss_curves(runs: Sequence[Run], looks: dict[str, Look]) -> list[Drawing]:
     """One panel a term: unweighted values on a logarithmic scale, the mean in front of the raw steps."""
-    logs = [(run, run.log) for run in runs if run.log]
-    terms = dict.fromkeys(term for _, log in logs for term in log.values)
-    return [_term_panel(term, [(r, log) for r, log in logs if term in log.values], looks) for term in terms]
+    by_term: dict[str, list[tuple[Run, Log]]] = {}
+    for run in runs:
+        if run.log:
+            for term, values in run.log.values.items():
+                if (values > 0).any():  # otherwise there is nothing to draw on a logarithmic scale
+                    by_term.setdefault(term, []).append((run, run.log))
+    return [_term_panel(term, logs, looks) for term, logs in by_term.items()]
 
 
 def _term_panel(term: str, logs: Sequence[tuple[Run, Log]], looks: dict[str, Look]) -> Drawing:
@@ -37,7 +41,8 @@ def _term_panel(term: str, logs: Sequence[tuple[Run, Log]], looks: dict[str, Loo
         for run, log in logs:
             look = looks[run.name]
             values = log.values[term]
-            mean = np.exp(smooth(np.log(values), _window(values)))  # geometric, as the scale is
+            with np.errstate(divide="ignore", invalid="ignore"):
+                mean = np.exp(smooth(np.log(values), _window(values)))  # geometric, as the scale is
             chosen = _thin(len(values))
             axes.plot(log.steps[chosen], values[chosen], color=look.colour, linewidth=0.8, alpha=0.35)
             axes.plot(log.steps[chosen], mean[chosen], color=look.colour, label=run.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,7 +125,7 @@ class Run:
         return recorded or f"shd-diffusion {self.summary['stage']} {self.path / 'config.yaml'}"
 
     def figure(self, name: str) -> float | None:
-        """A metric by its name in metrics.json; None where it was not computed."""
+        """A metric by its name in metrics.json; None where it was not computed or is no finite number."""
         return self.metrics.figures.get(name) if self.metrics else None
 
     @property
@@ -254,7 +255,11 @@ def _read_samples(folder: Path) -> Samples:
 
 def _read_metrics(path: Path) -> Metrics:
     content = _mapping(path)
-    figures = {key: float(value) for key, value in content.items() if isinstance(value, int | float)}
+    figures = {
+        key: float(value)
+        for key, value in content.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
     per_class = {str(label): float(value) for label, value in content.get("per_class_fid", {}).items()}
     intervals = {
         key.removesuffix("_interval"): (float(value[0]), float(value[1]))

@@ -42,7 +42,7 @@ def sample_gallery(runs: Sequence[Run]) -> Gallery | None:
     Raises:
         UserError: an image that sampling.json promises cannot be read.
     """
-    sampled = [(run, run.samples) for run in runs if run.samples]
+    sampled = [(run, run.samples) for run in runs if run.samples and run.samples.labels]
     if not sampled:
         return None
     common = min(len(samples.labels) for _, samples in sampled)

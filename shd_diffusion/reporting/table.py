@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,7 +55,7 @@ class Column:
     def cell(self, run: Run, target: float | None) -> Cell:
         """The figure of this run, marked if it is the `target`."""
         value = self.value(run)
-        if value is None or not math.isfinite(value):
+        if value is None:
             return Cell("–")
         return Cell(self.text(value), self._spread(run), value == target)
 
@@ -146,7 +145,7 @@ _WARNING = "These figures do not compare: the protocols differ in {}."
 
 def _best(column: Column, runs: Sequence[Run]) -> float | None:
     """The best value where there is a choice."""
-    values = [value for run in runs if (value := column.value(run)) is not None and math.isfinite(value)]
+    values = [value for run in runs if (value := column.value(run)) is not None]
     return column.best(values) if column.best and len(values) > 1 else None
 
 

@@ -159,3 +159,18 @@ def test_a_term_is_drawn_for_the_runs_that_have_it(runs: dict[str, Path]) -> Non
     curves = loss_curves(everything, assign_looks(everything))
     assert curves[0].description.endswith("teacher, none, kd, kd-shd")
     assert curves[2].description.endswith(": kd-shd")
+
+
+def test_figures_do_without_numbers_that_are_not_there(fresh_run: Callable[[str], Path]) -> None:
+    folder = fresh_run("kd")
+    (folder / "metrics.jsonl").write_text(
+        '{"step": 1, "terms": {"denoise": {"value": 0.5, "share": 1.0}, "shd": {"value": NaN, "share": NaN}}}\n'
+        '{"step": 2, "terms": {"denoise": {"value": 0.0, "share": 1.0}}}\n'
+    )
+    (folder / "evaluation" / "metrics.json").write_text('{"fid": NaN, "precision": Infinity, "protocol": {}}')
+    sampling = json.loads((folder / "samples" / "sampling.json").read_text()) | {"labels": []}
+    (folder / "samples" / "sampling.json").write_text(json.dumps(sampling))
+    runs = read_runs([folder])
+    looks = assign_looks(runs)
+    assert [drawing.name for drawing in loss_curves(runs, looks)] == ["loss-denoise"]
+    assert (quality_scatters(runs, looks), sample_gallery(runs), watched_fid(runs, looks)) == ([], None, None)
