@@ -211,6 +211,25 @@ def report(
     print_table(runs)
 
 
+@app.command()
+@stage
+def study(
+    config: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, see configs/studies/.")],
+    set_: Overrides = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="The study's folder; default: the config's.")
+    ] = None,
+) -> None:
+    """Run what is missing of a study with paired seeds, and write up what it says."""
+    from shd_diffusion.study.config import StudyConfig
+    from shd_diffusion.study.stage import run_study
+
+    parsed = read_config(config, StudyConfig, set_ or [])
+    page = run_study(parsed, output or Path(parsed.output))
+    typer.echo(page.with_suffix(".md").read_text(encoding="utf-8"))
+    typer.echo(f"study: {page}")
+
+
 def _output(config: RunConfig | PrepareConfig, output: Path | None, source: Path) -> Path:
     if output is None and config.output is None:
         raise UserError(f"{source}: key `output` is missing; add it or give --output DIR")

@@ -1,0 +1,1 @@
+"""Paired seeds: many runs of one question, carried out, compared and written up."""

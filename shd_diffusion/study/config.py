@@ -1,0 +1,139 @@
+"""The configuration of a study: one base config, variants and conditions as overrides, seeds, a budget."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, field_validator, model_validator
+
+from shd_diffusion.config import DistillConfig, Section, read_config
+from shd_diffusion.errors import UserError
+from shd_diffusion.run_folder import RunFolder
+
+Overrides = dict[str, Any]
+
+
+class Budget(Section):
+    """When no further run is begun: after so many hours of one command, or so many runs of it."""
+
+    hours: float | None = Field(None, gt=0)
+    runs: int | None = Field(None, ge=1)
+
+
+class StudyConfig(Section):
+    """A study: every variant under every condition from every seed.
+
+    Paths are as in other configs, relative to where the command runs.
+
+    Attributes:
+        base: a `distill` config.
+        output: the folder of the study.
+        teacher: a `train-teacher` config; its run goes to the base's `teacher.path`, if it is not there yet.
+        overrides: of the base, dotted key to value, for all runs.
+        variants: what is compared, by name; overrides on top.
+        conditions: under which it is compared, by name, such as numbers of steps; overrides between the two.
+            Only runs of the same condition are compared.
+        reference: the variant that the others are compared with.
+        metrics: figures of `evaluation/metrics.json` to compare, the first one drawn.
+        targets: Fréchet distances; the table tells when the watched one falls to them (see `train.watch`).
+        processes: runs at a time.
+    """
+
+    title: str
+    base: str
+    output: str
+    teacher: str | None = None
+    overrides: Overrides = Field(default_factory=dict)
+    variants: dict[str, Overrides] = Field(min_length=1)
+    conditions: dict[str, Overrides] = Field({"": {}}, min_length=1)
+    seeds: list[int] = Field(min_length=1)
+    reference: str
+    metrics: list[str] = Field(["fid"], min_length=1)
+    targets: list[float] = Field(default_factory=list)
+    budget: Budget = Budget()
+    processes: int = Field(1, ge=1)
+
+    @field_validator("variants", "conditions", mode="before")
+    @classmethod
+    def _nothing_overridden(cls, value: Any) -> Any:
+        """A name without overrides needs no braces behind it; a number will do as a name."""
+        return {str(k): v or {} for k, v in value.items()} if isinstance(value, Mapping) else value
+
+    @field_validator("variants", "conditions")
+    @classmethod
+    def _names_make_folders(cls, value: dict[str, Overrides]) -> dict[str, Overrides]:
+        for name in value:
+            if not re.fullmatch(r"[\w.+-]*", name) or name.startswith("."):
+                raise ValueError(f"`{name}` names a folder: use letters, digits, `-`, `_`, `+` and `.`")
+        return value
+
+    @model_validator(mode="after")
+    def _is_a_plan(self) -> StudyConfig:
+        if self.reference not in self.variants:
+            raise ValueError(f"`reference` is {self.reference!r}, which is none of the variants")
+        if len({*self.seeds}) < len(self.seeds):
+            raise ValueError("`seeds` has one seed twice")
+        return self
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One run of a study."""
+
+    condition: str
+    variant: str
+    seed: int
+    run: RunFolder
+    config: DistillConfig
+    overrides: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return " ".join(part for part in (self.condition, self.variant, f"seed {self.seed}") if part)
+
+
+def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
+    """All runs of a study, seed after seed, so that what is there is always paired.
+
+    Runs of one seed and condition differ in their overrides alone, and so share initial weights, data order,
+    noise and the noise that images are sampled from.
+
+    Raises:
+        UserError: the base or an override is wrong, or a folder holds a run of another config.
+    """
+    return list(_planned(study, output))
+
+
+def _planned(study: StudyConfig, output: Path) -> Iterator[Planned]:
+    for seed in study.seeds:
+        for condition, shared in study.conditions.items():
+            for variant, own in study.variants.items():
+                tree = {**study.overrides, **shared, **own, "seed": seed, "sample.seed": seed}
+                overrides = tuple(f"{key}={json.dumps(value)}" for key, value in tree.items())
+                config = read_config(Path(study.base), DistillConfig, overrides)
+                run = RunFolder(output / "runs" / condition / variant / f"seed-{seed}")
+                check(run, config)
+                yield Planned(condition, variant, seed, run, config, overrides)
+
+
+def check(run: RunFolder, config: DistillConfig) -> None:
+    """As `RunFolder.check`, and the run is sampled and evaluated in the same way.
+
+    Raises:
+        UserError: the folder belongs to another config.
+    """
+    run.check(config)
+    if not run.config_file.exists():
+        return
+    present = run.read_config()
+    for section in ("sample", "evaluate"):
+        if getattr(present, section) != getattr(config, section):
+            raise UserError(
+                f"{run.config_file}: `{section}` is another than the study's; "
+                "give the study another `output` or delete the folder"
+            )

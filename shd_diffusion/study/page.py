@@ -1,0 +1,164 @@
+"""A study written up: one self-contained page, its figures as PNG, and the tables in Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import yaml
+
+from shd_diffusion.files import replacing_folder, write_text
+from shd_diffusion.reporting.drawing import DARK, LIGHT
+from shd_diffusion.reporting.page import template
+from shd_diffusion.reporting.table import count, duration, significant
+from shd_diffusion.study.drawings import (
+    differences,
+    figures_by_variant,
+    looks,
+    over_conditions,
+    watched_curves,
+)
+from shd_diffusion.study.results import Comparison, Results, Row
+from shd_diffusion.study.statistics import Estimate
+
+Lines = list[list[str]]
+
+
+def write_page(results: Results, output: Path) -> Path:
+    """Write `output` (HTML), a folder `<stem>-figures` beside it, and `<stem>.md` with the tables."""
+    metric = results.study.metrics[0]
+    overview = over_conditions(results, metric)
+    drawings = [
+        *([overview] if overview else []),
+        *figures_by_variant(results, metric),
+        *differences(results, metric),
+        *watched_curves(results),
+    ]
+    rows, comparisons = row_table(results), comparison_table(results)
+    page = template("study.html").render(
+        title=results.study.title,
+        lead=lead(results),
+        light=LIGHT,
+        dark=DARK,
+        looks=looks(list(results.study.variants)),
+        rows=rows,
+        comparisons=comparisons,
+        variants=[row.variant for row in results.rows],
+        compared=[comparison.variant for comparison in results.comparisons],
+        note=note(results),
+        drawings=drawings,
+        protocol=results.protocol,
+        environment={"commits": ", ".join(results.commits), **results.environment["machine"]},
+        config=yaml.safe_dump(results.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        command=results.environment["command"],
+    )
+    with replacing_folder(output.with_name(f"{output.stem}-figures")) as folder:
+        for drawing in drawings:
+            drawing.save(folder)
+    write_text(output, page)
+    tables = "\n".join(markdown(table) for table in (rows, comparisons) if len(table) > 1)
+    write_text(
+        output.with_suffix(".md"),
+        f"# {results.study.title}\n\n{lead(results)}\n\n{tables}\n{note(results)}\n",
+    )
+    return output
+
+
+def lead(results: Results) -> str:
+    """What came out, in the last condition that has results."""
+    metric, reference = results.study.metrics[0], results.study.reference
+    done = f"{len(results.outcomes)} of {results.planned} runs are complete."
+    if not results.rows:
+        return done
+    condition = results.rows[-1].condition
+    rows = {row.variant: row for row in results.rows if row.condition == condition}
+    pick = max if metric.startswith(("inception", "precision", "recall", "label")) else min
+    best = pick(rows.values(), key=lambda row: row.figures[metric].mean)
+    under = f"Under {condition}, " if condition else ""
+    said = f"{under}{best.variant} has the best mean {metric}, {_with_interval(best.figures[metric])}"
+    if reference in rows and best.variant != reference:
+        said += f"; the reference {reference} has {_with_interval(rows[reference].figures[metric])}"
+    return f"{said}. {done}"
+
+
+def note(results: Results) -> str:
+    """How to read the tables."""
+    pairs = max((comparison.paired.difference.n for comparison in results.comparisons), default=0)
+    said = (
+        "Means over seeds; parentheses hold 95 % intervals by Student's t. Runs of one seed share initial weights, "
+        "data order, noise, and the noise of the samples, so differences are paired seed by seed. "
+        "p-values are two-sided; p (Holm) is corrected over all comparisons in a figure. "
+    )
+    return said + (
+        f"With {pairs} pairs the Wilcoxon test cannot go below p = {2 ** (1 - pairs):.3g}."
+        if pairs > 1
+        else ""
+    )
+
+
+def row_table(results: Results) -> Lines:
+    """Variants by condition, headings first."""
+    conditions, targets = len(results.study.conditions) > 1, results.study.targets
+    head = [
+        *(["Condition"] * conditions), "Variant", "Seeds", *results.study.metrics,
+        "Training", "Extra parameters", *(f"To FID {target:g}" for target in targets),
+    ]  # fmt: skip
+    return [head, *(_row(row, conditions) for row in results.rows)]
+
+
+def _row(row: Row, conditions: bool) -> list[str]:
+    reached = [
+        f"{each.steps.mean:.0f} steps, {duration(each.seconds.mean)} ({each.n} of {each.of})"
+        if each.steps and each.seconds
+        else f"not reached (0 of {each.of})"
+        for each in row.reached
+    ]
+    return [
+        *([row.condition] * conditions),
+        row.variant,
+        str(len(row.seeds)),
+        *(_with_interval(value) for value in row.figures.values()),
+        duration(row.seconds.mean),
+        count(row.extra_parameters),
+        *reached,
+    ]
+
+
+def comparison_table(results: Results) -> Lines:
+    """Paired differences from the reference, headings first."""
+    conditions, metrics = len(results.study.conditions) > 1, len(results.study.metrics) > 1
+    head = [
+        *(["Condition"] * conditions), f"Minus {results.study.reference}", *(["Figure"] * metrics), "Pairs",
+        "Difference", "t-test p", "p (Holm)", "Wilcoxon p", "p (Holm)",
+    ]  # fmt: skip
+    return [head, *(_comparison(each, conditions, metrics) for each in results.comparisons)]
+
+
+def _comparison(each: Comparison, conditions: bool, metrics: bool) -> list[str]:
+    return [
+        *([each.condition] * conditions),
+        each.variant,
+        *([each.metric] * metrics),
+        str(each.paired.difference.n),
+        _with_interval(each.paired.difference),
+        *map(_p, (each.paired.t_test, each.t_test_holm, each.paired.wilcoxon, each.wilcoxon_holm)),
+    ]
+
+
+def _with_interval(value: Estimate) -> str:
+    if value.low is None or value.high is None:
+        return significant(value.mean)
+    return f"{significant(value.mean)} ({significant(value.low)} to {significant(value.high)})"
+
+
+def _p(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return "< 0.001" if value < 0.001 else f"{value:.3f}"
+
+
+def markdown(table: Sequence[Sequence[str]]) -> str:
+    """A table in GitHub's Markdown."""
+    head, *rows = table
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,0 +1,31 @@
+"""`study`: run what is missing, then write up what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shd_diffusion.errors import UserError
+from shd_diffusion.study.config import StudyConfig, plan_runs
+from shd_diffusion.study.page import write_page
+from shd_diffusion.study.results import collect, write_results
+from shd_diffusion.study.runner import carry_out
+
+
+def run_study(study: StudyConfig, output: Path) -> Path:
+    """Carry out a study, within its budget, and write its results; called again, it goes on.
+
+    Returns:
+        The page. Beside it are `study.json`, `runs.csv`, `results.csv`, `comparisons.csv` and `study.md`.
+
+    Raises:
+        UserError: the study's config is wrong, a folder holds another run, or runs failed (after the
+            others are written up).
+    """
+    planned = plan_runs(study, output)
+    failed = carry_out(study, planned, output)
+    results = collect(study, planned)
+    write_results(results, output)
+    page = write_page(results, output / "study.html")
+    if failed:
+        raise UserError(f"{output / 'logs'}: runs failed ({', '.join(failed)}); their logs say why")
+    return page
