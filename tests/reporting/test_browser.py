@@ -45,6 +45,7 @@ PROBE = """<script>addEventListener('load', () => {
       return inner.left < outer.left - 2 || inner.right > outer.right + 2
           || inner.top < outer.top - 2 || inner.bottom > outer.bottom + 2;
     }).map(t => t.textContent),
+    rows: [...document.querySelectorAll('.results tbody tr')].map(r => r.clientHeight),
     blocks: [...document.querySelectorAll('.block')].filter(b => b.checkVisibility()).length,
     colour: style.color, background: style.backgroundColor, axis: getComputedStyle(text).fill,
   }, '*');
@@ -94,6 +95,7 @@ def test_it_fits_the_screen_and_is_readable(report: Path, tmp_path: Path, width:
     assert found["images"] > 100 and found["broken"] == 0
     assert len(found["plots"]) > 8 and min(found["plots"]) > 80
     assert found["cut"] == []
+    assert max(found["rows"]) < 80  # no name is broken into letters
     assert found["blocks"] == 1  # one block is chosen
     assert (luminance(found["background"]) > luminance(found["colour"])) == (scheme == "light")
     assert contrast(found["colour"], found["background"]) > 10
