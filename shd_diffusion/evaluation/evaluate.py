@@ -58,6 +58,10 @@ def evaluate_run(
         raise UserError(
             f"{generated.name(0)}: {len(generated)} images are too few; sample {FEWEST_IMAGES} or more"
         )
+    if labels is not None and len(labels) != len(generated):
+        raise UserError(
+            f"{generated.name(0)}: {len(labels)} labels for {len(generated)} images; sample them anew"
+        )
     _, height, width = generated[0].shape
     extractor = load_extractor(
         config.extractor, None if config.extractor_weights is None else Path(config.extractor_weights)

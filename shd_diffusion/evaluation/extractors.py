@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -24,6 +23,7 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.classifiers import RECIPES, trained_classifier
 from shd_diffusion.evaluation.dinov2 import URLS as DINOV2_URLS
 from shd_diffusion.evaluation.dinov2 import DinoV2Extractor
+from shd_diffusion.processes import processes
 
 SPATIAL_CHANNELS = 7  # × 17 × 17 = 2,023 numbers, about as many as the 2,048 pooled ones
 
@@ -95,7 +95,7 @@ def load_extractor(name: str, weights: Path | None = None) -> Extractor:
     if weights is not None and not weights.is_file():
         published = f"; {Path(url).name} is published at {url}" if (url := KINDS[name].url) else ""
         raise UserError(f"evaluate.extractor_weights: {weights} is missing{published}")
-    with PartialState().local_main_process_first():
+    with processes().local_main_process_first():
         return Extractor(name, weights or _default_weights(name))
 
 

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.extractors import Extractor
 from shd_diffusion.evaluation.images import ImageSet
+from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 
 READERS = 4
@@ -32,7 +32,7 @@ def extract_features(images: ImageSet, extractor: Extractor, batch_size: int, na
     Raises:
         UserError: an image that cannot be read, or one of another size.
     """
-    state = PartialState()
+    state = processes()
     extractor = extractor.to(state.device)
     with state.split_between_processes(list(range(len(images)))) as indices:
         parts: list[dict[str, Tensor]] = []

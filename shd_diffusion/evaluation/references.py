@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import PartialState
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -24,6 +23,7 @@ from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.fid import Statistics, feature_statistics
 from shd_diffusion.evaluation.images import ImageSet, ResizedImages, open_images, open_npz, tensor_images
 from shd_diffusion.files import replacing_file
+from shd_diffusion.processes import processes
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def _from_images(images: ImageSet, source: str, extractor: Extractor, batch_size
     reference = Reference(
         source, sha256, len(images), statistics, found["features"], images.labels, f"{width}×{height}"
     )
-    if PartialState().is_main_process:
+    if processes().is_main_process:
         save_reference(reference, extractor, cached)
     return reference
 

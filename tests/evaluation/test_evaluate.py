@@ -1,38 +1,92 @@
-"""The evaluation of a set of images."""
+"""The evaluation of a set of images, from the images to the figures with their protocol."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from shd_diffusion.config import EvaluateConfig
-from shd_diffusion.data.digits import digits_uint8
+from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import evaluate_run, load_extractor, watch_fid
+
+ROOT = Path(__file__).parents[2]
+ALL_METRICS = ["fid", "is", "kid", "prc", "prc-adm", "dc", "fid-infinity", "per-class"]
+
+
+def noisy(images: torch.Tensor, strength: int) -> torch.Tensor:
+    noise = torch.randint(-strength, strength + 1, images.shape, generator=torch.Generator().manual_seed(0))
+    return (images.int() + noise).clamp(0, 255).to(torch.uint8)
 
 
 @pytest.fixture(scope="module")
-def digits():
-    images, labels = digits_uint8()
-    return images.expand(-1, 3, -1, -1), labels
-
-
-def test_real_digits_score_better_than_noisy_ones(digits):
+def good(digits) -> dict:
+    """Every figure of half of the digits against all of them."""
     images, labels = digits
-    half, half_labels = images[::2], labels[::2].tolist()
-    noise = torch.randint(-60, 61, half.shape, generator=torch.Generator().manual_seed(0))
-    noisy = (half.int() + noise).clamp(0, 255).to(torch.uint8)
-    good = evaluate_run(half, "digits", EvaluateConfig(), half_labels)
-    bad = evaluate_run(noisy, "digits", EvaluateConfig(), half_labels)
-    assert good["fid"] < bad["fid"] and good["kid_mean"] < bad["kid_mean"]
-    assert good["precision"] == 1.0 and good["label_accuracy"] > 0.97 > bad["label_accuracy"] - 0.1
-    assert all(
-        math.isfinite(good[key])
-        for key in ("inception_score_mean", "inception_score_std", "kid_std", "recall")
+    config = EvaluateConfig(metrics=ALL_METRICS, bootstrap=20)
+    return evaluate_run(images[::2], "digits", config, labels[::2].tolist(), {"seed": 3})
+
+
+def test_noise_makes_every_figure_worse(good, digits):
+    images, labels = digits
+    config = EvaluateConfig(metrics=ALL_METRICS)
+    bad = evaluate_run(noisy(images[::2], 90), "digits", config, labels[::2].tolist())
+    for figure in ("fid", "fid_infinity", "kid_mean"):
+        assert good[figure] < bad[figure]
+    for figure in (
+        "precision",
+        "precision_adm",
+        "density",
+        "coverage",
+        "inception_score_mean",
+        "label_accuracy",
+    ):
+        assert good[figure] > bad[figure]
+    assert good["per_class_fid"].keys() == set("0123456789")
+    assert all(good["per_class_fid"][label] < bad["per_class_fid"][label] for label in "0123456789")
+
+
+def test_samples_that_are_in_the_reference_lie_on_its_manifold(good):
+    assert good["precision"] == 1.0 and good["label_accuracy"] > 0.97
+    assert good["fid_interval"][0] < good["fid"] < good["fid_interval"][1]
+    assert (
+        good["inception_score_interval"][0]
+        < good["inception_score_mean"]
+        < good["inception_score_interval"][1]
     )
-    assert good["protocol"]["name"] == "FID on digits-classifier features"
-    assert good["warnings"] == []
+
+
+def test_the_figures_carry_their_protocol(good):
+    protocol = good["protocol"]
+    assert protocol["name"] == "FID on digits-classifier features"
+    assert (
+        protocol["seed"] == 3 and protocol["num_images"] == 899 and protocol["num_reference_images"] == 1797
+    )
+    assert protocol["kid"] == "100 subsets of 449"
+    assert len(protocol["extractor_sha256"]) == len(protocol["reference_sha256"]) == 64
+    assert protocol["extractor_accuracy"] > 0.97
+    assert json.loads(json.dumps(good))["protocol"] == protocol
+    assert all(math.isfinite(value) for value in good.values() if isinstance(value, float))
+
+
+def test_a_folder_of_images_and_few_of_them(digits, tmp_path):
+    images, _ = digits
+    for index, image in enumerate(images[:24]):
+        Image.fromarray(image[0].numpy()).save(tmp_path / f"{index:06d}.png")
+    found = evaluate_run(tmp_path, "digits", EvaluateConfig())
+    assert found["fid"] == evaluate_run(images[:24], "digits", EvaluateConfig())["fid"]
+    assert found["warnings"] == [
+        "24 images are too few for 64 features: their covariance is singular and the FID biased upwards"
+    ]
+    assert "label_accuracy" not in found
 
 
 def test_watching_equals_the_evaluation(digits):
@@ -40,3 +94,63 @@ def test_watching_equals_the_evaluation(digits):
     samples, reference = images[:400], images[400:]
     watched = watch_fid(samples, reference, load_extractor("digits-classifier"))
     assert watched == pytest.approx(evaluate_run(samples, reference, EvaluateConfig())["fid"], rel=1e-4)
+
+
+def test_what_cannot_be_evaluated_is_refused(digits, tmp_path):
+    images, _ = digits
+    with pytest.raises(UserError, match="9 images are too few; sample 10 or more"):
+        evaluate_run(images[:9], "digits", EvaluateConfig())
+    with pytest.raises(UserError, match="`sfid` needs spatial Inception features"):
+        evaluate_run(images[:20], "digits", EvaluateConfig(metrics=["sfid"]))
+    with pytest.raises(UserError, match="`per-class` needs labels on both sides"):
+        evaluate_run(images[:20], "digits", EvaluateConfig(metrics=["per-class"]))
+    for index, size in enumerate([8] * 11 + [9]):
+        Image.fromarray(np.zeros((size, size), np.uint8)).save(tmp_path / f"{index:06d}.png")
+    with pytest.raises(UserError, match=r"000011.png: is 9×9, but .*000000.png is 8×8"):
+        evaluate_run(tmp_path, "digits", EvaluateConfig())
+    with pytest.raises(UserError, match="1 labels for 20 images"):
+        evaluate_run(images[:20], "digits", EvaluateConfig(), labels=[1])
+
+
+TWO = """
+import sys
+import torch
+from shd_diffusion.data.digits import digits_uint8
+from shd_diffusion.evaluation.extractors import load_extractor
+from shd_diffusion.evaluation.features import extract_features
+from shd_diffusion.evaluation.images import tensor_images
+from shd_diffusion.processes import processes
+
+images = tensor_images(digits_uint8()[0][:101].expand(-1, 3, -1, -1), "digits")
+features = extract_features(images, load_extractor("digits-classifier"), 16, "digits")["features"]
+assert processes().num_processes == 2
+torch.save(features, f"{sys.argv[1]}/{processes().process_index}.pt")
+processes().destroy_process_group()
+"""
+
+
+def test_two_processes_extract_what_one_does(digits, tmp_path):
+    script = tmp_path / "two.py"
+    script.write_text(TWO)
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        script,
+        tmp_path,
+    ]
+    done = subprocess.run(
+        launch,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"{process}.pt", weights_only=True) for process in (0, 1))
+    assert torch.equal(first, second)
+    with torch.no_grad():
+        torch.testing.assert_close(first, load_extractor("digits-classifier")(digits[0][:101]))
