@@ -2,6 +2,7 @@
 
     python eval/benchmark.py squeeze --threads 2 --output docs/results/benchmark-squeeze.json
     python eval/benchmark.py step --threads 2 --output docs/results/benchmark-step.json
+    python eval/benchmark.py features --threads 2 --output docs/results/benchmark-features.json
 
 The candidates take turns, round after round; a ratio is the median over the rounds of the two times of one round,
 so that whatever else the machine does weighs on both alike.
@@ -15,16 +16,25 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Annotated, Any
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any, Literal
+from unittest.mock import patch
 
 import torch
 import typer
 from diffusers import DiTTransformer2DModel
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch_fidelity import feature_extractor_inceptionv3
+from torch_fidelity.datasets import ImagesPathDataset
+from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.environment import describe_environment
+from shd_diffusion.evaluation.extractors import load_extractor
+from shd_diffusion.evaluation.features import extract_features
+from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.losses import SHDLoss
 from shd_diffusion.squeezing import plan_merges, prepare, squeeze_heads
 
@@ -32,21 +42,28 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 Output = Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch.")]
+Clock = Literal["wall", "cpu"]
+ClockOption = Annotated[
+    Clock, typer.Option(help="Time that passed, or that the process computed (shared machines).")
+]
 Rounds = Annotated[int, typer.Option(min=3, help="How often every candidate takes its turn.")]
 
 # --- measuring -----------------------------------------------------------------------------------------------
 
 
-def take_turns(candidates: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
+def take_turns(
+    candidates: Mapping[str, Callable[[], object]], rounds: int, clock: Clock
+) -> dict[str, list[float]]:
     """Seconds of every candidate in every round; one round before is not counted. The order turns each round."""
     names = list(candidates)
+    read = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(-1, rounds):
         for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            started = time.perf_counter()
+            started = read()
             candidates[name]()
             if turn >= 0:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(read() - started)
     return seconds
 
 
@@ -117,13 +134,13 @@ def squeeze(
             ),  # type: ignore[misc]
         }
         torch.testing.assert_close(candidates["literal"](), candidates["value space"](), atol=1e-5, rtol=1e-3)
-        seconds = take_turns(candidates, rounds)
+        seconds = take_turns(candidates, rounds, clock)
         figures[f"{heads} -> {target}, d {head_dim}, C {width}, N {tokens}, batch {batch}"] = {
             "milliseconds": {name: round(1e3 * median(taken), 2) for name, taken in seconds.items()},
             "speed-up": compare(seconds, "literal", "value space"),
             "speed-up, Gram matrices anew": compare(seconds, "literal", "value space, Gram matrices anew"),
         }
-    publish("squeeze", figures, output)
+    publish("squeeze", {"clock": clock, "threads": threads} | figures, output)
 
 
 # --- step ----------------------------------------------------------------------------------------------------
@@ -177,7 +194,13 @@ class FeatureDistillation:
 
 
 @app.command()
-def step(threads: Threads = 2, rounds: Rounds = 11, batch: int = 4, output: Output = None) -> None:
+def step(
+    threads: Threads = 2,
+    rounds: Rounds = 11,
+    batch: int = 4,
+    clock: ClockOption = "wall",
+    output: Output = None,
+) -> None:
     """A training step DiT-B/2 -> DiT-S/2 with output KD, alone and with SHD or FD on all 12 blocks."""
     torch.set_num_threads(threads)
     torch.manual_seed(0)
@@ -218,13 +241,69 @@ def step(threads: Threads = 2, rounds: Rounds = 11, batch: int = 4, output: Outp
             names[3]: with_features,
         },
         rounds,
+        clock,
     )
     figures = {
         "milliseconds": {name: round(1e3 * median(taken), 1) for name, taken in seconds.items()},
         "against output KD alone": {name: compare(seconds, name, "output KD") for name in names},
         "SHD, all rows, against FD": compare(seconds, names[0], "FD"),
     }
-    publish("step", figures, output)
+    publish("step", {"clock": clock, "threads": threads} | figures, output)
+
+
+# --- features ------------------------------------------------------------------------------------------------
+
+
+def random_inception(path: Path) -> Path:
+    """A file of Inception's network with random weights, which cost the same time as the published ones."""
+    kind = feature_extractor_inceptionv3.FeatureExtractorInceptionV3
+    with (
+        patch.object(feature_extractor_inceptionv3, "load_state_dict_from_url", return_value={}),
+        patch.object(kind, "load_state_dict"),
+    ):
+        torch.save(kind("inception-v3-compat", ["2048"]).state_dict(), path)
+    return path
+
+
+@app.command()
+def features(
+    threads: Threads = 2,
+    rounds: Rounds = 5,
+    images: Annotated[int, typer.Option(min=2, help="PNG files to take features of.")] = 32,
+    size: Annotated[int, typer.Option(min=1, help="Width and height of the images.")] = 256,
+    extractor: Annotated[str, typer.Option(help="inception-v3-compat or digits-classifier.")] = "inception-v3-compat",
+    clock: ClockOption = "wall",
+    output: Output = None,
+) -> None:
+    """Features of a folder of PNG files: ours, spatial ones included, against torch-fidelity's own extraction."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    with TemporaryDirectory() as name:
+        folder = Path(name) / "images"
+        folder.mkdir()
+        for index in range(images):
+            pixels = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8)
+            Image.fromarray(pixels.numpy()).save(folder / f"{index:06d}.png")
+        random = random_inception(Path(name) / "inception.pth") if extractor == "inception-v3-compat" else None
+        network = load_extractor(extractor, random)
+        files = FolderImages(folder)
+        their_files = ImagesPathDataset([str(path) for path in files.paths])
+        seconds = take_turns(
+            {
+                "ours": lambda: extract_features(files, network, 16, "images"),
+                "torch-fidelity": lambda: get_featuresdict_from_dataset(
+                    their_files, network.network, 16, cuda=False, save_cpu_ram=False, verbose=False
+                ),
+            },
+            rounds,
+            clock,
+        )
+    figures = {
+        "images a second": {kind: round(images / median(taken), 2) for kind, taken in seconds.items()},
+        "torch-fidelity against ours": compare(seconds, "torch-fidelity", "ours"),
+    }
+    settings = {"extractor": extractor, "images": images, "size": size, "clock": clock, "threads": threads}
+    publish("features", settings | figures, output)
 
 
 if __name__ == "__main__":

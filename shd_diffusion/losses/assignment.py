@@ -31,7 +31,7 @@ def assignment_costs(
         own = slice(rows.start * pool[0], rows.stop * pool[0])
         log_student = log_maps(student, samples, own, temperature, pool)
         for head in range(student.heads):
-            value, _ = divergence(target[:, head : head + 1].expand_as(log_student), log_student)
+            value, _ = divergence(target[:, head : head + 1].expand_as(log_student), log_student.clone())
             costs[head] += value.sum((0, 2))
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(costs)

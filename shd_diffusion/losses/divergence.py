@@ -3,7 +3,7 @@
 Each function takes the target p and log q, both (..., K) with rows that are distributions, and returns the
 divergence of each row and its gradient by the student's logits: with g the derivative by q, the softmax turns
 it into q · (g - <q, g>). Formulas replace automatic differentiation so that a chunk of maps is read few times
-and nothing of it is kept.
+and nothing of it is kept. Memory traffic is what they cost: `log_student` may be overwritten.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ def safe_log(probabilities: Tensor) -> Tensor:
 
 def forward_kl(target: Tensor, log_student: Tensor) -> tuple[Tensor, Tensor]:
     """KL(p || q); gradient q - p."""
-    gradient = log_student.exp()
-    value = torch.linalg.vecdot(target, safe_log(target).sub_(log_student))
-    return value, gradient.sub_(target)
+    value = safe_log(target).sub_(log_student).mul_(target).sum(-1)
+    return value, log_student.exp_().sub_(target)
 
 
 def reverse_kl(target: Tensor, log_student: Tensor) -> tuple[Tensor, Tensor]:
@@ -69,8 +68,8 @@ def adaptive_kl(target: Tensor, log_student: Tensor, head: float = 0.5) -> tuple
     in_head = ordered.cumsum(-1) - ordered < head
     largest, rest = (gap * in_head).sum(-1), (gap * ~in_head).sum(-1)
     share = torch.where(largest + rest > 0, largest / (largest + rest).clamp_min(1e-30), 0.5)
-    forward, forward_gradient = forward_kl(target, log_student)
     reverse, reverse_gradient = reverse_kl(target, log_student)
+    forward, forward_gradient = forward_kl(target, log_student)
     value = share * forward + (1 - share) * reverse
     return value, torch.lerp(reverse_gradient, forward_gradient, share[..., None])
 

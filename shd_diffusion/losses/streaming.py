@@ -101,10 +101,10 @@ def _chunk(
     if pool == (1, 1):
         return divergence(target, log_maps(student, samples, rows, temperature))
     maps = chunk_logits(student, samples, rows, temperature).softmax(-1)
-    log_pooled = safe_log(pooled(maps, pool))
-    value, gradient = divergence(target, log_pooled)
+    coarse = pooled(maps, pool)
+    value, gradient = divergence(target, safe_log(coarse))
     # log q of the pooled map stands for its logits; from there through log and pooling to the map itself
-    slope = (gradient / log_pooled.exp()).repeat_interleave(pool[0], -2).repeat_interleave(
+    slope = (gradient / coarse.clamp_min(torch.finfo(maps.dtype).tiny)).repeat_interleave(pool[0], -2).repeat_interleave(
         pool[1], -1
     ) / pool[0]
     return value, maps * (slope - torch.linalg.vecdot(maps, slope)[..., None])
