@@ -1,0 +1,74 @@
+import pytest
+
+from shd_diffusion.losses import map_blocks
+
+
+def blocks(prefix, kinds):
+    return {f"{prefix}{i}": kind for i, kind in enumerate(kinds)}
+
+
+def numbers(pairs):
+    return {int(ours[1:]): int(theirs[1:]) for ours, theirs in pairs.items()}
+
+
+@pytest.mark.parametrize(
+    ("teacher", "student", "layer_map", "expected"),
+    [
+        (12, 6, "uniform", [1, 3, 5, 7, 9, 11]),
+        (28, 12, "uniform", [2, 4, 6, 9, 11, 13, 16, 18, 20, 23, 25, 27]),
+        (5, 3, "uniform", [1, 3, 4]),
+        (3, 3, "uniform", [0, 1, 2]),
+        (2, 4, "uniform", [0, 0, 1, 1]),
+        (5, 3, "last", [2, 3, 4]),
+        (5, 3, "first", [0, 1, 2]),
+        (5, 3, [4, 0, 0], [4, 0, 0]),
+    ],
+)
+def test_layer_maps(teacher, student, layer_map, expected):
+    pairs = map_blocks(blocks("t", ["self"] * teacher), blocks("s", ["self"] * student), layer_map)
+    assert numbers(pairs) == dict(enumerate(expected))
+
+
+def test_blocks_meet_their_own_kind():
+    pairs = map_blocks(blocks("t", ["self", "cross"] * 4), blocks("s", ["self", "cross"] * 2))
+    assert numbers(pairs) == {0: 2, 1: 3, 2: 6, 3: 7}
+    teacher = {f"t{i}{stream}": "joint" for i in range(4) for stream in ("", ":context")}
+    student = {f"s{i}{stream}": "joint" for i in range(2) for stream in ("", ":context")}
+    assert map_blocks(teacher, student) == {
+        "s0": "t1",
+        "s0:context": "t1:context",
+        "s1": "t3",
+        "s1:context": "t3:context",
+    }
+
+
+def test_student_blocks_may_be_left_out():
+    teacher, student = blocks("t", ["self"] * 4), blocks("s", ["self"] * 3)
+    assert numbers(map_blocks(teacher, student, [None, 2, None])) == {1: 2}
+    assert map_blocks(teacher, student, {"s2": "t0"}) == {"s2": "t0"}
+
+
+@pytest.mark.parametrize(
+    ("layer_map", "message"),
+    [
+        ([0, 1], "2 entries"),
+        ([0, 1, 4], "s2"),
+        ([0, -1, 2], "s1"),
+        ({"s9": "t0"}, "s9"),
+        ({"s0": "t4"}, "kinds"),
+    ],
+)
+def test_a_map_that_does_not_fit_is_an_error(layer_map, message):
+    with pytest.raises(ValueError, match=message):
+        map_blocks(blocks("t", ["self"] * 4 + ["cross"]), blocks("s", ["self"] * 3), layer_map)
+
+
+@pytest.mark.parametrize("layer_map", ["last", "first"])
+def test_more_student_blocks_than_the_teacher_has(layer_map):
+    with pytest.raises(ValueError, match="teacher's 2"):
+        map_blocks(blocks("t", ["self"] * 2), blocks("s", ["self"] * 3), layer_map)
+
+
+def test_a_kind_that_the_teacher_lacks_is_an_error():
+    with pytest.raises(ValueError, match="cross"):
+        map_blocks(blocks("t", ["self"] * 2), blocks("s", ["self", "cross"]))

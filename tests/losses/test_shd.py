@@ -1,0 +1,257 @@
+"""The loss against its definition with whole maps in float64, by value and by gradient."""
+
+import itertools
+from dataclasses import replace
+
+import pytest
+import torch
+from blocks_of_records import literal_divergence, pair, record, softmax, squeezed
+
+from shd_diffusion.config import SHDConfig
+from shd_diffusion.losses import SHDLoss, grids
+from shd_diffusion.losses.divergence import DIVERGENCES
+from shd_diffusion.losses.streaming import map_divergence
+
+BLOCKS = {"s0": "t1", "s1": "t3"}
+
+
+def literal(teacher, student, divergence="forward_kl", temperature=1.0, **strategy):
+    terms = [
+        literal_divergence(
+            divergence,
+            squeezed(teacher[theirs], student[ours].heads, temperature, **strategy),
+            softmax(student[ours], temperature),
+        ).mean()
+        for ours, theirs in BLOCKS.items()
+    ]
+    return torch.stack(terms).mean() * temperature**2
+
+
+def gradients(loss, student):
+    inputs = [tensor for block in student.values() for tensor in (block.query, block.key)]
+    return torch.autograd.grad(loss, inputs, retain_graph=True)
+
+
+def assert_equal(loss, expected, student, **tolerance):
+    torch.testing.assert_close(loss, expected.to(loss.dtype), **tolerance)
+    for found, wanted in zip(gradients(loss, student), gradients(expected, student), strict=True):
+        torch.testing.assert_close(found, wanted, **tolerance)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_every_divergence_equals_its_definition(divergence, temperature):
+    teacher, student = pair()
+    loss = SHDLoss(divergence=divergence, temperature=temperature)(teacher, student)
+    assert_equal(loss, literal(teacher, student, divergence, temperature), student)
+
+
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        {"granularity": "row"},
+        {"merge": "joint"},
+        {"merge": "joint", "granularity": "row"},
+        {"coefficient": "mean"},
+        {"coefficient": "select"},
+        {"pairing": (((0, 4), (3, 1), (2,)), ((0, 2), (1,)))},
+    ],
+)
+@pytest.mark.parametrize("chunk_rows", [None, 2])
+def test_every_strategy_equals_its_definition(strategy, chunk_rows):
+    teacher, student = pair()
+    loss = SHDLoss(temperature=2.0, chunk_rows=chunk_rows, **strategy)(teacher, student)
+    assert_equal(loss, literal(teacher, student, temperature=2.0, **strategy), student)
+
+
+@pytest.mark.parametrize("options", [{}, {"granularity": "row"}, {"merge": "joint"}, {"temperature": 3.0}])
+@pytest.mark.parametrize("chunk_rows", [1, 2, 4, 5, 9, 18, 1000])
+def test_the_chunk_does_not_change_the_value(options, chunk_rows):
+    teacher, student = pair(teacher_heads=7, samples=3)
+    whole = SHDLoss(**options)(teacher, student)
+    assert_equal(SHDLoss(chunk_rows=chunk_rows, **options)(teacher, student), whole, student)
+
+
+@pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "adaptive_kl"])
+@pytest.mark.parametrize("pool", [(1, 1), (4, 4)])
+def test_gradcheck(divergence, pool):
+    student = record(heads=2, queries=4 * pool[0], keys=4 * pool[1], learns=True)
+    targets = torch.randn(2, 2, 4, 4, dtype=torch.float64).softmax(-1)
+    chunks = [
+        (slice(b, b + 1), slice(r, r + 2), targets[b : b + 1, :, r : r + 2]) for b in (0, 1) for r in (0, 2)
+    ]
+
+    def divergences(query, key):
+        moved = replace(student, query=query, key=key)
+        return map_divergence(moved, lambda: chunks, DIVERGENCES[divergence], 1.5, pool)
+
+    assert torch.autograd.gradcheck(divergences, (student.query, student.key))
+
+
+def test_equal_heads_are_plain_attention_transfer():
+    teacher, student = pair(teacher_heads=3, student_heads=3)
+    expected = torch.stack([
+        literal_divergence("forward_kl", softmax(teacher[theirs], 1.0), softmax(student[ours], 1.0)).mean()
+        for ours, theirs in BLOCKS.items()
+    ]).mean()  # fmt: skip
+    assert_equal(SHDLoss()(teacher, student), expected, student)
+
+
+def test_a_student_that_has_the_squeezed_maps_has_no_loss():
+    teacher = {"t": record(heads=4)}
+    teacher["t"] = replace(teacher["t"], query=teacher["t"].query[:, :1].expand(-1, 4, -1, -1))
+    teacher["t"] = replace(teacher["t"], key=teacher["t"].key[:, :1].expand(-1, 4, -1, -1))
+    student = {
+        "s": replace(
+            teacher["t"],
+            query=teacher["t"].query[:, :2].clone().requires_grad_(),
+            key=teacher["t"].key[:, :2],
+        )
+    }
+    loss = SHDLoss()(teacher, student)
+    assert loss.item() == pytest.approx(0, abs=1e-14)
+    assert torch.autograd.grad(loss, student["s"].query)[0].abs().max() < 1e-12
+
+
+def test_the_gradient_stays_with_the_student():
+    teacher, student = pair()
+    teacher = {name: replace(block, query=block.query.requires_grad_()) for name, block in teacher.items()}
+    SHDLoss()(teacher, student).backward()
+    assert all(block.query.grad is None and block.key.grad is None for block in teacher.values())
+    assert all(
+        block.query.grad.abs().sum() > 0 and block.key.grad.abs().sum() > 0 for block in student.values()
+    )
+    assert all(block.value.grad is None for block in student.values())
+
+
+@pytest.mark.parametrize("shape", [(9,), (1, 1, 1, 9), (2, 1, 1, 9), (2, 1, 9, 9)])
+@pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.float32).min, -2.0])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_masks(shape, low, divergence):
+    generator = torch.Generator().manual_seed(3)
+    mask = torch.where(torch.rand(shape, generator=generator) < 0.4, low, 0.0).double()
+    mask[..., 0] = 0.0
+    teacher, student = pair(mask=mask)
+    loss = SHDLoss(divergence=divergence, chunk_rows=4, temperature=2.0)(teacher, student)
+    assert torch.isfinite(loss)
+    assert all(torch.isfinite(gradient).all() for gradient in gradients(loss, student))
+    if low == -2.0:
+        assert_equal(loss, literal(teacher, student, divergence, 2.0), student)
+    elif divergence == "forward_kl":
+        hidden = student["s0"].query.grad_fn is None and mask.expand(2, 1, 9, 9) < -1e30
+        kept = softmax(student["s0"], 2.0).masked_fill(hidden, 0)
+        torch.testing.assert_close(kept.sum(-1), torch.ones_like(kept[..., 0]))
+        expected = []
+        for ours, theirs in BLOCKS.items():
+            p, q = squeezed(teacher[theirs], 2, 2.0), softmax(student[ours], 2.0)
+            expected.append(
+                torch.where(p > 0, p * (p.clamp_min(1e-300) / q.clamp_min(1e-300)).log(), 0.0).sum(-1).mean()
+            )
+        torch.testing.assert_close(loss, torch.stack(expected).mean() * 4)
+
+
+@pytest.mark.parametrize(
+    ("granularity", "coefficient_rows"), [("sample", "all"), ("row", "all"), ("row", "sampled")]
+)
+def test_sampled_rows_estimate_the_loss_without_bias(monkeypatch, granularity, coefficient_rows):
+    teacher, student = pair(queries=6)
+    options = {"granularity": granularity, "coefficient_rows": coefficient_rows}
+    subsets = list(itertools.combinations(range(6), 2))
+    total = 0.0
+    for subset in subsets:
+        monkeypatch.setattr("shd_diffusion.losses.shd.sample_rows", lambda *_, s=subset: torch.tensor(s))
+        total = total + SHDLoss(rows=1 / 3, **options)(teacher, student)
+    monkeypatch.undo()
+    assert_equal(total / len(subsets), SHDLoss(granularity=granularity)(teacher, student), student)
+
+
+def test_rows_are_drawn_by_step_and_evenly():
+    draws = [grids.sample_rows(8, 0.25, 7, step, "block") for step in range(4000)]
+    assert all(len(set(rows.tolist())) == 2 for rows in draws)
+    counts = torch.bincount(torch.cat(draws), minlength=8).double()
+    assert ((counts - 1000).square() / 1000).sum() < 24.3  # chi-squared, 7 degrees of freedom, 0.1 %
+    assert torch.equal(grids.sample_rows(8, 0.25, 7, 5, "block"), draws[5])
+    assert grids.sample_rows(8, 1.0, 7, 5, "block") is None
+    assert len(grids.sample_rows(8, 0.01, 7, 5, "block")) == 1
+    teacher, student = pair()
+    loss = SHDLoss(rows=0.5, seed=1)
+    assert loss(teacher, student, step=3) == loss(teacher, student, step=3)
+    assert loss(teacher, student, step=3) != loss(teacher, student, step=4)
+
+
+def test_samples_outside_the_timesteps_add_nothing():
+    teacher, student = pair(samples=4)
+    timesteps = torch.tensor([10, 500, 200, 900])
+    limited = SHDLoss(timesteps=[200, 800])(teacher, student, timesteps=timesteps)
+
+    def inside(records):
+        return {name: grids.take(block, torch.tensor([1, 2])) for name, block in records.items()}
+
+    assert_equal(limited, SHDLoss()(inside(teacher), inside(student)) / 2, student)
+    none = SHDLoss(timesteps=[901, 999])(teacher, student, timesteps=timesteps)
+    assert none == 0
+    assert all((gradient == 0).all() for gradient in gradients(none, student))
+    with pytest.raises(ValueError, match="timesteps"):
+        SHDLoss(timesteps=[0, 1])(teacher, student)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_is_computed_in_float32(dtype, autocast):
+    teacher, student = pair(dtype=dtype)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        loss = SHDLoss()(teacher, student)
+    assert loss.dtype == torch.float32
+    expected = literal(teacher, student)
+    torch.testing.assert_close(loss, expected.float(), rtol=1e-5, atol=1e-6)
+    for found, wanted in zip(gradients(loss, student), gradients(expected, student), strict=True):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("of", ["query", "key", "value"])
+@pytest.mark.parametrize("who", ["teacher", "student"])
+def test_numbers_that_are_not_finite_name_the_block(who, of):
+    teacher, student = pair()
+    if (who, of) == ("student", "value"):
+        return  # the student's values take no part
+    records, name = (teacher, "t3") if who == "teacher" else (student, "s1")
+    broken = getattr(records[name], of).detach().clone()
+    broken[0, 0, 0, 0] = torch.nan
+    records[name] = replace(records[name], **{of: broken})
+    with pytest.raises(ValueError, match="s1 .*t3.* not finite"):
+        SHDLoss()(teacher, student)
+
+
+@pytest.mark.parametrize("rows", [0.5, 1.0])
+def test_under_torch_compile(rows):
+    teacher, student = pair()
+    loss = SHDLoss(rows=rows)
+    compiled = torch.compile(lambda t, s: loss(t, s), backend="eager")
+    assert_equal(compiled(teacher, student), loss(teacher, student), student)
+
+
+def test_a_weight_that_changes_is_seen():
+    teacher, student = pair(blocks=1)
+    loss = SHDLoss()
+    before = loss(teacher, student)
+    with torch.no_grad():
+        for block in teacher.values():
+            block.output_weight[:, : block.output_weight.shape[1] // 5] *= 10
+    after = loss(teacher, student)
+    assert after != before
+    torch.testing.assert_close(after, SHDLoss()(teacher, student))
+
+
+def test_heads_that_cannot_be_squeezed_name_both_counts():
+    teacher, student = pair(teacher_heads=2, student_heads=3)
+    with pytest.raises(ValueError, match=r"2 .* 3"):
+        SHDLoss()(teacher, student)
+
+
+def test_from_config():
+    config = SHDConfig(pairing=[[[0, 2], [1]]], rows=0.5, timesteps=[0, 500], decay="cosine", every=2)
+    loss = SHDLoss.from_config(config, seed=3)
+    assert loss.pairing == (((0, 2), (1,)),)
+    assert (loss.rows, loss.timesteps, loss.seed) == (0.5, [0, 500], 3)
+    assert SHDLoss.from_config(SHDConfig()) == SHDLoss()
