@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command, sets
+from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command, sets
 from safetensors import safe_open
 from safetensors.torch import load_file
 

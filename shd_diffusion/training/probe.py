@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from shd_diffusion.training.methods import Batch, make_batch
 
 Records = dict[str, AttentionRecord]
 
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 STUDY_BATCHES = 8
 STUDY_BATCH_SIZE = 4
 
@@ -30,13 +33,18 @@ STUDY_BATCH_SIZE = 4
 def probe_batches(
     source: Source, model: ModelMixin, process: ForwardProcess, count: int, size: int, seed: int
 ) -> Iterator[Batch]:
-    """Noised batches that no training step sees, with labels that are never dropped."""
+    """Noised batches that no training step sees, with labels that are never dropped.
+
+    The timesteps go round the schedule by the golden ratio, from a quarter of it, so that any number covers it evenly.
+    """
     shape, null, device = sample_shape(model), null_label(model), model.device
     items = source.batches(StepSampler(seed, len(source), Layout(size), 0, count))
     for step, (raw, labels) in enumerate(items):
         # negative steps: draws of their own
         drawn = draw(seed, -1 - step, size, shape, process.num_timesteps, 0.0, source.needs_noise)
-        drawn = drawn.take(slice(None), device)
+        places = torch.arange(step * size, (step + 1) * size, dtype=torch.float64)
+        timesteps = ((0.25 + GOLDEN_RATIO * places) % 1 * process.num_timesteps).long()
+        drawn = replace(drawn, timesteps=timesteps).take(slice(None), device)
         clean = source.clean(raw.to(device), drawn.flipped, drawn.latent_noise)
         yield make_batch(process, clean, labels.to(device), drawn, null)
 
@@ -49,7 +57,7 @@ def paired_records(
     with AttentionCapture(teacher) as of_teacher, AttentionCapture(student) as of_student:
         for batch in batches:
             for model in (teacher, student):
-                predict(model, batch.noised, batch.times, batch.labels)
+                predict(model, batch.noised.to(model.dtype), batch.times, batch.labels)
             yield of_teacher.records, of_student.records
 
 

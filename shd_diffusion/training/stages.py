@@ -84,7 +84,7 @@ def distill(config: DistillConfig, output: Path, source: str) -> None:
             config.train.max_steps,
         )
         trained, seconds = _fit(stage, method)
-    if stage.accelerator.is_main_process and shd.weight:
+    if stage.accelerator.is_main_process and _is_comparable(teacher, trained, loss, config, source):
         path = stage.run.attention_file
         study_attention(loss, teacher, trained, stage.data, stage.process, config.seed, path)
     _finish(stage, trained, seconds, teacher, sum(p.numel() for p in method.parameters()))
@@ -148,6 +148,19 @@ def check_squeezing(teacher: ModelMixin, student: ModelMixin, shd: SHDConfig, pa
             raise UserError(
                 f"{source}: key `student.arguments`: block {name}: {error} (teacher {path})"
             ) from error
+
+
+def _is_comparable(
+    teacher: ModelMixin, student: ModelMixin, loss: SHDLoss, config: DistillConfig, source: str
+) -> bool:
+    """Whether the report can show the student's attention beside the teacher's, be it trained by SHD or not."""
+    if loss.pairing == "matched" and not loss.plans:
+        return False
+    try:
+        check_squeezing(teacher, student, config.losses.shd, config.teacher.path, source)
+    except UserError:
+        return False
+    return True
 
 
 # --- what both stages share ------------------------------------------------------------------------------------

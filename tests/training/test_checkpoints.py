@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TEACHER_CONFIG, command, sets
+from commands import TEACHER_CONFIG, command, sets
 from safetensors.torch import load_file
 
 SHORT = ["train.max_steps=40", "train.batch_size=8", "train.checkpoint_every=5", "train.log_every=1"]
