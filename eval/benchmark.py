@@ -271,7 +271,9 @@ def features(
     rounds: Rounds = 5,
     images: Annotated[int, typer.Option(min=2, help="PNG files to take features of.")] = 32,
     size: Annotated[int, typer.Option(min=1, help="Width and height of the images.")] = 256,
-    extractor: Annotated[str, typer.Option(help="inception-v3-compat or digits-classifier.")] = "inception-v3-compat",
+    extractor: Annotated[
+        str, typer.Option(help="inception-v3-compat or digits-classifier.")
+    ] = "inception-v3-compat",
     clock: ClockOption = "wall",
     output: Output = None,
 ) -> None:
@@ -284,8 +286,8 @@ def features(
         for index in range(images):
             pixels = torch.randint(0, 256, (size, size, 3), dtype=torch.uint8)
             Image.fromarray(pixels.numpy()).save(folder / f"{index:06d}.png")
-        random = random_inception(Path(name) / "inception.pth") if extractor == "inception-v3-compat" else None
-        network = load_extractor(extractor, random)
+        random = extractor == "inception-v3-compat"
+        network = load_extractor(extractor, random_inception(Path(name) / "weights.pth") if random else None)
         files = FolderImages(folder)
         their_files = ImagesPathDataset([str(path) for path in files.paths])
         seconds = take_turns(
