@@ -66,6 +66,11 @@ class Extractor(nn.Module):
         return self.name == "inception-v3-compat"
 
     @property
+    def image_size(self) -> int | None:
+        """Width and height of the only images that it takes; None where it resizes them itself."""
+        return RECIPES[self.name].size if self.name in RECIPES else None
+
+    @property
     def has_logits(self) -> bool:
         return "logits" in self.layers
 

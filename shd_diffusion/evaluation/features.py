@@ -32,6 +32,12 @@ def extract_features(images: ImageSet, extractor: Extractor, batch_size: int, na
     Raises:
         UserError: an image that cannot be read, or one of another size.
     """
+    size = extractor.image_size
+    if size is not None and images[0].shape[1:] != (size, size):
+        raise UserError(
+            f"{images.name(0)}: is {_size(images[0].shape)}, but `{extractor.name}` takes {size}×{size} only; "
+            "set `evaluate.extractor` to another, or `evaluate.resize` if these are the reference"
+        )
     state = processes()
     extractor = extractor.to(state.device)
     with state.split_between_processes(list(range(len(images)))) as indices:

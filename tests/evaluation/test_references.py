@@ -38,7 +38,7 @@ def test_a_resized_reference(digits, extractor, tmp_path):
     np.savez(tmp_path / "large.npz", arr_0=large.permute(0, 2, 3, 1).numpy())
     resized = open_reference(tmp_path / "large.npz", extractor, 5, resize="box", size=8)
     assert torch.equal(resized.features, open_reference(digits[0][:12], extractor, 5).features)
-    with pytest.raises(ValueError, match=r"takes uint8 images \(N, 3, 8, 8\)"):
+    with pytest.raises(UserError, match=r"image 0: is 24×24, but `digits-classifier` takes 8×8 only"):
         open_reference(tmp_path / "large.npz", extractor, 5)
 
 
