@@ -176,7 +176,10 @@ class WatchConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation. `batch_size` is per process and forward pass, as accelerate counts."""
+    """The optimisation. `batch_size` is per process and forward pass, as accelerate counts.
+
+    With a `mask_ratio` every batch is seen twice, once with at least that share of its tokens dropped (MDTv2).
+    """
 
     max_steps: int = Field(..., ge=1)
     batch_size: int = Field(..., ge=1)
@@ -188,6 +191,7 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     label_drop: float = Field(0.1, ge=0, lt=1)
+    mask_ratio: float = Field(0.0, ge=0, lt=0.8)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)

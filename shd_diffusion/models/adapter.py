@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
-from diffusers import ModelMixin
+from typing import Any
+
+import torch.nn.functional as F
+from accelerate.utils import extract_model_from_parallel
+from diffusers import ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
 
 
-def predict(model: nn.Module, noised: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+def predict(
+    model: nn.Module, noised: Tensor, timesteps: Tensor, labels: Tensor, ids_keep: Tensor | None = None
+) -> Tensor:
     """What the denoiser predicts.
 
     Args:
@@ -14,11 +20,26 @@ def predict(model: nn.Module, noised: Tensor, timesteps: Tensor, labels: Tensor)
         noised: (B, C, H, W).
         timesteps: (B,).
         labels: (B,); `null_label(model)` where the label is dropped.
+        ids_keep: (B, K) tokens that a masked pass keeps, for a model with `num_tokens`; None: an ordinary pass.
 
     Returns:
         (B, C', H, W); C' is 2C where the model also predicts a variance.
     """
-    return model(noised, timestep=timesteps, class_labels=labels).sample
+    masking = {} if ids_keep is None else {"ids_keep": ids_keep}
+    return model(noised, timestep=timesteps, **_condition(model, labels), **masking).sample
+
+
+def _condition(model: nn.Module, labels: Tensor) -> dict[str, Any]:
+    """The labels as the model takes them.
+
+    A UNet2DConditionModel attends to context tokens. diffusers' own `image_proj` makes 32 of them from one
+    embedding of an image; from a one-hot label it makes 32 learned tokens a class.
+    """
+    unet = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(unet, UNet2DConditionModel):
+        return {"class_labels": labels}
+    one_hot = F.one_hot(labels, unet.config["encoder_hid_dim"])
+    return {"encoder_hidden_states": None, "added_cond_kwargs": {"image_embeds": one_hot}}
 
 
 def null_label(model: ModelMixin) -> int:
@@ -28,12 +49,17 @@ def null_label(model: ModelMixin) -> int:
         ValueError: the model is not class-conditional.
     """
     config = model.config
+    if isinstance(model, UNet2DConditionModel):
+        if config["encoder_hid_dim_type"] != "image_proj":
+            raise ValueError(
+                "UNet2DConditionModel attends to a text as it is configured; for labels set "
+                "encoder_hid_dim_type: image_proj and encoder_hid_dim: the number of classes + 1"
+            )
+        return config["encoder_hid_dim"] - 1
     for key in ("num_embeds_ada_norm", "num_classes"):  # DiT, MDTv2
         if getattr(config, key, None):
             return config[key]
-    if getattr(
-        config, "num_class_embeds", None
-    ):  # UNets have no null class of their own: the last one serves
+    if getattr(config, "num_class_embeds", None):  # UNet2D has no null class of its own: the last one serves
         return config["num_class_embeds"] - 1
     raise ValueError(f"{type(model).__name__} is not class-conditional")
 
@@ -49,6 +75,17 @@ def sample_shape(model: ModelMixin) -> tuple[int, int, int]:
         raise ValueError(f"{type(model).__name__} has no `sample_size` in its config")
     height, width = (size, size) if isinstance(size, int) else size
     return model.config["in_channels"], height, width
+
+
+def num_tokens(model: ModelMixin) -> int:
+    """Tokens of an image, for a model whose passes can be masked.
+
+    Raises:
+        ValueError: it takes no token mask.
+    """
+    if not hasattr(model, "num_tokens"):
+        raise ValueError(f"{type(model).__name__} takes no token mask")
+    return model.num_tokens
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from shd_diffusion.models.mdtv2 import draw_ids_keep
 from shd_diffusion.randomness import generator
 
 
@@ -15,7 +16,7 @@ class Draws:
     """B samples of one step: noise (B, C, H, W), timesteps (B,), and which labels are dropped (B,).
 
     Beside these, what the data need: which samples are flipped (B,), and the noise (B, C, H, W) that a latent is
-    sampled with, where there are latents.
+    sampled with, where there are latents; and for masked training the tokens that are kept (B, K).
     """
 
     noise: Tensor
@@ -23,14 +24,12 @@ class Draws:
     dropped: Tensor
     flipped: Tensor
     latent_noise: Tensor | None
+    ids_keep: Tensor | None = None
 
     def take(self, share: slice, device: torch.device) -> Draws:
         """One process's share, on its device."""
-        latent_noise = None if self.latent_noise is None else self.latent_noise[share].to(device)
-        noise, timesteps, dropped, flipped = (
-            part[share].to(device) for part in (self.noise, self.timesteps, self.dropped, self.flipped)
-        )
-        return Draws(noise, timesteps, dropped, flipped, latent_noise)
+        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        return Draws(**{k: None if part is None else part[share].to(device) for k, part in parts.items()})
 
 
 def draw(
@@ -42,10 +41,12 @@ def draw(
     label_drop: float,
     latent_noise: bool = False,
     timestep_sampling: str = "uniform",
+    masking: tuple[int, float] | None = None,
 ) -> Draws:
     """The draws of a step; teacher and student share them, and so do all variants of one seed.
 
     Timesteps are `uniform`, or `logit_normal` (Esser et al. 2024, section 3.1): sigmoid of a standard normal.
+    Masking is the number of tokens and the least share of them to drop, see `draw_ids_keep`; None for none.
     """
     source = generator(seed, "step", step)
     return Draws(
@@ -54,6 +55,9 @@ def draw(
         dropped=torch.rand(count, generator=source) < label_drop,
         flipped=torch.rand(count, generator=source) < 0.5,
         latent_noise=torch.randn((count, *shape), generator=source) if latent_noise else None,
+        ids_keep=draw_ids_keep(count, *masking, source)
+        if masking
+        else None,  # last: nothing else depends on it
     )
 
 

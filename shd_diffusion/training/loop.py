@@ -22,7 +22,7 @@ from shd_diffusion.config import RunConfig, TrainConfig
 from shd_diffusion.data.source import Source
 from shd_diffusion.errors import UserError
 from shd_diffusion.losses.denoising import ForwardProcess
-from shd_diffusion.models.adapter import null_label, sample_shape
+from shd_diffusion.models.adapter import null_label, num_tokens, sample_shape
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.randomness import generator
@@ -144,6 +144,7 @@ def fit(
 
     items = source.batches(StepSampler(config.seed, len(source), layout, start, train.max_steps))
     shape, null = sample_shape(model), null_label(model)
+    masking = (num_tokens(model), train.mask_ratio) if train.mask_ratio else None
 
     def batches(step: int) -> Iterator[Batch]:
         drawn = draw(
@@ -155,6 +156,7 @@ def fit(
             train.label_drop,
             source.needs_noise,
             config.diffusion.timestep_sampling,
+            masking,
         )
         for micro_step in range(layout.accumulation):
             raw, labels = (part.to(accelerator.device, non_blocking=True) for part in next(items))

@@ -28,7 +28,8 @@ from shd_diffusion.training.draws import Draws
 class Batch:
     """A noised batch: clean, noise and noised (B, C, H, W), timesteps, times and labels (B,).
 
-    Timesteps count the forward process; times are what the denoiser is told of them.
+    Timesteps count the forward process; times are what the denoiser is told of them. Where the pass is masked,
+    `ids_keep` (B, K) are the tokens that teacher and student see.
     """
 
     clean: Tensor
@@ -37,6 +38,7 @@ class Batch:
     timesteps: Tensor
     times: Tensor
     labels: Tensor
+    ids_keep: Tensor | None = None
 
 
 def make_batch(process: ForwardProcess, clean: Tensor, labels: Tensor, draws: Draws, null: int) -> Batch:
@@ -48,6 +50,7 @@ def make_batch(process: ForwardProcess, clean: Tensor, labels: Tensor, draws: Dr
         timesteps=draws.timesteps,
         times=process.times(draws.timesteps),
         labels=labels.masked_fill(draws.dropped, null),
+        ids_keep=draws.ids_keep,
     )
 
 
@@ -94,7 +97,7 @@ class Denoising:
         self.denoising = denoising
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        return self.denoising(predict(model, batch.noised, batch.times, batch.labels), batch)
+        return self.denoising(predict(model, batch.noised, batch.times, batch.labels, batch.ids_keep), batch)
 
     def weights(self, step: int) -> dict[str, float]:
         return {"denoise": 1.0, "variance": 1.0}
@@ -149,7 +152,7 @@ class Distillation:
     """L = w_denoise · L_denoise + w_output · ||ε_student - ε_teacher||² + w_shd · L_SHD (METHOD.md section 6),
     and the baselines that SHD is compared with.
 
-    Teacher and student see the same noised images, timesteps, labels and dropped labels. A term of weight 0
+    Teacher and student see the same noised images, timesteps, labels, dropped labels and tokens. A term of weight 0
     is not computed; without a term that needs it, neither is the teacher's forward pass.
 
     Args:
@@ -180,8 +183,8 @@ class Distillation:
         if weights["output"] or weights["shd"] or self.baselines:
             with torch.no_grad():
                 noised = batch.noised.to(self.teacher.dtype)
-                taught = predict(self.teacher, noised, batch.times, batch.labels)
-        prediction = predict(model, batch.noised, batch.times, batch.labels)
+                taught = predict(self.teacher, noised, batch.times, batch.labels, batch.ids_keep)
+        prediction = predict(model, batch.noised, batch.times, batch.labels, batch.ids_keep)
         terms = {name: term for name, term in self.denoising(prediction, batch).items() if weights[name]}
         if weights["output"]:
             channels = min(prediction.shape[1], taught.shape[1])

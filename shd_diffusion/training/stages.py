@@ -27,6 +27,7 @@ from shd_diffusion.run_folder import RunFolder, flatten
 from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
 from shd_diffusion.squeezing.plan import plan_merges, plans_from_json, plans_to_json
 from shd_diffusion.training.loop import fit, make_accelerator
+from shd_diffusion.training.masking import WithMasking, prepare_masking
 from shd_diffusion.training.methods import Captures, Denoising, DenoisingLoss, Distillation, Method
 from shd_diffusion.training.probe import paired_records, probe_batches, study_attention
 from shd_diffusion.training.watch import make_watch
@@ -205,6 +206,10 @@ def _open(
         )
     except ValueError as error:
         raise UserError(f"{source}: key `sample.scheduler`: {error}") from error
+    try:
+        prepare_masking(built, teacher, config.train.mask_ratio)
+    except ValueError as error:
+        raise UserError(f"{source}: key `train.mask_ratio`: {error}") from error
     if config.train.gradient_checkpointing:
         try:
             built.enable_gradient_checkpointing()
@@ -244,7 +249,8 @@ def _load_or_calibrate(loss: SHDLoss, teacher: ModelMixin, stage: Stage) -> None
     assert isinstance(config, DistillConfig)
     student = stage.model.to(stage.accelerator.device)
     count, size = config.losses.shd.calibration_batches, config.train.batch_size
-    batches = probe_batches(stage.data, student, stage.process, count, size, config.seed)
+    ratio = config.train.mask_ratio
+    batches = probe_batches(stage.data, student, stage.process, count, size, config.seed, ratio)
     plans = loss.calibrate(paired_records(teacher, student, batches))
     stage.accelerator.wait_for_everyone()
     if stage.accelerator.is_main_process:
@@ -254,6 +260,8 @@ def _load_or_calibrate(loss: SHDLoss, teacher: ModelMixin, stage: Stage) -> None
 def _fit(stage: Stage, method: Method) -> tuple[ModelMixin, float]:
     """The trained model with its averaged weights, and the seconds that it took."""
     began = time.perf_counter()
+    if stage.config.train.mask_ratio:
+        method = WithMasking(method)
     watch = make_watch(stage.config, stage.sampler, stage.accelerator.device)
     trained = fit(
         stage.model, method, stage.data, stage.process, stage.run, stage.config, stage.accelerator, watch
