@@ -68,6 +68,20 @@ class ModelConfig(Section):
     pretrained: str | None = None
 
 
+class StudentConfig(ModelConfig):
+    """The model that is distilled into; `init: teacher` starts it from the teacher's weights where shapes allow."""
+
+    init: Literal["random", "teacher"] = "random"
+
+    @model_validator(mode="after")
+    def _starts_from_one_model(self) -> StudentConfig:
+        if self.init == "teacher" and self.pretrained is not None:
+            raise ValueError(
+                "`pretrained` and `init: teacher` both give the weights to start from; choose one"
+            )
+        return self
+
+
 class TeacherConfig(Section):
     """The trained model to distil from: a run folder, a pipeline or model folder, or a hub name.
 
@@ -201,6 +215,7 @@ class TrainConfig(Section):
     num_processes: int | None = Field(None, ge=1)
     gradient_checkpointing: bool = False
     compile: bool = False
+    shard: bool = False
     trackers: list[Literal["tensorboard", "wandb"]] = []
     watch: WatchConfig = WatchConfig()
 
@@ -257,7 +272,7 @@ class DistillConfig(RunConfig):
     """`distill`: a student from a teacher."""
 
     teacher: TeacherConfig
-    student: ModelConfig
+    student: StudentConfig
     losses: LossesConfig = LossesConfig()
 
 

@@ -28,8 +28,13 @@ class Draws:
 
     def take(self, share: slice, device: torch.device) -> Draws:
         """One process's share, on its device."""
-        parts = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return Draws(**{k: None if part is None else part[share].to(device) for k, part in parts.items()})
+        noise, timesteps, dropped, flipped = (
+            part[share].to(device) for part in (self.noise, self.timesteps, self.dropped, self.flipped)
+        )
+        latent_noise, ids_keep = (
+            None if part is None else part[share].to(device) for part in (self.latent_noise, self.ids_keep)
+        )
+        return Draws(noise, timesteps, dropped, flipped, latent_noise, ids_keep)
 
 
 def draw(

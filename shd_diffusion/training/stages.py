@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,11 +24,14 @@ from shd_diffusion.losses.baselines import build_baselines
 from shd_diffusion.losses.denoising import ForwardProcess, forward_process
 from shd_diffusion.models.adapter import count_parameters, freeze, null_label, sample_shape
 from shd_diffusion.models.factory import build_model, load_model
+from shd_diffusion.models.init import init_from_teacher
+from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder, flatten
 from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
 from shd_diffusion.squeezing.plan import plan_merges, plans_from_json, plans_to_json
-from shd_diffusion.training.loop import fit, make_accelerator
+from shd_diffusion.training.launch import make_accelerator
+from shd_diffusion.training.loop import fit
 from shd_diffusion.training.masking import WithMasking, prepare_masking
 from shd_diffusion.training.methods import Captures, Denoising, DenoisingLoss, Distillation, Method
 from shd_diffusion.training.probe import paired_records, probe_batches, study_attention
@@ -68,27 +73,28 @@ def distill(config: DistillConfig, output: Path, source: str) -> None:
     teacher.to(stage.accelerator.device)
     shd = config.losses.shd
     loss = SHDLoss.from_config(shd, config.seed)
-    denoising = DenoisingLoss(stage.process, config.diffusion)
     if shd.weight and shd.pairing == "matched":
         _load_or_calibrate(loss, teacher, stage)
-    baselines = build_baselines(config.losses, teacher, stage.model, config.seed)
-    for baseline in baselines.values():
-        baseline.to(stage.accelerator.device)
-    with Captures(teacher, stage.model, shd.weight > 0, baselines) as captures:
-        method = Distillation(
-            denoising,
-            teacher,
-            captures,
-            loss if shd.weight else None,
-            baselines,
-            config.losses,
-            config.train.max_steps,
-        )
+    with distillation(config, teacher, stage.model, stage.process, loss) as method:
         trained, seconds = _fit(stage, method)
     if stage.accelerator.is_main_process and _is_comparable(teacher, trained, loss, config, source):
         path = stage.run.attention_file
         study_attention(loss, teacher, trained, stage.data, stage.process, config.seed, path)
     _finish(stage, trained, seconds, teacher, sum(p.numel() for p in method.parameters()))
+
+
+@contextmanager
+def distillation(
+    config: DistillConfig, teacher: ModelMixin, student: ModelMixin, process: ForwardProcess, shd: SHDLoss
+) -> Iterator[Distillation]:
+    """The method of a config, whose captures of both models are open as long as the context lasts."""
+    losses = config.losses
+    baselines = build_baselines(losses, teacher, student, config.seed)
+    for baseline in baselines.values():
+        baseline.to(teacher.device)
+    denoising, used = DenoisingLoss(process, config.diffusion), shd if losses.shd.weight else None
+    with Captures(teacher, student, used is not None, baselines) as captures:
+        yield Distillation(denoising, teacher, captures, used, baselines, losses, config.train.max_steps)
 
 
 def check_pair(teacher: ModelMixin, student: ModelMixin, config: DistillConfig, source: str) -> None:
@@ -196,9 +202,7 @@ def _open(
         return None
     process = forward_process(config.diffusion)
     data = build_source(config.data)
-    built = _new_model(config, model, f"{source}: key `{key}`")
-    if isinstance(config, DistillConfig) and teacher is not None:
-        check_pair(teacher, built, config, source)
+    built = build_to_train(config, model, key, source, teacher)
     check_source(data, sample_shape(built), null_label(built), f"{source}: key `{key}.arguments`")
     try:
         sampler = make_scheduler(
@@ -206,17 +210,6 @@ def _open(
         )
     except ValueError as error:
         raise UserError(f"{source}: key `sample.scheduler`: {error}") from error
-    try:
-        prepare_masking(built, teacher, config.train.mask_ratio)
-    except ValueError as error:
-        raise UserError(f"{source}: key `train.mask_ratio`: {error}") from error
-    if config.train.gradient_checkpointing:
-        try:
-            built.enable_gradient_checkpointing()
-        except ValueError as error:
-            raise UserError(f"{source}: key `train.gradient_checkpointing`: {error}") from error
-    if config.train.compile:
-        built.compile()
     try:
         accelerator = make_accelerator(config.train, run.path)
     except UserError as error:
@@ -226,6 +219,35 @@ def _open(
         run.create(config)
     accelerator.wait_for_everyone()
     return Stage(config, run, built, data, process, sampler, accelerator)
+
+
+def build_to_train(
+    config: RunConfig, model: ModelConfig, key: str, source: str, teacher: ModelMixin | None = None
+) -> ModelMixin:
+    """The new model of a config, as its training starts.
+
+    Raises:
+        UserError: it cannot be built, distilled from this teacher, started from it, or trained as the config says.
+    """
+    built = _new_model(config, model, f"{source}: key `{key}`")
+    key_of_step = "student.init"
+    try:
+        if isinstance(config, DistillConfig) and teacher is not None:
+            check_pair(teacher, built, config, source)
+            if config.student.init == "teacher":
+                taken = init_from_teacher(built, teacher, config.losses.shd.layer_map)
+                if processes().is_main_process:
+                    announce(f"{key_of_step}: {taken}")
+        key_of_step = "train.mask_ratio"
+        prepare_masking(built, teacher, config.train.mask_ratio)
+        key_of_step = "train.gradient_checkpointing"
+        if config.train.gradient_checkpointing:
+            built.enable_gradient_checkpointing()
+    except ValueError as error:
+        raise UserError(f"{source}: key `{key_of_step}`: {error}") from error
+    if config.train.compile:
+        built.compile()
+    return built
 
 
 def _new_model(config: RunConfig, model: ModelConfig, place: str) -> ModelMixin:
