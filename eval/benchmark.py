@@ -11,8 +11,8 @@ so that whatever else the machine does weighs on both alike.
 from __future__ import annotations
 
 import json
-import os
 import time
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from statistics import median, quantiles
@@ -26,11 +26,13 @@ from diffusers import DiTTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.datasets import ImagesPathDataset
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
-from shd_diffusion.attention import AttentionCapture
+from shd_diffusion.attention import AttentionCapture, AttentionRecord
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.evaluation.extractors import load_extractor
 from shd_diffusion.evaluation.features import extract_features
@@ -84,7 +86,7 @@ def publish(name: str, figures: dict[str, Any], output: Path | None) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         temporary = output.with_suffix(".tmp")
         temporary.write_text(text + "\n", encoding="utf-8")
-        os.replace(temporary, output)
+        temporary.replace(output)
 
 
 # --- squeeze -------------------------------------------------------------------------------------------------
@@ -96,8 +98,8 @@ def literal_squeeze(maps: Tensor, values: Tensor, output_weight: Tensor, num_hea
     contributions = values @ weights  # X, (B, M, K, C)
     while maps.shape[1] > num_heads:
         merges = min(maps.shape[1] // 2, maps.shape[1] - num_heads)
-        (a, x), (rest, others) = ((t[:, : 2 * merges] for t in (maps, contributions)),) + (
-            (maps[:, 2 * merges :], contributions[:, 2 * merges :]),
+        a, x, rest, others = (
+            t[:, part] for part in (slice(2 * merges), slice(2 * merges, None)) for t in (maps, contributions)
         )
         difference, total = a[:, ::2] - a[:, 1::2], x[:, ::2] + x[:, 1::2]
         of_first, of_total = difference @ x[:, ::2], difference @ total
@@ -112,7 +114,12 @@ def literal_squeeze(maps: Tensor, values: Tensor, output_weight: Tensor, num_hea
 
 @app.command()
 def squeeze(
-    threads: Threads = 2, rounds: Rounds = 15, batch: int = 4, tokens: int = 256, output: Output = None
+    threads: Threads = 2,
+    rounds: Rounds = 15,
+    batch: int = 4,
+    tokens: int = 256,
+    clock: ClockOption = "wall",
+    output: Output = None,
 ) -> None:
     """The squeeze in value space against the literal form, Gram matrices computed beforehand and within."""
     torch.set_num_threads(threads)
@@ -306,6 +313,59 @@ def features(
     }
     settings = {"extractor": extractor, "images": images, "size": size, "clock": clock, "threads": threads}
     publish("features", settings | figures, output)
+
+
+# --- memory --------------------------------------------------------------------------------------------------
+
+
+class LiveMemory(TorchDispatchMode):
+    """The most bytes that tensors made within it hold at one time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live, self.peak = 0, 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        address, size = storage.data_ptr(), storage.nbytes()
+        if address in self.known or not size:
+            return
+        self.known.add(address)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._freed, address, size)
+
+    def _freed(self, address: int, size: int) -> None:
+        self.known.discard(address)
+        self.live -= size
+
+
+def random_record(heads: int, tokens: int, learns: bool) -> AttentionRecord:
+    query, key, value = (torch.randn(1, heads, tokens, 64, requires_grad=learns) for _ in range(3))
+    return AttentionRecord("block", "self", query, key, value, torch.randn(heads * 64, heads * 64), 1 / 8)
+
+
+@app.command()
+def memory(chunk_rows: int = 64, output: Output = None) -> None:
+    """Peak extra memory of the map loss and its gradient, 12 heads to 6, one sample, by number of tokens."""
+    figures: dict[str, Any] = {"chunk_rows": chunk_rows, "megabytes": {}, "megabytes of all maps": {}}
+    for tokens in (256, 512, 1024, 2048, 4096):
+        teacher, student = random_record(12, tokens, False), random_record(6, tokens, True)
+        shd = SHDLoss(chunk_rows=chunk_rows)
+        with LiveMemory() as seen:
+            shd({"block": teacher}, {"block": student}).backward()
+        figures["megabytes"][tokens] = round(seen.peak / 2**20, 2)
+        figures["megabytes of all maps"][tokens] = 18 * tokens**2 * 4 / 2**20
+    least, most = figures["megabytes"][256], figures["megabytes"][4096]
+    figures["from 256 to 4096 tokens, 16 times as many"] = round(most / least, 2)
+    publish("memory", figures, output)
 
 
 if __name__ == "__main__":

@@ -219,7 +219,7 @@ def test_numbers_that_are_not_finite_name_the_block(who, of):
     broken = getattr(records[name], of).detach().clone()
     broken[0, 0, 0, 0] = torch.nan
     records[name] = replace(records[name], **{of: broken})
-    with pytest.raises(ValueError, match="s1 .*t3.* not finite"):
+    with pytest.raises(ValueError, match=r"s1 .*t3.* not finite"):
         SHDLoss()(teacher, student)
 
 

@@ -88,7 +88,14 @@ def group_error(merged: Array, maps: Array, x: Array, behind: list[int]) -> tupl
 
 
 def random_block(
-    samples: int, heads: int, queries: int, keys: int, width: int, channels: int, seed: int = 0, dtype: torch.dtype = torch.float64
+    samples: int,
+    heads: int,
+    queries: int,
+    keys: int,
+    width: int,
+    channels: int,
+    seed: int = 0,
+    dtype: torch.dtype = torch.float64,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Maps (B, M, Q, K), values (B, M, K, d) and an output weight (C, M·d)."""
     generator = torch.Generator().manual_seed(seed)

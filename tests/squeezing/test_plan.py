@@ -34,7 +34,9 @@ def test_an_impossible_squeeze_names_both_counts(heads, target):
         plan_merges(heads, target)
 
 
-@pytest.mark.parametrize("plan", [(((0, 1),),), (((0, 1), (1, 2)),), (((0, 1), (2,), ()),), (((0,), (1,), (2,)),)])
+@pytest.mark.parametrize(
+    "plan", [(((0, 1),),), (((0, 1), (1, 2)),), (((0, 1), (2,), ()),), (((0,), (1,), (2,)),)]
+)
 def test_a_plan_that_does_not_fit_is_refused(plan):
     with pytest.raises(ValueError, match="plan"):
         check_plan(plan, 3, 2)

@@ -51,7 +51,9 @@ def test_an_explicit_plan_and_a_prepared_one():
     expected, _ = oracles.squeeze(maps, values, weight, plan)
     np.testing.assert_allclose(squeeze_heads(maps, values, weight, 2, pairing=plan), expected, atol=1e-12)
     squeezer = prepare(plan, weight, 5)
-    np.testing.assert_allclose(squeeze_heads(maps, values, weight, 2, squeezer=squeezer), expected, atol=1e-12)
+    np.testing.assert_allclose(
+        squeeze_heads(maps, values, weight, 2, squeezer=squeezer), expected, atol=1e-12
+    )
 
 
 @settings(max_examples=60, deadline=None)
@@ -68,9 +70,19 @@ def test_squeezed_maps_are_distributions(heads, data, granularity, merge, coeffi
     target = data.draw(st.integers(1, heads))
     generator = torch.Generator().manual_seed(seed)
     maps = (sharpness * torch.randn(2, heads, 4, 5, generator=generator)).softmax(-1)
-    values, weight = torch.randn(2, heads, 5, 3, generator=generator), torch.randn(6, heads * 3, generator=generator)
+    values, weight = (
+        torch.randn(2, heads, 5, 3, generator=generator),
+        torch.randn(6, heads * 3, generator=generator),
+    )
     squeezed, details = squeeze_heads(
-        maps, values, weight, target, granularity=granularity, merge=merge, coefficient=coefficient, return_details=True
+        maps,
+        values,
+        weight,
+        target,
+        granularity=granularity,
+        merge=merge,
+        coefficient=coefficient,
+        return_details=True,
     )
     assert (squeezed >= 0).all()
     torch.testing.assert_close(squeezed.sum(-1), torch.ones(2, target, 4))

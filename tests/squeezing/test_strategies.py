@@ -72,9 +72,7 @@ def test_the_joint_solver_on_zero_and_on_nan():
 @pytest.mark.parametrize("granularity", ["sample", "row"])
 def test_a_joint_merge_is_the_least_squares_solution(heads, target, granularity):
     maps, values, weight = oracles.random_block(1, heads, 5, 6, 3, 12, seed=heads)
-    squeezed, details = squeeze_heads(
-        maps, values, weight, target, merge="joint", granularity=granularity, return_details=True
-    )
+    squeezed = squeeze_heads(maps, values, weight, target, merge="joint", granularity=granularity)
     x = oracles.contributions(values, weight)[0]
     a = maps[0].numpy()
     groups = [np.flatnonzero(row) for row in squeeze_heads(
@@ -118,10 +116,13 @@ def test_one_round_is_matched_as_well_as_by_trying_all(heads, target, coefficien
 
     def lost(plan):
         return sum(
-            oracles.squeeze(maps, values, weight, plan, alpha=ALPHA[coefficient])[1].sum() for maps, values in batches
+            oracles.squeeze(maps, values, weight, plan, alpha=ALPHA[coefficient])[1].sum()
+            for maps, values in batches
         )
 
-    plan = match_merges([(whole(maps), values) for maps, values in batches], weight, target, coefficient=coefficient)
+    plan = match_merges(
+        [(whole(maps), values) for maps, values in batches], weight, target, coefficient=coefficient
+    )
     assert len(plan) == 1
     assert lost(plan) == pytest.approx(min(map(lost, one_round_plans(heads, heads - target))))
 
@@ -158,7 +159,9 @@ def test_matched_never_loses_more_than_adjacent(heads, data, merge, granularity,
                 # a head may have weight 0 in a joint merge and still belong to the group
                 group = owners[pairing][head]
                 assert not weights[[h for h in range(heads) if h not in group]].any()
-                total += oracles.group_error(squeezed[sample, head].numpy(), maps[sample].numpy(), x[sample], group)[0]
+                total += oracles.group_error(
+                    squeezed[sample, head].numpy(), maps[sample].numpy(), x[sample], group
+                )[0]
         return total
 
     owners = {}
