@@ -7,10 +7,8 @@ import shutil
 from pathlib import Path
 from typing import Protocol
 
-import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from diffusers.training_utils import EMAModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -18,6 +16,7 @@ from torch import Tensor
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json, replacing_folder, write_json
 from shd_diffusion.progress import announce
+from shd_diffusion.training.state import Training
 
 MANIFEST = "manifest.json"
 
@@ -65,66 +64,63 @@ def find_damage(checkpoint: Path) -> str | None:
 def save_checkpoint(
     folder: Path,
     step: int,
-    accelerator: Accelerator,
-    average: EMAModel,
+    training: Training,
     method: Stateful,
+    accelerator: Accelerator,
     keep_last: int,
     keep_every: int = 0,
 ) -> None:
     """Write the checkpoint of a step, then delete older ones. Every process calls this.
 
+    Tensors are whole, whatever the number of processes: a safetensors file each for the model, its average, the
+    optimiser and the method, and a manifest with the plain values and every file's hash.
+
     Args:
         folder: the run's `checkpoints`.
         step: how many steps have been taken.
-        accelerator: has prepared the model, the optimiser and the schedule.
-        average: the averaged weights.
+        training: what changes while the run trains.
         method: keeps what else the loss remembers.
+        accelerator: of the run.
         keep_last: so many of the last checkpoints stay.
         keep_every: those of every so many steps stay too; 0 for none.
 
     Raises:
         UserError: it could not be written, for want of space perhaps; the checkpoints before it are whole.
     """
-    path = _path(folder, step)
-    try:
-        with replacing_folder(path, accelerator) as temporary:
-            accelerator.save_state(str(temporary), safe_serialization=True)
-            accelerator.wait_for_everyone()
-            if accelerator.is_main_process:
-                shadow = {str(i): parameter.contiguous() for i, parameter in enumerate(average.shadow_params)}
-                save_file(shadow, temporary / "ema.safetensors")
-                save_file(method.state_dict(), temporary / "method.safetensors")
-                files = {
-                    str(f.relative_to(temporary)): _digest(f) for f in temporary.rglob("*") if f.is_file()
-                }
-                write_json(
-                    temporary / MANIFEST,
-                    {"step": step, "ema_step": average.optimization_step, "files": files},
-                )
-    except (OSError, RuntimeError, SafetensorError) as error:
-        kept = checkpoint_steps(folder)
-        raise UserError(
-            f"{path}: cannot be written ({' '.join(str(error).split())}); is the disk full? "
-            f"The same command goes on from step {kept[-1] if kept else 0}"
-        ) from error
-    if accelerator.is_main_process:
+    path, main = _path(folder, step), accelerator.is_main_process
+    tensors = training.tensors(keep=main) | {"method": method.state_dict()}
+    scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
+    if main:
+        try:
+            with replacing_folder(path) as temporary:
+                for name, part in tensors.items():
+                    save_file(part, temporary / f"{name}.safetensors")
+                files = {file.name: _digest(file) for file in temporary.iterdir()}
+                content = {"step": step, "values": training.values(), "scaler": scaler, "files": files}
+                write_json(temporary / MANIFEST, content)
+        except (OSError, SafetensorError) as error:
+            kept = checkpoint_steps(folder)
+            raise UserError(
+                f"{path}: cannot be written ({' '.join(str(error).split())}); is the disk full? "
+                f"The same command goes on from step {kept[-1] if kept else 0}"
+            ) from error
         for old in checkpoint_steps(folder)[:-keep_last]:
             if not (keep_every and old % keep_every == 0):
                 shutil.rmtree(_path(folder, old))
+    accelerator.wait_for_everyone()
 
 
 def load_checkpoint(
-    folder: Path, step: int, accelerator: Accelerator, average: EMAModel, method: Stateful
+    folder: Path, step: int, training: Training, method: Stateful, accelerator: Accelerator
 ) -> None:
     """Put everything back as it was after `step` steps. Every process calls this."""
     path = _path(folder, step)
-    accelerator.load_state(str(path))
-    shadow = load_file(path / "ema.safetensors", device=str(accelerator.device))
-    with torch.no_grad():
-        for i, parameter in enumerate(average.shadow_params):
-            parameter.copy_(shadow[str(i)])
-    average.optimization_step = read_json(path / MANIFEST)["ema_step"]
+    manifest = read_json(path / MANIFEST)
+    names = ("model", "average", "optimizer")
+    training.restore({name: load_file(path / f"{name}.safetensors") for name in names}, manifest["values"])
     method.load_state_dict(load_file(path / "method.safetensors", device=str(accelerator.device)))
+    if accelerator.scaler:
+        accelerator.scaler.load_state_dict(manifest["scaler"])
 
 
 def _path(folder: Path, step: int) -> Path:

@@ -1,0 +1,77 @@
+"""What a run notes down while it trains: lines of metrics.jsonl, and the same numbers in the trackers."""
+
+from __future__ import annotations
+
+import math
+import time
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from shd_diffusion.run_folder import RunFolder, flatten
+
+
+class Journal:
+    """The metrics of a run from step `start` on. Every process calls it; the main one writes."""
+
+    def __init__(self, run: RunFolder, accelerator: Accelerator, step_size: int, start: int) -> None:
+        self.run, self.accelerator, self.step_size = run, accelerator, step_size
+        self._lap = time.perf_counter(), start
+
+    def record(
+        self,
+        done: int,
+        terms: dict[str, Tensor],
+        weights: dict[str, float],
+        norm: Tensor,
+        learning_rate: float,
+    ) -> dict[str, Any]:
+        """The entry of a step that was taken: every term, and the seconds a step since the last entry."""
+        began, logged = self._lap
+        return {
+            **self._head(done),
+            **summarize_terms(self._means(terms), weights),
+            "learning_rate": learning_rate,
+            "gradient_norm": float(norm),
+            "seconds_per_step": (time.perf_counter() - began) / (done - logged),
+        }
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """Write an entry, and start the next lap."""
+        if self.accelerator.is_main_process:
+            self.run.log(entry)
+        numbers = {key: value for key, value in flatten(entry).items() if isinstance(value, int | float)}
+        self.accelerator.log(numbers, step=entry["step"])
+        self._lap = time.perf_counter(), entry["step"]
+
+    def write_skipped(self, done: int, terms: dict[str, Tensor]) -> list[str]:
+        """Write which terms caused a step to be left out, and return them; `gradient` where all were finite."""
+        values = self._means(terms)
+        culprits = [name for name, value in values.items() if not math.isfinite(value)] or ["gradient"]
+        self.write({**self._head(done), "skipped": culprits})
+        return culprits
+
+    def _head(self, done: int) -> dict[str, int]:
+        return {"step": done, "images": done * self.step_size}
+
+    def _means(self, terms: dict[str, Tensor]) -> dict[str, float]:
+        """Means over the processes."""
+        means = self.accelerator.reduce(torch.stack([*terms.values()]), "mean")
+        return dict(zip(terms, means.tolist(), strict=True))
+
+
+def summarize_terms(values: dict[str, float], weights: dict[str, float]) -> dict[str, Any]:
+    """Every term unweighted, weighted, and as a share of the loss, so that none dwarfs the others unnoticed."""
+    weighted = {name: weights[name] * value for name, value in values.items()}
+    loss = sum(weighted.values())
+    terms = {
+        name: {
+            "value": values[name],
+            "weighted": weighted[name],
+            "share": weighted[name] / loss if loss else 0.0,
+        }
+        for name in values
+    }
+    return {"loss": loss, "terms": terms}

@@ -1,0 +1,53 @@
+"""The accelerator of a run: what was launched must be what the config asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DistributedType
+
+from shd_diffusion.config import TrainConfig
+from shd_diffusion.errors import UserError
+from shd_diffusion.processes import processes
+
+LAYOUTS = {DistributedType.NO, *(kind for kind in DistributedType if kind.name.startswith("MULTI_"))}
+
+
+def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
+    """The accelerator of a run. The learning rate follows the optimiser's steps, however many processes there are.
+
+    Raises:
+        UserError: other than the wanted number of processes was launched, the machine cannot compute in the wanted
+            precision, or a tracker is not installed.
+    """
+    for tracker in config.trackers:
+        if tracker not in map(str, get_available_trackers()):
+            raise UserError(f"key `train.trackers`: {tracker} is not installed; `pip install {tracker}`")
+    processes()
+    try:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=config.gradient_accumulation_steps,
+            mixed_precision=config.mixed_precision,
+            step_scheduler_with_optimizer=False,
+            log_with=config.trackers or None,
+            project_dir=folder,
+        )
+    except ValueError as error:
+        raise UserError(f"key `train.mixed_precision`: {error}") from error
+    if accelerator.distributed_type not in LAYOUTS:
+        raise UserError(
+            f"key `train.shard`: accelerate was launched for {accelerator.distributed_type.value}; launch plain "
+            "processes and set train.shard=true, which shards models by PyTorch's own FSDP2"
+        )
+    if config.num_processes not in (None, accelerator.num_processes):
+        raise UserError(
+            f"key `train.num_processes` asks for {config.num_processes}, but {accelerator.num_processes} were "
+            "launched; on CPUs `accelerate launch --cpu` starts one whatever it is told, `torchrun` does not"
+        )
+    if config.shard and accelerator.num_processes == 1:
+        raise UserError(
+            "key `train.shard`: one process has nobody to share with; launch several, or remove it"
+        )
+    return accelerator
