@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Literal
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
@@ -45,11 +46,18 @@ def _by_variant(results: Results, metric: str, condition: str, rows: Sequence[Ro
         for place, row in enumerate(rows):
             colour = look[row.variant].colour
             values = [o.figures[metric] for o in results.outcomes if _same(o, row)]
-            axes.plot(values, [place] * len(values), "o", color=colour, alpha=0.35, markersize=4, mew=0)
+            axes.plot(
+                values, [place + 0.25] * len(values), "o", color=colour, alpha=0.4, markersize=3.5, mew=0
+            )
             _interval(axes, row.figures[metric], place, look[row.variant])
         if metric in results.teacher:
-            axes.axvline(results.teacher[metric], color=LIGHT["muted"], linestyle=":", linewidth=1)
-        _scale(axes.set_xscale, axes, [value for row in rows for value in _ends(row.figures[metric])])
+            taught = results.teacher[metric]
+            axes.axvline(taught, color=LIGHT["muted"], linestyle=":", linewidth=1)
+            axes.annotate(
+                "teacher", (taught, 1), xycoords=("data", "axes fraction"),
+                ha="center", va="bottom", size=8, color=LIGHT["muted"],
+            )  # fmt: skip
+        _scale(axes, "x", [row.figures[metric].mean for row in rows])
         _names(axes, [row.variant for row in rows])
         axes.set(xlabel=_title(metric, condition))
         return finish(
@@ -93,7 +101,7 @@ def over_conditions(results: Results, metric: str) -> Drawing | None:
                 places = [conditions.index(row.condition) for row in rows]
                 _line(axes, places, [row.figures[metric] for row in rows], look[variant], variant)
         axes.set_xticks(range(len(conditions)), conditions)
-        _scale(axes.set_yscale, axes, [v for row in results.rows for v in _ends(row.figures[metric])])
+        _scale(axes, "y", [row.figures[metric].mean for row in results.rows])
         axes.set(ylabel=metric.upper() if metric == "fid" else metric)
         legend_above(figure, axes)
         return finish(
@@ -132,7 +140,7 @@ def _watched(
             places = [estimate([cost(each) for each in by_step[step]]).mean for step in sorted(by_step)]
             values = [estimate([each.fid for each in by_step[step]]) for step in sorted(by_step)]
             _line(axes, places, values, look[variant], variant)
-        _scale(axes.set_yscale, axes, everything)
+        _scale(axes, "y", everything)
         axes.set(xlabel=axis, ylabel="FID, watched" + (f", {condition}" if condition else ""))
         legend_above(figure, axes)
         return finish(figure, f"watched-over-{axis}-{condition}", f"Watched FID over {axis} {condition}")
@@ -170,14 +178,19 @@ def _names(axes: Axes, names: Sequence[str]) -> None:
     axes.set_ylim(len(names) - 0.5, -0.5)
 
 
-def _scale(set_scale: Callable[[str], object], axes: Axes, values: Sequence[float]) -> None:
-    """A logarithmic scale where values spread over more than a factor of five, otherwise one from 0."""
-    on_x = set_scale == axes.set_xscale
-    if min(values) > 0 and max(values) > 5 * min(values):
+def _scale(axes: Axes, name: Literal["x", "y"], means: Sequence[float]) -> None:
+    """A logarithmic scale where means spread over more than a factor of five, otherwise one from 0."""
+    low, high = min(means), max(means)
+    set_scale, set_limits, axis = (
+        (axes.set_xscale, axes.set_xlim, axes.xaxis)
+        if name == "x"
+        else (axes.set_yscale, axes.set_ylim, axes.yaxis)
+    )
+    if low > 0 and high > 5 * low:
         set_scale("log")
-        axis = axes.xaxis if on_x else axes.yaxis
+        set_limits(0.6 * low, 1.5 * high)
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.set_major_formatter("{x:g}")
         axis.set_minor_locator(NullLocator())
-    elif min(values) > 0:
-        (axes.set_xlim if on_x else axes.set_ylim)(0, 1.08 * max(values))
+    elif low > 0:
+        set_limits(0, 1.3 * high)

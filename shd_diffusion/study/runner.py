@@ -21,6 +21,7 @@ from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.study.config import Budget, Planned, StudyConfig
 
+WORKER = (sys.executable, "-m", "shd_diffusion.study.worker")
 USER_ERROR = 2  # the exit code of a command that tells a person what to mend
 
 
@@ -141,7 +142,7 @@ def _start(job: Job, threads: int) -> Active:
     job.log.parent.mkdir(parents=True, exist_ok=True)
     log = job.log.open("ab")
     process = subprocess.Popen(
-        [sys.executable, "-m", "shd_diffusion.study.worker", json.dumps(job.commands)],
+        [*WORKER, json.dumps(job.commands)],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=log,

@@ -31,7 +31,10 @@ class VkD(FeatureDistillation):
         self.normalise = {"whiten": whiten, "standardise": standardise}[config.normalisation]
 
     def projector(self, of_student: int, of_teacher: int) -> nn.Module:
-        return orthogonal(nn.Linear(of_student, of_teacher, bias=False))
+        # The paper's map. PyTorch's default for matrices that are not square, `householder`, turns columns to 0 when
+        # an optimiser moves the diagonal, which weight decay does in its first step.
+        linear = nn.Linear(of_student, of_teacher, bias=False)
+        return orthogonal(linear, orthogonal_map="matrix_exp", use_trivialization=False)
 
     def distance(self, projected: Tensor, target: Tensor) -> Tensor:
         return F.smooth_l1_loss(projected, self.normalise(target))

@@ -1,0 +1,128 @@
+"""What is read from runs, compared, and written, on made-up outcomes."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from shd_diffusion.config import read_config
+from shd_diffusion.errors import UserError
+from shd_diffusion.study.config import StudyConfig
+from shd_diffusion.study.page import write_page
+from shd_diffusion.study.results import (
+    Outcome,
+    Results,
+    Watched,
+    _row,
+    compare_variants,
+    reach,
+    write_results,
+)
+
+TREE = {
+    "title": "A question",
+    "base": "configs/digits/distill.yaml",
+    "output": "runs/studies/x",
+    "variants": {"kd": {}, "shd": {}, "mean": {}},
+    "conditions": {"short": {}, "long": {}},
+    "reference": "kd",
+    "seeds": [0, 1, 2],
+    "targets": [100.0],
+}
+FIDS = {
+    ("short", "kd"): [400.0, 380.0, 410.0],
+    ("short", "shd"): [100.0, 120.0, 90.0],
+    ("short", "mean"): [110.0, 115.0],
+    ("long", "kd"): [20.0, 24.0, 22.0],
+    ("long", "shd"): [21.0, 24.0, 23.0],
+}
+
+
+@pytest.fixture
+def study() -> StudyConfig:
+    return StudyConfig.model_validate(TREE)
+
+
+@pytest.fixture
+def outcomes() -> list[Outcome]:
+    return [
+        Outcome(
+            condition, variant, seed, {"fid": fid}, 60.0 + seed, 1000, 50 if variant == "shd" else 0,
+            [Watched(step, step / 10, fid + 300 - step) for step in (100, 200, 300)],
+        )
+        for (condition, variant), fids in FIDS.items()
+        for seed, fid in enumerate(fids)
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def results(study: StudyConfig, outcomes: list[Outcome]) -> Results:
+    rows = [_row([o for o in outcomes if (o.condition, o.variant) == key], study) for key in FIDS]
+    return Results(
+        study=study, planned=18, outcomes=outcomes, rows=rows,
+        comparisons=compare_variants(study, outcomes, "fid"), teacher={"fid": 10.0},
+        protocol={"features": "digits-classifier"}, commits=["abc"],
+        environment={"machine": {"cores": 2}, "command": "shd-diffusion study x"},
+    )  # fmt: skip
+
+
+def test_only_pairs_of_a_seed_and_condition_are_compared(results: Results) -> None:
+    found = {(c.condition, c.variant): c for c in results.comparisons}
+    assert set(found) == {("short", "shd"), ("short", "mean"), ("long", "shd")}
+    assert found["short", "shd"].paired.difference.mean == pytest.approx((-300 - 260 - 320) / 3)
+    assert found["short", "mean"].paired.difference.n == 2  # the third seed is not there yet
+    assert found["long", "shd"].paired.difference.mean == pytest.approx(2 / 3)
+    least = min(c.paired.t_test for c in results.comparisons if c.paired.t_test is not None)
+    assert min(c.t_test_holm for c in results.comparisons if c.t_test_holm) == pytest.approx(3 * least)
+
+
+def test_when_a_target_is_reached(outcomes: list[Outcome]) -> None:
+    members = [
+        o for o in outcomes if (o.condition, o.variant) == ("short", "shd")
+    ]  # 100, 120, 90 at step 300
+    reached = reach(members, 100.0)
+    assert (reached.n, reached.of) == (2, 3)
+    assert reached.steps is not None and reached.steps.mean == 300
+    assert reached.seconds is not None and reached.seconds.mean == 30
+    assert reach(members, 1.0).steps is None
+
+
+def test_files(results: Results, tmp_path: Path) -> None:
+    write_results(results, tmp_path)
+    tree = json.loads((tmp_path / "study.json").read_text())
+    assert tree["rows"][0]["figures"]["fid"]["mean"] == pytest.approx(1190 / 3)
+    assert tree["study"]["seeds"] == [0, 1, 2] and tree["commits"] == ["abc"]
+    lines = list(csv.DictReader((tmp_path / "results.csv").open()))
+    assert [line["variant"] for line in lines] == ["kd", "shd", "mean", "kd", "shd"]
+    assert lines[1]["extra_parameters"] == "50" and lines[1]["runs_to_fid_100"] == "2"
+    assert len(list(csv.DictReader((tmp_path / "runs.csv").open()))) == 14
+
+
+def test_the_page_says_what_came_out(results: Results, tmp_path: Path) -> None:
+    page = write_page(results, tmp_path / "study.html").read_text()
+    assert "Under long, kd has the best mean fid, 22.0" in page and "14 of 18 runs" in page
+    assert page.count("<svg") == len(list((tmp_path / "study-figures").glob("*.png"))) == 9
+    assert "http" not in page.replace("http://www.w3.org", "")
+    tables = (tmp_path / "study.md").read_text()
+    assert "| short | shd | 3 | 103 (65.4 to 141) | 61 s | 50 | 300 steps, 30 s (2 of 3) |" in tables
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("reference", "none", "none of the variants"),
+        ("seeds", [1, 1], "one seed twice"),
+        ("variants", {"../x": {}}, "names a folder"),
+        ("variants", {}, "variants"),
+        ("budgets", {}, "budget"),
+    ],
+)
+def test_a_wrong_study_is_one_line(key: str, value: object, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_text(json.dumps({**TREE, key: value}))
+    with pytest.raises(UserError, match=says) as error:
+        read_config(path, StudyConfig)
+    assert str(path) in str(error.value) and "\n" not in str(error.value)

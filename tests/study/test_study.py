@@ -1,0 +1,129 @@
+"""A whole small study through the command line: interrupted, resumed, never repeated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from commands import DISTILL_CONFIG, command, sets
+from safetensors.torch import load_file
+
+from shd_diffusion.study import runner
+
+STEPS = {
+    "train.max_steps": 10, "train.batch_size": 8, "train.checkpoint_every": 5, "train.log_every": 5,
+    "train.watch.every": 5, "train.watch.num_images": 24, "train.watch.num_inference_steps": 2,
+    "sample.num_images": 24, "sample.num_inference_steps": 2,
+}  # fmt: skip
+
+
+def study_file(folder: Path, teacher: Path, **changes: object) -> Path:
+    path = folder / "study.yaml"
+    tree = {
+        "title": "Two variants, two seeds",
+        "base": str(DISTILL_CONFIG),
+        "output": str(folder / "study"),
+        "overrides": {**STEPS, "teacher.path": str(teacher)},
+        "variants": {"kd": {"losses.shd.weight": 0}, "vkd": {"losses.shd.weight": 0, "losses.vkd.weight": 1}},
+        "reference": "kd",
+        "seeds": [0, 1],
+        "targets": [1e6, 0],
+    }
+    path.write_text(yaml.safe_dump(tree | changes))
+    return path
+
+
+def test_a_study_is_interrupted_and_resumed(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study, output = study_file(tmp_path, runs / "teacher"), tmp_path / "study"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "shd_diffusion.cli", "study", str(study)], stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 240
+    while not (output / "runs/vkd/seed-0/config.yaml").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and "Traceback" not in errors, errors
+    finished = output / "runs/kd/seed-0"
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()}
+    assert finished / "evaluation/metrics.json" in before
+    assert not (output / "runs/kd/seed-1").exists() and not (output / "study.json").exists()
+
+    code, said, errors = command("study", study)
+    assert code == 0 and "4 of 4 runs are complete" in said, errors
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
+
+    monkeypatch.setattr(runner, "WORKER", (sys.executable, "-c", "raise SystemExit(2)"))
+    assert command("study", study)[0] == 0  # nothing is begun again
+
+    results = json.loads((output / "study.json").read_text())
+    rows = {row["variant"]: row for row in results["rows"]}
+    assert [row["seeds"] for row in rows.values()] == [[0, 1], [0, 1]]
+    assert (rows["kd"]["extra_parameters"], rows["vkd"]["extra_parameters"]) == (0, 6 * 40 * 96)
+    figures = json.loads((finished / "evaluation/metrics.json").read_text())
+    assert results["outcomes"][0]["figures"]["fid"] == figures["fid"]
+    everything, nothing = rows["vkd"]["reached"]
+    assert (everything["n"], everything["steps"]["mean"], nothing["n"]) == (2, 5.0, 0)
+    difference = results["comparisons"][0]["paired"]["difference"]
+    first, second = ([o["figures"]["fid"] for o in results["outcomes"] if o["variant"] == v] for v in rows)
+    assert difference["mean"] == pytest.approx(sum(second) / 2 - sum(first) / 2)
+
+    # the run that was interrupted ends as one that was not
+    alone = tmp_path / "alone"
+    overrides = [f"{k}={v}" for k, v in STEPS.items()] + [f"teacher.path={runs / 'teacher'}", "seed=0"]
+    overrides += ["sample.seed=0", "losses.shd.weight=0", "losses.vkd.weight=1"]
+    assert command("distill", DISTILL_CONFIG, "--output", alone, *sets(*overrides))[0] == 0
+    weights = "pipeline/denoiser/diffusion_pytorch_model.safetensors"
+    ours, theirs = load_file(alone / weights), load_file(output / "runs/vkd/seed-0" / weights)
+    assert all((ours[name] == theirs[name]).all() for name in ours)
+
+
+def stand_in(code: int, says: str = "") -> tuple[str, ...]:
+    """A worker that does nothing but end with this exit code."""
+    return sys.executable, "-c", f"print({says!r}); raise SystemExit({code})"
+
+
+def test_the_budget_ends_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "WORKER", stand_in(0))
+    study = study_file(tmp_path, tmp_path, budget={"runs": 3}, processes=2)
+    code, said, errors = command("study", study)
+    assert code == 0 and "0 of 4 runs are complete" in said
+    assert errors.count("begun") == errors.count("done") == 3 and "1 runs are left" in errors
+
+
+def test_what_a_person_must_mend_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "WORKER", stand_in(2, "error: mend this"))
+    study = study_file(tmp_path, tmp_path)
+    code, _, errors = command("study", study)
+    assert code == 2 and errors.endswith("error: mend this\n") and errors.count("begun") == 1
+
+
+def test_runs_that_fail_are_named_after_the_others_ran(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "WORKER", stand_in(1))
+    code, _, errors = command("study", study_file(tmp_path, tmp_path))
+    assert code == 2 and errors.count("failed,") == 4 and "kd seed 0, vkd seed 0, kd seed 1" in errors
+    assert (tmp_path / "study" / "study.json").exists()
+
+
+def test_a_folder_of_another_config_is_left_alone(runs: Path, tmp_path: Path) -> None:
+    shutil.copytree(runs / "kd-shd", tmp_path / "study/runs/kd/seed-0")
+    code, _, errors = command("study", study_file(tmp_path, runs / "teacher"))
+    assert code == 2 and "belongs to another config" in errors
+
+
+@pytest.mark.parametrize(("key", "says"), [("losses.nothing.weight", "nothing"), ("seed.x", "seed")])
+def test_a_wrong_override_stops_before_anything_runs(key: str, says: str, tmp_path: Path) -> None:
+    study = study_file(tmp_path, tmp_path, variants={"kd": {}, "odd": {key: 1}})
+    code, _, errors = command("study", study)
+    assert code == 2 and says in errors and not (tmp_path / "study").exists()
