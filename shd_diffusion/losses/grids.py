@@ -32,6 +32,7 @@ def take(
 ) -> AttentionRecord:
     """The record on these samples, query rows and keys, in this order; None for all."""
     query, key, value, mask = record.query, record.key, record.value, record.mask
+    samples, rows, keys = (None if i is None else i.to(query.device) for i in (samples, rows, keys))
     if samples is not None:
         query, key, value = (tensor.index_select(0, samples) for tensor in (query, key, value))
     if rows is not None:

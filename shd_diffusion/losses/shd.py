@@ -215,14 +215,12 @@ class SHDLoss:
                 seen.setdefault(ours, []).append(teacher_records[theirs])
                 heads[ours] = student_records[ours].heads
         for name, records in seen.items():
-            self.plans[name] = match_merges(
-                [(map_stream(record), _float(record.value)) for record in records],
-                records[0].output_weight,
-                heads[name],
-                self.granularity,
-                self.merge,
-                self.coefficient,
-            )
+            batches_of_block = [(map_stream(record), _float(record.value)) for record in records]
+            weight, strategy = records[0].output_weight, (self.granularity, self.merge, self.coefficient)
+            try:
+                self.plans[name] = match_merges(batches_of_block, weight, heads[name], *strategy)
+            except ValueError as error:
+                raise ValueError(f"block {name}: {error}") from error
         return self.plans
 
     def state_dict(self) -> dict[str, Tensor]:

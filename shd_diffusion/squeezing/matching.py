@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import combinations
+from math import isfinite
 from typing import TypeAlias
 
 import networkx
@@ -45,7 +46,7 @@ def match_merges(
     which takes several rounds to happen, the adjacent plan is returned. The options are those of `squeeze_heads`.
 
     Raises:
-        ValueError: more target heads than the teacher has.
+        ValueError: more target heads than the teacher has, or numbers that are not finite.
     """
     num_heads = batches[0][1].shape[1]
     check_heads(num_heads, target)
@@ -62,6 +63,8 @@ def match_merges(
                 alpha = _share(sums, coefficient)
                 losses[pair] += _loss(sums, alpha).double().sum().item()
                 into[pair] = torch.lerp(weight[:, pair[1]], weight[:, pair[0]], alpha[:, None])
+        if not all(map(isfinite, losses.values())):
+            raise ValueError("attention maps or values are not finite")
         pairs = minimum_matching(losses, len(behind), num_merges(len(behind), target))
         alone = set(range(len(behind))) - {head for pair in pairs for head in pair}
         groups = tuple(sorted([*pairs, *((head,) for head in alone)]))

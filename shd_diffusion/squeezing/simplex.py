@@ -16,11 +16,12 @@ def minimum_norm_weights(gram: Tensor) -> Tensor:
         gram: H, (..., m, m), symmetric and positive semidefinite.
 
     Returns:
-        w, (..., m), non-negative with sum 1; uniform where H is zero (every w is optimal), NaN where H is not finite.
+        w, (..., m), non-negative with sum 1; uniform where H is zero (every w is optimal), NaN where H is not
+        finite.
     """
     shape, m = gram.shape[:-1], gram.shape[-1]
     scale = gram.diagonal(dim1=-2, dim2=-1).amax(-1)
-    finite = torch.isfinite(gram).all((-2, -1)) if m else torch.isfinite(scale)
+    finite = torch.isfinite(gram).all((-2, -1))
     solvable = finite & (scale > 0)
     h = torch.where(solvable[..., None, None], gram / scale[..., None, None], torch.eye(m).to(gram))
     h = h.reshape(-1, m, m).double()

@@ -75,6 +75,13 @@ def test_matched_plans_are_calibrated_once_and_kept():
     assert explicit == SHDLoss(pairing=plans["s0"], layer_map=[1, None])(teacher, student)
 
 
+def test_calibrating_on_numbers_that_are_not_finite_names_the_block():
+    teacher, student = pair(teacher_heads=4, student_heads=2)
+    teacher["t3"].value[0, 0, 0, 0] = torch.inf
+    with pytest.raises(ValueError, match=r"s1.* not finite"):
+        SHDLoss(pairing="matched").calibrate([(teacher, student)])
+
+
 # --- grids of different size ---------------------------------------------------------------------------------
 
 
