@@ -167,6 +167,7 @@ def evaluate(
 ) -> None:
     """Compute figures; JSON on standard output, and for a run also in its `evaluation/metrics.json`."""
     from shd_diffusion.evaluation.stage import evaluate_images, evaluate_samples
+    from shd_diffusion.processes import processes
 
     options = {"reference": reference, "extractor": extractor, "extractor_weights": extractor_weights}
     overrides = [*(set_ or []), *(f"evaluate.{key}={value}" for key, value in options.items() if value)]
@@ -179,7 +180,8 @@ def evaluate(
             figures[str(target)] = evaluate_samples(run, config)
         else:
             figures[str(target)] = evaluate_images(target, overrides)
-    typer.echo(json.dumps(figures if len(targets) > 1 else figures[str(targets[0])], indent=2))
+    if processes().is_main_process:
+        typer.echo(json.dumps(figures if len(targets) > 1 else figures[str(targets[0])], indent=2))
 
 
 @app.command()
@@ -217,7 +219,8 @@ def study(
     config: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, see configs/studies/.")],
     set_: Overrides = None,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="DIR", help="The study's folder; default: the config's.")
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="The study's folder; default: the config's."),
     ] = None,
 ) -> None:
     """Run what is missing of a study with paired seeds, and write up what it says."""

@@ -11,6 +11,7 @@ from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, d
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json, write_json, write_text
+from shd_diffusion.protocol import flatten
 
 # What a run may be given anew without becoming another run: where it is, how its data are read, and what
 # happens after training.
@@ -128,14 +129,3 @@ class RunFolder:
 
 def _concerns_training(key: str) -> bool:
     return not any(key == part or key.startswith(f"{part}.") for part in NOT_TRAINING)
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

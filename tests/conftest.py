@@ -1,8 +1,9 @@
-"""A whole small run of every stage, made once for all tests that look at what a stage leaves behind."""
+"""A cache folder that is not the user's, and a short run of every stage for tests of what a stage leaves behind."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,17 @@ from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command,
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache folder of these tests: classifiers and references are made once a session."""
+    folder = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        yield folder / "shd-diffusion"
+
+
 @pytest.fixture(scope="session")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folders `teacher` and `kd-shd` of 20 steps each, sampled and evaluated."""
     folder = tmp_path_factory.mktemp("runs")
     teacher, student = folder / "teacher", folder / "kd-shd"

@@ -6,9 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from shd_diffusion.errors import UserError
-
-OF_THE_MODEL = frozenset({"steps_trained", "ema_decay"})
-"""Protocol keys that say what was measured, not how: figures that differ in them are meant to be compared."""
+from shd_diffusion.protocol import OF_THE_MODEL, flatten
 
 
 def differing_protocol(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
@@ -44,14 +42,3 @@ def compare(
         for key in first
         if all(isinstance(figures.get(key), int | float) for figures in (first, second))
     }
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """Nested mappings as dotted keys with values as text."""
-    flat: dict[str, str] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = str(value)
-    return flat

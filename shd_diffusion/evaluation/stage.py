@@ -12,6 +12,7 @@ from shd_diffusion.data import reference_images
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.evaluate import evaluate_run
 from shd_diffusion.files import read_json, write_json
+from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
 
 
@@ -28,7 +29,8 @@ def evaluate_samples(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         raise UserError(f"{run.path}: has no samples yet; run `shd-diffusion sample {run.path}` first")
     reference = config.evaluate.reference or reference_images(config.data)
     figures = _evaluate(run.samples, reference, config.evaluate)
-    write_json(run.evaluation_file, figures)
+    if processes().is_main_process:
+        write_json(run.evaluation_file, figures)
     return figures
 
 

@@ -28,7 +28,7 @@ class Setting:
 
 def compare(runs: Sequence[Run], tree_of: Callable[[Run], Mapping[str, Any] | None]) -> list[Setting]:
     """Every setting of these runs, those first that differ between the runs that have settings at all."""
-    trees = [flatten(tree_of(run) or {}) for run in runs]
+    trees = [{key: str(value) for key, value in flatten(tree_of(run) or {}).items()} for run in runs]
     keys = dict.fromkeys(key for tree in trees for key in tree)
     settings = [
         Setting(

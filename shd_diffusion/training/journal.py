@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from shd_diffusion.run_folder import RunFolder, flatten
+from shd_diffusion.protocol import flatten
+from shd_diffusion.run_folder import RunFolder
 
 
 class Journal:

@@ -19,6 +19,7 @@ from shd_diffusion.files import replacing_file
 from shd_diffusion.losses import SHDLoss
 from shd_diffusion.losses.denoising import ForwardProcess
 from shd_diffusion.models.adapter import null_label, num_tokens, predict, sample_shape
+from shd_diffusion.processes import processes
 from shd_diffusion.training.data_order import Layout, StepSampler
 from shd_diffusion.training.draws import draw
 from shd_diffusion.training.methods import Batch, make_batch
@@ -79,7 +80,10 @@ def study_attention(
     seed: int,
     path: Path,
 ) -> None:
-    """Write `attention.safetensors`: the maps of one image, and how a few dozen images are squeezed, block by block."""
+    """Write `attention.safetensors`: the maps of one image, and how a few dozen images are squeezed, block by block.
+
+    Every process calls this, since models may be sharded; the main one writes.
+    """
     first, *_ = batches = list(probe_batches(source, student, process, STUDY_BATCHES, STUDY_BATCH_SIZE, seed))
     tensors: dict[str, Tensor] = {"image": first.clean[0]}
     samples: dict[str, list[Tensor]] = {}
@@ -99,6 +103,8 @@ def study_attention(
             {"student": ours, "teacher": theirs, "kind": kinds[ours]} for ours, theirs in pairs.items()
         ],
     }
+    if not processes().is_main_process:
+        return
     with replacing_file(path) as temporary:
         contiguous = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
         save_file(contiguous, temporary, metadata={"description": json.dumps(description)})

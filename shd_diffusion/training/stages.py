@@ -27,7 +27,8 @@ from shd_diffusion.models.factory import build_model, load_model
 from shd_diffusion.models.init import init_from_teacher
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
-from shd_diffusion.run_folder import RunFolder, flatten
+from shd_diffusion.protocol import flatten
+from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
 from shd_diffusion.squeezing.plan import plan_merges, plans_from_json, plans_to_json
 from shd_diffusion.training.launch import make_accelerator
@@ -35,6 +36,7 @@ from shd_diffusion.training.loop import fit
 from shd_diffusion.training.masking import WithMasking, prepare_masking
 from shd_diffusion.training.methods import Captures, Denoising, DenoisingLoss, Distillation, Method
 from shd_diffusion.training.probe import paired_records, probe_batches, study_attention
+from shd_diffusion.training.sharding import shard
 from shd_diffusion.training.watch import make_watch
 
 
@@ -64,20 +66,24 @@ def distill(config: DistillConfig, output: Path, source: str) -> None:
             cannot be squeezed), or the folder belongs to another run.
     """
     try:
-        teacher = freeze(load_model(config.teacher.path)).to(getattr(torch, config.teacher.dtype))
+        teacher = freeze(load_model(config.teacher.path))
     except UserError as error:
         raise UserError(f"{source}: key `teacher.path`: {error}") from error
     stage = _open(config, config.student, "student", output, source, teacher)
     if stage is None:
         return
     teacher.to(stage.accelerator.device)
+    if config.teacher.dtype != "float32":
+        teacher.to(getattr(torch, config.teacher.dtype))
+    if config.train.shard:
+        shard(teacher)
     shd = config.losses.shd
     loss = SHDLoss.from_config(shd, config.seed)
     if shd.weight and shd.pairing == "matched":
         _load_or_calibrate(loss, teacher, stage)
     with distillation(config, teacher, stage.model, stage.process, loss) as method:
         trained, seconds = _fit(stage, method)
-    if stage.accelerator.is_main_process and _is_comparable(teacher, trained, loss, config, source):
+    if _is_comparable(teacher, trained, loss, config, source):
         path = stage.run.attention_file
         study_attention(loss, teacher, trained, stage.data, stage.process, config.seed, path)
     _finish(stage, trained, seconds, teacher, sum(p.numel() for p in method.parameters()))
@@ -302,7 +308,8 @@ def _finish(
             )
         summary = summarize(stage, trained, seconds, teacher)
         write_json(stage.run.summary_file, summary | {"extra_parameters": extra_parameters})
-    stage.accelerator.end_training()
+    for tracker in stage.accelerator.trackers:
+        tracker.finish()
 
 
 def summarize(stage: Stage, model: ModelMixin, seconds: float, teacher: ModelMixin | None) -> dict[str, Any]:

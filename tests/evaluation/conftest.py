@@ -1,8 +1,7 @@
-"""Images, and a cache folder that is not the user's."""
+"""Images to evaluate."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -12,15 +11,6 @@ from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3 as inception
 
 from shd_diffusion.data.digits import digits_uint8
-
-
-@pytest.fixture(scope="session", autouse=True)
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The cache folder of these tests: classifiers and references are made once a session."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(folder))
-        yield folder / "shd-diffusion"
 
 
 @pytest.fixture(scope="session")
