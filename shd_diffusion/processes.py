@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 
 import torch
@@ -26,4 +27,6 @@ def processes() -> PartialState:
             f"WORLD_SIZE: {launched} processes were launched, but only {state.num_processes} joined; "
             "on CPUs launch with `torchrun --nproc_per_node N`"
         )
+    atexit.unregister(state.destroy_process_group)
+    atexit.register(state.destroy_process_group)  # once, however often this is called
     return state

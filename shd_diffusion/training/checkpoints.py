@@ -118,7 +118,7 @@ def load_checkpoint(
     manifest = read_json(path / MANIFEST)
     names = ("model", "average", "optimizer")
     training.restore({name: load_file(path / f"{name}.safetensors") for name in names}, manifest["values"])
-    method.load_state_dict(load_file(path / "method.safetensors", device=str(accelerator.device)))
+    method.load_state_dict(load_file(path / "method.safetensors"))
     if accelerator.scaler:
         accelerator.scaler.load_state_dict(manifest["scaler"])
 

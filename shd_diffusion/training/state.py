@@ -53,7 +53,7 @@ class Training:
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.max_steps,
         )
-        average = EMAModel(parameters, decay=config.ema_decay, foreach=True)
+        average = EMAModel(parameters, decay=config.ema_decay, foreach=not config.shard)
         optimizer, rate = accelerator.prepare(optimizer, rate)
         wrapped = model if config.shard else accelerator.prepare(model)
         return cls(kind, model, extra, wrapped, optimizer, rate, average)

@@ -1,0 +1,157 @@
+"""The same run whatever it is dealt out to: forward passes, processes, shards; and however it is launched."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from commands import DISTILL_CONFIG, TEACHER_CONFIG, command, sets
+from safetensors.torch import load_file
+
+ROOT = Path(__file__).parents[2]
+STEPS = ["train.max_steps=4", "train.log_every=1", "train.warmup_steps=1", "train.ema_decay=0.5"]
+TEACHER = ["model.arguments.num_layers=2", "model.arguments.num_attention_heads=4", "train.batch_size=8"]
+STUDENT = ["student.arguments.num_layers=2", "student.arguments.num_attention_heads=2"]
+ALONE = ["train.batch_size=8", "train.num_processes=1"]
+HALVES = {
+    "accumulated": ["train.batch_size=4", "train.gradient_accumulation_steps=2"],
+    "two": ["train.batch_size=4", "train.num_processes=2"],
+    "sharded": [
+        "train.batch_size=4",
+        "train.num_processes=2",
+        "train.shard=true",
+        "train.checkpoint_every=2",
+    ],
+}
+
+# What each of the launched processes does: the runs in turn, the last of them interrupted after its first half.
+TOGETHER = """
+import json, shutil, sys
+from pathlib import Path
+from shd_diffusion.config import DistillConfig, read_config
+from shd_diffusion.processes import processes
+from shd_diffusion.training.stages import distill
+
+config, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
+for output, overrides in runs.items():
+    distill(read_config(config, DistillConfig, overrides), Path(output), "the test's config")
+processes().wait_for_everyone()
+if processes().is_main_process:
+    shutil.copytree(output, output + "-resumed")
+    for part in ("pipeline", "checkpoints/step-00000004"):
+        shutil.rmtree(Path(output + "-resumed") / part)
+    (Path(output + "-resumed") / "summary.json").unlink()
+processes().wait_for_everyone()
+distill(read_config(config, DistillConfig, overrides), Path(output + "-resumed"), "the test's config")
+"""
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors")
+
+
+def log(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def launch(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    started = [sys.executable, "-m", *launcher, *map(str, arguments)]
+    return subprocess.run(started, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def dealt(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of one config: alone, accumulated, in two processes, sharded, and sharded with an interruption."""
+    folder = tmp_path_factory.mktemp("dealt")
+    common = [*STEPS, *STUDENT, f"teacher.path={folder / 'teacher'}"]
+    assert (
+        command("train-teacher", TEACHER_CONFIG, "--output", folder / "teacher", *sets(*STEPS, *TEACHER))[0]
+        == 0
+    )
+    for name, overrides in (("alone", ALONE), ("accumulated", HALVES["accumulated"])):
+        run = folder / name
+        assert command("distill", DISTILL_CONFIG, "--output", run, *sets(*common, *overrides))[0] == 0
+    script = folder / "together.py"
+    script.write_text(TOGETHER)
+    runs = {str(folder / name): [*common, *HALVES[name]] for name in ("two", "sharded")}
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    done = launch(torchrun, script, DISTILL_CONFIG, json.dumps(runs))
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_halves_of_a_batch_make_the_same_run(name: str, dealt: Path) -> None:
+    """Two forward passes or two processes with half the batch: the same losses and gradients at every step."""
+    whole, halves = log(dealt / "alone"), log(dealt / name)
+    assert [entry["step"] for entry in halves] == [1, 2, 3, 4]
+    for ours, theirs in zip(halves, whole, strict=True):
+        assert ours["images"] == theirs["images"]
+        assert set(ours["terms"]) == {"denoise", "output", "shd"}
+        for term, figures in theirs["terms"].items():
+            assert ours["terms"][term]["value"] == pytest.approx(figures["value"], rel=1e-5), term
+        assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-5)
+    ours, theirs = weights(dealt / name), weights(dealt / "alone")
+    assert ours.keys() == theirs.keys()
+    for key, value in theirs.items():
+        if not key.endswith(
+            "to_k.bias"
+        ):  # cancels in the softmax: Adam takes steps along mere rounding errors
+            torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-6)
+
+
+def test_a_sharded_run_is_resumed_with_the_same_weights(dealt: Path) -> None:
+    ours, theirs = weights(dealt / "sharded-resumed"), weights(dealt / "sharded")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    losses = [[entry["loss"] for entry in log(dealt / name)] for name in ("sharded-resumed", "sharded")]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_a_sharded_run_leaves_what_any_other_does(dealt: Path) -> None:
+    names = [
+        {
+            str(path.relative_to(dealt / run))
+            for path in (dealt / run).rglob("*")
+            if "step-00000002" not in str(path)
+        }
+        for run in ("sharded", "alone")
+    ]
+    assert names[0] == names[1] and "attention.safetensors" in names[0]
+    summaries = [json.loads((dealt / run / "summary.json").read_text()) for run in ("sharded", "alone")]
+    changing = {"name", "seconds"}
+    assert all(summaries[0][key] == summaries[1][key] for key in summaries[1].keys() - changing)
+
+
+def test_accelerate_launch_is_the_same_run(dealt: Path, tmp_path: Path) -> None:
+    arguments = sets(*STEPS, *STUDENT, *ALONE, f"teacher.path={dealt / 'teacher'}")
+    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
+    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = launch(
+        launcher, ROOT / "pipelines" / "distill.py", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments
+    )
+    assert done.returncode == 0, done.stderr
+    ours, theirs = weights(tmp_path / "run"), weights(dealt / "alone")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    shutil.rmtree(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("train.num_processes=2", ["train.num_processes", "asks for 2", "1 were launched", "torchrun"]),
+        ("train.shard=true", ["train.shard", "one process"]),
+    ],
+)
+def test_a_launch_that_does_not_fit_writes_nothing(override: str, says: list[str], tmp_path: Path) -> None:
+    arguments = sets(*STEPS, *TEACHER, override)
+    code, _, errors = command("train-teacher", TEACHER_CONFIG, "--output", tmp_path / "run", *arguments)
+    message = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(message) == 1 and all(part in message[0] for part in says), errors
+    assert not (tmp_path / "run").exists()
