@@ -26,6 +26,7 @@ from diffusers import DiTTransformer2DModel
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch_fidelity import feature_extractor_inceptionv3
@@ -76,6 +77,17 @@ def compare(seconds: dict[str, list[float]], numerator: str, denominator: str) -
     return {"ratio": round(median(ratios), 4), "quartiles": [round(low, 4), round(high, 4)]}
 
 
+def shares(run: Callable[[], object], repeats: int = 5) -> dict[str, float]:
+    """The share of each operation in the time of a function, the largest eight."""
+    run()
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        for _ in range(repeats):
+            run()
+    times = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    largest = sorted(times, key=times.__getitem__, reverse=True)[:8]
+    return {name: round(times[name] / sum(times.values()), 3) for name in largest}
+
+
 def publish(name: str, figures: dict[str, Any], output: Path | None) -> None:
     """Print the figures, and write them with what they depend on."""
     text = json.dumps(
@@ -87,6 +99,24 @@ def publish(name: str, figures: dict[str, Any], output: Path | None) -> None:
         temporary = output.with_suffix(".tmp")
         temporary.write_text(text + "\n", encoding="utf-8")
         temporary.replace(output)
+
+
+# --- what is measured ----------------------------------------------------------------------------------------
+
+
+def random_record(batch: int, heads: int, tokens: int, learns: bool) -> AttentionRecord:
+    """A block of heads of width 64, its tensors laid out as a model's projections leave them."""
+    query, key, value = (
+        torch.randn(batch, tokens, heads, 64).transpose(1, 2).requires_grad_(learns) for _ in range(3)
+    )
+    return AttentionRecord("block", "self", query, key, value, torch.randn(heads * 64, heads * 64), 1 / 8)
+
+
+def loss_and_gradient(shd: SHDLoss, batch: int, tokens: int) -> Callable[[], None]:
+    """The SHD loss of one block, 12 heads to 6, and its backward pass."""
+    teacher = {"block": random_record(batch, 12, tokens, False)}
+    student = {"block": random_record(batch, 6, tokens, True)}
+    return lambda: shd(teacher, student).backward()
 
 
 # --- squeeze -------------------------------------------------------------------------------------------------
@@ -254,6 +284,7 @@ def step(
         "milliseconds": {name: round(1e3 * median(taken), 1) for name, taken in seconds.items()},
         "against output KD alone": {name: compare(seconds, name, "output KD") for name in names},
         "SHD, all rows, against FD": compare(seconds, names[0], "FD"),
+        "SHD by operation": shares(loss_and_gradient(SHDLoss(), batch, 256)),
     }
     publish("step", {"clock": clock, "threads": threads} | figures, output)
 
@@ -347,20 +378,14 @@ class LiveMemory(TorchDispatchMode):
         self.live -= size
 
 
-def random_record(heads: int, tokens: int, learns: bool) -> AttentionRecord:
-    query, key, value = (torch.randn(1, heads, tokens, 64, requires_grad=learns) for _ in range(3))
-    return AttentionRecord("block", "self", query, key, value, torch.randn(heads * 64, heads * 64), 1 / 8)
-
-
 @app.command()
 def memory(chunk_rows: int = 64, output: Output = None) -> None:
     """Peak extra memory of the map loss and its gradient, 12 heads to 6, one sample, by number of tokens."""
     figures: dict[str, Any] = {"chunk_rows": chunk_rows, "megabytes": {}, "megabytes of all maps": {}}
     for tokens in (256, 512, 1024, 2048, 4096):
-        teacher, student = random_record(12, tokens, False), random_record(6, tokens, True)
-        shd = SHDLoss(chunk_rows=chunk_rows)
+        run = loss_and_gradient(SHDLoss(chunk_rows=chunk_rows), 1, tokens)
         with LiveMemory() as seen:
-            shd({"block": teacher}, {"block": student}).backward()
+            run()
         figures["megabytes"][tokens] = round(seen.peak / 2**20, 2)
         figures["megabytes of all maps"][tokens] = 18 * tokens**2 * 4 / 2**20
     least, most = figures["megabytes"][256], figures["megabytes"][4096]

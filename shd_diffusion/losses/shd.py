@@ -19,6 +19,7 @@ from shd_diffusion.losses.grids import common_grid, on_grid, sample_rows, take
 from shd_diffusion.losses.schedule import within
 from shd_diffusion.losses.streaming import Pool, map_divergence
 from shd_diffusion.losses.targets import SqueezedTeacher, map_stream
+from shd_diffusion.squeezing.chunks import Workspace
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.matching import match_merges
 from shd_diffusion.squeezing.plan import Plan, check_plan, parse_plan, plan_merges
@@ -71,6 +72,7 @@ class SHDLoss:
     chunk_rows: int | None = None
     seed: int = 0
     plans: dict[str, Plan] = field(default_factory=dict, init=False)
+    _workspace: Workspace = field(default_factory=Workspace, init=False, repr=False, compare=False)
     _costs: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _squeezers: dict[str, tuple[Tensor, int, Plan, Squeezer]] = field(
         default_factory=dict, init=False, repr=False
@@ -126,7 +128,9 @@ class SHDLoss:
         loss = torch.stack(terms)
         if not torch.compiler.is_compiling() and not torch.isfinite(loss).all():
             ours, theirs = list(pairs.items())[int((~torch.isfinite(loss)).nonzero()[0])]
-            raise NonFiniteError(f"attention maps or values of block {ours} (teacher's {theirs}) are not finite")
+            raise NonFiniteError(
+                f"attention maps or values of block {ours} (teacher's {theirs}) are not finite"
+            )
         return loss.mean() * self.temperature**2
 
     def pairs(self, teacher_records: Records, student_records: Records) -> dict[str, str]:
@@ -167,6 +171,7 @@ class SHDLoss:
             coefficient=self.coefficient,
             pool=teacher_pool,
             chunk_rows=self.chunk_rows,
+            workspace=self._workspace,
         )
         return theirs, *on_grid(student, of_student, rows)
 
@@ -215,7 +220,9 @@ class SHDLoss:
                 seen.setdefault(ours, []).append(teacher_records[theirs])
                 heads[ours] = student_records[ours].heads
         for name, records in seen.items():
-            batches_of_block = [(map_stream(record), _float(record.value)) for record in records]
+            batches_of_block = [
+                (map_stream(record, workspace=Workspace()), _float(record.value)) for record in records
+            ]
             weight, strategy = records[0].output_weight, (self.granularity, self.merge, self.coefficient)
             try:
                 self.plans[name] = match_merges(batches_of_block, weight, heads[name], *strategy)

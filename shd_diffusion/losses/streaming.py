@@ -104,9 +104,8 @@ def _chunk(
     coarse = pooled(maps, pool)
     value, gradient = divergence(target, safe_log(coarse))
     # log q of the pooled map stands for its logits; from there through log and pooling to the map itself
-    slope = (gradient / coarse.clamp_min(torch.finfo(maps.dtype).tiny)).repeat_interleave(pool[0], -2).repeat_interleave(
-        pool[1], -1
-    ) / pool[0]
+    slope = gradient / coarse.clamp_min(torch.finfo(maps.dtype).tiny) / pool[0]
+    slope = slope.repeat_interleave(pool[0], -2).repeat_interleave(pool[1], -1)
     return value, maps * (slope - torch.linalg.vecdot(maps, slope)[..., None])
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.streaming import Pool, chunk_logits, pooled
-from shd_diffusion.squeezing.chunks import Chunk, MapStream, stream
+from shd_diffusion.squeezing.chunks import Chunk, MapStream, Workspace, stream
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.plan import Group
 from shd_diffusion.squeezing.weights import Granularity, Squeezer, mixture, squeeze_weights
@@ -29,7 +29,7 @@ class SqueezedTeacher:
         coefficient: how they are found.
         order: the squeezed head that each student head learns; None for head j learning j.
         pool: the teacher's share of bringing both maps to one grid.
-        chunk_rows: see `stream`.
+        chunk_rows, workspace: see `stream`.
     """
 
     record: AttentionRecord
@@ -41,6 +41,7 @@ class SqueezedTeacher:
     order: tuple[int, ...] | None = None
     pool: Pool = (1, 1)
     chunk_rows: int | None = None
+    workspace: Workspace | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -50,11 +51,15 @@ class SqueezedTeacher:
 
     def chunks(self) -> Iterator[Chunk]:
         """The target maps (samples, N, rows of the pooled maps, K), in float32 or better."""
-        maps = map_stream(self.record, 1.0, self.chunk_rows, self.pool[0])
-        source = maps if self.source is self.record else map_stream(self.source, 1.0, self.chunk_rows)
+        aligned = self.chunk_rows, self.pool[0]
+        if self.source is self.record:
+            maps = source = map_stream(self.record, 1.0, *aligned, self.workspace)
+        else:
+            maps = map_stream(self.record, 1.0, *aligned)
+            source = map_stream(self.source, 1.0, self.chunk_rows, 1, self.workspace)
         mix = mixture(self.weights(source)[0], self.groups)
         if self.temperature != 1:
-            maps = map_stream(self.record, self.temperature, self.chunk_rows, self.pool[0], keep=False)
+            maps = map_stream(self.record, self.temperature, *aligned)
         for samples, rows, chunk in maps.walk():
             target = pooled(mix(samples, rows, chunk), self.pool)
             yield samples, slice(rows.start // self.pool[0], rows.stop // self.pool[0]), target
@@ -73,14 +78,13 @@ def map_stream(
     temperature: float = 1.0,
     chunk_rows: int | None = None,
     multiple: int = 1,
-    keep: bool = True,
+    workspace: Workspace | None = None,
 ) -> MapStream:
-    """The maps of a record at a temperature, chunk by chunk."""
+    """The maps of a record at a temperature, chunk by chunk; see `stream`."""
     batch, heads, rows, _ = record.query.shape
 
-    def maps(samples: slice, part: slice) -> Tensor:
-        return chunk_logits(record, samples, part, temperature).softmax(-1)
+    def logits(samples: slice, part: slice) -> Tensor:
+        return chunk_logits(record, samples, part, temperature)
 
-    return stream(
-        (batch, heads, rows, record.key.shape[2]), maps, record.query.device, chunk_rows, multiple, keep
-    )
+    shape = batch, heads, rows, record.key.shape[2]
+    return stream(shape, logits, record.query.device, chunk_rows, multiple, workspace)

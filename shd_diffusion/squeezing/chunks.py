@@ -13,9 +13,9 @@ Chunk: TypeAlias = tuple[slice, slice, Tensor]
 """Samples, query rows, and their maps (samples, heads, rows, K)."""
 
 # Elements of maps at once: on a CPU what its caches hold, on an accelerator enough to occupy it.
-_AT_ONCE = {"cpu": 2**18}
+_AT_ONCE = {"cpu": 2**19}
 _AT_ONCE_ELSEWHERE = 2**26
-_KEPT = 2**26
+_KEPT = 2**24
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,27 +37,44 @@ def whole(maps: Tensor) -> MapStream:
     return MapStream((batch, heads, rows, keys), lambda: [(slice(0, batch), slice(0, rows), maps)])
 
 
+class Workspace:
+    """Memory for maps that are walked more than once, used again by block after block.
+
+    Fresh memory costs a CPU more (page faults) than computing the maps that go into it.
+    """
+
+    def __init__(self) -> None:
+        self._memory: Tensor | None = None
+
+    def take(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """(elements,), of any content; what was taken before is given up."""
+        memory = self._memory
+        if memory is None or memory.numel() < elements or memory.dtype != dtype or memory.device != device:
+            memory = self._memory = torch.empty(elements, dtype=dtype, device=device)
+        return memory[:elements]
+
+
 def stream(
     shape: tuple[int, int, int, int],
-    maps: Callable[[slice, slice], Tensor],
+    logits: Callable[[slice, slice], Tensor],
     device: torch.device,
     chunk_rows: int | None = None,
     multiple: int = 1,
-    keep: bool = True,
+    workspace: Workspace | None = None,
 ) -> MapStream:
     """Maps that are computed when they are needed.
 
     Args:
         shape: (B, M, Q, K).
-        maps: computes those of some samples and query rows.
+        logits: computes those of some samples and query rows, (samples, M, rows, K).
         device: where; it decides how much is computed at once.
         chunk_rows: query rows, counted over samples, whose maps may exist at once; None leaves it to the device.
         multiple: of how many rows a chunk consists.
-        keep: that maps which are few may be kept from one walk to the next, where `chunk_rows` allows it.
+        workspace: where maps that are few are kept from one walk to the next, if `chunk_rows` allows it; None
+            computes them at each walk.
     """
     batch, heads, rows, keys = shape
-    elements = heads * keys
-    at_once = chunk_rows or max(1, _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE) // elements)
+    at_once = chunk_rows or max(1, _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE) // (heads * keys))
     parts = [
         (samples, part)
         for samples in cut(batch, max(1, at_once // max(rows, 1)))
@@ -65,11 +82,21 @@ def stream(
     ]
 
     def walk() -> Iterable[Chunk]:
-        return ((samples, part, maps(samples, part)) for samples, part in parts)
+        return ((samples, part, logits(samples, part).softmax(-1)) for samples, part in parts)
 
-    if keep and (len(parts) == 1 or (chunk_rows is None and batch * rows * elements <= _KEPT)):
-        return kept(MapStream(shape, walk))
-    return MapStream(shape, walk)
+    few = len(parts) == 1 or (chunk_rows is None and batch * rows * heads * keys <= _KEPT)
+    if workspace is None or not few:
+        return MapStream(shape, walk)
+
+    def walk_into(memory: Workspace) -> Iterable[Chunk]:
+        start = 0
+        for samples, part in parts:
+            found = logits(samples, part)
+            into = memory.take(batch * rows * heads * keys, found.dtype, device)[start:][: found.numel()]
+            start += found.numel()
+            yield samples, part, torch.softmax(found, -1, out=into.view(found.shape))
+
+    return kept(MapStream(shape, lambda: walk_into(workspace)))
 
 
 def kept(maps: MapStream) -> MapStream:
