@@ -197,7 +197,9 @@ class SHDLoss:
         return plan_merges(heads, target) if self.pairing == "adjacent" else self.pairing
 
     def _running(self, name: str, costs: Tensor) -> Tensor:
-        """The running mean of a block's assignment costs, these included."""
+        """The running mean of a block's assignment costs, these included unless they are not finite."""
+        if not costs.isfinite().all():
+            return self._costs.get(name, torch.zeros_like(costs))
         mean = costs / costs.mean().clamp_min(torch.finfo(costs.dtype).tiny)  # heads compare, not steps
         if name in self._costs:
             mean = torch.lerp(self._costs[name].to(mean), mean, 0.1)

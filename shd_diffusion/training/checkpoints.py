@@ -39,8 +39,10 @@ def latest_checkpoint(folder: Path, accelerator: Accelerator) -> int:
     found = [0]
     if accelerator.is_main_process:
         for step in reversed(checkpoint_steps(folder)):
-            if damage := find_damage(_path(folder, step)):
-                announce(f"{_path(folder, step)}: damaged ({damage}); using the checkpoint before it")
+            if damage := find_damage(checkpoint_path(folder, step)):
+                announce(
+                    f"{checkpoint_path(folder, step)}: damaged ({damage}); using the checkpoint before it"
+                )
             else:
                 found = [step]
                 break
@@ -87,7 +89,7 @@ def save_checkpoint(
     Raises:
         UserError: it could not be written, for want of space perhaps; the checkpoints before it are whole.
     """
-    path, main = _path(folder, step), accelerator.is_main_process
+    path, main = checkpoint_path(folder, step), accelerator.is_main_process
     tensors = training.tensors(keep=main) | {"method": method.state_dict()}
     scaler = accelerator.scaler.state_dict() if accelerator.scaler else {}
     if main:
@@ -106,7 +108,7 @@ def save_checkpoint(
             ) from error
         for old in checkpoint_steps(folder)[:-keep_last]:
             if not (keep_every and old % keep_every == 0):
-                shutil.rmtree(_path(folder, old))
+                shutil.rmtree(checkpoint_path(folder, old))
     accelerator.wait_for_everyone()
 
 
@@ -114,7 +116,7 @@ def load_checkpoint(
     folder: Path, step: int, training: Training, method: Stateful, accelerator: Accelerator
 ) -> None:
     """Put everything back as it was after `step` steps. Every process calls this."""
-    path = _path(folder, step)
+    path = checkpoint_path(folder, step)
     manifest = read_json(path / MANIFEST)
     names = ("model", "average", "optimizer")
     training.restore({name: load_file(path / f"{name}.safetensors") for name in names}, manifest["values"])
@@ -123,7 +125,8 @@ def load_checkpoint(
         accelerator.scaler.load_state_dict(manifest["scaler"])
 
 
-def _path(folder: Path, step: int) -> Path:
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step is, or would be."""
     return folder / f"step-{step:08d}"
 
 

@@ -16,7 +16,12 @@ from shd_diffusion.losses.denoising import ForwardProcess
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.randomness import generator
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.training.checkpoints import latest_checkpoint, load_checkpoint, save_checkpoint
+from shd_diffusion.training.checkpoints import (
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from shd_diffusion.training.data_order import Layout
 from shd_diffusion.training.feed import Feed
 from shd_diffusion.training.journal import Journal
@@ -83,10 +88,11 @@ def fit(
                 skipped += 1
                 culprits = journal.write_skipped(done, terms)
                 if skipped == train.max_skipped_steps:
+                    good = latest_checkpoint(run.checkpoints, accelerator)
                     raise UserError(
-                        f"{run.path}: {skipped} steps in a row had no finite {' or '.join(culprits)} and were "
-                        "left out; try a lower train.learning_rate or loss weight. The last good checkpoint is "
-                        f"step {latest_checkpoint(run.checkpoints, accelerator)}"
+                        f"{run.path}: {skipped} steps in a row had no finite {' or '.join(culprits)} and were left "
+                        "out; try a lower train.learning_rate or loss weight. The last good checkpoint is "
+                        f"{checkpoint_path(run.checkpoints, good) if good else 'none: the run had just begun'}"
                     )
             else:
                 skipped = 0
@@ -143,8 +149,8 @@ def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) 
     """The mean over processes, in place, of gradients that no distributed wrapper takes care of."""
     if accelerator.num_processes > 1:
         for parameter in parameters:
-            if parameter.grad is not None:
-                parameter.grad = accelerator.reduce(parameter.grad, "mean")
+            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+            parameter.grad = accelerator.reduce(gradient, "mean")
 
 
 def is_due(step: int, every: int) -> bool:

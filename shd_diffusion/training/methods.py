@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, ExitStack
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -191,18 +191,14 @@ class Distillation:
             terms["output"] = squared_error(prediction[:, :channels], taught[:, :channels])
         of_teacher, of_student = self.captures.read()
         if weights["shd"] and self.shd is not None:
-            try:
+            with _nan_where_not_finite(terms, "shd", prediction, step):
                 terms["shd"] = self.shd(
                     of_teacher.records, of_student.records, step=step, timesteps=batch.timesteps
                 )
-            except (
-                NonFiniteError
-            ) as error:  # all processes must go on to the backward pass, which is then left out
-                announce(f"step {step + 1}: {error}")
-                terms["shd"] = prediction.sum() * math.nan
         with torch.autocast(prediction.device.type, enabled=False):
             for name, baseline in self.baselines.items():
-                terms[name] = baseline(of_teacher, of_student)
+                with _nan_where_not_finite(terms, name, prediction, step):
+                    terms[name] = baseline(of_teacher, of_student)
         return terms
 
     def weights(self, step: int) -> dict[str, float]:
@@ -226,6 +222,19 @@ class Distillation:
         if self.shd is not None:
             self.shd.load_state_dict(_without_prefix("shd", state))
         self.baselines.load_state_dict(_without_prefix("baselines", state))
+
+
+@contextmanager
+def _nan_where_not_finite(
+    terms: dict[str, Tensor], name: str, prediction: Tensor, step: int
+) -> Iterator[None]:
+    """A term that cannot be computed is NaN, with a gradient: all processes must go on to the backward pass,
+    after which the step is left out."""
+    try:
+        yield
+    except (NonFiniteError, torch.linalg.LinAlgError) as error:
+        announce(f"step {step + 1}: {name}: {error}")
+        terms[name] = prediction.sum() * math.nan
 
 
 def _prefixed(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
