@@ -39,6 +39,9 @@ Overrides = Annotated[
 Output = Annotated[
     Path | None, typer.Option("--output", metavar="DIR", help="The run folder; default: the config's.")
 ]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Build, take two steps on made-up images, tell the costs as JSON.")
+]
 
 Arguments = ParamSpec("Arguments")
 
@@ -117,21 +120,29 @@ def convert(
 
 @app.command("train-teacher")
 @stage
-def train_teacher(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
+def train_teacher(
+    config: ConfigFile, set_: Overrides = None, output: Output = None, dry_run: DryRun = False
+) -> None:
     """Train a teacher on the denoising loss alone."""
     from shd_diffusion.training.stages import train_teacher as run_stage
 
     parsed = read_config(config, TrainTeacherConfig, set_ or [])
+    if dry_run:
+        return _dry_run(parsed, config)
     run_stage(parsed, _output(parsed, output, config), str(config))
 
 
 @app.command()
 @stage
-def distill(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
+def distill(
+    config: ConfigFile, set_: Overrides = None, output: Output = None, dry_run: DryRun = False
+) -> None:
     """Train a student from a teacher."""
     from shd_diffusion.training.stages import distill as run_stage
 
     parsed = read_config(config, DistillConfig, set_ or [])
+    if dry_run:
+        return _dry_run(parsed, config)
     run_stage(parsed, _output(parsed, output, config), str(config))
 
 
@@ -231,6 +242,12 @@ def study(
     page = run_study(parsed, output or Path(parsed.output))
     typer.echo(page.with_suffix(".md").read_text(encoding="utf-8"))
     typer.echo(f"study: {page}")
+
+
+def _dry_run(config: TrainTeacherConfig | DistillConfig, source: Path) -> None:
+    from shd_diffusion.training.dry_run import dry_run
+
+    typer.echo(json.dumps(dry_run(config, str(source)), indent=2))
 
 
 def _output(config: RunConfig | PrepareConfig, output: Path | None, source: Path) -> Path:
