@@ -94,7 +94,7 @@ def over_conditions(results: Results, metric: str) -> Drawing | None:
     if len(conditions) < 2:
         return None
     look = looks(list(results.study.variants))
-    with panel() as (figure, axes):
+    with panel(height=2.3 + 0.1 * len(look)) as (figure, axes):  # the legend grows
         for variant in results.study.variants:
             rows = [row for row in results.rows if row.variant == variant]
             if rows:
@@ -131,7 +131,7 @@ def _watched(
 ) -> Drawing:
     look = looks(list(results.study.variants))
     everything = [watched.fid for outcome in members for watched in outcome.watched]
-    with panel() as (figure, axes):
+    with panel(height=2.3 + 0.1 * len(look)) as (figure, axes):  # the legend grows
         for variant in dict.fromkeys(outcome.variant for outcome in members):
             by_step: dict[int, list[Watched]] = {}
             for outcome in members:
