@@ -1,0 +1,102 @@
+"""What `--dry-run` tells, against sizes and counts worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from commands import DISTILL_CONFIG, ROOT, TEACHER_CONFIG, command, sets
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from shd_diffusion.training.operations import kept_for_backward, operation_counter
+
+SMALL = ["train.batch_size=4", f"teacher.path={TEACHER_CONFIG}"]
+
+
+def test_operations_of_attention_are_those_of_its_products() -> None:
+    query, key, value = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7, 7))
+    with operation_counter() as operations:
+        output = scaled_dot_product_attention(query, key, value)
+    product = 2 * (2 * 3) * 5 * 7 * 8
+    assert operations.get_total_flops() == 2 * product  # Q Kᵀ, P V
+    with operation_counter() as operations:
+        output.sum().backward()
+    assert operations.get_total_flops() == 5 * product  # Q Kᵀ again, dP, dV, dQ, dK
+
+
+def test_operations_of_a_linear_layer() -> None:
+    layer, x = nn.Linear(6, 4), torch.randn(10, 6)
+    with operation_counter() as operations:
+        layer(x).sum().backward()
+    assert operations.get_total_flops() == 2 * (2 * 10 * 6 * 4)  # forward and the weight's gradient
+
+
+def test_what_is_kept_for_the_backward_pass() -> None:
+    layer, x = nn.Linear(6, 4), torch.randn(10, 6)
+    with kept_for_backward(layer.parameters()) as kept:
+        hidden = layer(x)  # keeps x
+        (hidden.exp() + layer(x)).sum()  # keeps the result of exp; x is counted already
+    assert kept.bytes == 4 * (10 * 6 + 10 * 4)
+
+
+@pytest.fixture(scope="module")
+def figures(tmp_path_factory: pytest.TempPathFactory) -> dict:
+    folder = tmp_path_factory.mktemp("dry")
+    code, output, errors = command(
+        "distill", DISTILL_CONFIG, "--dry-run", "--output", folder / "run", *sets(*SMALL)
+    )
+    assert code == 0, errors
+    assert "a teacher of its sizes with random weights" in errors and "12→6→5" in errors
+    assert list(folder.iterdir()) == []
+    return json.loads(output)
+
+
+def test_models_and_plan(figures: dict) -> None:
+    assert (figures["teacher"]["parameters"], figures["student"]["parameters"]) == (1_233_700, 254_204)
+    assert [pair["heads"] for pair in figures["merge_plan"]] == [[12, 6, 5]] * 6
+    assert figures["merge_plan"][0]["merged"] == [[0, 1, 2, 3], [4, 5], [6, 7], [8, 9], [10, 11]]
+
+
+def test_memory_is_four_copies_of_the_student_and_more(figures: dict) -> None:
+    memory, weights = figures["memory_bytes"], 4 * 254_204
+    assert memory["teacher"] == 4 * 1_233_700
+    assert (memory["weights"], memory["gradients"], memory["average"]) == (weights, weights, weights)
+    assert memory["optimiser"] == 2 * weights
+    assert memory["activations"] == 4 * figures["measured"]["bytes_kept_per_image"] > 0
+    assert memory["sum"] == sum(value for name, value in memory.items() if name != "sum")
+
+
+def test_operations_are_a_teacher_forward_and_three_of_the_student(figures: dict) -> None:
+    """Forward once, backward twice that; SHD and the gradient that no input needs make the difference."""
+    count = figures["operations_per_image"]
+    alone = count["teacher_forward"] + 3 * count["forward"]
+    assert 0.95 * alone < count["training"] < 1.3 * alone
+    run = figures["run"]
+    assert run["images"] == 600 * 4 and run["operations"] == 600 * 4 * count["training"]
+    assert figures["measured"]["images"] <= 4 and set(figures["measured"]["terms"]) == {
+        "denoise",
+        "output",
+        "shd",
+    }
+
+
+def test_a_teacher_alone_with_masking(tmp_path: Path) -> None:
+    config = ROOT / "configs" / "digits" / "mdtv2-teacher.yaml"
+    code, output, errors = command(
+        "train-teacher", config, "--dry-run", "--output", tmp_path / "run", *sets("train.batch_size=2")
+    )
+    assert code == 0, errors
+    figures = json.loads(output)
+    assert "teacher" not in figures and figures["merge_plan"] == []
+    assert set(figures["measured"]["terms"]) == {"denoise", "denoise_masked"}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_that_is_not_there(tmp_path: Path) -> None:
+    code, _, errors = command(
+        "distill", DISTILL_CONFIG, "--dry-run", *sets(f"teacher.path={tmp_path / 'none'}")
+    )
+    assert code == 2 and "also takes a config of train-teacher" in errors
