@@ -134,7 +134,7 @@ def _run_all(jobs: Iterable[Job], budget: Budget, processes: int, threads: int) 
         _interrupt(active)
         signal.signal(signal.SIGTERM, terminate)
     if waiting:
-        announce(f"the budget is spent, {len(waiting)} runs are left; the same command goes on with them")
+        announce(f"the budget is spent, runs left: {len(waiting)}; the same command goes on with them")
     return failed
 
 

@@ -97,7 +97,7 @@ def test_the_budget_ends_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     study = study_file(tmp_path, tmp_path, budget={"runs": 3}, processes=2)
     code, said, errors = command("study", study)
     assert code == 0 and "0 of 4 runs are complete" in said
-    assert errors.count("begun") == errors.count("done") == 3 and "1 runs are left" in errors
+    assert errors.count("begun") == errors.count("done") == 3 and "runs left: 1" in errors
 
 
 def test_what_a_person_must_mend_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

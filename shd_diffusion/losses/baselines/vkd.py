@@ -48,6 +48,7 @@ def standardise(features: Tensor) -> Tensor:
 def whiten(features: Tensor) -> Tensor:
     """Channels with mean 0 and the identity as covariance over a batch's tokens: the least change (ZCA).
 
+    The batch is what one process sees in one forward pass, so the loss depends on how a step is dealt out.
     Directions in which the batch does not vary stay near 0.
     """
     flat = features.flatten(0, -2)
