@@ -12,6 +12,7 @@ from shd_diffusion.config import LossesConfig
 from shd_diffusion.losses.baselines import BASELINES, Baseline, Captured, build_baselines
 from shd_diffusion.losses.baselines.captured import enclosing_block
 from shd_diffusion.losses.baselines.vkd import standardise, whiten
+from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.training.methods import Captures
 
 NAMES = list(BASELINES)
@@ -253,6 +254,24 @@ def test_what_cannot_be_compared_is_said(pair: tuple[nn.Module, nn.Module]) -> N
     baseline = build("features", pair[0], coarse)
     with pytest.raises(ValueError, match=r"transformer_blocks\.0 has 4 tokens, the teacher's .* 16"):
         baseline(*run(baseline, pair[0], coarse))
+
+
+def test_blocks_that_do_not_run_are_left_out() -> None:
+    """MDTv2's side block runs in masked passes only, so no projector waits for it."""
+    models = []
+    for heads, layers in ((3, 6), (2, 4)):
+        built = MDTv2Transformer2DModel(
+            num_attention_heads=heads, attention_head_dim=4, in_channels=1, num_layers=layers,
+            num_decoder_layers=2, sample_size=8, patch_size=2, num_embeds_ada_norm=3,
+        ).double()  # fmt: skip
+        for parameter in built.parameters():
+            nn.init.normal_(parameter, std=0.2)
+        models.append(built.eval())
+    for name in NAMES:
+        baseline = build(name, *models)
+        assert not any("side" in module for pair in baseline.pairs.items() for module in pair)
+        assert len(baseline.pairs) == (0 if name == "aligner" else 4)
+        assert baseline(*run(baseline, *models)).item() > 0
 
 
 def test_the_block_around_an_attention_module() -> None:

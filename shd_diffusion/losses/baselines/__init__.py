@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import nn
+from diffusers import ModelMixin
 
 from shd_diffusion.config import LossesConfig
 from shd_diffusion.losses.baselines.aligner import HeadAligner
@@ -24,7 +24,7 @@ BASELINES: dict[str, type[Baseline]] = {
 
 
 def build_baselines(
-    losses: LossesConfig, teacher: nn.Module, student: nn.Module, seed: int
+    losses: LossesConfig, teacher: ModelMixin, student: ModelMixin, seed: int
 ) -> dict[str, Baseline]:
     """The baselines whose weight is not 0, with parameters that follow from the seed.
 

@@ -10,14 +10,15 @@ all blocks times student heads of all blocks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from shd_diffusion.attention import AttentionRecord
+from shd_diffusion.attention import AttentionBlock, AttentionRecord
 from shd_diffusion.config import TermConfig
-from shd_diffusion.losses.baselines.captured import Baseline, Captured, capturable_blocks
+from shd_diffusion.losses.baselines.captured import Baseline, Captured, running_blocks
 
 
 class HeadAligner(Baseline):
@@ -29,9 +30,11 @@ class HeadAligner(Baseline):
 
     needs_records = True
 
-    def __init__(self, config: TermConfig, teacher: nn.Module, student: nn.Module) -> None:
+    def __init__(self, config: TermConfig, teacher: ModelMixin, student: ModelMixin) -> None:
         super().__init__()
-        taught, learning = _heads(teacher), _heads(student)
+        theirs, ours = running_blocks(teacher), running_blocks(student)
+        self.blocks = theirs.keys(), ours.keys()
+        taught, learning = _heads(theirs), _heads(ours)
         if missing := learning.keys() - taught.keys():
             raise ValueError(f"the teacher has no {missing.pop()}-attention for the student's to learn from")
         self.pairs = {}
@@ -51,7 +54,11 @@ class HeadAligner(Baseline):
         """
         divergences = []
         for kind in self.scores:
-            target, maps = _maps(teacher.records, kind).detach(), _maps(student.records, kind)
+            target, maps = (
+                _maps(part.records, blocks, kind)
+                for part, blocks in zip((teacher, student), self.blocks, strict=True)
+            )
+            target = target.detach()
             mixed = torch.einsum("mn,bnqk->bmqk", self.weights(kind), maps)
             floor = torch.finfo(mixed.dtype).tiny  # below it a softmax has no value either
             pointwise = torch.xlogy(target, target) - target * mixed.clamp_min(floor).log()
@@ -59,17 +66,17 @@ class HeadAligner(Baseline):
         return torch.stack(divergences).mean()
 
 
-def _heads(model: nn.Module) -> dict[str, int]:
+def _heads(blocks: Mapping[str, AttentionBlock]) -> dict[str, int]:
     """Heads of all blocks by kind."""
     total: dict[str, int] = {}
-    for block in capturable_blocks(model).values():
+    for block in blocks.values():
         total[block.kind] = total.get(block.kind, 0) + block.heads
     return total
 
 
-def _maps(records: Mapping[str, AttentionRecord], kind: str) -> Tensor:
+def _maps(records: Mapping[str, AttentionRecord], blocks: Collection[str], kind: str) -> Tensor:
     """The maps of all heads of a kind, (B, heads, Q, K), of joint attention those of the main stream."""
-    maps = {n: record.maps() for n, record in records.items() if record.kind == kind and ":" not in n}
-    if len({each.shape[2:] for each in maps.values()}) > 1:
+    maps = [record.maps() for name, record in records.items() if name in blocks and record.kind == kind]
+    if len({each.shape[2:] for each in maps}) > 1:
         raise ValueError("the aligner mixes heads of all blocks, and their token grids differ")
-    return torch.cat([*maps.values()], dim=1)
+    return torch.cat(maps, dim=1)

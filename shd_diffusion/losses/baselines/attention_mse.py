@@ -8,11 +8,12 @@ around that. No extra parameters.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from diffusers import ModelMixin
+from torch import Tensor
 
 from shd_diffusion.attention import AttentionRecord
 from shd_diffusion.config import AttentionMSEConfig
-from shd_diffusion.losses.baselines.captured import Baseline, Captured, capturable_blocks, map_attention
+from shd_diffusion.losses.baselines.captured import Baseline, Captured, map_attention, running_blocks
 
 
 class AttentionMSE(Baseline):
@@ -20,13 +21,13 @@ class AttentionMSE(Baseline):
 
     needs_records = True
 
-    def __init__(self, config: AttentionMSEConfig, teacher: nn.Module, student: nn.Module) -> None:
+    def __init__(self, config: AttentionMSEConfig, teacher: ModelMixin, student: ModelMixin) -> None:
         super().__init__()
         self.heads = config.heads
         self.pairs = map_attention(teacher, student, config.layer_map)
         if self.heads == "average":
             return
-        blocks, taught = capturable_blocks(student), capturable_blocks(teacher)
+        blocks, taught = running_blocks(student), running_blocks(teacher)
         for ours, theirs in self.pairs.items():
             if blocks[ours].heads != taught[theirs].heads:
                 raise ValueError(

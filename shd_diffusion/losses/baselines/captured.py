@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from shd_diffusion.attention import AttentionBlock, AttentionRecord, attention_blocks
+from shd_diffusion.attention import AttentionBlock, AttentionCapture, AttentionRecord, attention_blocks
 from shd_diffusion.attention.blocks import output_weight
 from shd_diffusion.losses.blocks import LayerMap, map_blocks
+from shd_diffusion.models.adapter import predict, sample_shape
 
 
 @dataclass(frozen=True)
@@ -39,25 +42,28 @@ class Baseline(nn.Module):
         raise NotImplementedError
 
 
-def capturable_blocks(model: nn.Module) -> dict[str, AttentionBlock]:
-    """The attention blocks of a model that leave records.
+@torch.no_grad()
+def running_blocks(model: ModelMixin) -> dict[str, AttentionBlock]:
+    """The attention blocks that leave records in a plain pass, by trying: MDTv2's side block runs in masked ones only.
 
     Raises:
-        ValueError: it has none.
+        ValueError: there are none.
     """
-    blocks = {name: block for name, block in attention_blocks(model).items() if block.capturable}
-    if not blocks:
-        raise ValueError(f"{type(model).__name__} has no attention block that can be captured")
-    return blocks
+    one = torch.zeros(1, device=model.device)
+    noised = one.new_zeros((1, *sample_shape(model)), dtype=model.dtype)
+    with AttentionCapture(model) as capture:
+        predict(model, noised, one, one.long())
+        ran = capture.records
+    return {name: block for name, block in attention_blocks(model).items() if name in ran}
 
 
-def map_attention(teacher: nn.Module, student: nn.Module, layer_map: LayerMap) -> dict[str, str]:
+def map_attention(teacher: ModelMixin, student: ModelMixin, layer_map: LayerMap) -> dict[str, str]:
     """The teacher's attention block of each student's: see `map_blocks`.
 
     Raises:
         ValueError: they cannot be mapped.
     """
-    theirs, ours = ({n: b.kind for n, b in capturable_blocks(m).items()} for m in (teacher, student))
+    theirs, ours = ({n: b.kind for n, b in running_blocks(m).items()} for m in (teacher, student))
     pairs = map_blocks(theirs, ours, layer_map)
     if not pairs:
         raise ValueError("the layer map leaves out every block")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,7 +31,7 @@ class FeatureDistillation(Baseline):
         projectors: P by pair, in the order of `pairs`.
     """
 
-    def __init__(self, config: MappedTermConfig, teacher: nn.Module, student: nn.Module) -> None:
+    def __init__(self, config: MappedTermConfig, teacher: ModelMixin, student: ModelMixin) -> None:
         super().__init__()
         pairs = map_attention(teacher, student, config.layer_map)
         # a block with several attention modules is matched once

@@ -10,6 +10,7 @@ token counts. Extra parameters: C_student · C_teacher for each mapped block.
 from __future__ import annotations
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal
@@ -26,7 +27,7 @@ class VkD(FeatureDistillation):
     P has orthonormal rows, one a student's channel (orthonormal columns where the student is wider).
     """
 
-    def __init__(self, config: VkDConfig, teacher: nn.Module, student: nn.Module) -> None:
+    def __init__(self, config: VkDConfig, teacher: ModelMixin, student: ModelMixin) -> None:
         super().__init__(config, teacher, student)
         self.normalise = {"whiten": whiten, "standardise": standardise}[config.normalisation]
 
