@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
 from accelerate.utils import DistributedType
 
-from shd_diffusion.config import TrainConfig
+from shd_diffusion.config import RunConfig, TrainConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.processes import processes
+from shd_diffusion.protocol import flatten
 
 LAYOUTS = {DistributedType.NO, *(kind for kind in DistributedType if kind.name.startswith("MULTI_"))}
 
@@ -26,6 +28,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         if tracker not in map(str, get_available_trackers()):
             raise UserError(f"key `train.trackers`: {tracker} is not installed; `pip install {tracker}`")
     processes()
+    AcceleratorState._reset_state()  # one process may train several runs, in different precisions
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,
@@ -36,6 +39,11 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
         )
     except ValueError as error:
         raise UserError(f"key `train.mixed_precision`: {error}") from error
+    if config.mixed_precision != "no" and not accelerator.native_amp:
+        raise UserError(
+            f"key `train.mixed_precision`: {config.mixed_precision} needs an accelerator, and this is a "
+            f"{accelerator.device.type}; use bf16 or no"
+        )
     if accelerator.distributed_type not in LAYOUTS:
         raise UserError(
             f"key `train.shard`: accelerate was launched for {accelerator.distributed_type.value}; launch plain "
@@ -51,3 +59,12 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             "key `train.shard`: one process has nobody to share with; launch several, or remove it"
         )
     return accelerator
+
+
+def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
+    """Start the trackers with what the run is defined by; a value that is no plain one is told as text."""
+    values = flatten(config.model_dump(mode="json", by_alias=True))
+    plain = {
+        key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()
+    }
+    accelerator.init_trackers("trackers", plain)

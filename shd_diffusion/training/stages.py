@@ -27,11 +27,10 @@ from shd_diffusion.models.factory import build_model, load_model
 from shd_diffusion.models.init import init_from_teacher
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
-from shd_diffusion.protocol import flatten
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
 from shd_diffusion.squeezing.plan import plan_merges, plans_from_json, plans_to_json
-from shd_diffusion.training.launch import make_accelerator
+from shd_diffusion.training.launch import make_accelerator, start_trackers
 from shd_diffusion.training.loop import fit
 from shd_diffusion.training.masking import WithMasking, prepare_masking
 from shd_diffusion.training.methods import Captures, Denoising, DenoisingLoss, Distillation, Method
@@ -220,9 +219,9 @@ def _open(
         accelerator = make_accelerator(config.train, run.path)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    accelerator.init_trackers("trackers", flatten(config.model_dump(include={"seed", "train", "losses"})))
     if accelerator.is_main_process:
         run.create(config)
+    start_trackers(accelerator, config)
     accelerator.wait_for_everyone()
     return Stage(config, run, built, data, process, sampler, accelerator)
 

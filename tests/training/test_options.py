@@ -1,0 +1,148 @@
+"""What a config can ask of the optimisation, each by what it changes and what it must not change."""
+
+from __future__ import annotations
+
+import json
+from functools import partialmethod
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from commands import DISTILL_CONFIG, TEACHER_CONFIG, command, sets
+from diffusers import ModelMixin
+from safetensors.torch import load_file
+from torch import nn
+
+from shd_diffusion.training.methods import Distillation
+
+SHORT = ["train.max_steps=3", "train.batch_size=4", "train.log_every=1", "train.warmup_steps=0"]
+TEACHER = ["model.arguments.num_layers=2", "model.arguments.num_attention_heads=4"]
+STUDENT = ["student.arguments.num_layers=2", "student.arguments.num_attention_heads=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the runs `teacher` and `plain`."""
+    folder = tmp_path_factory.mktemp("options")
+    assert (
+        command("train-teacher", TEACHER_CONFIG, "--output", folder / "teacher", *sets(*SHORT, *TEACHER))[0]
+        == 0
+    )
+    distill(folder, folder / "plain")
+    return folder
+
+
+def distill(folder: Path, run: Path, *overrides: str) -> Path:
+    arguments = sets(*SHORT, *STUDENT, f"teacher.path={folder / 'teacher'}", *overrides)
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", run, *arguments)
+    assert code == 0, errors
+    return run
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors")
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path) -> list[float]:
+    return [entry["loss"] for entry in log(run)]
+
+
+def test_gradient_checkpointing_changes_nothing(folder: Path, tmp_path: Path) -> None:
+    run = distill(folder, tmp_path / "run", "train.gradient_checkpointing=true")
+    ours, theirs = weights(run), weights(folder / "plain")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert losses(run) == losses(folder / "plain")
+
+
+def test_compiled_it_is_the_same_run(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs are real, with the capture in them; only the code generator is left out, which takes minutes."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(ModelMixin, "compile", partialmethod(nn.Module.compile, backend=backend))
+    run = distill(folder, tmp_path / "run", "train.compile=true")
+    assert graphs
+    assert losses(run) == pytest.approx(losses(folder / "plain"), rel=1e-6)
+
+
+def test_bf16_computes_in_it_and_keeps_the_weights_in_float32(folder: Path, tmp_path: Path) -> None:
+    run = distill(folder, tmp_path / "run", "train.mixed_precision=bf16")
+    assert losses(run) == pytest.approx(losses(folder / "plain"), rel=1e-2)
+    assert losses(run) != losses(folder / "plain")
+    assert {tensor.dtype for tensor in weights(run).values()} == {torch.float32}
+
+
+def test_a_precision_that_the_machine_lacks_is_an_error(folder: Path, tmp_path: Path) -> None:
+    if torch.accelerator.is_available():
+        pytest.skip("accelerators have fp16")
+    arguments = sets(*SHORT, *STUDENT, f"teacher.path={folder / 'teacher'}", "train.mixed_precision=fp16")
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
+    assert code == 2 and "train.mixed_precision" in errors and "bf16" in errors
+    assert not (tmp_path / "run").exists()
+
+
+def test_gradients_are_clipped_and_their_norm_is_logged_unclipped(folder: Path, tmp_path: Path) -> None:
+    """A gradient far below Adam's ε moves nothing."""
+    run = distill(folder, tmp_path / "run", "train.max_grad_norm=1e-13")
+    plain = folder / "plain"
+    assert log(run)[0]["gradient_norm"] == log(plain)[0]["gradient_norm"] > 0.01
+    assert losses(run)[0] == losses(plain)[0]
+    at_start = weights(distill(folder, tmp_path / "start", "train.learning_rate=1e-30"))
+    moved = [
+        max((part[name] - at_start[name]).abs().max() for name in at_start)
+        for part in (weights(run), weights(plain))
+    ]
+    assert moved[0] < 1e-6 and moved[1] > 1e-3
+
+
+def test_trackers_get_every_figure(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = distill(folder, tmp_path / "run", "train.trackers=[tensorboard]")
+    events = EventAccumulator(str(run / "trackers"))
+    events.Reload()
+    for key in ("loss", "terms.shd.value", "terms.output.share", "learning_rate", "gradient_norm"):
+        assert [event.step for event in events.Scalars(key)] == [1, 2, 3]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(run))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_teacher_teaches_and_nothing_else(
+    dtype: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Frozen, in evaluation mode, as wide as asked for; no part of the optimiser, the average or a checkpoint."""
+    original, seen = Distillation.__call__, []
+
+    def watched(self: Distillation, *arguments: Any) -> dict[str, torch.Tensor]:
+        seen.append(self.teacher)
+        assert not any(module.training for module in self.teacher.modules())
+        assert {parameter.dtype for parameter in self.teacher.parameters()} == {getattr(torch, dtype)}
+        return original(self, *arguments)
+
+    monkeypatch.setattr(Distillation, "__call__", watched)
+    run = distill(folder, tmp_path / "run", f"teacher.dtype={dtype}")
+    assert losses(run) == pytest.approx(losses(folder / "plain"), rel=1e-2)
+    assert all(p.grad is None and not p.requires_grad for p in seen[-1].parameters())
+    taught = load_file(folder / "teacher" / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors")
+    assert all(torch.equal(p, taught[n].to(p.dtype)) for n, p in seen[-1].named_parameters())
+
+    checkpoint, student = run / "checkpoints" / "step-00000003", weights(run)
+    model, average, optimizer = (
+        load_file(checkpoint / f"{name}.safetensors") for name in ("model", "average", "optimizer")
+    )
+    assert {name: tensor.shape for name, tensor in model.items() if name in student} == {
+        name: tensor.shape for name, tensor in student.items()
+    }
+    assert len(average) == len(student) and len({name.split("/")[0] for name in optimizer}) == len(student)
+    assert {path.name for path in checkpoint.iterdir()} == {
+        *(f"{name}.safetensors" for name in ("model", "average", "optimizer", "method")), "manifest.json",
+    }  # fmt: skip
