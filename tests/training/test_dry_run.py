@@ -100,3 +100,25 @@ def test_a_teacher_that_is_not_there(tmp_path: Path) -> None:
         "distill", DISTILL_CONFIG, "--dry-run", *sets(f"teacher.path={tmp_path / 'none'}")
     )
     assert code == 2 and "also takes a config of train-teacher" in errors
+
+
+def test_a_student_that_starts_from_its_teacher_says_how_much_it_takes() -> None:
+    pruned = [
+        "student.init=teacher",
+        "student.arguments.num_attention_heads=12",
+        "student.arguments.num_layers=2",
+    ]
+    code, output, errors = command(
+        "distill", DISTILL_CONFIG, "--dry-run", *sets(*SMALL, *pruned, "train.batch_size=1")
+    )
+    assert code == 0, errors
+    parameters = json.loads(output)["student"]["parameters"]
+    assert f"{parameters:,} of {parameters:,} parameters, come from the teacher" in errors
+
+
+def test_a_start_that_is_no_start() -> None:
+    arguments = ("distill", DISTILL_CONFIG, "--dry-run")
+    code, _, errors = command(*arguments, *sets(*SMALL, "student.init=teacher", "student.pretrained=x"))
+    assert code == 2 and "both give the weights to start from" in errors
+    code, _, errors = command(*arguments, *sets(*SMALL, "student.init=best"))
+    assert code == 2 and "student.init" in errors

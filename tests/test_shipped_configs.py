@@ -1,0 +1,46 @@
+"""Every config of a training in configs/: it can be read, its models exist, and a student fits its teacher."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from commands import ROOT
+
+from shd_diffusion.config import DistillConfig, RunConfig, read_run_config
+from shd_diffusion.models.adapter import null_label, num_tokens, sample_shape
+from shd_diffusion.models.factory import build_model
+from shd_diffusion.models.inspect import inspect_model, inspect_pair
+
+CONFIGS = sorted(p for p in (ROOT / "configs").glob("*/*.yaml") if "\ntrain:\n" in p.read_text())
+
+# Teachers that are converted from published weights, and the configs of the same models.
+CONVERTED = {"models/mdtv2-xl-2": "mdtv2-xl-teacher.yaml", "models/dit-xl-2": "dit-xl-teacher.yaml"}
+
+
+def teacher_config(path: Path, config: DistillConfig) -> RunConfig:
+    """The config that makes the teacher of a distillation: the one whose output is its path."""
+    others = [read_run_config(other) for other in CONFIGS if other.parent == path.parent]
+    converted = CONVERTED.get(config.teacher.path)
+    if converted is not None:
+        return read_run_config(path.parent / converted)
+    (found,) = [other for other in others if other.output == config.teacher.path]
+    return found
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_its_models_can_be_built_and_paired(path: Path) -> None:
+    config = read_run_config(path)
+    assert config.output is not None and config.output.startswith(f"runs/{path.parent.name}/")
+    with torch.device("meta"):
+        model = build_model(config.student if isinstance(config, DistillConfig) else config.model)
+    if config.train.mask_ratio:
+        assert num_tokens(model) > 1
+    if not isinstance(config, DistillConfig):
+        return
+    with torch.device("meta"):
+        teacher = build_model(teacher_config(path, config).model)
+    assert (sample_shape(teacher), null_label(teacher)) == (sample_shape(model), null_label(model))
+    pairs = inspect_pair(inspect_model(teacher), inspect_model(model), config.losses.shd.layer_map)
+    assert pairs and all(pair.problem is None and pair.plan for pair in pairs)
