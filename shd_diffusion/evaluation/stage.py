@@ -25,8 +25,9 @@ def evaluate_samples(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: there are no samples, or they cannot be evaluated.
     """
-    if not (run.samples / "sampling.json").exists():
-        raise UserError(f"{run.path}: has no samples yet; run `shd-diffusion sample {run.path}` first")
+    record = run.samples / "sampling.json"
+    if not record.exists() or not read_json(record)["num_images"]:
+        raise UserError(f"{run.path}: has no finished samples; run `shd-diffusion sample {run.path}` first")
     reference = config.evaluate.reference or reference_images(config.data)
     figures = _evaluate(run.samples, reference, config.evaluate)
     if processes().is_main_process:

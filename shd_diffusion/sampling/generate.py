@@ -18,7 +18,9 @@ from shd_diffusion.data.images import to_rgb_bytes
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json, replacing_file, write_json
 from shd_diffusion.models.adapter import null_label, sample_shape
+from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
+from shd_diffusion.protocol import flatten
 from shd_diffusion.randomness import generator
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 
@@ -76,6 +78,9 @@ def generate(
 ) -> dict[str, Any]:
     """Write `config.num_images` PNG files, continuing where an interrupted call stopped.
 
+    Image j is always computed in the same place of the same forward pass, with the others of its batch, so the
+    files do not depend on interruptions or on the number of processes, each of which takes every so many-th batch.
+
     Args:
         pipeline: its scheduler is the one to sample with.
         config: how many, how, and from which seed.
@@ -89,22 +94,42 @@ def generate(
     Raises:
         UserError: the folder holds images of another protocol.
     """
+    state = processes()
     protocol = {**protocol, **config.model_dump(exclude={"num_images", "batch_size"})}
-    summary = _open(folder, protocol)
-    folder.mkdir(parents=True, exist_ok=True)
-    missing = [index for index in range(config.num_images) if not image_path(folder, index).exists()]
+    made_with = {"batch_size": config.batch_size, "protocol": protocol}
+    summary = _open(folder, made_with)
+    if not summary:
+        summary = {"num_images": 0, "labels": [], "seconds_per_image": 0.0, **made_with}
+    if state.is_main_process and not summary["num_images"]:
+        write_json(folder / SUMMARY, summary)
+    batches = [
+        range(start, start + config.batch_size) for start in range(0, config.num_images, config.batch_size)
+    ]
     pipeline.set_progress_bar_config(disable=True)
-    seconds, fresh = summary.get("seconds", 0.0), len(missing)
-    with progress_bar(config.num_images, f"sample {name}", "image", config.num_images - fresh) as bar:
-        for start in range(0, fresh, config.batch_size):
-            indices = missing[start : start + config.batch_size]
-            began = time.perf_counter()
-            images = to_rgb_bytes(sample_indices(pipeline, indices, config)).cpu()
-            seconds += time.perf_counter() - began
-            for index, image in zip(indices, images, strict=True):
-                _write_png(image_path(folder, index), image)
-            _record(folder, protocol, pipeline, seconds, index + 1)
-            bar.update(len(indices))
+    computed, seconds = 0, 0.0
+    state.wait_for_everyone()
+    with progress_bar(config.num_images, f"sample {name}", "image", visible=state.is_main_process) as bar:
+        for batch in batches[state.process_index :: state.num_processes]:
+            wanted = [index for index in batch if index < config.num_images]
+            missing = {index for index in wanted if not image_path(folder, index).exists()}
+            if missing:
+                began = time.perf_counter()
+                images = to_rgb_bytes(sample_indices(pipeline, batch, config)).cpu()
+                seconds, computed = seconds + time.perf_counter() - began, computed + len(batch)
+                for index, image in zip(batch, images, strict=True):
+                    if index in missing:
+                        _write_png(image_path(folder, index), image)
+            bar.update(min(len(wanted) * state.num_processes, config.num_images - bar.n))
+    state.wait_for_everyone()
+    if state.is_main_process and (computed or summary["num_images"] < config.num_images):
+        summary = {
+            "num_images": config.num_images,
+            "labels": balanced_labels(range(config.num_images), null_label(pipeline.denoiser)),
+            "seconds_per_image": seconds / computed if computed else summary["seconds_per_image"],
+            **made_with,
+        }
+        write_json(folder / SUMMARY, summary)
+    state.wait_for_everyone()
     return read_json(folder / SUMMARY)
 
 
@@ -113,31 +138,19 @@ def image_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def _open(folder: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+def _open(folder: Path, made_with: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the images in the folder, which must have been made in the same way."""
     if not (folder / SUMMARY).exists():
         return {}
     summary = read_json(folder / SUMMARY)
-    differing = [key for key in protocol if summary["protocol"].get(key) != protocol[key]]
-    if differing:
-        raise UserError(
-            f"{folder / SUMMARY}: these samples were made with another `{differing[0]}` "
-            f"({summary['protocol'].get(differing[0])!r}, now {protocol[differing[0]]!r}); "
-            "delete the folder or give another --output"
-        )
+    there, now = (flatten({key: tree.get(key) for key in made_with}) for tree in (summary, made_with))
+    for key in sorted(there.keys() | now.keys()):
+        if there.get(key) != now.get(key):
+            raise UserError(
+                f"{folder / SUMMARY}: these samples were made with another `{key.removeprefix('protocol.')}` "
+                f"({there.get(key)!r}, now {now.get(key)!r}); delete the folder, or sample into another run"
+            )
     return summary
-
-
-def _record(
-    folder: Path, protocol: dict[str, Any], pipeline: ClassConditionalPipeline, seconds: float, count: int
-) -> None:
-    summary = {
-        "num_images": count,
-        "labels": balanced_labels(range(count), null_label(pipeline.denoiser)),
-        "seconds": seconds,
-        "seconds_per_image": seconds / count,
-        "protocol": protocol,
-    }
-    write_json(folder / SUMMARY, summary)
 
 
 def _write_png(path: Path, image: Tensor) -> None:

@@ -1,9 +1,13 @@
 """The pipeline and sampling by index."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import ROOT, command, sets
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from PIL import Image
 
@@ -69,16 +73,47 @@ def test_guidance_is_a_line_through_both_predictions() -> None:
     assert (conditional - unconditional).abs().max() > 1e-3
 
 
-def test_generate_continues_and_repeats_nothing(tmp_path: Path) -> None:
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.glob("*.png")}
+
+
+def test_interrupted_sampling_ends_with_the_same_files(tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     summary = generate(pipeline, CONFIG, whole, {}, "test")
-    generate(pipeline, CONFIG.model_copy(update={"num_images": 3}), parts, {}, "test")
-    generate(pipeline, CONFIG, parts, {}, "test")
     assert summary["num_images"] == 7 and summary["labels"] == [0, 1, 2, 3, 4, 5, 6]
-    assert sorted(p.name for p in whole.glob("*.png")) == [f"{i:06d}.png" for i in range(7)]
-    assert all((parts / p.name).read_bytes() == p.read_bytes() for p in whole.glob("*.png"))
+    assert sorted(files(whole)) == [f"{i:06d}.png" for i in range(7)]
     assert Image.open(whole / "000000.png").size == (8, 8)
+
+    generate(pipeline, CONFIG, parts, {}, "test")
+    kept = {index: (parts / f"{index:06d}.png").stat().st_mtime_ns for index in (0, 2, 6)}
+    for index in (1, 3, 4, 5):  # a call that was killed, whatever it had got to
+        (parts / f"{index:06d}.png").unlink()
+    generate(pipeline, CONFIG, parts, {}, "test")
+    assert files(parts) == files(whole)
+    assert kept == {index: (parts / f"{index:06d}.png").stat().st_mtime_ns for index in kept}
+
+
+def test_more_images_keep_those_that_are_there(tmp_path: Path) -> None:
+    generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
+    before = files(tmp_path)
+    more = generate(tiny_pipeline(), CONFIG.model_copy(update={"num_images": 8}), tmp_path, {}, "test")
+    assert more["num_images"] == 8 and len(files(tmp_path)) == 8
+    assert {name: files(tmp_path)[name] for name in before} == before
+
+
+def test_any_number_of_processes_write_the_same_files(runs: Path, tmp_path: Path) -> None:
+    """Two processes under `torchrun`, through the launch file, against one; from a model that was trained."""
+    for name in ("one", "two"):
+        ignored = shutil.ignore_patterns("samples", "evaluation", "checkpoints")
+        shutil.copytree(runs / "teacher", tmp_path / name, ignore=ignored)
+    options = sets("sample.num_images=50", "sample.num_inference_steps=3", "sample.batch_size=16")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    launch += [str(ROOT / "pipelines" / "sample.py"), str(tmp_path / "two"), *options]
+    subprocess.run(launch, check=True, capture_output=True, timeout=300)
+    assert command("sample", tmp_path / "one", *options)[0] == 0
+    one, two = (files(tmp_path / name / "samples") for name in ("one", "two"))
+    assert len(one) == 50 and one == two
 
 
 def test_samples_of_another_protocol_are_not_mixed(tmp_path: Path) -> None:
