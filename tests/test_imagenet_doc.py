@@ -1,0 +1,45 @@
+"""The costs in docs/imagenet.md are those of the dry runs' result files."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from commands import ROOT
+
+A100 = 0.4 * 312e12  # operations a second
+DOC = (ROOT / "docs" / "imagenet.md").read_text(encoding="utf-8")
+RUNS = ("mdtv2-b-teacher", "mdtv2-b-to-s", "mdtv2-xl-to-s", "dit-xl-to-s")
+
+
+def rows(name: str) -> list[list[str]]:
+    """The cells of every table row that begins with the run's name."""
+    lines = [line for line in DOC.splitlines() if line.startswith(f"| {name} |")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_costs_follow_from_the_dry_run(name: str) -> None:
+    figures = json.loads((ROOT / "docs" / "results" / f"dry-run-{name}.json").read_text())
+    costs, memory = rows(name)
+    operations, size = figures["operations_per_image"], figures["memory_bytes"]
+    total = 400_000 * 256 * operations["training"]
+    sampling = 50_000 * 250 * 2 * operations["forward"]
+    taught = operations.get("teacher_forward")
+    assert costs[1:] == [
+        "" if taught is None else f"{taught / 1e9:.1f} G",
+        f"{operations['forward'] / 1e9:.1f} G",
+        f"{operations['training'] / 1e9:.1f} G",
+        f"{total:.2e}".replace("e+", "e"),
+        f"{total / A100 / 3600:.0f}",
+        f"{sampling / A100 / 3600:.2f}",
+    ]
+    states = sum(size[part] for part in ("weights", "gradients", "optimiser", "average"))
+    assert memory[1:] == [
+        f"{states / 1e9:.2f}",
+        f"{size['teacher'] / 1e9:.2f}" if size["teacher"] else "",
+        f"{size['activations'] / 1e9:.2f}",
+        f"{size['sum'] / 1e9:.2f}",
+        f"{figures['measured']['peak_bytes'] / 1e9:.1f}",
+    ]
+    assert figures["measured"]["peak_bytes"] < 20e9  # the machine that this must fit on
