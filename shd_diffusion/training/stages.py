@@ -16,11 +16,13 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from shd_diffusion.attention import attention_blocks
 from shd_diffusion.config import DistillConfig, ModelConfig, RunConfig, SHDConfig, TrainTeacherConfig
-from shd_diffusion.data import Source, build_source, check_source
+from shd_diffusion.data import LatentSource, Source, build_source, check_source
+from shd_diffusion.data.vae import load_vae
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_folder, write_json, write_text
 from shd_diffusion.losses import SHDLoss, map_blocks
 from shd_diffusion.losses.baselines import build_baselines
+from shd_diffusion.losses.baselines.captured import running_blocks
 from shd_diffusion.losses.denoising import ForwardProcess, forward_process
 from shd_diffusion.models.adapter import count_parameters, freeze, null_label, sample_shape
 from shd_diffusion.models.factory import build_model, load_model
@@ -138,16 +140,15 @@ def check_squeezing(teacher: ModelMixin, student: ModelMixin, shd: SHDConfig, pa
     Raises:
         UserError: they have not.
     """
-    theirs, ours = (
-        {name: block for name, block in attention_blocks(model).items() if block.capturable}
-        for model in (teacher, student)
-    )
-    for key, model, blocks in (("teacher.path", teacher, theirs), ("student", student, ours)):
-        if not blocks:
+    found = []
+    for key, model in (("teacher.path", teacher), ("student", student)):
+        try:
+            found.append(running_blocks(model))
+        except ValueError as error:
             raise UserError(
-                f"{source}: key `{key}`: {type(model).__name__} has no attention block that can be captured; "
-                "choose another model or set losses.shd.weight=0"
-            )
+                f"{source}: key `{key}`: {error}; choose another model or set losses.shd.weight=0"
+            ) from error
+    theirs, ours = found
     try:
         taught, learning = ({name: block.kind for name, block in blocks.items()} for blocks in (theirs, ours))
         pairs = map_blocks(taught, learning, shd.layer_map)
@@ -276,8 +277,7 @@ def _load_or_calibrate(loss: SHDLoss, teacher: ModelMixin, stage: Stage) -> None
     assert isinstance(config, DistillConfig)
     student = stage.model.to(stage.accelerator.device)
     count, size = config.losses.shd.calibration_batches, config.train.batch_size
-    ratio = config.train.mask_ratio
-    batches = probe_batches(stage.data, student, stage.process, count, size, config.seed, ratio)
+    batches = probe_batches(stage.data, student, stage.process, count, size, config.seed)
     plans = loss.calibrate(paired_records(teacher, student, batches))
     stage.accelerator.wait_for_everyone()
     if stage.accelerator.is_main_process:
@@ -301,10 +301,10 @@ def _finish(
 ) -> None:
     """Save the pipeline, then the summary: a run that has one is complete."""
     if stage.accelerator.is_main_process:
+        vae = load_vae(stage.data.vae) if isinstance(stage.data, LatentSource) else None
         with replacing_folder(stage.run.pipeline) as temporary:
-            ClassConditionalPipeline(trained, stage.sampler).save_pretrained(
-                temporary, safe_serialization=True
-            )
+            pipeline = ClassConditionalPipeline(trained, stage.sampler, vae)
+            pipeline.save_pretrained(temporary, safe_serialization=True)
         summary = summarize(stage, trained, seconds, teacher)
         write_json(stage.run.summary_file, summary | {"extra_parameters": extra_parameters})
     for tracker in stage.accelerator.trackers:
