@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 from diffusers import ModelMixin
 
-from shd_diffusion.attention import attention_blocks
 from shd_diffusion.losses import map_blocks
-from shd_diffusion.losses.baselines.captured import enclosing_block
+from shd_diffusion.losses.baselines.captured import enclosing_block, running_blocks
 from shd_diffusion.losses.blocks import LayerMap
 
 
@@ -62,7 +61,7 @@ def init_from_teacher(student: ModelMixin, teacher: ModelMixin, layer_map: Layer
 def _paired_blocks(student: ModelMixin, teacher: ModelMixin, layer_map: LayerMap) -> dict[str, str | None]:
     """The teacher's transformer block of each of the student's, by path; None for one that is left out."""
     ours, theirs = (
-        {name: block.kind for name, block in attention_blocks(model).items()} for model in (student, teacher)
+        {name: block.kind for name, block in running_blocks(model).items()} for model in (student, teacher)
     )
     blocks: dict[str, str | None] = {enclosing_block(name): None for name in ours}
     pairs = map_blocks(theirs, ours, layer_map)

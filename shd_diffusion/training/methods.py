@@ -17,6 +17,7 @@ from shd_diffusion.attention.outputs import OutputCapture
 from shd_diffusion.config import DiffusionConfig, LossesConfig
 from shd_diffusion.losses import NonFiniteError, SHDLoss, schedule_weight
 from shd_diffusion.losses.baselines import Baseline, Captured
+from shd_diffusion.losses.baselines.captured import running_blocks
 from shd_diffusion.losses.denoising import ForwardProcess, squared_error
 from shd_diffusion.losses.variance import variational_bound
 from shd_diffusion.models.adapter import predict
@@ -115,6 +116,8 @@ class Denoising:
 class Captures:
     """Context that notes, in every pass of teacher and student, what SHD and the baselines look at.
 
+    Blocks that run in masked passes only (MDTv2's side block) are left out: a student samples without them.
+
     Args:
         teacher: frozen.
         student: in training.
@@ -123,10 +126,11 @@ class Captures:
     """
 
     def __init__(
-        self, teacher: nn.Module, student: nn.Module, shd: bool, baselines: Mapping[str, Baseline]
+        self, teacher: ModelMixin, student: ModelMixin, shd: bool, baselines: Mapping[str, Baseline]
     ) -> None:
         looking_at_maps = shd or any(baseline.needs_records for baseline in baselines.values())
-        self._records = [AttentionCapture(m) for m in (teacher, student)] if looking_at_maps else []
+        models = (teacher, student) if looking_at_maps else ()
+        self._records = [AttentionCapture(model, running_blocks(model)) for model in models]
         pairs = [pair for b in baselines.values() if not b.needs_records for pair in b.pairs.items()]
         ours, theirs = ({pair[side]: None for pair in pairs} for side in (0, 1))
         self._outputs = OutputCapture(teacher, theirs), OutputCapture(student, ours)
@@ -149,7 +153,7 @@ class Captures:
 
 
 class Distillation:
-    """L = w_denoise · L_denoise + w_output · ||ε_student - ε_teacher||² + w_shd · L_SHD (METHOD.md section 6),
+    """L = w_denoise · L_denoise + w_output · ||ε_student - ε_teacher||² + w_shd · L_SHD (docs/method.md section 6),
     and the baselines that SHD is compared with.
 
     Teacher and student see the same noised images, timesteps, labels, dropped labels and tokens. A term of weight 0

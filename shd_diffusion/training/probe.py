@@ -18,7 +18,7 @@ from shd_diffusion.data import Source
 from shd_diffusion.files import replacing_file
 from shd_diffusion.losses import SHDLoss
 from shd_diffusion.losses.denoising import ForwardProcess
-from shd_diffusion.models.adapter import null_label, num_tokens, predict, sample_shape
+from shd_diffusion.models.adapter import null_label, predict, sample_shape
 from shd_diffusion.processes import processes
 from shd_diffusion.training.data_order import Layout, StepSampler
 from shd_diffusion.training.draws import draw
@@ -32,26 +32,17 @@ STUDY_BATCH_SIZE = 4
 
 
 def probe_batches(
-    source: Source,
-    model: ModelMixin,
-    process: ForwardProcess,
-    count: int,
-    size: int,
-    seed: int,
-    mask_ratio: float = 0.0,
+    source: Source, model: ModelMixin, process: ForwardProcess, count: int, size: int, seed: int
 ) -> Iterator[Batch]:
     """Noised batches that no training step sees, with labels that are never dropped.
 
     The timesteps go round the schedule by the golden ratio, from a quarter of it, so that any number covers it evenly.
     """
     shape, null, device = sample_shape(model), null_label(model), model.device
-    masking = (num_tokens(model), mask_ratio) if mask_ratio else None
     items = source.batches(StepSampler(seed, len(source), Layout(size), 0, count))
     for step, (raw, labels) in enumerate(items):
         # negative steps: draws of their own
-        drawn = draw(
-            seed, -1 - step, size, shape, process.num_timesteps, 0.0, source.needs_noise, masking=masking
-        )
+        drawn = draw(seed, -1 - step, size, shape, process.num_timesteps, 0.0, source.needs_noise)
         places = torch.arange(step * size, (step + 1) * size, dtype=torch.float64)
         timesteps = ((0.25 + GOLDEN_RATIO * places) % 1 * process.num_timesteps).long()
         drawn = replace(drawn, timesteps=timesteps).take(slice(None), device)
@@ -67,7 +58,7 @@ def paired_records(
     with AttentionCapture(teacher) as of_teacher, AttentionCapture(student) as of_student:
         for batch in batches:
             for model in (teacher, student):
-                predict(model, batch.noised.to(model.dtype), batch.times, batch.labels, batch.ids_keep)
+                predict(model, batch.noised.to(model.dtype), batch.times, batch.labels)
             yield of_teacher.records, of_student.records
 
 

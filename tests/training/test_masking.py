@@ -10,6 +10,7 @@ import pytest
 import torch
 from commands import ROOT, command, sets
 from diffusers import DiTTransformer2DModel
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel, draw_ids_keep
@@ -101,7 +102,8 @@ def test_models_that_cannot_share_a_mask_are_named() -> None:
         prepare_masking(mdtv2(patch_size=4), None, 0.79)
 
 
-def test_a_deeper_mdtv2_teaches_a_shallower_one_masked(tmp_path: Path) -> None:
+@pytest.mark.parametrize("layer_map", ["uniform", "[3, 7, 8, 9]"])
+def test_a_deeper_mdtv2_teaches_a_shallower_one_masked(tmp_path: Path, layer_map: str) -> None:
     """Encoders of 8 and 2 blocks, as XL and S differ: in every stage the student learns from the same stage."""
     deep = ["model.arguments.num_layers=10", "model.arguments.num_attention_heads=4", *SHORT]
     code, _, errors = command(
@@ -115,7 +117,7 @@ def test_a_deeper_mdtv2_teaches_a_shallower_one_masked(tmp_path: Path) -> None:
     ]
     code, _, errors = command(
         "distill", CONFIGS / "mdtv2-distill.yaml", "--output", tmp_path / "student",
-        *sets(*SHORT, *pairing, f"teacher.path={tmp_path / 'teacher'}"),
+        *sets(*SHORT, *pairing, f"losses.shd.layer_map={layer_map}", f"teacher.path={tmp_path / 'teacher'}"),
     )  # fmt: skip
     assert code == 0, errors
     entry = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[-1])
@@ -123,9 +125,14 @@ def test_a_deeper_mdtv2_teaches_a_shallower_one_masked(tmp_path: Path) -> None:
         name + suffix for name in ("denoise", "output", "shd") for suffix in ("", "_masked")
     }
     assert entry["terms"]["shd"]["value"] != entry["terms"]["shd_masked"]["value"]
+    with safe_open(tmp_path / "student" / "attention.safetensors", "pt") as file:
+        blocks = json.loads(file.metadata()["description"])["blocks"]
+    assert [block["teacher"] for block in blocks] == [
+        "in_blocks.3.attn", "out_blocks.3.attn", "decoder_blocks.0.attn", "decoder_blocks.1.attn"
+    ]  # fmt: skip
     plans = json.loads((tmp_path / "student" / "merge_plans.json").read_text())
     assert set(plans) == {
-        "in_blocks.0.attn", "out_blocks.0.attn", "side_block.attn", "decoder_blocks.0.attn", "decoder_blocks.1.attn"
+        "in_blocks.0.attn", "out_blocks.0.attn", "decoder_blocks.0.attn", "decoder_blocks.1.attn"
     }  # fmt: skip
 
 
