@@ -1,4 +1,4 @@
-"""Launch file: `accelerate launch pipelines/distill.py ...` is the same run as `shd-diffusion distill ...`."""
+"""Launch file: `accelerate launch pipelines/distill.py ...` is the same as `shd-diffusion distill ...`."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""Launch file: `accelerate launch pipelines/sample.py ...` is the same run as `shd-diffusion sample ...`."""
+"""Launch file: `accelerate launch pipelines/sample.py ...` is the same as `shd-diffusion sample ...`."""
 
 import typer
 

@@ -1,4 +1,4 @@
-"""Launch file: `accelerate launch pipelines/train_teacher.py ...` is the same run as `shd-diffusion train-teacher ...`."""
+"""Launch file: `accelerate launch pipelines/train_teacher.py ...` is the same as `shd-diffusion train-teacher ...`."""
 
 import typer
 

@@ -125,7 +125,7 @@ class TermConfig(Section):
 
 
 class SHDConfig(TermConfig):
-    """The SHD term (METHOD.md sections 3 to 6)."""
+    """The SHD term (docs/method.md sections 3 to 6)."""
 
     temperature: float = Field(1.0, gt=0)
     layer_map: Literal["uniform", "last", "first"] | list[int | None] | dict[str, str] = "uniform"

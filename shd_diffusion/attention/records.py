@@ -46,7 +46,7 @@ class AttentionRecord:
         """Logits before the softmax, divided by the temperature: (B, H, rows, K), float32 or better.
 
         Args:
-            temperature: τ > 0; above 1 softens the maps (METHOD.md section 6).
+            temperature: τ > 0; above 1 softens the maps (docs/method.md section 6).
             rows: indices or slice of the query rows that are wanted; None for all.
         """
         query = self.query if rows is None else self.query[:, :, rows]

@@ -1,4 +1,4 @@
-"""Which teacher block each student block learns from (METHOD.md section 6)."""
+"""Which teacher block each student block learns from (docs/method.md section 6)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Squeezing-Heads Distillation loss (METHOD.md section 6)."""
+"""The Squeezing-Heads Distillation loss (docs/method.md section 6)."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ def num_merges(heads: int, target: int) -> int:
 
 
 def plan_merges(num_heads: int, target: int) -> Plan:
-    """The paper's plan, completed (METHOD.md section 4): each round merges the first adjacent pairs.
+    """The paper's plan, completed (docs/method.md section 4): each round merges the first adjacent pairs.
 
     Args:
         num_heads: M, the teacher's heads.

@@ -81,7 +81,7 @@ def squeeze_heads(
     squeezer: Squeezer | None = None,
     return_details: bool = False,
 ) -> Tensor | tuple[Tensor, SqueezeDetails]:
-    """Squeeze the teacher's M attention maps into the student's N (METHOD.md sections 3 and 4).
+    """Squeeze the teacher's M attention maps into the student's N (docs/method.md sections 3 and 4).
 
     Args:
         maps: A, (B, M, Q, K), rows that sum to 1.

@@ -1,4 +1,4 @@
-"""What a merge loses, computed in value space (METHOD.md section 5).
+"""What a merge loses, computed in value space (docs/method.md section 5).
 
 With `X_h = V_h W_h`, inner products of contributions need no tensor as wide as the output:
 `<D X_i, D X_j> = <(D V_i)^T (D V_j), W_i W_j^T>`. The right factor is fixed for a frozen teacher.
@@ -42,7 +42,7 @@ def side_by_side(values: Tensor, groups: Sequence[Group]) -> Tensor:
 
 
 def pair_sums(difference: Tensor, values: Tensor, gram: Tensor, split: int, by_row: bool) -> Tensor:
-    """The inner products that decide a merge of p and q (METHOD.md section 3).
+    """The inner products that decide a merge of p and q (docs/method.md section 3).
 
     Args:
         difference: D = A_p - A_q, (B, P, rows, K).

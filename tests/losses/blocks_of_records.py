@@ -1,4 +1,4 @@
-"""Made-up attention records, and the loss as METHOD.md section 6 states it, in float64 with whole maps."""
+"""Made-up attention records, and the loss as docs/method.md section 6 states it, in float64 with whole maps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The method in its literal form, float64, one sample and one pair at a time: written from METHOD.md alone."""
+"""The method in its literal form, float64, one sample and one pair at a time: written from docs/method.md alone."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """Attention-output matching: what the attention module adds to the tokens, through a linear projector.
 
-Source: feature distillation as in features.py, moved to the outputs O of METHOD.md section 2, which are what
+Source: feature distillation as in features.py, moved to the outputs O of docs/method.md section 2, which are what
 squeezing preserves. Extra parameters: C_student · C_teacher + C_teacher for each mapped block.
 """
 
