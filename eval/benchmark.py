@@ -3,6 +3,7 @@
     python eval/benchmark.py squeeze --threads 2 --output docs/results/benchmark-squeeze.json
     python eval/benchmark.py step --threads 2 --output docs/results/benchmark-step.json
     python eval/benchmark.py features --threads 2 --output docs/results/benchmark-features.json
+    python eval/benchmark.py loop --threads 2 --output docs/results/benchmark-loop.json
 
 The candidates take turns, round after round; a ratio is the median over the rounds of the two times of one round,
 so that whatever else the machine does weighs on both alike.
@@ -14,6 +15,7 @@ import json
 import time
 import weakref
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from statistics import median, quantiles
 from tempfile import TemporaryDirectory
@@ -22,24 +24,36 @@ from unittest.mock import patch
 
 import torch
 import typer
-from diffusers import DiTTransformer2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers.optimization import get_cosine_schedule_with_warmup
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.data import default_collate
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.datasets import ImagesPathDataset
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
+from shd_diffusion.config import DataConfig, DistillConfig, ModelConfig, read_config
+from shd_diffusion.data import build_source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.evaluation.extractors import load_extractor
 from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.losses import SHDLoss
+from shd_diffusion.losses.denoising import forward_process
+from shd_diffusion.models.adapter import freeze
+from shd_diffusion.models.factory import build_model
+from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.squeezing import plan_merges, prepare, squeeze_heads
+from shd_diffusion.training.launch import make_accelerator
+from shd_diffusion.training.loop import fit
+from shd_diffusion.training.methods import Batch, Method
+from shd_diffusion.training.stages import distillation
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -123,7 +137,7 @@ def loss_and_gradient(shd: SHDLoss, batch: int, tokens: int) -> Callable[[], Non
 
 
 def literal_squeeze(maps: Tensor, values: Tensor, output_weight: Tensor, num_heads: int) -> Tensor:
-    """METHOD.md sections 3 and 4 as they are written, every contribution as wide as the output."""
+    """docs/method.md sections 3 and 4 as they are written, every contribution as wide as the output."""
     weights = output_weight.T.unflatten(0, (maps.shape[1], -1))  # (M, d, C)
     contributions = values @ weights  # X, (B, M, K, C)
     while maps.shape[1] > num_heads:
@@ -391,6 +405,118 @@ def memory(chunk_rows: int = 64, output: Output = None) -> None:
     least, most = figures["megabytes"][256], figures["megabytes"][4096]
     figures["from 256 to 4096 tokens, 16 times as many"] = round(most / least, 2)
     publish("memory", figures, output)
+
+
+# --- loop ----------------------------------------------------------------------------------------------------
+
+DISTILL_CONFIG = Path(__file__).parents[1] / "configs" / "digits" / "distill.yaml"
+
+
+class ByHand:
+    """The distillation of a config as one would write it in plain PyTorch, with no thought of anything else."""
+
+    def __init__(self, config: DistillConfig, teacher: nn.Module, student: nn.Module) -> None:
+        train, self.config = config.train, config
+        self.teacher, self.student = teacher, student.train()
+        self.average = deepcopy(student).requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            student.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
+        )
+        self.rate = get_cosine_schedule_with_warmup(self.optimizer, train.warmup_steps, train.max_steps)
+        self.scheduler = DDPMScheduler(config.diffusion.num_train_timesteps)
+        images, labels = default_collate([*build_source(DataConfig()).dataset])
+        self.images, self.labels = images.float() / 8 - 1, labels
+        self.shd, self.captures = None, [AttentionCapture(model) for model in (teacher, student)]
+        if config.losses.shd.weight:
+            self.shd = SHDLoss()
+            for capture in self.captures:
+                capture.__enter__()
+
+    def step(self) -> None:
+        train, losses = self.config.train, self.config.losses
+        chosen = torch.randint(len(self.images), (train.batch_size,))
+        clean, labels = self.images[chosen], self.labels[chosen]
+        labels = torch.where(torch.rand(len(labels)) < train.label_drop, 10, labels)
+        noise, timesteps = torch.randn_like(clean), torch.randint(1000, (len(clean),))
+        noised = self.scheduler.add_noise(clean, noise, timesteps)
+        with torch.no_grad():
+            taught = self.teacher(noised, timestep=timesteps, class_labels=labels).sample
+        prediction = self.student(noised, timestep=timesteps, class_labels=labels).sample
+        loss = F.mse_loss(prediction, noise) + F.mse_loss(prediction, taught)
+        if self.shd is not None:
+            loss = loss + losses.shd.weight * self.shd(*(capture.records for capture in self.captures))
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.student.parameters(), train.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.rate.step()
+        with torch.no_grad():
+            averages, weights = list(self.average.parameters()), list(self.student.parameters())
+            torch._foreach_lerp_(averages, weights, 1 - train.ema_decay)
+
+
+class TakingTurns:
+    """A method that, whenever the loop begins a step, first lets another step be taken, and times both."""
+
+    def __init__(self, method: Method, other: Callable[[], None], clock: Clock) -> None:
+        self.method, self.other = method, other
+        self.read = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
+        self.seconds: dict[str, list[float]] = {"loop": [], "by hand": []}
+        self.began: float | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.method, name)
+
+    def __call__(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        return self.method(model, batch, step)
+
+    def weights(self, step: int) -> dict[str, float]:
+        now = self.read()
+        if self.began is not None:
+            self.seconds["loop"].append(now - self.began)
+        started = self.read()
+        self.other()
+        self.began = self.read()
+        self.seconds["by hand"].append(self.began - started)
+        return self.method.weights(step)
+
+
+@app.command()
+def loop(threads: Threads = 2, steps: int = 60, clock: ClockOption = "wall", output: Output = None) -> None:
+    """A step of the training loop, logging and all, against the same step by hand: the distillation of digits."""
+    torch.set_num_threads(threads)
+    figures: dict[str, Any] = {"clock": clock, "threads": threads, "steps": steps}
+    for name, weight in (("output KD", 0), ("output KD and SHD", 5)):
+        overrides = [f"train.max_steps={steps}", f"losses.shd.weight={weight}"]
+        config = read_config(DISTILL_CONFIG, DistillConfig, overrides)
+        arguments = config.student.arguments
+        torch.manual_seed(0)
+        student = build_model(config.student)
+        teacher = build_model(ModelConfig(arguments={**arguments, "num_attention_heads": 12}))
+        by_hand = ByHand(config, deepcopy(freeze(teacher)), deepcopy(student))
+        process, shd = forward_process(config.diffusion), SHDLoss.from_config(config.losses.shd)
+        with (
+            TemporaryDirectory() as folder,
+            distillation(config, teacher, student, process, shd) as method,
+        ):
+            run, turns = RunFolder(Path(folder) / "run"), TakingTurns(method, by_hand.step, clock)
+            run.create(config)
+            fit(
+                student,
+                turns,
+                build_source(DataConfig()),
+                process,
+                run,
+                config,
+                make_accelerator(config.train, run.path),
+                None,
+            )
+        seconds = {candidate: taken[5 : steps - 1] for candidate, taken in turns.seconds.items()}
+        figures[name] = {
+            "milliseconds": {which: round(1e3 * median(taken), 2) for which, taken in seconds.items()},
+            "loop against by hand": compare(seconds, "loop", "by hand"),
+        }
+    publish("loop", figures, output)
 
 
 if __name__ == "__main__":

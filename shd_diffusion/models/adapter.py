@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
-from accelerate.utils import extract_model_from_parallel
 from diffusers import ModelMixin, UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 def predict(
@@ -35,7 +35,7 @@ def _condition(model: nn.Module, labels: Tensor) -> dict[str, Any]:
     A UNet2DConditionModel attends to context tokens. diffusers' own `image_proj` makes 32 of them from one
     embedding of an image; from a one-hot label it makes 32 learned tokens a class.
     """
-    unet = extract_model_from_parallel(model, keep_torch_compile=False)
+    unet = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(unet, UNet2DConditionModel):
         return {"class_labels": labels}
     one_hot = F.one_hot(labels, unet.config["encoder_hid_dim"])

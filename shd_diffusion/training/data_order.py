@@ -40,8 +40,12 @@ def _epoch_order(seed: int, epoch: int, length: int) -> Tensor:
 
 def step_indices(seed: int, step: int, step_size: int, length: int) -> list[int]:
     """Indices of the images that a step sees, over all processes; an epoch's end may fall inside a step."""
-    positions = range(step * step_size, (step + 1) * step_size)
-    return [int(_epoch_order(seed, p // length, length)[p % length]) for p in positions]
+    indices: list[int] = []
+    while len(indices) < step_size:
+        epoch, position = divmod(step * step_size + len(indices), length)
+        rest = position + step_size - len(indices)
+        indices += _epoch_order(seed, epoch, length)[position:rest].tolist()
+    return indices
 
 
 class StepSampler(Sampler[list[int]]):

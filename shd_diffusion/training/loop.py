@@ -78,7 +78,9 @@ def fit(
     bar = progress_bar(train.max_steps, f"train {run.path.name}", "step", start, accelerator.is_main_process)
     with bar:
         for step in range(start, train.max_steps):
-            torch.manual_seed(generator(config.seed, "model", step, layout.process).initial_seed())
+            seed_model(
+                generator(config.seed, "model", step, layout.process).initial_seed(), accelerator.device
+            )
             weights = method.weights(step)
             terms, norm = take_step(training, method, feed.batches(step), weights, step, train, accelerator)
             bar.update()
@@ -110,6 +112,14 @@ def fit(
     return training.export()
 
 
+def seed_model(seed: int, device: torch.device) -> None:
+    """Seed what is random inside a model, dropout for one; as `torch.manual_seed`, which takes long without a GPU."""
+    if device.type == "cpu":
+        torch.default_generator.manual_seed(seed)
+    else:
+        torch.manual_seed(seed)
+
+
 def take_step(
     training: Training,
     method: Method,
@@ -131,7 +141,7 @@ def take_step(
             accelerator.backward(sum(weights[name] * value for name, value in terms.items()))
             if accelerator.sync_gradients:
                 average_gradients(training.extra, accelerator)
-                parameters = [*training.model.parameters(), *training.extra]
+                parameters = [*training.parameters, *training.extra]
                 norm = whole(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
                 if not norm.isfinite():
                     training.optimizer.zero_grad()
@@ -141,7 +151,7 @@ def take_step(
             sums[name] = sums.get(name, 0) + value.detach() / config.gradient_accumulation_steps
     training.rate.step()
     if norm.isfinite():
-        training.average.step(training.model.parameters())
+        training.average.step(training.parameters)
     return sums, norm
 
 

@@ -23,12 +23,13 @@ from shd_diffusion.training.sharding import gather, like, scatter, shard
 class Training:
     """A model with its optimiser, learning rate and averaged weights.
 
-    `extra` are the method's own parameters: trained with the model, neither averaged nor a part of it. `wrapped`
-    is the model as it is called in training; its parameters may be sharded over the processes.
+    `parameters` are the model's, `extra` the method's own: trained with the model, neither averaged nor a part of
+    it. `wrapped` is the model as it is called in training; its parameters may be sharded over the processes.
     """
 
     kind: type[ModelMixin]
     model: ModelMixin
+    parameters: list[nn.Parameter]
     extra: list[nn.Parameter]
     wrapped: nn.Module
     optimizer: torch.optim.Optimizer
@@ -56,23 +57,23 @@ class Training:
         average = EMAModel(parameters, decay=config.ema_decay, foreach=not config.shard)
         optimizer, rate = accelerator.prepare(optimizer, rate)
         wrapped = model if config.shard else accelerator.prepare(model)
-        return cls(kind, model, extra, wrapped, optimizer, rate, average)
+        return cls(kind, model, parameters, extra, wrapped, optimizer, rate, average)
 
     @contextmanager
     def averaged(self) -> Iterator[ModelMixin]:
         """The model with its averaged weights, in evaluation mode, for as long as the context lasts."""
-        self.average.store(self.model.parameters())
-        self.average.copy_to(self.model.parameters())
+        self.average.store(self.parameters)
+        self.average.copy_to(self.parameters)
         self.model.eval()
         try:
             yield self.model
         finally:
             self.model.train()
-            self.average.restore(self.model.parameters())
+            self.average.restore(self.parameters)
 
     def export(self) -> ModelMixin:
         """The trained model with its averaged weights, whole in every process; training is over then."""
-        self.average.copy_to(self.model.parameters())
+        self.average.copy_to(self.parameters)
         if type(self.model) is self.kind:
             return self.model.eval()
         model = self.kind.from_config(self.model.config).to(self.model.device)
