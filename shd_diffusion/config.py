@@ -301,9 +301,15 @@ class PrepareConfig(Section):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2 numbers: PyYAML reads `2e-3` as a string, which nobody means."""
+    """YAML 1.2: PyYAML reads `2e-3` as a string and `no` as false, which nobody means."""
+
+    yaml_implicit_resolvers = {  # noqa: RUF012 -- the name that PyYAML looks for
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
 
+_Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),

@@ -37,9 +37,10 @@ def test_override_leaves_the_rest_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "value"), [("2e-3", 2e-3), ("1E4", 1e4), ("3", 3), ("1.5", 1.5), ("e3", "e3")]
+    ("text", "value"),
+    [("2e-3", 2e-3), ("1E4", 1e4), ("3", 3), ("1.5", 1.5), ("e3", "e3"), ("no", "no"), ("true", True)],
 )
-def test_numbers_are_read_as_people_write_them(text: str, value: object) -> None:
+def test_values_are_read_as_people_write_them(text: str, value: object) -> None:
     assert parse_yaml(text) == value
 
 
