@@ -269,7 +269,10 @@ def describe_plan(teacher: ModelMixin, student: ModelMixin, config: DistillConfi
 
 
 def memory(model: ModelMixin, teacher: ModelMixin | None, measured: Figures, batch_size: int) -> Figures:
-    """Bytes of one process: what stays, and what one forward pass of the config's batch keeps for its backward."""
+    """Bytes of one process: what stays, and what a batch of the config keeps for the backward pass.
+
+    The latter from one image, an upper bound: what does not grow with the batch counts as often as there are images.
+    """
     extra = 4 * measured["extra_parameters"]
     weights = _bytes(model, trained=False) + extra
     trained = _bytes(model, trained=True) + extra
