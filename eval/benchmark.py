@@ -424,7 +424,8 @@ class ByHand:
         )
         self.rate = get_cosine_schedule_with_warmup(self.optimizer, train.warmup_steps, train.max_steps)
         self.scheduler = DDPMScheduler(config.diffusion.num_train_timesteps)
-        images, labels = default_collate([*build_source(DataConfig()).dataset])
+        data = build_source(DataConfig())
+        images, labels = default_collate([data.dataset[index] for index in range(len(data))])
         self.images, self.labels = images.float() / 8 - 1, labels
         self.shd, self.captures = None, [AttentionCapture(model) for model in (teacher, student)]
         if config.losses.shd.weight:
@@ -451,7 +452,7 @@ class ByHand:
         self.optimizer.zero_grad()
         self.rate.step()
         with torch.no_grad():
-            averages, weights = list(self.average.parameters()), list(self.student.parameters())
+            averages, weights = tuple(self.average.parameters()), tuple(self.student.parameters())
             torch._foreach_lerp_(averages, weights, 1 - train.ema_decay)
 
 

@@ -168,6 +168,7 @@ class LossesConfig(Section):
     """The terms of the loss, each with its weight; `variance` counts with a learned variance only.
 
     L = w_denoise · L_denoise + w_output · L_output + w_shd · L_SHD + the baselines that SHD is compared with.
+    With `balance` a term's weight is a multiple of the denoising term's gradient on the model's last block.
     """
 
     denoise: TermConfig = TermConfig(weight=1.0)
@@ -179,6 +180,7 @@ class LossesConfig(Section):
     attention_output: MappedTermConfig = MappedTermConfig(weight=0.0)
     attention_mse: AttentionMSEConfig = AttentionMSEConfig(weight=0.0)
     aligner: TermConfig = TermConfig(weight=0.0)
+    balance: bool = False
 
 
 class WatchConfig(Section):

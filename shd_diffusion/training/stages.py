@@ -32,6 +32,7 @@ from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
 from shd_diffusion.squeezing.plan import plan_merges, plans_from_json, plans_to_json
+from shd_diffusion.training.balance import Balanced, check_balance
 from shd_diffusion.training.launch import make_accelerator, start_trackers
 from shd_diffusion.training.loop import fit
 from shd_diffusion.training.masking import WithMasking, prepare_masking
@@ -244,6 +245,8 @@ def build_to_train(
                 taken = init_from_teacher(built, teacher, config.losses.shd.layer_map)
                 if processes().is_main_process:
                     announce(f"{key_of_step}: {taken}")
+            key_of_step = "losses.balance"
+            check_balance(config, built)
         key_of_step = "train.mask_ratio"
         prepare_masking(built, teacher, config.train.mask_ratio)
         key_of_step = "train.gradient_checkpointing"
@@ -289,6 +292,8 @@ def _fit(stage: Stage, method: Method) -> tuple[ModelMixin, float]:
     began = time.perf_counter()
     if stage.config.train.mask_ratio:
         method = WithMasking(method)
+    if isinstance(stage.config, DistillConfig) and stage.config.losses.balance:
+        method = Balanced(method, stage.model, stage.accelerator)
     watch = make_watch(stage.config, stage.sampler, stage.accelerator.device)
     trained = fit(
         stage.model, method, stage.data, stage.process, stage.run, stage.config, stage.accelerator, watch
