@@ -97,5 +97,6 @@ def study_attention(
     if not processes().is_main_process:
         return
     with replacing_file(path) as temporary:
-        contiguous = {name: tensor.float().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, temporary, metadata={"description": json.dumps(description)})
+        # safetensors refuses tensors that share memory, as squeezed maps do where no heads are merged
+        copies = {name: tensor.float().cpu().contiguous().clone() for name, tensor in tensors.items()}
+        save_file(copies, temporary, metadata={"description": json.dumps(description)})
