@@ -182,7 +182,7 @@ def read_run(path: Path, name: str) -> Run:
 
 
 def read_log(path: Path) -> Log:
-    """Read metrics.jsonl; a last line that an interruption cut off is left out.
+    """Read metrics.jsonl; steps that were skipped, and a last line that an interruption cut off, are left out.
 
     Raises:
         UserError: another line is damaged.
@@ -196,7 +196,7 @@ def read_log(path: Path) -> Log:
         except (ValueError, KeyError, TypeError):
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not a logged step; remove that line") from None
-    entries = [by_step[step] for step in sorted(by_step)]
+    entries = [entry for _, entry in sorted(by_step.items()) if "skipped" not in entry]
     terms = list(dict.fromkeys(term for entry in entries for term in entry.get("terms", {})))
 
     def column(term: str, key: str) -> Array:

@@ -91,11 +91,7 @@ def fit(
                 culprits = journal.write_skipped(done, terms)
                 if skipped == train.max_skipped_steps:
                     good = latest_checkpoint(run.checkpoints, accelerator)
-                    raise UserError(
-                        f"{run.path}: {skipped} steps in a row had no finite {' or '.join(culprits)} and were left "
-                        "out; try a lower train.learning_rate or loss weight. The last good checkpoint is "
-                        f"{checkpoint_path(run.checkpoints, good) if good else 'none: the run had just begun'}"
-                    )
+                    raise UserError(explain_end(run, skipped, culprits, good))
             else:
                 skipped = 0
                 if last or watching or is_due(done, train.log_every):
@@ -110,6 +106,15 @@ def fit(
                     run.checkpoints, done, training, method, accelerator, train.keep_last, train.keep_every
                 )
     return training.export()
+
+
+def explain_end(run: RunFolder, skipped: int, culprits: list[str], good: int) -> str:
+    """Why a run that leaves out one step after the other was ended, and where it can be taken up."""
+    checkpoint = checkpoint_path(run.checkpoints, good) if good else "none, the run had just begun"
+    return (
+        f"{run.path}: {skipped} steps in a row had no finite {' or '.join(culprits)} and were left out; try a lower "
+        f"train.learning_rate or loss weight. The last good checkpoint: {checkpoint}"
+    )
 
 
 def seed_model(seed: int, device: torch.device) -> None:
