@@ -1,7 +1,10 @@
-"""The command line, run in this process."""
+"""The command line, run in this process or in one of its own."""
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -26,3 +29,13 @@ def command(*arguments: object) -> tuple[int, str, str]:
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception
     return result.exit_code, result.stdout, result.stderr
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """Start the command line in a process that Ctrl-C reaches, also where this one is a job in the background."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "shd_diffusion.cli", *map(str, arguments)],
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )

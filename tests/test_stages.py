@@ -5,14 +5,12 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command, sets
+from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command, sets, start
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -135,11 +133,8 @@ def test_variants_of_one_seed_start_alike(runs: Path, tmp_path: Path) -> None:
 
 def test_ctrl_c_keeps_the_last_checkpoint(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    arguments = [TEACHER_CONFIG, "--output", run, *sets(*SHORT, "train.max_steps=100000")]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "shd_diffusion.cli", "train-teacher", *map(str, arguments)],
-        stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    arguments = ["train-teacher", TEACHER_CONFIG, "--output", run, *sets(*SHORT, "train.max_steps=100000")]
+    process = start(*arguments)
     deadline = time.monotonic() + 120
     while not (run / "checkpoints" / "step-00000010").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

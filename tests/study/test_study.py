@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import yaml
-from commands import DISTILL_CONFIG, command, sets
+from commands import DISTILL_CONFIG, command, sets, start
 from safetensors.torch import load_file
 
 from shd_diffusion.study import runner
@@ -44,9 +43,7 @@ def test_a_study_is_interrupted_and_resumed(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, output = study_file(tmp_path, runs / "teacher"), tmp_path / "study"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "shd_diffusion.cli", "study", str(study)], stderr=subprocess.PIPE, text=True
-    )
+    process = start("study", study)
     deadline = time.monotonic() + 240
     while not (output / "runs/vkd/seed-0/config.yaml").exists() and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -7,13 +7,12 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from commands import TEACHER_CONFIG, command, sets
+from commands import TEACHER_CONFIG, command, sets, start
 from safetensors.torch import load_file
 
 SHORT = ["train.max_steps=40", "train.batch_size=8", "train.checkpoint_every=5", "train.log_every=1"]
@@ -23,11 +22,6 @@ ARGUMENTS = [str(part) for part in ["train-teacher", TEACHER_CONFIG, *sets(*SHOR
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors")
-
-
-def start(run: Path, **options: object) -> subprocess.Popen[str]:
-    arguments = [sys.executable, "-m", "shd_diffusion.cli", *ARGUMENTS, "--output", str(run)]
-    return subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, **options)  # type: ignore[call-overload]
 
 
 def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
@@ -56,7 +50,7 @@ def assert_same_run(run: Path, whole: Path) -> None:
 def test_killed_again_and_again_it_ends_with_the_same_weights(uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in (5, 20):
-        process = start(run)
+        process = start(*ARGUMENTS, "--output", run)
         wait_for(run / "checkpoints" / f"step-{step:08d}", process)
         process.send_signal(signal.SIGKILL)
         process.communicate()
@@ -100,7 +94,7 @@ def test_only_the_last_and_the_chosen_checkpoints_stay(tmp_path: Path) -> None:
 def test_a_full_disk_leaves_the_last_checkpoint_whole(uninterrupted: Path, tmp_path: Path) -> None:
     """The size that a file may have stands in for the space that is left: it shrinks once a checkpoint is there."""
     run = tmp_path / "run"
-    process = start(run)
+    process = start(*ARGUMENTS, "--output", run)
     wait_for(run / "checkpoints" / "step-00000005", process)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (20_000, 20_000))
     _, errors = process.communicate(timeout=120)
