@@ -151,12 +151,24 @@ def distill(
 
 @app.command()
 @stage
-def sample(runs: Runs, set_: Overrides = None) -> None:
+def sample(
+    runs: Runs,
+    set_: Overrides = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="For the images of one run; default: its `samples/`."),
+    ] = None,
+) -> None:
     """Sample images from finished runs into their `samples/`."""
     from shd_diffusion.sampling.stage import sample_run
 
+    if output is not None and len(runs) > 1:
+        raise UserError(
+            f"--output {output}: takes the images of one run, not of {len(runs)}; sample them one by one"
+        )
     for run in map(RunFolder, runs):
-        sample_run(run, override_config(run.read_config(), set_ or [], str(run.config_file)))
+        config = override_config(run.read_config(), set_ or [], str(run.config_file))
+        sample_run(run, config, output or run.samples)
 
 
 @app.command()
@@ -213,13 +225,15 @@ def compare(
 def report(
     runs: Runs,
     output: Annotated[
-        Path | None, typer.Option("--output", metavar="FILE", help="The HTML page to write.")
+        Path | None,
+        typer.Option("--output", metavar="DIR", help="The page's folder, or the page itself if .html."),
     ] = None,
 ) -> None:
     """Write one page that shows and compares runs."""
     from shd_diffusion.reporting import print_table, write_report
 
-    page = write_report(runs, output or (runs[0] if len(runs) == 1 else runs[0].parent) / "report.html")
+    place = output or (runs[0] if len(runs) == 1 else runs[0].parent)
+    page = write_report(runs, place if place.suffix == ".html" else place / "report.html")
     typer.echo(f"report: {page}")
     print_table(runs)
 

@@ -98,6 +98,22 @@ def test_the_same_command_on_a_complete_run_changes_nothing(runs: Path) -> None:
     assert changed == []
 
 
+def test_samples_and_reports_go_where_they_are_told_to(runs: Path, tmp_path: Path) -> None:
+    images, run = tmp_path / "images", runs / "teacher"
+    assert command("sample", run, "--output", images, *sets(*FEW_IMAGES))[0] == 0
+    theirs = {path.name: path.read_bytes() for path in (run / "samples").glob("*.png")}
+    assert {path.name: path.read_bytes() for path in images.glob("*.png")} == theirs
+    code, printed, _ = command(
+        "evaluate", images, "--reference", "digits", "--extractor", "digits-classifier"
+    )
+    kept = json.loads((run / "evaluation" / "metrics.json").read_text())
+    assert code == 0 and json.loads(printed)["fid"] == pytest.approx(kept["fid"], rel=1e-9)
+    assert command("sample", run, runs / "kd-shd", "--output", images)[0] == 2
+    assert command("report", run, "--output", tmp_path / "pages")[0] == 0
+    assert command("report", run, "--output", tmp_path / "mine.html")[0] == 0
+    assert (tmp_path / "pages" / "report.html").exists() and (tmp_path / "mine.html").exists()
+
+
 def test_resume_is_bit_identical(runs: Path, tmp_path: Path) -> None:
     """A run that lost everything after its first checkpoint ends with the same weights and the same log."""
     run = tmp_path / "kd-shd"

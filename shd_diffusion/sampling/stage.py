@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +14,8 @@ from shd_diffusion.sampling.generate import generate, make_scheduler
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 
 
-def sample_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """Sample `config.sample.num_images` images into the run's `samples/`, continuing what is there.
+def sample_run(run: RunFolder, config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Sample `config.sample.num_images` images into a folder, continuing what is there.
 
     Returns:
         The content of `sampling.json`.
@@ -32,4 +33,4 @@ def sample_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         raise UserError(f"{run.config_file}: key `sample.scheduler`: {error}") from error
     pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
     protocol = {"steps_trained": summary["steps"], "ema_decay": config.train.ema_decay}
-    return generate(pipeline, config.sample, run.samples, protocol, run.path.name)
+    return generate(pipeline, config.sample, folder, protocol, run.path.name)
