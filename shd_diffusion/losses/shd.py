@@ -56,6 +56,7 @@ class SHDLoss:
 
     Attributes:
         plans: calibrated plans by student block.
+        last: the last call's student blocks and their terms (L,), detached, whose mean is the loss.
     """
 
     temperature: float = 1.0
@@ -72,6 +73,7 @@ class SHDLoss:
     chunk_rows: int | None = None
     seed: int = 0
     plans: dict[str, Plan] = field(default_factory=dict, init=False)
+    last: tuple[tuple[str, ...], Tensor] | None = field(default=None, init=False, repr=False, compare=False)
     _workspace: Workspace = field(default_factory=Workspace, init=False, repr=False, compare=False)
     _costs: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _squeezers: dict[str, tuple[Tensor, int, Plan, Squeezer]] = field(
@@ -125,13 +127,14 @@ class SHDLoss:
             for ours, theirs in pairs.items():
                 teacher, student = (take(r, active) for r in (teacher_records[theirs], student_records[ours]))
                 terms.append(self._term(ours, teacher, student, step).mean(1).sum() / batch)
-        loss = torch.stack(terms)
+        loss = torch.stack(terms) * self.temperature**2
         if not torch.compiler.is_compiling() and not torch.isfinite(loss).all():
             ours, theirs = list(pairs.items())[int((~torch.isfinite(loss)).nonzero()[0])]
             raise NonFiniteError(
                 f"attention maps or values of block {ours} (teacher's {theirs}) are not finite"
             )
-        return loss.mean() * self.temperature**2
+        self.last = tuple(pairs), loss.detach()
+        return loss.mean()
 
     def pairs(self, teacher_records: Records, student_records: Records) -> dict[str, str]:
         """The teacher block of each student block that learns from one."""

@@ -39,6 +39,9 @@ class Balanced:
         weights = self.method.weights(step)
         return {name: weight * self._factor(name, weights["denoise"]) for name, weight in weights.items()}
 
+    def divergences(self, step: int) -> dict[str, Tensor]:
+        return self.method.divergences(step)
+
     def parameters(self) -> list[nn.Parameter]:
         return self.method.parameters()
 

@@ -28,12 +28,14 @@ class Journal:
         weights: dict[str, float],
         norm: Tensor,
         learning_rate: float,
+        divergences: dict[str, Tensor],
     ) -> dict[str, Any]:
-        """The entry of a step that was taken: every term, and the seconds a step since the last entry."""
+        """The entry of a step that was taken: every term, SHD's block by block, the seconds a step since the last."""
         began, logged = self._lap
         return {
             **self._head(done),
             **summarize_terms(self._means(terms), weights),
+            **({"divergence": self._means(divergences)} if divergences else {}),
             "learning_rate": learning_rate,
             "gradient_norm": float(norm),
             "seconds_per_step": (time.perf_counter() - began) / (done - logged),

@@ -95,7 +95,8 @@ def fit(
             else:
                 skipped = 0
                 if last or watching or is_due(done, train.log_every):
-                    entry = journal.record(done, terms, weights, norm, float(training.rate.get_last_lr()[0]))
+                    rate, by_block = float(training.rate.get_last_lr()[0]), method.divergences(step)
+                    entry = journal.record(done, terms, weights, norm, rate, by_block)
                     if watch is not None and watching:
                         with training.averaged() as averaged:
                             entry["watch"] = watch(averaged)

@@ -33,6 +33,9 @@ class WithMasking:
         weights = self.method.weights(step)
         return weights | {name + SUFFIX: weight for name, weight in weights.items()}
 
+    def divergences(self, step: int) -> dict[str, Tensor]:
+        return self.method.divergences(step)
+
     def parameters(self) -> list[nn.Parameter]:
         return self.method.parameters()
 

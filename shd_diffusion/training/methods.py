@@ -83,6 +83,9 @@ class Method(Protocol):
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step."""
 
+    def divergences(self, step: int) -> dict[str, Tensor]:
+        """By student block the SHD term of the step just taken, mean over its batches; empty if it has none."""
+
     def parameters(self) -> list[nn.Parameter]:
         """What trains beside the model and is no part of it."""
 
@@ -102,6 +105,9 @@ class Denoising:
 
     def weights(self, step: int) -> dict[str, float]:
         return {"denoise": 1.0, "variance": 1.0}
+
+    def divergences(self, step: int) -> dict[str, Tensor]:
+        return {}
 
     def parameters(self) -> list[nn.Parameter]:
         return []
@@ -181,6 +187,7 @@ class Distillation:
     ) -> None:
         self.denoising, self.teacher, self.captures, self.shd = denoising, teacher, captures, shd
         self.baselines, self.losses, self.max_steps = nn.ModuleDict(baselines), losses, max_steps
+        self._by_block: tuple[int, list[Tensor]] = -1, []  # a step, and SHD's terms in each of its batches
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         weights = self.weights(step)
@@ -199,6 +206,7 @@ class Distillation:
                 terms["shd"] = self.shd(
                     of_teacher.records, of_student.records, step=step, timesteps=batch.timesteps
                 )
+                self._keep(step, batch)
         with torch.autocast(prediction.device.type, enabled=False):
             for name, baseline in self.baselines.items():
                 with _nan_where_not_finite(terms, name, prediction, step):
@@ -214,6 +222,19 @@ class Distillation:
             "shd": schedule_weight(shd.weight, step, self.max_steps, shd.decay, shd.every),
             **{name: getattr(self.losses, name).weight for name in self.baselines},
         }
+
+    def divergences(self, step: int) -> dict[str, Tensor]:
+        kept_of, terms = self._by_block
+        if self.shd is None or self.shd.last is None or kept_of != step:
+            return {}
+        return dict(zip(self.shd.last[0], torch.stack(terms).mean(0), strict=True))
+
+    def _keep(self, step: int, batch: Batch) -> None:
+        """Keep SHD's terms by block where all tokens were seen; nothing is computed before a step is logged."""
+        if batch.ids_keep is None and self.shd is not None and self.shd.last is not None:
+            if self._by_block[0] != step:
+                self._by_block = step, []
+            self._by_block[1].append(self.shd.last[1])
 
     def parameters(self) -> list[nn.Parameter]:
         return list(self.baselines.parameters())

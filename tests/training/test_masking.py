@@ -125,6 +125,8 @@ def test_a_deeper_mdtv2_teaches_a_shallower_one_masked(tmp_path: Path, layer_map
         name + suffix for name in ("denoise", "output", "shd") for suffix in ("", "_masked")
     }
     assert entry["terms"]["shd"]["value"] != entry["terms"]["shd_masked"]["value"]
+    divergence = entry["divergence"]  # of the passes over all tokens
+    assert sum(divergence.values()) / len(divergence) == pytest.approx(entry["terms"]["shd"]["value"])
     with safe_open(tmp_path / "student" / "attention.safetensors", "pt") as file:
         blocks = json.loads(file.metadata()["description"])["blocks"]
     assert [block["teacher"] for block in blocks] == [

@@ -146,3 +146,19 @@ def test_the_teacher_teaches_and_nothing_else(
     assert {path.name for path in checkpoint.iterdir()} == {
         *(f"{name}.safetensors" for name in ("model", "average", "optimizer", "method")), "manifest.json",
     }  # fmt: skip
+
+
+def test_the_divergence_is_logged_block_by_block(folder: Path, tmp_path: Path) -> None:
+    """Wherever the term was computed and nowhere else; with two passes a step, and tempered as the term is."""
+    halves = ["train.batch_size=2", "train.gradient_accumulation_steps=2"]
+    run = distill(folder, tmp_path / "run", *halves, "losses.shd.every=2", "losses.shd.temperature=3")
+    assert [("shd" in entry["terms"], "divergence" in entry) for entry in log(run)] == [
+        (True, True),
+        (False, False),
+        (True, True),
+    ]
+    for entry in [*log(folder / "plain"), *log(run)[::2]]:
+        blocks = entry["divergence"]
+        assert list(blocks) == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+        assert sum(blocks.values()) / 2 == pytest.approx(entry["terms"]["shd"]["value"], rel=1e-6)
+    assert all("divergence" not in entry for entry in log(folder / "teacher"))

@@ -98,6 +98,8 @@ def test_halves_of_a_batch_make_the_same_run(name: str, dealt: Path) -> None:
         for term, figures in theirs["terms"].items():
             assert ours["terms"][term]["value"] == pytest.approx(figures["value"], rel=1e-5), term
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-5)
+        assert len(ours["divergence"]) == 2
+        assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=1e-5)
     ours, theirs = weights(dealt / name), weights(dealt / "alone")
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
