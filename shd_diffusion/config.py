@@ -223,7 +223,11 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
-    """Sampling by a diffusers pipeline. Image j follows from (seed, j)."""
+    """Sampling by a diffusers pipeline. Image j follows from (seed, j).
+
+    `pass_size` images go through the model at once: a library's rounding depends on it, so it is part of the
+    protocol. `batch_size`, how many images a process takes on at a time, in whole passes, changes no image.
+    """
 
     num_images: int = Field(1000, ge=1)
     num_inference_steps: int = Field(25, ge=1)
@@ -233,6 +237,7 @@ class SampleConfig(Section):
     guidance_power: float | None = Field(None, gt=0)
     guidance_interval: list[int] | None = Field(None, min_length=2, max_length=2)
     guidance_channels: int | None = Field(None, ge=1)
+    pass_size: int = Field(32, ge=1)
     batch_size: int = Field(100, ge=1)
     seed: int = Field(0, ge=0)
 

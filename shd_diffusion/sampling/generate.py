@@ -22,6 +22,7 @@ from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.protocol import flatten
 from shd_diffusion.randomness import generator
+from shd_diffusion.sampling.passes import deal_passes
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 
 SUMMARY = "sampling.json"
@@ -78,8 +79,8 @@ def generate(
 ) -> dict[str, Any]:
     """Write `config.num_images` PNG files, continuing where an interrupted call stopped.
 
-    Image j is always computed in the same place of the same forward pass, with the others of its batch, so the
-    files do not depend on interruptions or on the number of processes, each of which takes every so many-th batch.
+    The files depend neither on interruptions, nor on the number of processes, nor on `config.batch_size`; see
+    `deal_passes`.
 
     Args:
         pipeline: its scheduler is the one to sample with.
@@ -96,27 +97,23 @@ def generate(
     """
     state = processes()
     protocol = {**protocol, **config.model_dump(exclude={"num_images", "batch_size"})}
-    made_with = {"batch_size": config.batch_size, "protocol": protocol}
-    summary = _open(folder, made_with)
+    summary = _open(folder, protocol)
     if not summary:
-        summary = {"num_images": 0, "labels": [], "seconds_per_image": 0.0, **made_with}
+        summary = {"num_images": 0, "labels": [], "seconds_per_image": 0.0, "protocol": protocol}
     if state.is_main_process and not summary["num_images"]:
         write_json(folder / SUMMARY, summary)
-    batches = [
-        range(start, start + config.batch_size) for start in range(0, config.num_images, config.batch_size)
-    ]
     pipeline.set_progress_bar_config(disable=True)
     computed, seconds = 0, 0.0
     state.wait_for_everyone()
     with progress_bar(config.num_images, f"sample {name}", "image", visible=state.is_main_process) as bar:
-        for batch in batches[state.process_index :: state.num_processes]:
-            wanted = [index for index in batch if index < config.num_images]
+        for indices in deal_passes(config, state.process_index, state.num_processes):
+            wanted = [index for index in indices if index < config.num_images]
             missing = {index for index in wanted if not image_path(folder, index).exists()}
             if missing:
                 began = time.perf_counter()
-                images = to_rgb_bytes(sample_indices(pipeline, batch, config)).cpu()
-                seconds, computed = seconds + time.perf_counter() - began, computed + len(batch)
-                for index, image in zip(batch, images, strict=True):
+                images = to_rgb_bytes(sample_indices(pipeline, indices, config)).cpu()
+                seconds, computed = seconds + time.perf_counter() - began, computed + len(indices)
+                for index, image in zip(indices, images, strict=True):
                     if index in missing:
                         _write_png(image_path(folder, index), image)
             bar.update(min(len(wanted) * state.num_processes, config.num_images - bar.n))
@@ -126,7 +123,7 @@ def generate(
             "num_images": config.num_images,
             "labels": balanced_labels(range(config.num_images), null_label(pipeline.denoiser)),
             "seconds_per_image": seconds / computed if computed else summary["seconds_per_image"],
-            **made_with,
+            "protocol": protocol,
         }
         write_json(folder / SUMMARY, summary)
     state.wait_for_everyone()
@@ -138,19 +135,24 @@ def image_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def _open(folder: Path, made_with: dict[str, Any]) -> dict[str, Any]:
-    """What is known of the images in the folder, which must have been made in the same way."""
+def _open(folder: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+    """What is known of the images in the folder, which must have been made under the same protocol."""
     if not (folder / SUMMARY).exists():
         return {}
     summary = read_json(folder / SUMMARY)
-    there, now = (flatten({key: tree.get(key) for key in made_with}) for tree in (summary, made_with))
+    there, now = flatten(_protocol_of(summary)), flatten(protocol)
     for key in sorted(there.keys() | now.keys()):
         if there.get(key) != now.get(key):
             raise UserError(
-                f"{folder / SUMMARY}: these samples were made with another `{key.removeprefix('protocol.')}` "
-                f"({there.get(key)!r}, now {now.get(key)!r}); delete the folder, or sample into another run"
+                f"{folder / SUMMARY}: these samples were made with another `{key}` ({there.get(key)!r}, now "
+                f"{now.get(key)!r}); set it as it was, delete the folder, or sample into another (--output)"
             )
     return summary
+
+
+def _protocol_of(summary: dict[str, Any]) -> dict[str, Any]:
+    """The protocol of samples; those of before `pass_size` were made in passes of their `batch_size`."""
+    return {"pass_size": summary.get("batch_size"), **summary["protocol"]}
 
 
 def _write_png(path: Path, image: Tensor) -> None:

@@ -13,6 +13,7 @@ from shd_diffusion.data import reference_images, to_rgb_bytes
 from shd_diffusion.evaluation import load_extractor, watch_fid
 from shd_diffusion.sampling import ClassConditionalPipeline
 from shd_diffusion.sampling.generate import sample_indices
+from shd_diffusion.sampling.passes import deal_passes
 from shd_diffusion.training.loop import Watch
 
 
@@ -31,13 +32,16 @@ def make_watch(config: RunConfig, sampler: SchedulerMixin, device: torch.device)
     reference = torch.stack([real[index] for index in range(len(real))])
     weights = None if evaluate.extractor_weights is None else Path(evaluate.extractor_weights)
     extractor = load_extractor(evaluate.extractor, weights).to(device)
-    sample = config.sample.model_copy(update={"num_inference_steps": wanted.num_inference_steps})
+    sample = config.sample.model_copy(
+        update={"num_inference_steps": wanted.num_inference_steps, "num_images": wanted.num_images}
+    )
 
     def watch(model: ModelMixin) -> dict[str, float]:
         pipeline = ClassConditionalPipeline(model, sampler)
         pipeline.set_progress_bar_config(disable=True)
-        batches = torch.arange(wanted.num_images).split(sample.batch_size)
-        images = [to_rgb_bytes(sample_indices(pipeline, batch.tolist(), sample)).cpu() for batch in batches]
-        return {"fid": watch_fid(torch.cat(images), reference, extractor)}
+        passes = [
+            to_rgb_bytes(sample_indices(pipeline, indices, sample)).cpu() for indices in deal_passes(sample)
+        ]
+        return {"fid": watch_fid(torch.cat(passes)[: wanted.num_images], reference, extractor)}
 
     return watch

@@ -1,5 +1,6 @@
 """The pipeline and sampling by index."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.models.adapter import null_label
 from shd_diffusion.sampling import ClassConditionalPipeline, generate, make_scheduler, sample_indices
+from shd_diffusion.sampling.passes import deal_passes
 
 
 def tiny_pipeline(scheduler: str = "DDIMScheduler") -> ClassConditionalPipeline:
@@ -39,7 +41,7 @@ def tiny_pipeline(scheduler: str = "DDIMScheduler") -> ClassConditionalPipeline:
     return pipeline
 
 
-CONFIG = SampleConfig(num_images=7, num_inference_steps=4, batch_size=3)
+CONFIG = SampleConfig(num_images=7, num_inference_steps=4, pass_size=3)
 
 
 def test_saved_pipeline_gives_the_same_images(tmp_path: Path) -> None:
@@ -102,24 +104,59 @@ def test_more_images_keep_those_that_are_there(tmp_path: Path) -> None:
     assert {name: files(tmp_path)[name] for name in before} == before
 
 
-def test_any_number_of_processes_write_the_same_files(runs: Path, tmp_path: Path) -> None:
-    """Two processes under `torchrun`, through the launch file, against one; from a model that was trained."""
-    for name in ("one", "two"):
+@pytest.mark.parametrize("batch_size", [1, 50, 64, 1000])
+@pytest.mark.parametrize("num_processes", [1, 2, 3])
+def test_every_image_has_its_place_in_a_pass_of_one_size(batch_size: int, num_processes: int) -> None:
+    config = SampleConfig(num_images=150, batch_size=batch_size)
+    dealt = [deal_passes(config, process, num_processes) for process in range(num_processes)]
+    assert sorted(pass_.start for passes in dealt for pass_ in passes) == [0, 32, 64, 96, 128]
+    assert all(len(pass_) == 32 for passes in dealt for pass_ in passes)
+    turn = -(-batch_size // 32)
+    assert dealt[0][:turn] == [range(32 * i, 32 * i + 32) for i in range(min(turn, 5))]
+
+
+def test_any_batch_size_number_of_processes_and_interruption_gives_the_same_files(
+    runs: Path, tmp_path: Path
+) -> None:
+    """One process, two under `torchrun` through the launch file, three parts; from a model that was trained."""
+    for name in ("one", "two", "parts"):
         ignored = shutil.ignore_patterns("samples", "evaluation", "checkpoints")
         shutil.copytree(runs / "teacher", tmp_path / name, ignore=ignored)
-    options = sets("sample.num_images=50", "sample.num_inference_steps=3", "sample.batch_size=16")
+    options = sets("sample.num_inference_steps=3", "sample.num_images=150")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     launch += [str(ROOT / "pipelines" / "sample.py"), str(tmp_path / "two"), *options]
-    subprocess.run(launch, check=True, capture_output=True, timeout=300)
-    assert command("sample", tmp_path / "one", *options)[0] == 0
-    one, two = (files(tmp_path / name / "samples") for name in ("one", "two"))
-    assert len(one) == 50 and one == two
+    subprocess.run([*launch, *sets("sample.batch_size=50")], check=True, capture_output=True, timeout=300)
+    assert command("sample", tmp_path / "one", *options, *sets("sample.batch_size=64"))[0] == 0
+    for override in ("sample.num_images=37", "sample.num_images=101", "sample.batch_size=7"):
+        assert command("sample", tmp_path / "parts", *options, *sets(override))[0] == 0
+    one, two, parts = (files(tmp_path / name / "samples") for name in ("one", "two", "parts"))
+    assert len(one) == 150 and one == two == parts
+    protocols = [
+        json.loads((tmp_path / name / "samples" / "sampling.json").read_text())["protocol"]
+        for name in ("one", "two", "parts")
+    ]
+    assert protocols[0] == protocols[1] == protocols[2] and protocols[0]["pass_size"] == 32
 
 
 def test_samples_of_another_protocol_are_not_mixed(tmp_path: Path) -> None:
     generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
     with pytest.raises(UserError, match=r"sampling\.json.*`guidance_scale`"):
         generate(tiny_pipeline(), CONFIG.model_copy(update={"guidance_scale": 2.0}), tmp_path, {}, "test")
+    with pytest.raises(UserError, match=r"sampling\.json.*`pass_size` \(3, now 4\)"):
+        generate(tiny_pipeline(), CONFIG.model_copy(update={"pass_size": 4}), tmp_path, {}, "test")
+
+
+def test_samples_of_before_passes_are_gone_on_with(tmp_path: Path) -> None:
+    """Their `batch_size` was what `pass_size` is."""
+    summary = generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
+    del summary["protocol"]["pass_size"]
+    (tmp_path / "sampling.json").write_text(json.dumps(summary | {"batch_size": 3}))
+    with pytest.raises(UserError, match=r"`pass_size` \(3, now 32\); set it as it was"):
+        generate(tiny_pipeline(), CONFIG.model_copy(update={"pass_size": 32}), tmp_path, {}, "test")
+    before = files(tmp_path)
+    more = generate(tiny_pipeline(), CONFIG.model_copy(update={"num_images": 8}), tmp_path, {}, "test")
+    assert {name: files(tmp_path)[name] for name in before} == before and len(files(tmp_path)) == 8
+    assert more["protocol"]["pass_size"] == 3 and "batch_size" not in more
 
 
 def test_bad_requests_are_refused() -> None:
