@@ -223,13 +223,14 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
-    """Sampling by a diffusers pipeline. Image j follows from (seed, j).
+    """Sampling by a diffusers pipeline. Image j follows from (seed, j), and so does its label, if `random`.
 
     `pass_size` images go through the model at once: a library's rounding depends on it, so it is part of the
     protocol. `batch_size`, how many images a process takes on at a time, in whole passes, changes no image.
     """
 
     num_images: int = Field(1000, ge=1)
+    labels: Literal["balanced", "random"] = "balanced"
     num_inference_steps: int = Field(25, ge=1)
     scheduler: str = "DDIMScheduler"
     scheduler_arguments: dict[str, Any] = {}

@@ -1,4 +1,4 @@
-"""N images by index: image j has label j mod classes and noise that follows from (seed, j) alone."""
+"""N images by index: the label and the noise of image j follow from (seed, j) alone."""
 
 from __future__ import annotations
 
@@ -43,9 +43,12 @@ def make_scheduler(name: str, arguments: dict[str, Any], trained_with: Scheduler
     return kind.from_config(trained_with.config, **arguments)
 
 
-def balanced_labels(indices: Sequence[int], num_classes: int) -> list[int]:
-    """Labels that go round the classes, so that every prefix is as balanced as it can be."""
-    return [index % num_classes for index in indices]
+def labels_of(indices: Sequence[int], num_classes: int, config: SampleConfig) -> list[int]:
+    """The labels of these images: round the classes, so that every prefix is as balanced as it can be, or random."""
+    if config.labels == "balanced":
+        return [index % num_classes for index in indices]
+    drawn = (generator(config.seed, "label", index) for index in indices)
+    return [int(torch.randint(num_classes, (), generator=each)) for each in drawn]
 
 
 def sample_indices(
@@ -56,7 +59,7 @@ def sample_indices(
     shape = sample_shape(pipeline.denoiser)
     noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
     (images,) = pipeline(
-        balanced_labels(indices, null_label(pipeline.denoiser)),
+        labels_of(indices, null_label(pipeline.denoiser), config),
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         guidance_power=config.guidance_power,
@@ -121,7 +124,7 @@ def generate(
     if state.is_main_process and (computed or summary["num_images"] < config.num_images):
         summary = {
             "num_images": config.num_images,
-            "labels": balanced_labels(range(config.num_images), null_label(pipeline.denoiser)),
+            "labels": labels_of(range(config.num_images), null_label(pipeline.denoiser), config),
             "seconds_per_image": seconds / computed if computed else summary["seconds_per_image"],
             "protocol": protocol,
         }
@@ -151,8 +154,8 @@ def _open(folder: Path, protocol: dict[str, Any]) -> dict[str, Any]:
 
 
 def _protocol_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """The protocol of samples; those of before `pass_size` were made in passes of their `batch_size`."""
-    return {"pass_size": summary.get("batch_size"), **summary["protocol"]}
+    """The protocol of samples; those of before `pass_size` have balanced labels and passes of their `batch_size`."""
+    return {"pass_size": summary.get("batch_size"), "labels": "balanced", **summary["protocol"]}
 
 
 def _write_png(path: Path, image: Tensor) -> None:

@@ -15,7 +15,9 @@ from PIL import Image
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.models.adapter import null_label
+from shd_diffusion.randomness import generator
 from shd_diffusion.sampling import ClassConditionalPipeline, generate, make_scheduler, sample_indices
+from shd_diffusion.sampling.generate import labels_of
 from shd_diffusion.sampling.passes import deal_passes
 
 
@@ -58,6 +60,29 @@ def test_an_image_depends_on_its_index_alone(scheduler: str) -> None:
     together = sample_indices(pipeline, [0, 1, 2, 3], CONFIG)
     torch.testing.assert_close(sample_indices(pipeline, [3, 1], CONFIG), together[[3, 1]])
     assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+def test_random_labels_follow_from_seed_and_index() -> None:
+    random = CONFIG.model_copy(update={"labels": "random"})
+    labels = labels_of(range(3000), 10, random)
+    assert labels_of([2999, 7], 10, random) == [labels[2999], labels[7]]
+    counts = torch.tensor(labels).bincount()
+    assert len(counts) == 10 and ((counts - 300).square() / 300).sum() < 27.9  # χ² of 9 degrees, p = 0.001
+    assert labels_of(range(3000), 10, random.model_copy(update={"seed": 1})) != labels
+    assert labels_of(range(8, 12), 10, CONFIG) == [8, 9, 0, 1]
+
+
+def test_random_labels_are_those_of_the_images(tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"labels": "random"})
+    summary = generate(tiny_pipeline(), config, tmp_path, {}, "test")
+    assert summary["labels"] == labels_of(range(7), 10, config) and summary["protocol"]["labels"] == "random"
+    noise = [torch.randn(1, 8, 8, generator=generator(0, "sample", index)) for index in range(6)]
+    (images,) = tiny_pipeline()(
+        summary["labels"][:6], 4, latents=torch.stack(noise), output_type="pt", return_dict=False
+    )
+    torch.testing.assert_close(images[:3] * 2 - 1, sample_indices(tiny_pipeline(), range(3), config))
+    with pytest.raises(UserError, match=r"`labels` \('random', now 'balanced'\)"):
+        generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
 
 
 def test_guidance_is_a_line_through_both_predictions() -> None:
@@ -149,7 +174,7 @@ def test_samples_of_another_protocol_are_not_mixed(tmp_path: Path) -> None:
 def test_samples_of_before_passes_are_gone_on_with(tmp_path: Path) -> None:
     """Their `batch_size` was what `pass_size` is."""
     summary = generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
-    del summary["protocol"]["pass_size"]
+    del summary["protocol"]["pass_size"], summary["protocol"]["labels"]
     (tmp_path / "sampling.json").write_text(json.dumps(summary | {"batch_size": 3}))
     with pytest.raises(UserError, match=r"`pass_size` \(3, now 32\); set it as it was"):
         generate(tiny_pipeline(), CONFIG.model_copy(update={"pass_size": 32}), tmp_path, {}, "test")
