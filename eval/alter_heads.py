@@ -1,0 +1,40 @@
+"""Make a teacher with heads of a known kind from a trained one, to measure it with `shd-diffusion squeeze`."""
+
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from shd_diffusion.files import replacing_folder
+from shd_diffusion.models.factory import find_model_folder, load_model
+from shd_diffusion.models.heads import make_heads_alike, shuffle_heads, weaken_heads
+
+
+def alter(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a trained teacher.")],
+    output: Annotated[Path, typer.Option(metavar="DIR", help="The folder of the new one.")],
+    alike: Annotated[
+        float | None, typer.Option(help="Copy maps within pairs of heads, with this noise.")
+    ] = None,
+    weaken: Annotated[float | None, typer.Option(help="Scale what every second head contributes.")] = None,
+    shuffle: Annotated[int | None, typer.Option(help="Shuffle the heads by this seed.")] = None,
+) -> None:
+    """Copy a run's config and pipeline, its denoiser altered."""
+    model = load_model(str(run))
+    if alike is not None:
+        make_heads_alike(model, alike, seed=0)
+    if weaken is not None:
+        weaken_heads(model, weaken)
+    if shuffle is not None:
+        shuffle_heads(model, shuffle)
+    with replacing_folder(output) as folder:
+        shutil.copy(run / "config.yaml", folder)
+        shutil.copytree(run / "pipeline", folder / "pipeline")
+        place = find_model_folder(folder)
+        assert place is not None
+        model.save_pretrained(place)
+
+
+if __name__ == "__main__":
+    typer.run(alter)
