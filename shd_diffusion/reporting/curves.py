@@ -1,13 +1,15 @@
-"""What happened while training: every term of the loss, its share, and the watched Fréchet distance."""
+"""What happened while training: every term of the loss, its share, SHD's by block, the watched Fréchet distance."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.ticker import LogLocator, NullLocator
 
 from shd_diffusion.reporting.drawing import (
+    DEPTH_COLOURS,
     LIGHT,
     RUN_COLOURS,
     Drawing,
@@ -41,15 +43,10 @@ def _term_panel(term: str, logs: Sequence[tuple[Run, Log]], looks: dict[str, Loo
         for run, log in logs:
             look = looks[run.name]
             values = log.values[term]
-            with np.errstate(divide="ignore", invalid="ignore"):
-                mean = np.exp(smooth(np.log(values), _window(values)))  # geometric, as the scale is
             chosen = _thin(len(values))
             axes.plot(log.steps[chosen], values[chosen], color=look.colour, linewidth=0.8, alpha=0.35)
-            axes.plot(log.steps[chosen], mean[chosen], color=look.colour, label=run.name)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
+            axes.plot(log.steps[chosen], _running(values)[chosen], color=look.colour, label=run.name)
+        _logarithmic(axes)
         axes.set(xlabel="step", ylabel=f"{term}, unweighted")
         legend_above(figure, axes)
         names = ", ".join(run.name for run, _ in logs)
@@ -78,6 +75,44 @@ def _share_panel(run: Run, log: Log) -> Drawing:
         return finish(figure, f"shares-{run.name}", f"Share of each term in the loss of {run.name}")
 
 
+def block_divergences(runs: Sequence[Run]) -> list[Drawing]:
+    """One panel a run that logged it: SHD's term block by block, running means, on a scale that all share."""
+    logs = [(run, run.log) for run in runs if run.log and run.log.divergences]
+    means = [{name: _running(values) for name, values in log.divergences.items()} for _, log in logs]
+    seen = np.concatenate([mean for curves in means for mean in curves.values()]) if logs else np.empty(0)
+    seen = seen[np.isfinite(seen) & (seen > 0)]
+    if not len(seen):
+        return []
+    limits = 0.9 * seen.min(), 1.1 * seen.max()
+    return [_block_panel(run, log, curves, limits) for (run, log), curves in zip(logs, means, strict=True)]
+
+
+def _block_panel(run: Run, log: Log, curves: dict[str, Array], limits: tuple[float, float]) -> Drawing:
+    shades = depth_shades(len(curves))
+    with panel(height=3.0) as (figure, axes):
+        for block, (mean, shade) in enumerate(zip(curves.values(), shades, strict=True)):
+            chosen = _thin(len(mean))
+            (line,) = axes.plot(
+                log.steps[chosen], mean[chosen], color=LIGHT[DEPTH_COLOURS[shade]], linewidth=1.2
+            )
+            alike = [str(other) for other, its in enumerate(shades) if its == shade]
+            if str(block) == alike[0]:
+                line.set_label("block " * (block == 0) + "-".join(dict.fromkeys((alike[0], alike[-1]))))
+        _logarithmic(axes)
+        axes.set(xlabel="step", ylabel="divergence", ylim=limits)
+        axes.set_title(run.name, loc="left")
+        legend_above(figure, axes)
+        return finish(figure, f"divergence-{run.name}", f"Divergence by block over the steps of {run.name}")
+
+
+def depth_shades(blocks: int) -> list[int]:
+    """Which of the colours of depth each block has: all of one's own, or neighbours the same if they are many."""
+    shades = len(DEPTH_COLOURS)
+    if blocks > shades:
+        return [block * shades // blocks for block in range(blocks)]
+    return np.linspace(0, shades - 1, blocks).round().astype(int).tolist()
+
+
 def watched_fid(runs: Sequence[Run], looks: dict[str, Look]) -> Drawing | None:
     """Fréchet distance while training, on few samples; None where no run watched it."""
     watched = [(run, run.log.watched) for run in runs if run.log and len(run.log.watched)]
@@ -91,6 +126,19 @@ def watched_fid(runs: Sequence[Run], looks: dict[str, Look]) -> Drawing | None:
         axes.set_ylim(bottom=0)
         legend_above(figure, axes)
         return finish(figure, "fid-watched", "FID on few samples over training steps")
+
+
+def _running(values: Array) -> Array:
+    """Running mean, geometric as the scale is."""
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.exp(smooth(np.log(values), _window(values)))
+
+
+def _logarithmic(axes: Axes) -> None:
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_locator(NullLocator())
 
 
 def _thin(count: int) -> Array:

@@ -35,6 +35,13 @@ LIGHT = {
     "run-3": "#a8328f",
     "run-4": "#8a6d06",
     "run-5": "#5d50c9",
+    "depth-0": "#c18a00",
+    "depth-1": "#d4682c",
+    "depth-2": "#c8445c",
+    "depth-3": "#a3307e",
+    "depth-4": "#71239a",
+    "depth-5": "#3c208c",
+    "depth-6": "#15123d",
 }
 DARK = {
     "ink": "#e8ebee",
@@ -47,8 +54,17 @@ DARK = {
     "run-3": "#ee8bdb",
     "run-4": "#dcc04a",
     "run-5": "#aea4ff",
+    "depth-0": "#7d5bd6",
+    "depth-1": "#a65cd0",
+    "depth-2": "#cf66c2",
+    "depth-3": "#ec7c9e",
+    "depth-4": "#f79a74",
+    "depth-5": "#f9c05c",
+    "depth-6": "#f6ec86",
 }
 RUN_COLOURS = [name for name in LIGHT if name.startswith("run-")]
+DEPTH_COLOURS = [name for name in LIGHT if name.startswith("depth-")]
+"""From the first block to the last: the deeper, the further from the paper."""
 MARKERS = "osD^vP"
 WIDTH = 4.3  # inches; a panel is as wide as a phone, wider pages set panels side by side
 

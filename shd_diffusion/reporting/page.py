@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from shd_diffusion.files import replacing_folder, write_text
 from shd_diffusion.reporting.attention import attention_views
 from shd_diffusion.reporting.classes import per_class_fid
-from shd_diffusion.reporting.curves import loss_curves, loss_shares, watched_fid
+from shd_diffusion.reporting.curves import block_divergences, loss_curves, loss_shares, watched_fid
 from shd_diffusion.reporting.drawing import DARK, LIGHT, TEACHER_LOOK, Look, student_look
 from shd_diffusion.reporting.protocol import Setting, compare, compare_protocols
 from shd_diffusion.reporting.quality import quality_scatters
@@ -49,6 +49,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
     scatters = quality_scatters(runs, looks)
     losses = loss_curves(runs, looks)
     shares = loss_shares(runs)
+    divergences = block_divergences(runs)
     watched = watched_fid(runs, looks)
     attention = attention_views(runs, looks)
     classes = per_class_fid(runs, looks)
@@ -64,6 +65,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         scatters=scatters,
         losses=losses,
         shares=shares,
+        divergences=divergences,
         watched=watched,
         attention=attention,
         classes=classes,
@@ -75,7 +77,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
     )
     drawings = [
         *([draw_gallery(gallery)] if gallery else []),
-        *scatters, *losses, *shares, *([watched] if watched else []), *([classes] if classes else []),
+        *scatters, *losses, *shares, *divergences, *([watched] if watched else []), *([classes] if classes else []),
         *(drawing for view in attention for drawing in view.drawings),
     ]  # fmt: skip
     with replacing_folder(output.with_name(f"{output.stem}-figures")) as folder:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from shd_diffusion.config import parse_yaml
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json
+from shd_diffusion.protocol import flatten
 
 Array = NDArray[np.float64]
 
@@ -29,12 +30,14 @@ class Log:
         steps: (L,), optimiser steps.
         values: by term, the unweighted value: (L,).
         shares: by term, its part of the total loss, 0 to 1: (L,).
+        divergences: by student block, the SHD term of this block alone: (L,).
         watched: (W, 2), step and Fréchet distance where it was watched.
     """
 
     steps: Array
     values: dict[str, Array]
     shares: dict[str, Array]
+    divergences: dict[str, Array]
     watched: Array
 
 
@@ -198,14 +201,17 @@ def read_log(path: Path) -> Log:
                 raise UserError(f"{path}: line {number} is not a logged step; remove that line") from None
     entries = [entry for _, entry in sorted(by_step.items()) if "skipped" not in entry]
     terms = list(dict.fromkeys(term for entry in entries for term in entry.get("terms", {})))
+    blocks = list(dict.fromkeys(block for entry in entries for block in entry.get("divergence", {})))
+    flat = [flatten(entry) for entry in entries]
 
-    def column(term: str, key: str) -> Array:
-        return np.array([entry.get("terms", {}).get(term, {}).get(key, np.nan) for entry in entries], float)
+    def column(key: str) -> Array:
+        return np.array([entry.get(key, np.nan) for entry in flat], float)
 
     return Log(
         steps=np.array([entry["step"] for entry in entries], float),
-        values={term: column(term, "value") for term in terms},
-        shares={term: column(term, "share") for term in terms},
+        values={term: column(f"terms.{term}.value") for term in terms},
+        shares={term: column(f"terms.{term}.share") for term in terms},
+        divergences={block: column(f"divergence.{block}") for block in blocks},
         watched=np.array([(e["step"], e["watch"]["fid"]) for e in entries if "watch" in e]).reshape(-1, 2),
     )
 

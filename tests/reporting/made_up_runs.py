@@ -87,6 +87,10 @@ def write_log(path: Path, terms: list[str], fid: float, rng: np.random.Generator
             "gradient_norm": 0.4,
             "terms": {term: {"value": v, "weighted": v, "share": v / total} for term, v in values.items()},
         }  # fmt: skip
+        if "shd" in terms:
+            entry["divergence"] = {
+                f"transformer_blocks.{i}.attn1": values["shd"] * 3**i * 3 / 13 for i in range(BLOCKS)
+            }
         if step % 150 == 0:
             entry["watch"] = {"fid": fid * (1 + 300 / step)}
         lines.append(json.dumps(entry))

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from .colours import contrast, luminance
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = pytest.mark.skipif(
     CHROMIUM is None, reason="no chromium binary; apt-get install chromium to run"
@@ -67,18 +69,6 @@ def framed(report: Path, folder: Path, width: int, height: int) -> str:
     (folder / "probed.html").write_text(report.read_text().replace("</body>", PROBE + "</body>"))
     (folder / "frame.html").write_text(FRAME.format(width, height))
     return (folder / "frame.html").as_uri()
-
-
-def luminance(colour: str) -> float:
-    """Relative luminance of `rgb(r, g, b)` (WCAG 2)."""
-    levels = [int(level) / 255 for level in re.findall(r"\d+", colour)[:3]]
-    linear = [level / 12.92 if level <= 0.04045 else ((level + 0.055) / 1.055) ** 2.4 for level in levels]
-    return float(np.dot(linear, [0.2126, 0.7152, 0.0722]))
-
-
-def contrast(one: str, other: str) -> float:
-    low, high = sorted((luminance(one), luminance(other)))
-    return (high + 0.05) / (low + 0.05)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)

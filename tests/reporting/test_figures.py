@@ -16,13 +16,20 @@ from safetensors.numpy import load_file
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.reporting.attention import attention_views, map_pixels, membership, reduced
-from shd_diffusion.reporting.curves import loss_curves, loss_shares, watched_fid
-from shd_diffusion.reporting.drawing import LIGHT, data_uri, mosaic, smooth
+from shd_diffusion.reporting.curves import (
+    block_divergences,
+    depth_shades,
+    loss_curves,
+    loss_shares,
+    watched_fid,
+)
+from shd_diffusion.reporting.drawing import DARK, DEPTH_COLOURS, LIGHT, data_uri, mosaic, smooth
 from shd_diffusion.reporting.page import assign_looks
 from shd_diffusion.reporting.quality import quality_scatters
 from shd_diffusion.reporting.runs import read_runs
 from shd_diffusion.reporting.samples import sample_gallery
 
+from .colours import contrast
 from .made_up_runs import GROUPS
 
 
@@ -135,10 +142,10 @@ def test_figures_take_the_colours_of_the_page(runs: dict[str, Path]) -> None:
     watched = watched_fid(everything, looks)
     assert watched
     drawings = [*loss_curves(everything, looks), *loss_shares(everything), watched]
-    drawings += quality_scatters(everything, looks)
+    drawings += [*block_divergences(everything), *quality_scatters(everything, looks)]
     names = [drawing.name for drawing in drawings]
     assert names == ["loss-denoise", "loss-output", "loss-shd", "shares-kd", "shares-kd-shd", "fid-watched",
-                     "fid-over-parameters", "fid-over-sampling-time-an-image"]  # fmt: skip
+                     "divergence-kd-shd", "fid-over-parameters", "fid-over-sampling-time-an-image"]  # fmt: skip
     identifiers: list[str] = []
     for drawing in drawings:
         colours = set(re.findall(r"#[0-9a-f]{6}\b", drawing.svg))
@@ -159,6 +166,34 @@ def test_a_term_is_drawn_for_the_runs_that_have_it(runs: dict[str, Path]) -> Non
     curves = loss_curves(everything, assign_looks(everything))
     assert curves[0].description.endswith("teacher, none, kd, kd-shd")
     assert curves[2].description.endswith(": kd-shd")
+
+
+def test_the_divergence_is_a_curve_a_block_in_the_colours_of_depth(
+    fresh_run: Callable[[str], Path], tmp_path: Path
+) -> None:
+    assert depth_shades(1) == [0] and depth_shades(3) == [0, 3, 6] and depth_shades(7) == list(range(7))
+    many = depth_shades(28)
+    assert many == sorted(many) and [many.count(shade) for shade in range(7)] == [4] * 7
+    deep = fresh_run("kd-shd")
+    log = [json.loads(line) for line in (deep / "metrics.jsonl").read_text().splitlines()]
+    for entry in log[1::2]:  # the term counts at every other logged step
+        del entry["divergence"]
+    for entry in log[::2]:
+        entry["divergence"] = {f"blocks.{i}": (1 + i) / entry["step"] for i in range(28)}
+    (deep / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
+    (drawing,) = block_divergences(read_runs([deep]))
+    for colour in DEPTH_COLOURS:
+        assert f"var(--{colour})" in drawing.svg
+    for label in ("block 0-3", "4-7", "24-27"):
+        assert f">{label}<" in drawing.svg
+    assert block_divergences(read_runs([fresh_run("kd")])) == []
+
+
+def test_both_palettes_have_the_same_colours_and_depth_stands_out_from_the_paper() -> None:
+    assert LIGHT.keys() == DARK.keys()
+    for palette in (LIGHT, DARK):
+        contrasts = [contrast(palette[name], palette["paper"]) for name in DEPTH_COLOURS]
+        assert min(contrasts) > 2.9 and contrasts == sorted(contrasts)
 
 
 def test_figures_do_without_numbers_that_are_not_there(fresh_run: Callable[[str], Path]) -> None:

@@ -39,6 +39,7 @@ def test_a_log_has_one_value_a_step_and_nan_where_a_term_was_not_computed(tmp_pa
         {
             "step": 2,
             "terms": {"denoise": {"value": 1.0, "share": 0.25}, "shd": {"value": 3.0, "share": 0.75}},
+            "divergence": {"blocks.0.attn": 4.0, "blocks.1.attn": 2.0},
         },
         {"step": 3, "terms": {"denoise": {"value": 0.5, "share": 1.0}}, "watch": {"fid": 7.0}},
     ]
@@ -49,6 +50,7 @@ def test_a_log_has_one_value_a_step_and_nan_where_a_term_was_not_computed(tmp_pa
     np.testing.assert_array_equal(log.values["denoise"], [2, 1, 0.5])  # step 3 was taken again after a resume
     np.testing.assert_array_equal(log.values["shd"], [np.nan, 3, np.nan])
     np.testing.assert_array_equal(log.shares["shd"], [np.nan, 0.75, np.nan])
+    np.testing.assert_array_equal(log.divergences["blocks.0.attn"], [np.nan, 4, np.nan])
     np.testing.assert_array_equal(log.watched, [[3, 7]])
 
 
