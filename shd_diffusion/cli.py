@@ -158,6 +158,9 @@ def sample(
         Path | None,
         typer.Option("--output", metavar="DIR", help="For the images of one run; default: its `samples/`."),
     ] = None,
+    npz: Annotated[
+        bool, typer.Option("--npz", help="Also write `samples.npz`, for the ADM suite's evaluator.")
+    ] = False,
 ) -> None:
     """Sample images from finished runs into their `samples/`."""
     from shd_diffusion.sampling.stage import sample_run
@@ -168,7 +171,7 @@ def sample(
         )
     for run in map(RunFolder, runs):
         config = override_config(run.read_config(), set_ or [], str(run.config_file))
-        sample_run(run, config, output or run.samples)
+        sample_run(run, config, output or run.samples, npz)
 
 
 @app.command()
@@ -236,6 +239,35 @@ def report(
     page = write_report(runs, place if place.suffix == ".html" else place / "report.html")
     typer.echo(f"report: {page}")
     print_table(runs)
+
+
+@app.command()
+@stage
+def squeeze(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a teacher.")],
+    heads: Annotated[
+        str, typer.Option(metavar="N,N", help="Student heads, e.g. 6,5; blocks are drawn at the first.")
+    ],
+    samples: Annotated[int, typer.Option(min=2, help="Images, each at every timestep.")] = 24,
+    timesteps: Annotated[int, typer.Option(min=2, help="Evenly spaced.")] = 8,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="Default: `squeezing/` in the run.")
+    ] = None,
+) -> None:
+    """Measure what a teacher loses when its heads are squeezed, by each way to do so, without a student."""
+    from rich.console import Console
+
+    from shd_diffusion.analysis.measure import Protocol
+    from shd_diffusion.analysis.stage import squeeze_teacher, table
+
+    try:
+        counts = list(dict.fromkeys(int(count) for count in heads.split(",")))
+    except ValueError:
+        raise UserError(f"--heads {heads}: give numbers of heads, e.g. --heads 6,5") from None
+    place = output or run / "squeezing"
+    protocol = Protocol(samples=samples, timesteps=timesteps)
+    Console().print(table(squeeze_teacher(RunFolder(run), counts, place, protocol)))
+    typer.echo(f"squeezing: {place / 'squeezing.json'}")
 
 
 @app.command()

@@ -14,6 +14,8 @@ from shd_diffusion.evaluation.evaluate import evaluate_run
 from shd_diffusion.files import read_json, write_json
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.sampling.archive import ARCHIVE
+from shd_diffusion.sampling.generate import SUMMARY
 
 
 def evaluate_samples(run: RunFolder, config: RunConfig) -> dict[str, Any]:
@@ -25,7 +27,7 @@ def evaluate_samples(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: there are no samples, or they cannot be evaluated.
     """
-    record = run.samples / "sampling.json"
+    record = run.samples / SUMMARY
     if not record.exists() or not read_json(record)["num_images"]:
         raise UserError(f"{run.path}: has no finished samples; run `shd-diffusion sample {run.path}` first")
     reference = config.evaluate.reference or reference_images(config.data)
@@ -43,7 +45,7 @@ def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
     """Evaluate a folder of images or an .npz of the ADM suite that no run of ours has made.
 
     Args:
-        images: where they are; a `sampling.json` beside them is heeded.
+        images: where they are; the `sampling.json` beside our own samples is heeded.
         overrides: of the `evaluate` section; the extractor is Inception unless they say otherwise.
 
     Raises:
@@ -58,7 +60,8 @@ def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
 
 
 def _evaluate(images: Path, reference: Any, config: EvaluateConfig) -> dict[str, Any]:
-    record = images / "sampling.json"
+    folder = images.parent if images.name == ARCHIVE else images
+    record = folder / SUMMARY
     sampled = read_json(record) if record.exists() else {}
     return evaluate_run(
         images, reference, config, labels=sampled.get("labels"), protocol=sampled.get("protocol")

@@ -5,17 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from shd_diffusion.config import RunConfig
 from shd_diffusion.errors import UserError
+from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.sampling.archive import write_archive
 from shd_diffusion.sampling.generate import generate, make_scheduler
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 
 
-def sample_run(run: RunFolder, config: RunConfig, folder: Path) -> dict[str, Any]:
+def sample_run(run: RunFolder, config: RunConfig, folder: Path, npz: bool = False) -> dict[str, Any]:
     """Sample `config.sample.num_images` images into a folder, continuing what is there.
+
+    Args:
+        npz: also write them all into one file, see `write_archive`.
 
     Returns:
         The content of `sampling.json`.
@@ -31,6 +34,9 @@ def sample_run(run: RunFolder, config: RunConfig, folder: Path) -> dict[str, Any
         )
     except ValueError as error:
         raise UserError(f"{run.config_file}: key `sample.scheduler`: {error}") from error
-    pipeline.to("cuda" if torch.cuda.is_available() else "cpu")
+    pipeline.to(processes().device)
     protocol = {"steps_trained": summary["steps"], "ema_decay": config.train.ema_decay}
-    return generate(pipeline, config.sample, folder, protocol, run.path.name)
+    sampled = generate(pipeline, config.sample, folder, protocol, run.path.name)
+    if npz and processes().is_main_process:
+        write_archive(folder)
+    return sampled
