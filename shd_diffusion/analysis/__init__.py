@@ -1,0 +1,1 @@
+"""What squeezing does to a teacher, before there is a student."""

@@ -1,0 +1,122 @@
+"""`squeeze`: measure a teacher, and write what was found."""
+
+from __future__ import annotations
+
+import csv
+import io
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from shd_diffusion.analysis.drawings import draw_squeezing
+from shd_diffusion.analysis.measure import Protocol, measure
+from shd_diffusion.attention import attention_blocks
+from shd_diffusion.data import build_source, check_source
+from shd_diffusion.environment import describe_environment
+from shd_diffusion.errors import UserError
+from shd_diffusion.files import write_json, write_text
+from shd_diffusion.losses.denoising import forward_process
+from shd_diffusion.models.adapter import freeze, null_label, sample_shape
+from shd_diffusion.models.factory import load_model
+from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.study.statistics import Estimate
+
+FIGURES = ("residual", "block_error", "from_mean")
+
+
+def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, protocol: Protocol) -> dict[str, Any]:
+    """Measure a run's model and write `squeezing.json`, `squeezing.csv` and `squeezing.png`.
+
+    Args:
+        run: of the teacher.
+        heads: how many to squeeze to; the picture shows the blocks at the first.
+        output: the folder to write to.
+        protocol: on how many samples.
+
+    Returns:
+        What stands in the JSON file.
+
+    Raises:
+        UserError: there is no such run, its data are missing, or its heads cannot be squeezed so.
+    """
+    config = run.read_config()
+    model = freeze(load_model(str(run.path)))
+    most = max((block.heads for block in attention_blocks(model).values() if block.capturable), default=0)
+    for count in heads:
+        if not 1 <= count <= most:
+            raise UserError(f"--heads {count}: {run.path} has {most} heads; give numbers from 1 to {most}")
+    source = build_source(config.data)
+    check_source(source, sample_shape(model), null_label(model), str(run.config_file))
+    try:
+        found = measure(model, source, forward_process(config.diffusion), heads, protocol)
+    except ValueError as error:
+        raise UserError(f"{run.path}: {error}") from error
+    results = {
+        "teacher": run.path.name,
+        "protocol": {"data": config.data.name, **asdict(protocol)},
+        "environment": describe_environment(),
+        **_rounded(found),
+    }
+    write_json(output / "squeezing.json", results)
+    write_text(output / "squeezing.csv", _as_csv(results))
+    draw_squeezing(results).save(output)
+    return results
+
+
+def table(results: dict[str, Any]) -> Table:
+    """Each case in a line, means over its blocks."""
+    rendered = Table(
+        title=f"{results['teacher']}: denoising error {results['denoising']:.4f}; squeezed:",
+        title_justify="left",
+        box=SIMPLE_HEAD,
+    )
+    columns = (
+        "heads",
+        "strategy",
+        "residual",
+        "block error",
+        "KL from mean",
+        "output error",
+        "denoising error",
+    )
+    for name in columns:
+        rendered.add_column(name, justify="left" if name == "strategy" else "right")
+    for case in results["squeezings"]:
+        means = block_means(case)
+        output = Estimate(**case["output_error"])
+        rendered.add_row(
+            str(case["heads"]), case["strategy"], *(f"{means[figure]:.4f}" for figure in FIGURES),
+            f"{output.mean:.4f}", f"{case['denoising']:.4f}",
+        )  # fmt: skip
+    return rendered
+
+
+def block_means(case: dict[str, Any]) -> dict[str, float]:
+    """A case's figures, averaged over its blocks."""
+    blocks = case["blocks"].values()
+    return {figure: sum(block[figure] for block in blocks) / len(blocks) for figure in FIGURES}
+
+
+def _as_csv(results: dict[str, Any]) -> str:
+    """A line for each case and block."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(["heads", "strategy", "block", *FIGURES, "output_error", "denoising"])
+    for case in results["squeezings"]:
+        for name, block in case["blocks"].items():
+            figures = (block[figure] for figure in FIGURES)
+            whole = case["output_error"]["mean"], case["denoising"]
+            writer.writerow([case["heads"], case["strategy"], name, *figures, *whole])
+    return file.getvalue()
+
+
+def _rounded(content: Any) -> Any:
+    """Numbers in five figures: what else there is would be noise."""
+    if isinstance(content, float):
+        return float(f"{content:.5g}")
+    if isinstance(content, dict):
+        return {key: _rounded(value) for key, value in content.items()}
+    return [_rounded(value) for value in content] if isinstance(content, (list, tuple)) else content
