@@ -13,7 +13,7 @@ Chunk: TypeAlias = tuple[slice, slice, Tensor]
 """Samples, query rows, and their maps (samples, heads, rows, K)."""
 
 # Elements of maps at once: on a CPU what its caches hold, on an accelerator enough to occupy it.
-_AT_ONCE = {"cpu": 2**19}
+_AT_ONCE = {"cpu": 2**20}
 _AT_ONCE_ELSEWHERE = 2**26
 _KEPT = 2**24
 
