@@ -22,10 +22,12 @@ from shd_diffusion.evaluation.fid import Statistics, feature_statistics, frechet
 from shd_diffusion.evaluation.images import open_images, tensor_images
 from shd_diffusion.evaluation.inception_score import inception_score
 from shd_diffusion.evaluation.kid import SUBSETS, kernel_distance, subset_size
+from shd_diffusion.evaluation.nearest import write_nearest
 from shd_diffusion.evaluation.per_class import per_class_distance
 from shd_diffusion.evaluation.precision_recall import NEIGHBOURS, precision_recall, precision_recall_adm
 from shd_diffusion.evaluation.references import Reference, open_reference
 from shd_diffusion.evaluation.uncertainty import bootstrap_interval, fid_infinity
+from shd_diffusion.processes import processes
 
 USUAL = ("fid", "sfid", "is", "kid", "prc")
 """Computed, where extractor and reference allow, if the config names no metrics."""
@@ -39,6 +41,7 @@ def evaluate_run(
     config: EvaluateConfig,
     labels: Sequence[int] | None = None,
     protocol: dict[str, Any] | None = None,
+    nearest: Path | None = None,
 ) -> dict[str, Any]:
     """The figures of images against a reference: what `evaluation/metrics.json` holds.
 
@@ -49,6 +52,7 @@ def evaluate_run(
         labels: the class that was asked for, image by image. With a classifier as extractor
             `label_accuracy` is the share of images that it recognises as asked for.
         protocol: how the images were made (steps, scheduler, guidance, seed, ...); kept beside the figures.
+        nearest: where to write the real images that some of these resemble most, see `write_nearest`.
 
     Raises:
         UserError: images, reference or weights that cannot be read, or a metric that they do not allow.
@@ -72,6 +76,8 @@ def evaluate_run(
     classes = torch.tensor(labels) if labels is not None else generated.labels
     metrics = choose_metrics(config, extractor, real, classes)
     found = extract_features(generated, extractor, config.batch_size, "images")
+    if nearest is not None and processes().is_main_process:
+        write_nearest(nearest, generated, found["features"], classes, real)
 
     figures: dict[str, Any] = {}
     for metric in metrics:

@@ -38,6 +38,7 @@ class Reference:
         features: (R, D), which KID, precision and recall need; None where only statistics are published.
         labels: (R,) classes of the images behind `features`, where they are known.
         image_size: "width×height" of the images; None where that is unknown.
+        images: the images behind `features`, where they are at hand.
     """
 
     source: str
@@ -47,6 +48,7 @@ class Reference:
     features: Tensor | None = None
     labels: Tensor | None = None
     image_size: str | None = None
+    images: ImageSet | None = None
 
 
 def open_reference(
@@ -158,12 +160,12 @@ def _from_images(images: ImageSet, source: str, extractor: Extractor, batch_size
     ).hexdigest()
     cached = cache_folder() / "references" / f"{key[:32]}.safetensors"
     if cached.exists():
-        return load_reference(cached, extractor)
+        return replace(load_reference(cached, extractor), images=images)
     found = extract_features(images, extractor, batch_size, source)
     statistics = {role: feature_statistics(found[role]) for role in found if role in ("features", "spatial")}
     _, height, width = images[0].shape
     reference = Reference(
-        source, sha256, len(images), statistics, found["features"], images.labels, f"{width}×{height}"
+        source, sha256, len(images), statistics, found["features"], images.labels, f"{width}×{height}", images
     )
     if processes().is_main_process:
         save_reference(reference, extractor, cached)
