@@ -65,7 +65,7 @@ def _output(axes: Axes, squeezings: list[dict[str, Any]], look: dict[str, Look])
 
 def _saved(axes: Axes, blocks: dict[str, Any]) -> None:
     pairs = [pair for block in blocks.values() for pair in block["pairs"]]
-    strengths = [max(pair["strength"], 1 / pair["strength"]) for pair in pairs]
+    strengths = [pair["imbalance"] for pair in pairs]
     axes.plot(
         strengths, [pair["saved"] for pair in pairs], "o", color=LIGHT["run-0"], markersize=3.5, alpha=0.6
     )

@@ -192,13 +192,22 @@ def _block_output(record: AttentionRecord, maps: Tensor) -> Tensor:
 
 
 def _describe_pairs(heads: int, found: Sequence[tuple[PairDifferences, Tensor]]) -> dict[str, Any]:
-    """Means over samples and timesteps; of the strength its geometric mean."""
+    """Means over samples and timesteps.
+
+    `strength` is a geometric mean, and so is `imbalance`, the stronger head's over the weaker's in each sample.
+    """
     merging = [
         {
             "heads": list(pair),
             "total_variation": _mean(each.total_variation[:, index] for each, _ in found),
             "cosine": _mean(each.cosine[:, index] for each, _ in found),
             "strength": torch.cat([each.strength[:, index] for each, _ in found]).log().mean().exp().item(),
+            "imbalance": torch.cat([each.strength[:, index] for each, _ in found])
+            .log()
+            .abs()
+            .mean()
+            .exp()
+            .item(),
             "saved": _mean(each.saved[:, index] for each, _ in found),
         }
         for index, pair in enumerate(_first_pairs(heads))
