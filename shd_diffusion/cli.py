@@ -179,7 +179,10 @@ def sample(
 def evaluate(
     targets: Annotated[
         list[Path],
-        typer.Argument(metavar="RUN_OR_IMAGES...", help="Sampled runs, folders of images, or .npz files."),
+        typer.Argument(
+            metavar="RUN_OR_IMAGES...",
+            help="Sampled runs, pipelines (folders or hub names), folders of images, or .npz files.",
+        ),
     ],
     set_: Overrides = None,
     reference: Annotated[
@@ -190,20 +193,35 @@ def evaluate(
     ] = None,
     extractor_weights: Annotated[str | None, typer.Option(metavar="FILE", help="Its weights.")] = None,
     metrics: Annotated[str | None, typer.Option(metavar="A,B", help="E.g. fid,sfid,is,kid,prc.")] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", metavar="DIR", help="For one pipeline's samples and figures; default: beside it."
+        ),
+    ] = None,
 ) -> None:
-    """Compute figures; JSON on standard output, and for a run also in its `evaluation/metrics.json`."""
-    from shd_diffusion.evaluation.stage import evaluate_images, evaluate_samples
+    """Compute figures; JSON on standard output, and for a run or pipeline also in `evaluation/metrics.json`."""
+    from shd_diffusion.evaluation.stage import (
+        evaluate_images,
+        evaluate_pipeline,
+        evaluate_samples,
+        is_pipeline,
+    )
     from shd_diffusion.processes import processes
 
     options = {"reference": reference, "extractor": extractor, "extractor_weights": extractor_weights}
     overrides = [*(set_ or []), *(f"evaluate.{key}={value}" for key, value in options.items() if value)]
     overrides += [f"evaluate.metrics=[{metrics}]"] if metrics else []
+    if output is not None and (len(targets) > 1 or not is_pipeline(str(targets[0]))):
+        raise UserError(f"--output {output}: is for the samples of one pipeline; remove it")
     figures = {}
     for target in targets:
         run = RunFolder(target)
         if run.config_file.exists():
             config = override_config(run.read_config(), overrides, str(run.config_file))
             figures[str(target)] = evaluate_samples(run, config)
+        elif is_pipeline(str(target)):
+            figures[str(target)] = evaluate_pipeline(str(target), overrides, output)
         else:
             figures[str(target)] = evaluate_images(target, overrides)
     if processes().is_main_process:

@@ -90,6 +90,7 @@ class TeacherConfig(Section):
 
     path: str
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["accelerator", "cpu"] = "accelerator"
 
 
 Objective = Literal["epsilon", "v_prediction", "sample", "flow"]
@@ -256,6 +257,13 @@ class EvaluateConfig(Section):
     resize: Literal["none", "box", "bilinear", "bicubic", "lanczos"] = "none"
     bootstrap: int = Field(default=0, ge=0)
     batch_size: int = Field(default=100, ge=1)
+
+
+class EvaluationConfig(Section):
+    """`evaluate` of what is no run: images, or a pipeline that is sampled first."""
+
+    sample: SampleConfig = SampleConfig()
+    evaluate: EvaluateConfig = EvaluateConfig(extractor="inception-v3-compat")
 
 
 class RunConfig(Section):

@@ -76,11 +76,8 @@ def open_reference(
         source = reference_images(DataConfig(name="digits"))
     if isinstance(source, ReferenceImages):
         return _from_images(source, source.source, extractor, batch_size)
+    check_reference(str(source))
     path = Path(source)
-    if not path.exists():
-        raise UserError(
-            f"evaluate.reference: {path} is no data set (known: digits), and no such file or folder"
-        )
     if path.suffix == ".safetensors":
         return load_reference(path, extractor)
     published = _published_statistics(path, extractor) if path.suffix == ".npz" else {}
@@ -96,6 +93,18 @@ def open_reference(
         if published
         else reference
     )
+
+
+def check_reference(source: str) -> None:
+    """See that a reference is there, without reading it.
+
+    Raises:
+        UserError: it is not.
+    """
+    if source != "digits" and not Path(source).exists():
+        raise UserError(
+            f"evaluate.reference: {source} is no data set (known: digits), and no such file or folder"
+        )
 
 
 def save_reference(reference: Reference, extractor: Extractor, path: Path) -> None:

@@ -1,21 +1,24 @@
-"""`evaluate`: the figures of a run's samples, or of any folder of images."""
+"""`evaluate`: the figures of a run's samples, of a pipeline that is sampled first, or of any images."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
-from shd_diffusion.config import EvaluateConfig, RunConfig, override_config
+from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, SampleConfig, override_config
 from shd_diffusion.data import reference_images
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.evaluate import evaluate_run
+from shd_diffusion.evaluation.extractors import load_extractor
+from shd_diffusion.evaluation.references import check_reference
 from shd_diffusion.files import read_json, write_json
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.archive import ARCHIVE
 from shd_diffusion.sampling.generate import SUMMARY
+from shd_diffusion.sampling.published import hash_pipeline, open_pipeline
+from shd_diffusion.sampling.stage import sample_pipeline
 
 
 def evaluate_samples(run: RunFolder, config: RunConfig) -> dict[str, Any]:
@@ -31,14 +34,7 @@ def evaluate_samples(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     if not record.exists() or not read_json(record)["num_images"]:
         raise UserError(f"{run.path}: has no finished samples; run `shd-diffusion sample {run.path}` first")
     reference = config.evaluate.reference or reference_images(config.data)
-    figures = _evaluate(run.samples, reference, config.evaluate)
-    if processes().is_main_process:
-        write_json(run.evaluation_file, figures)
-    return figures
-
-
-class _Options(BaseModel):
-    evaluate: EvaluateConfig = EvaluateConfig(extractor="inception-v3-compat")
+    return _evaluate_and_keep(run, reference, config.evaluate)
 
 
 def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
@@ -46,17 +42,79 @@ def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
 
     Args:
         images: where they are; the `sampling.json` beside our own samples is heeded.
-        overrides: of the `evaluate` section; the extractor is Inception unless they say otherwise.
+        overrides: of an `EvaluationConfig`.
 
     Raises:
         UserError: there are no images, no reference was given, or they cannot be evaluated.
     """
     if not images.exists():
-        raise UserError(f"{images}: no such run, folder of images or .npz file")
-    config = override_config(_Options(), overrides, "--set").evaluate
+        raise UserError(f"{images}: no such run, pipeline, folder of images or .npz file")
+    config = override_config(EvaluationConfig(), overrides, "--set").evaluate
+    return _evaluate(images, _given_reference(str(images), config), config)
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether this is a folder of a diffusers pipeline, or could be the hub name of one."""
+    path = Path(name)
+    if path.exists():
+        return (path / "model_index.json").is_file()
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+
+
+def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = None) -> dict[str, Any]:
+    """Sample a diffusers pipeline and evaluate the images; the same call again continues.
+
+    Args:
+        name: its folder, or its name on the hub.
+        overrides: of an `EvaluationConfig`; the scheduler is the pipeline's own unless they say otherwise.
+        output: gets `samples/` and `evaluation/metrics.json`; default: `NAME-evaluation` beside the folder, or
+            `runs/OWNER--NAME` for a hub name.
+
+    Returns:
+        The content of `evaluation/metrics.json`.
+
+    Raises:
+        UserError: the pipeline cannot be had or sampled by class, or its images cannot be evaluated.
+    """
+    # Whatever can be seen to be wrong before hours of sampling.
+    config = override_config(EvaluationConfig(), overrides, "--set")
+    reference = _given_reference(name, config.evaluate)
+    check_reference(reference)
+    weights = config.evaluate.extractor_weights
+    load_extractor(config.evaluate.extractor, None if weights is None else Path(weights))
+
+    with processes().local_main_process_first():
+        pipeline = open_pipeline(name)
+    own = SampleConfig(scheduler=type(pipeline.scheduler).__name__)
+    config = override_config(EvaluationConfig(sample=own), overrides, "--set")
+    place = RunFolder(output or _default_output(name))
+    protocol = {"pipeline_sha256": hash_pipeline(pipeline)}
+    sample_pipeline(pipeline, config.sample, place.samples, protocol, name, "--set")
+    return _evaluate_and_keep(place, reference, config.evaluate)
+
+
+def _default_output(name: str) -> Path:
+    folder = Path(name).resolve()
+    return (
+        folder.with_name(f"{folder.name}-evaluation")
+        if folder.exists()
+        else Path("runs", name.replace("/", "--"))
+    )
+
+
+def _given_reference(name: str, config: EvaluateConfig) -> str:
     if config.reference is None:
-        raise UserError(f"{images}: is no run, so the images to compare with must be given: --reference REF")
-    return _evaluate(images, config.reference, config)
+        raise UserError(
+            f"{name}: is no run here, so the images to compare with must be given: --reference REF"
+        )
+    return config.reference
+
+
+def _evaluate_and_keep(place: RunFolder, reference: Any, config: EvaluateConfig) -> dict[str, Any]:
+    figures = _evaluate(place.samples, reference, config)
+    if processes().is_main_process:
+        write_json(place.evaluation_file, figures)
+    return figures
 
 
 def _evaluate(images: Path, reference: Any, config: EvaluateConfig) -> dict[str, Any]:
