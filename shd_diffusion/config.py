@@ -185,7 +185,7 @@ class LossesConfig(Section):
 
 
 class WatchConfig(Section):
-    """Fréchet distance of a few samples every so many steps while training; 0 switches it off."""
+    """A few samples and their Fréchet distance every so many steps while training; 0 switches it off."""
 
     every: int = Field(0, ge=0)
     num_images: int = Field(500, ge=2)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -41,6 +41,13 @@ class AttentionRecord:
     @property
     def heads(self) -> int:
         return self.query.shape[1]
+
+    def to(self, device: torch.device) -> AttentionRecord:
+        """The record on another device; the output weight stays with its model, since it is not read each step."""
+        if self.query.device == device:
+            return self
+        moved = {name: getattr(self, name).to(device) for name in ("query", "key", "value")}
+        return replace(self, **moved, mask=None if self.mask is None else self.mask.to(device))
 
     def logits(self, temperature: float = 1.0, rows: Tensor | slice | None = None) -> Tensor:
         """Logits before the softmax, divided by the temperature: (B, H, rows, K), float32 or better.

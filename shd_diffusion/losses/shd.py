@@ -187,7 +187,7 @@ class SHDLoss:
             if of.data_ptr() == weight.data_ptr() and version == weight._version and plan == of_plan:
                 return squeezer
         check_plan(plan, teacher.heads, target)
-        squeezer = prepare(plan, weight, teacher.heads, self.merge)
+        squeezer = prepare(plan, weight.to(teacher.query.device), teacher.heads, self.merge)
         self._squeezers[name] = weight, weight._version, plan, squeezer
         return squeezer
 
@@ -228,7 +228,8 @@ class SHDLoss:
             batches_of_block = [
                 (map_stream(record, workspace=Workspace()), _float(record.value)) for record in records
             ]
-            weight, strategy = records[0].output_weight, (self.granularity, self.merge, self.coefficient)
+            weight = records[0].output_weight.to(records[0].query.device)
+            strategy = self.granularity, self.merge, self.coefficient
             try:
                 self.plans[name] = match_merges(batches_of_block, weight, heads[name], *strategy)
             except ValueError as error:

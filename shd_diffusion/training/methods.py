@@ -119,6 +119,15 @@ class Denoising:
         pass
 
 
+@torch.no_grad()
+def predict_frozen(model: ModelMixin, batch: Batch) -> Tensor:
+    """What a model predicts that may stand on another device, and compute in another precision, than the batch."""
+    there, keep = model.device, batch.ids_keep
+    noised, times, labels = batch.noised.to(there, model.dtype), batch.times.to(there), batch.labels.to(there)
+    prediction = predict(model, noised, times, labels, None if keep is None else keep.to(there))
+    return prediction.to(batch.noised.device)
+
+
 class Captures:
     """Context that notes, in every pass of teacher and student, what SHD and the baselines look at.
 
@@ -140,7 +149,7 @@ class Captures:
         pairs = [pair for b in baselines.values() if not b.needs_records for pair in b.pairs.items()]
         ours, theirs = ({pair[side]: None for pair in pairs} for side in (0, 1))
         self._outputs = OutputCapture(teacher, theirs), OutputCapture(student, ours)
-        self._stack = ExitStack()
+        self._stack, self._device = ExitStack(), student.device
 
     def __enter__(self) -> Captures:
         contexts: list[AbstractContextManager[object]] = [*self._records, *self._outputs]
@@ -155,7 +164,7 @@ class Captures:
         """Of the teacher's and of the student's last pass."""
         records = [capture.records for capture in self._records] or [{}, {}]
         teacher, student = (Captured(r, o.outputs) for r, o in zip(records, self._outputs, strict=True))
-        return teacher, student
+        return teacher.to(self._device), student
 
 
 class Distillation:
@@ -192,9 +201,7 @@ class Distillation:
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         weights = self.weights(step)
         if weights["output"] or weights["shd"] or self.baselines:
-            with torch.no_grad():
-                noised = batch.noised.to(self.teacher.dtype)
-                taught = predict(self.teacher, noised, batch.times, batch.labels, batch.ids_keep)
+            taught = predict_frozen(self.teacher, batch)
         prediction = predict(model, batch.noised, batch.times, batch.labels, batch.ids_keep)
         terms = {name: term for name, term in self.denoising(prediction, batch).items() if weights[name]}
         if weights["output"]:

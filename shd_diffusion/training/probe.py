@@ -18,11 +18,11 @@ from shd_diffusion.data import Source
 from shd_diffusion.files import replacing_file
 from shd_diffusion.losses import SHDLoss
 from shd_diffusion.losses.denoising import ForwardProcess
-from shd_diffusion.models.adapter import null_label, predict, sample_shape
+from shd_diffusion.models.adapter import null_label, sample_shape
 from shd_diffusion.processes import processes
 from shd_diffusion.training.data_order import Layout, StepSampler
 from shd_diffusion.training.draws import draw
-from shd_diffusion.training.methods import Batch, make_batch
+from shd_diffusion.training.methods import Batch, make_batch, predict_frozen
 
 Records = dict[str, AttentionRecord]
 
@@ -58,8 +58,9 @@ def paired_records(
     with AttentionCapture(teacher) as of_teacher, AttentionCapture(student) as of_student:
         for batch in batches:
             for model in (teacher, student):
-                predict(model, batch.noised.to(model.dtype), batch.times, batch.labels)
-            yield of_teacher.records, of_student.records
+                predict_frozen(model, batch)
+            taught = {name: record.to(student.device) for name, record in of_teacher.records.items()}
+            yield taught, of_student.records
 
 
 def study_attention(

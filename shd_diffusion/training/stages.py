@@ -74,10 +74,10 @@ def distill(config: DistillConfig, output: Path, source: str) -> None:
     stage = _open(config, config.student, "student", output, source, teacher)
     if stage is None:
         return
-    teacher.to(stage.accelerator.device)
+    teacher.to("cpu" if config.teacher.device == "cpu" else stage.accelerator.device)
     if config.teacher.dtype != "float32":
         teacher.to(getattr(torch, config.teacher.dtype))
-    if config.train.shard:
+    if config.train.shard and config.teacher.device == "accelerator":
         shard(teacher)
     shd = config.losses.shd
     loss = SHDLoss.from_config(shd, config.seed)
@@ -99,7 +99,7 @@ def distillation(
     losses = config.losses
     baselines = build_baselines(losses, teacher, student, config.seed)
     for baseline in baselines.values():
-        baseline.to(teacher.device)
+        baseline.to(student.device)
     denoising, used = DenoisingLoss(process, config.diffusion), shd if losses.shd.weight else None
     with Captures(teacher, student, used is not None, baselines) as captures:
         yield Distillation(denoising, teacher, captures, used, baselines, losses, config.train.max_steps)

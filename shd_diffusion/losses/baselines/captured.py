@@ -22,6 +22,13 @@ class Captured:
     records: Mapping[str, AttentionRecord] = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def to(self, device: torch.device) -> Captured:
+        """The same on another device."""
+        return Captured(
+            {name: record.to(device) for name, record in self.records.items()},
+            {name: output.to(device) for name, output in self.outputs.items()},
+        )
+
 
 class Baseline(nn.Module):
     """A term of the loss that may have parameters of its own; they train with the student and stay behind.

@@ -1,0 +1,64 @@
+"""A teacher on the CPU beside a student elsewhere: tensors without content, whose operations still refuse to mix devices."""
+
+from unittest.mock import patch
+
+import pytest
+import torch
+from diffusers import DiTTransformer2DModel
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from shd_diffusion.config import DiffusionConfig, DistillConfig
+from shd_diffusion.losses import SHDLoss
+from shd_diffusion.losses.denoising import forward_process
+from shd_diffusion.models.adapter import freeze
+from shd_diffusion.training.methods import Batch
+from shd_diffusion.training.stages import distillation
+
+
+def model(heads: int) -> DiTTransformer2DModel:
+    return DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=4,
+        num_layers=2,
+        in_channels=1,
+        out_channels=1,
+        sample_size=8,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+
+
+@pytest.mark.parametrize("pairing", ["adjacent", "matched"])
+def test_a_teacher_on_the_cpu_teaches_a_student_on_another_device(pairing: str) -> None:
+    config = DistillConfig.model_validate(
+        {
+            "output": "run",
+            "data": {"name": "digits"},
+            "teacher": {"path": "teacher", "device": "cpu"},
+            "student": {"class": "DiTTransformer2DModel", "arguments": {}},
+            "losses": {"attention_mse": {"weight": 1.0}},
+            "train": {"max_steps": 1, "batch_size": 4},
+        }
+    )
+    process = forward_process(DiffusionConfig())
+    # the finiteness checks read numbers, of which there are none
+    with FakeTensorMode(allow_non_fake_inputs=True), patch("torch.compiler.is_compiling", lambda: True):
+        teacher = freeze(model(4))
+        with torch.device("cuda"):
+            student, images = model(2), torch.randn(4, 1, 8, 8)
+            numbers = torch.zeros(4, dtype=torch.long)
+        batch = Batch(
+            clean=images, noise=images, noised=images, timesteps=numbers, times=numbers, labels=numbers
+        )
+        shd = SHDLoss(pairing=pairing)  # type: ignore[arg-type]
+        if pairing == "matched":
+            shd.plans = {f"transformer_blocks.{i}.attn1": (((0, 2), (1, 3)),) for i in range(2)}
+        with distillation(config, teacher, student, process, shd) as method:
+            terms = method(student, batch, step=0)
+            records = [captured.records for captured in method.captures.read()]
+            found = shd.explain(*records)
+    assert teacher.device.type == "cpu"
+    assert {name: term.device.type for name, term in terms.items()} == dict.fromkeys(
+        ("denoise", "output", "shd", "attention_mse"), "cuda"
+    )
+    assert {explanation.residual.device.type for explanation in found.values()} == {"cuda"}
