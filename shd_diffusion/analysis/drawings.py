@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from shd_diffusion.reporting.drawing import LIGHT, WIDTH, Drawing, Look, finish, panels
 from shd_diffusion.study.drawings import looks
@@ -41,7 +42,7 @@ def _coefficients(axes: Axes, case: dict[str, Any], look: Look) -> None:
             axes.plot([place + offset] * 2, ends, color=look.colour, linewidth=1.2, alpha=0.5)
             axes.plot(place + offset, merge["mean"], "o", color=look.colour, markersize=3)
     axes.set(xlabel="attention block", ylabel="α", ylim=(-0.03, 1.03))
-    axes.set_xticks(range(len(case["blocks"])))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _blocks(axes: Axes, cases: dict[str, dict[str, Any]], look: dict[str, Look]) -> None:
@@ -50,7 +51,7 @@ def _blocks(axes: Axes, cases: dict[str, dict[str, Any]], look: dict[str, Look])
         axes.plot(losses, color=look[name].colour, marker=look[name].marker, markersize=4, label=name)
     axes.set(xlabel="attention block", ylabel="|O' - O| / |O|")
     axes.set_ylim(bottom=0)
-    axes.set_xticks(range(len(losses)))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _output(axes: Axes, squeezings: list[dict[str, Any]], look: dict[str, Look]) -> None:
@@ -60,7 +61,7 @@ def _output(axes: Axes, squeezings: list[dict[str, Any]], look: dict[str, Look])
         axes.plot(counts, errors, color=look[name].colour, marker=look[name].marker, markersize=4)
     axes.set(xlabel="heads after squeezing", ylabel="|ε' - ε|² / |ε|²")
     axes.set_ylim(bottom=0)
-    axes.set_xticks(sorted({case["heads"] for case in squeezings}))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def _saved(axes: Axes, blocks: dict[str, Any]) -> None:

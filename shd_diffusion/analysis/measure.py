@@ -66,7 +66,7 @@ class Case:
     def maps(self, record: AttentionRecord) -> Tensor:
         """The squeezed map for each of a block's teacher heads, (B, M, Q, K)."""
         plan = self.plans[record.name]
-        squeezed, _ = self.strategy.squeeze(record, _target(record, self.heads), plan)
+        squeezed = self.strategy.squeeze(record, _target(record, self.heads), plan)
         return by_teacher_head(squeezed, plan, record.heads)
 
 
@@ -165,8 +165,8 @@ def _measure_block(case: Case, name: str, record: AttentionRecord) -> None:
     |O' - O| / |O| over all heads, (B,); and KL(Ā || Ā with α = 1/2), mean over heads and rows, (B,).
     """
     target, plan, strategy = _target(record, case.heads), case.plans[name], case.strategy
-    squeezed, details = strategy.squeeze(record, target, plan)
-    with_mean, _ = strategy.with_mean().squeeze(record, target, plan)
+    squeezed, details = strategy.explain(record, target, plan)
+    with_mean = strategy.with_mean().squeeze(record, target, plan)
     merged = [i for i, group in enumerate(members(plan, record.heads)) if len(group) > 1]
     output = _block_output(record, record.maps())
     error = _block_output(record, by_teacher_head(squeezed, plan, record.heads)) - output
@@ -196,6 +196,8 @@ def _describe_pairs(heads: int, found: Sequence[tuple[PairDifferences, Tensor]])
 
     `strength` is a geometric mean, and so is `imbalance`, the stronger head's over the weaker's in each sample.
     """
+    if heads == 1:
+        return {"heads": 1, "total_variation": None, "pairs": []}
     merging = [
         {
             "heads": list(pair),

@@ -22,7 +22,7 @@ class PairDifferences:
     Attributes:
         total_variation: of their maps, |A_p - A_q|₁ / 2, mean over the query rows; from 0 to 1.
         cosine: of what they write, <A_p X_p, A_q X_q> / (|A_p X_p| |A_q X_q|).
-        strength: |D X_p| / |D X_q|.
+        strength: |D X_p| / |D X_q|; 1 where the maps are the same.
         saved: share of the squared error of α = 1/2 that the closed form saves, from 0 to 1.
     """
 
@@ -41,12 +41,10 @@ def total_variation(maps: Tensor) -> Tensor:
 
 def compare_pairs(record: AttentionRecord, pairs: Sequence[tuple[int, int]]) -> PairDifferences:
     """Compare heads in the output's own space."""
-    maps, weight = (
-        record.maps(),
-        record.output_weight.T.unflatten(0, (record.heads, -1)).to(record.maps().dtype),
-    )
+    maps = record.maps()
+    weight = record.output_weight.T.unflatten(0, (record.heads, -1)).to(maps.dtype)  # W, (M, d, C)
     contributions = record.value.to(maps.dtype) @ weight  # X, (B, M, K, C)
-    first, second = (list(heads) for heads in zip(*pairs, strict=True))
+    first, second = ([pair[place] for pair in pairs] for place in (0, 1))
     written = [(maps[:, heads] @ contributions[:, heads]).flatten(2) for heads in (first, second)]
     difference = maps[:, first] - maps[:, second]
     of_first, of_second = ((difference @ contributions[:, heads]).flatten(2) for heads in (first, second))
@@ -60,6 +58,6 @@ def compare_pairs(record: AttentionRecord, pairs: Sequence[tuple[int, int]]) -> 
     return PairDifferences(
         total_variation=difference.abs().sum(-1).mean(-1) / 2,
         cosine=torch.cosine_similarity(written[0], written[1], dim=-1),
-        strength=(energies[0] / energies[1].clamp_min(tiny)).sqrt(),
-        saved=1 - error / (apart / 4).clamp_min(tiny),
+        strength=((energies[0] + tiny) / (energies[1] + tiny)).sqrt(),
+        saved=torch.where(apart > 0, 1 - error / (apart / 4).clamp_min(tiny), 0.0),
     )

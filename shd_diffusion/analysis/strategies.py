@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
 from shd_diffusion.attention import AttentionRecord
@@ -29,23 +28,19 @@ class Strategy:
         """The plan of a block, whose record is of calibration samples."""
         if self.pairing == "adjacent":
             return plan_merges(record.heads, heads)
-        batch = (whole(record.maps()), _float(record.value))
-        options = self.granularity, self.merge, self.coefficient
-        return match_merges([batch], _float(record.output_weight), heads, *options)
+        maps, values, weight = _parts(record)
+        return match_merges([(whole(maps), values)], weight, heads, **self._options())
 
-    def squeeze(self, record: AttentionRecord, heads: int, plan: Plan) -> tuple[Tensor, SqueezeDetails]:
-        """The squeezed maps (B, N, Q, K) of a block, and how they came about."""
-        return squeeze_heads(
-            record.maps(),
-            _float(record.value),
-            _float(record.output_weight),
-            heads,
-            pairing=plan,
-            granularity=self.granularity,
-            merge=self.merge,
-            coefficient=self.coefficient,
-            return_details=True,
-        )
+    def squeeze(self, record: AttentionRecord, heads: int, plan: Plan) -> Tensor:
+        """The squeezed maps (B, N, Q, K) of a block."""
+        return squeeze_heads(*_parts(record), heads, pairing=plan, **self._options())
+
+    def explain(self, record: AttentionRecord, heads: int, plan: Plan) -> tuple[Tensor, SqueezeDetails]:
+        """The same, and how they came about."""
+        return squeeze_heads(*_parts(record), heads, pairing=plan, **self._options(), return_details=True)
+
+    def _options(self) -> dict[str, Any]:
+        return {"granularity": self.granularity, "merge": self.merge, "coefficient": self.coefficient}
 
     def with_mean(self) -> Strategy:
         """The same with α = 1/2 in every merge."""
@@ -70,5 +65,7 @@ def by_teacher_head(squeezed: Tensor, plan: Plan, heads: int) -> Tensor:
     return squeezed[:, [place[head] for head in range(heads)]]
 
 
-def _float(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+def _parts(record: AttentionRecord) -> tuple[Tensor, Tensor, Tensor]:
+    """Maps, values and output weight, in the precision of the maps."""
+    maps = record.maps()
+    return maps, record.value.to(maps.dtype), record.output_weight.to(maps.dtype)

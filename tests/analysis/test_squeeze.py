@@ -83,6 +83,13 @@ def test_the_same_seed_measures_the_same(model: ModelMixin, found: dict) -> None
     assert again["squeezings"] == [case for case in found["squeezings"] if case["heads"] == 1]
 
 
+def test_blocks_of_one_head_are_left_as_they_are() -> None:
+    data, process = build_source(DataConfig()), forward_process(DiffusionConfig())
+    found = measure(randomised(dit(heads=1)), data, process, [1], PROTOCOL)
+    assert all(block["pairs"] == [] for block in found["blocks"].values())
+    assert all(case["output_error"]["mean"] < 1e-9 for case in found["squeezings"])
+
+
 @pytest.fixture()
 def run(model: ModelMixin, tmp_path: Path) -> Path:
     folder = tmp_path / "teacher"

@@ -67,7 +67,7 @@ def run(model: ModelMixin) -> Tensor:
 
 def squeeze(record: AttentionRecord) -> Tensor:
     plan = plan_merges(record.heads, 1)
-    squeezed, _ = STRATEGIES["closed form"].squeeze(record, 1, plan)
+    squeezed = STRATEGIES["closed form"].squeeze(record, 1, plan)
     return by_teacher_head(squeezed, plan, record.heads)
 
 

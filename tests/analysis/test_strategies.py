@@ -22,7 +22,7 @@ def with_copies(share: float, order: list[int]) -> AttentionRecord:
 
 def residual(name: str, record: AttentionRecord, heads: int = 3) -> Tensor:
     strategy = STRATEGIES[name]
-    _, details = strategy.squeeze(record, heads, strategy.plan(record, heads))
+    _, details = strategy.explain(record, heads, strategy.plan(record, heads))
     return details.residual.square().sum()
 
 
