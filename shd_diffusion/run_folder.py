@@ -56,6 +56,10 @@ class RunFolder:
     def evaluation_file(self) -> Path:
         return self.path / "evaluation" / "metrics.json"
 
+    def watched(self, step: int) -> Path:
+        """The picture of samples that was taken while training, after so many steps."""
+        return self.path / "watch" / f"step-{step:08d}.png"
+
     def check(self, config: RunConfig) -> None:
         """See that the folder is free or holds a run of this config; nothing is written.
 

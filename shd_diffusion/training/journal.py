@@ -8,8 +8,10 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from PIL import Image
 from torch import Tensor
 
+from shd_diffusion.files import replacing_file
 from shd_diffusion.protocol import flatten
 from shd_diffusion.run_folder import RunFolder
 
@@ -48,6 +50,18 @@ class Journal:
         numbers = {key: value for key, value in flatten(entry).items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=entry["step"])
         self._lap = time.perf_counter(), entry["step"]
+
+    def show(self, done: int, picture: Tensor) -> None:
+        """Keep a picture of samples, 8-bit (H, W, 3), in the run folder and the trackers."""
+        if not self.accelerator.is_main_process:
+            return
+        pixels = picture.numpy()
+        with replacing_file(self.run.watched(done)) as temporary:
+            Image.fromarray(pixels).save(temporary, format="png")
+        for tracker in self.accelerator.trackers:
+            # Channels come first for TensorBoard unless it is told otherwise, and last for all others.
+            layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+            tracker.log_images({"samples": pixels[None]}, step=done, **layout)
 
     def write_skipped(self, done: int, terms: dict[str, Tensor]) -> list[str]:
         """Write which terms caused a step to be left out, and return them; `gradient` where all were finite."""

@@ -29,7 +29,8 @@ from shd_diffusion.training.methods import Batch, Method
 from shd_diffusion.training.sharding import whole
 from shd_diffusion.training.state import Training
 
-Watch = Callable[[ModelMixin], dict[str, float]]
+Watch = Callable[[ModelMixin], tuple[dict[str, float], Tensor]]
+"""Figures of a model by name, and a picture of its samples, 8-bit (H, W, 3)."""
 
 
 def fit(
@@ -52,7 +53,7 @@ def fit(
         run: gets metrics and checkpoints.
         config: of the run; noise, timesteps, dropped labels and data order follow from its seed and the step.
         accelerator: see `make_accelerator`.
-        watch: figures of the averaged model, every `config.watch.every` steps.
+        watch: figures and samples of the averaged model, every `config.watch.every` steps.
 
     Raises:
         UserError: a checkpoint cannot be written, or too many steps in a row had no finite gradient.
@@ -99,7 +100,8 @@ def fit(
                     entry = journal.record(done, terms, weights, norm, rate, by_block)
                     if watch is not None and watching:
                         with training.averaged() as averaged:
-                            entry["watch"] = watch(averaged)
+                            entry["watch"], picture = watch(averaged)
+                        journal.show(done, picture)
                     journal.write(entry)
                     bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
             if last or is_due(done, train.checkpoint_every):

@@ -1,4 +1,4 @@
-"""The Fréchet distance of a few samples while a model trains: what `train.watch` asks for."""
+"""A few samples and their Fréchet distance while a model trains: what `train.watch` asks for."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+from torchvision.utils import make_grid
 
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import reference_images, to_rgb_bytes
@@ -16,9 +18,12 @@ from shd_diffusion.sampling.generate import sample_indices
 from shd_diffusion.sampling.passes import deal_passes
 from shd_diffusion.training.loop import Watch
 
+ROWS, COLUMNS = 5, 10
+SMALLEST = 48  # pixels: the width of an image in the picture, at least
+
 
 def make_watch(config: RunConfig, sampler: SchedulerMixin, device: torch.device) -> Watch | None:
-    """Figures of a model in training by name; None where nothing is to be watched.
+    """The Fréchet distance of a model in training, and a picture of its samples; None where it is not watched.
 
     The samples are the first of those that `sample` would draw, in fewer steps, so they compare between runs.
 
@@ -36,12 +41,20 @@ def make_watch(config: RunConfig, sampler: SchedulerMixin, device: torch.device)
         update={"num_inference_steps": wanted.num_inference_steps, "num_images": wanted.num_images}
     )
 
-    def watch(model: ModelMixin) -> dict[str, float]:
+    def watch(model: ModelMixin) -> tuple[dict[str, float], Tensor]:
         pipeline = ClassConditionalPipeline(model, sampler)
         pipeline.set_progress_bar_config(disable=True)
         passes = [
             to_rgb_bytes(sample_indices(pipeline, indices, sample)).cpu() for indices in deal_passes(sample)
         ]
-        return {"fid": watch_fid(torch.cat(passes)[: wanted.num_images], reference, extractor)}
+        images = torch.cat(passes)[: wanted.num_images]
+        return {"fid": watch_fid(images, reference, extractor)}, sample_grid(images)
 
     return watch
+
+
+def sample_grid(images: Tensor) -> Tensor:
+    """The first few images (N, 3, H, W), side by side in rows: (H', W', 3). Small ones are enlarged, pixel by pixel."""
+    scale = max(1, SMALLEST // images.shape[-1])
+    shown = images[: ROWS * COLUMNS].repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    return make_grid(shown, nrow=COLUMNS, padding=2, pad_value=255).permute(1, 2, 0).contiguous()
