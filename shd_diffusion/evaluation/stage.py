@@ -111,16 +111,18 @@ def _given_reference(name: str, config: EvaluateConfig) -> str:
 
 
 def _evaluate_and_keep(place: RunFolder, reference: Any, config: EvaluateConfig) -> dict[str, Any]:
-    figures = _evaluate(place.samples, reference, config)
+    nearest = place.evaluation_file.with_name("nearest.json")
+    figures = _evaluate(place.samples, reference, config, nearest)
     if processes().is_main_process:
         write_json(place.evaluation_file, figures)
     return figures
 
 
-def _evaluate(images: Path, reference: Any, config: EvaluateConfig) -> dict[str, Any]:
+def _evaluate(
+    images: Path, reference: Any, config: EvaluateConfig, nearest: Path | None = None
+) -> dict[str, Any]:
     folder = images.parent if images.name == ARCHIVE else images
     record = folder / SUMMARY
     sampled = read_json(record) if record.exists() else {}
-    return evaluate_run(
-        images, reference, config, labels=sampled.get("labels"), protocol=sampled.get("protocol")
-    )
+    labels, protocol = sampled.get("labels"), sampled.get("protocol")
+    return evaluate_run(images, reference, config, labels, protocol, nearest)
