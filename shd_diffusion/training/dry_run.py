@@ -32,10 +32,9 @@ from shd_diffusion.training.data_order import Layout
 from shd_diffusion.training.feed import Feed
 from shd_diffusion.training.launch import make_accelerator
 from shd_diffusion.training.loop import take_step
-from shd_diffusion.training.masking import WithMasking
 from shd_diffusion.training.methods import Denoising, DenoisingLoss, Method
 from shd_diffusion.training.operations import kept_for_backward, operation_counter
-from shd_diffusion.training.stages import build_to_train, distillation
+from shd_diffusion.training.stages import as_configured, build_to_train, distillation
 from shd_diffusion.training.state import Training
 
 SECONDS = 30.0  # that the last step may take
@@ -127,19 +126,16 @@ def _method(
     accelerator: Accelerator,
 ) -> Iterator[Method]:
     """The method of a config; matched plans cost what adjacent ones do, once they are found."""
-
-    def masked(method: Method) -> Method:
-        return WithMasking(method) if config.train.mask_ratio else method
-
     if teacher is None or not isinstance(config, DistillConfig):
-        yield masked(Denoising(DenoisingLoss(process, config.diffusion)))
+        denoising = Denoising(DenoisingLoss(process, config.diffusion))
+        yield as_configured(denoising, config, model, accelerator)
         return
     shd = SHDLoss.from_config(config.losses.shd, config.seed)
     if shd.pairing == "matched":
         shd.pairing = "adjacent"
-    teacher.to(accelerator.device)
+    teacher.to("cpu" if config.teacher.device == "cpu" else accelerator.device)
     with distillation(config, teacher, model, process, shd) as method:
-        yield masked(method)
+        yield as_configured(method, config, model, accelerator)
 
 
 class MadeUpImages(Source):

@@ -287,13 +287,19 @@ def _load_or_calibrate(loss: SHDLoss, teacher: ModelMixin, stage: Stage) -> None
         write_text(path, plans_to_json(plans))
 
 
+def as_configured(method: Method, config: RunConfig, model: ModelMixin, accelerator: Accelerator) -> Method:
+    """The method with masked passes and balanced weights where the config wants them."""
+    if config.train.mask_ratio:
+        method = WithMasking(method)
+    if isinstance(config, DistillConfig) and config.losses.balance:
+        method = Balanced(method, model, accelerator)
+    return method
+
+
 def _fit(stage: Stage, method: Method) -> tuple[ModelMixin, float]:
     """The trained model with its averaged weights, and the seconds that it took."""
     began = time.perf_counter()
-    if stage.config.train.mask_ratio:
-        method = WithMasking(method)
-    if isinstance(stage.config, DistillConfig) and stage.config.losses.balance:
-        method = Balanced(method, stage.model, stage.accelerator)
+    method = as_configured(method, stage.config, stage.model, stage.accelerator)
     watch = make_watch(stage.config, stage.sampler, stage.accelerator.device)
     trained = fit(
         stage.model, method, stage.data, stage.process, stage.run, stage.config, stage.accelerator, watch
