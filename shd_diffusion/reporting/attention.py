@@ -38,6 +38,8 @@ COLOURS = LinearSegmentedColormap.from_list(
 SQUEEZE_LOOK = Look("ink", "o")
 """What belongs to the squeezing alone, and so to no run."""
 
+SPREAD = "mean over samples and heads, the middle 80 % shaded"
+
 
 @dataclass(frozen=True, slots=True)
 class Head:
@@ -233,7 +235,10 @@ def coefficients(blocks: Sequence[BlockAttention], prefix: str) -> Drawing:
         axes.set(xlim=(0, 1), ylim=(0, len(blocks)), xlabel="α", ylabel="block")
         axes.set_yticks(range(len(blocks)), [str(i) for i in reversed(range(len(blocks)))])
         axes.axvline(0.5, color=LIGHT["muted"], linewidth=0.8, linestyle=":")
-        return finish(figure, f"{prefix}-alpha", "Histogram of α in each block")
+        description = (
+            "α of every merge, by block: 0.5 is the plain mean of two heads, 0 and 1 are one of them alone"
+        )
+        return finish(figure, f"{prefix}-alpha", description)
 
 
 def residuals(blocks: Sequence[BlockAttention], prefix: str) -> Drawing:
@@ -242,7 +247,8 @@ def residuals(blocks: Sequence[BlockAttention], prefix: str) -> Drawing:
         _by_block(axes, [block.residual for block in blocks], SQUEEZE_LOOK, "residual")
         axes.set(xlabel="block", ylabel="relative residual")
         axes.set_ylim(bottom=0)
-        return finish(figure, f"{prefix}-residual", "Residual of squeezing in each block")
+        description = f"Share of the heads' output that squeezing loses, by block: {SPREAD}"
+        return finish(figure, f"{prefix}-residual", description)
 
 
 def divergences(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look], prefix: str) -> Drawing:
@@ -253,7 +259,8 @@ def divergences(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look]
         axes.set(xlabel="block", ylabel="divergence")
         axes.set_ylim(bottom=0)
         legend_above(figure, axes)
-        return finish(figure, f"{prefix}-divergence", "Divergence in each block")
+        description = f"Divergence of squeezed and student's maps after training, by block: {SPREAD}"
+        return finish(figure, f"{prefix}-divergence", description)
 
 
 def _by_block(axes: Axes, values: Sequence[Array], look: Look, label: str) -> None:

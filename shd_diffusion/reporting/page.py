@@ -15,6 +15,7 @@ from shd_diffusion.reporting.attention import attention_views
 from shd_diffusion.reporting.classes import per_class_fid
 from shd_diffusion.reporting.curves import block_divergences, loss_curves, loss_shares, watched_fid
 from shd_diffusion.reporting.drawing import DARK, LIGHT, TEACHER_LOOK, Look, student_look
+from shd_diffusion.reporting.nearest import draw_neighbours, neighbourhoods
 from shd_diffusion.reporting.protocol import Setting, compare, compare_protocols
 from shd_diffusion.reporting.quality import quality_scatters
 from shd_diffusion.reporting.runs import Run, read_runs
@@ -51,6 +52,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
     shares = loss_shares(runs)
     divergences = block_divergences(runs)
     watched = watched_fid(runs, looks)
+    neighbours = draw_neighbours(runs)
     attention = attention_views(runs, looks)
     classes = per_class_fid(runs, looks)
     page = template("report.html").render(
@@ -67,6 +69,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         shares=shares,
         divergences=divergences,
         watched=watched,
+        neighbourhoods=neighbourhoods(runs),
         attention=attention,
         classes=classes,
         protocol=compare_protocols(runs),
@@ -76,7 +79,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         missing=missing(runs),
     )
     drawings = [
-        *([draw_gallery(gallery)] if gallery else []),
+        *([draw_gallery(gallery)] if gallery else []), *([neighbours] if neighbours else []),
         *scatters, *losses, *shares, *divergences, *([watched] if watched else []), *([classes] if classes else []),
         *(drawing for view in attention for drawing in view.drawings),
     ]  # fmt: skip
@@ -138,6 +141,7 @@ def missing(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {
         "samples": lacking((run for run in runs if run.samples is None), "sample"),
         "metrics": lacking((run for run in runs if run.metrics is None), "evaluate"),
+        "nearest": lacking((run for run in runs if run.metrics and run.nearest is None), "evaluate"),
         "log": [run.command for run in runs if run.log is None],
         "attention": [run.command for run in squeezing if run.attention is None],
     }

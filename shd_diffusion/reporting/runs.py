@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
 from safetensors import SafetensorError, safe_open
 
 from shd_diffusion.config import parse_yaml
@@ -68,6 +69,40 @@ class Metrics:
 
 
 @dataclass(frozen=True, slots=True)
+class Neighbours:
+    """A sample and the real images nearest to it, the nearest first.
+
+    Attributes:
+        index: of the sample.
+        label: that was asked for, where it is known.
+        names: of the real images.
+        relative: their distances, in units of that from the nearest real image to the next real one; None where
+            that is 0.
+    """
+
+    index: int
+    label: int | None
+    names: list[str]
+    relative: list[float | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """A few samples with their neighbours; or a `note` why there are none.
+
+    Attributes:
+        reference: where the real images are from.
+        rows: one for each sample.
+        picture: (rows · H, columns · W, 3), a row a sample: the sample itself, then its neighbours.
+    """
+
+    reference: str
+    rows: list[Neighbours]
+    picture: NDArray[np.uint8]
+    note: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class BlockAttention:
     """One student block: M teacher heads squeezed to N, on one image and over S images.
 
@@ -115,6 +150,7 @@ class Run:
     log: Log | None
     samples: Samples | None
     metrics: Metrics | None
+    nearest: Nearest | None
     attention: Attention | None
 
     @property
@@ -174,6 +210,11 @@ def read_run(path: Path, name: str) -> Run:
         metrics=(
             _read_metrics(path / "evaluation/metrics.json")
             if (path / "evaluation/metrics.json").exists()
+            else None
+        ),
+        nearest=(
+            read_nearest(path / "evaluation/nearest.json")
+            if (path / "evaluation/nearest.json").exists()
             else None
         ),
         attention=(
@@ -236,6 +277,38 @@ def read_attention(path: Path) -> Attention:
             f"{path}: damaged ({error}); delete it and repeat the distillation's command"
         ) from None
     return Attention(image, description.get("label"), description.get("timestep"), blocks)
+
+
+def read_nearest(path: Path) -> Nearest:
+    """Read evaluation/nearest.json and the picture beside it.
+
+    Raises:
+        UserError: either is damaged.
+    """
+    content = _mapping(path, ("reference",))
+    if note := content.get("note"):
+        return Nearest(content["reference"], [], np.empty((0, 0, 3), np.uint8), note)
+    try:
+        rows = [
+            Neighbours(
+                entry["index"],
+                entry["label"],
+                [each["name"] for each in entry["nearest"]],
+                [
+                    each["distance"] / entry["spacing"] if entry["spacing"] else None
+                    for each in entry["nearest"]
+                ],
+            )
+            for entry in content["samples"]
+        ]
+        with Image.open(path.with_suffix(".png")) as file:
+            picture = np.asarray(file.convert("RGB"))
+        if picture.shape[0] % len(rows) or picture.shape[1] % (1 + len(rows[0].names)):
+            raise ValueError("the picture has other rows or columns")
+    except (OSError, LookupError, TypeError, ValueError, ZeroDivisionError, UnidentifiedImageError) as error:
+        run = path.parent.parent
+        raise UserError(f"{path}: damaged ({error}); run `shd-diffusion evaluate {run}` again") from None
+    return Nearest(content["reference"], rows, picture, None)
 
 
 def _block(name: str, tensors: dict[str, Array]) -> BlockAttention:

@@ -95,6 +95,11 @@ class Table:
     note: str
     warning: str | None
 
+    @property
+    def marks(self) -> bool:
+        """Whether the best figures are marked."""
+        return any(cell.best for row in self.rows for cell in row.cells)
+
 
 def _metric(name: str) -> Callable[[Run], float | None]:
     return lambda run: run.figure(name)

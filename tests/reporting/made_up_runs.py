@@ -65,6 +65,7 @@ def make_run(folder: Path, fid: float) -> Path:
         "protocol": PROTOCOL, "warnings": [],
     }  # fmt: skip
     write(folder / "evaluation" / "metrics.json", figures)
+    write_nearest(folder / "evaluation")
     if not teacher:
         write_attention(folder / "attention.safetensors", closeness=1 - fid / 500)
     return folder
@@ -112,6 +113,27 @@ def write_samples(folder: Path, fid: float) -> None:
         "protocol": PROTOCOL,
     }  # fmt: skip
     write(folder / "sampling.json", sampling)
+
+
+def write_nearest(folder: Path) -> None:
+    """Eight samples with two neighbours each; every image is of one colour, which tells which it is."""
+    picture = np.zeros((8, 8, 3, 6, 3), np.uint8)  # a row and a column of images 8 high and 6 wide
+    entries = []
+    for row in range(8):
+        for column in range(3):
+            picture[row, :, column] = (20 * row, 100 * column, 50)
+        nearest = [
+            {
+                "index": 7 * row + k,
+                "name": f"digits: image {7 * row + k}",
+                "label": row,
+                "distance": row + 2 * k,
+            }
+            for k in (1, 2)
+        ]
+        entries.append({"index": 5 * row, "label": row, "spacing": 4.0 * (row > 0), "nearest": nearest})
+    Image.fromarray(picture.reshape(64, 18, 3)).save(folder / "nearest.png")
+    write(folder / "nearest.json", {"reference": "digits", "num_reference_images": 1797, "samples": entries})
 
 
 def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -24,6 +24,7 @@ from shd_diffusion.reporting.curves import (
     watched_fid,
 )
 from shd_diffusion.reporting.drawing import DARK, DEPTH_COLOURS, LIGHT, data_uri, mosaic, smooth
+from shd_diffusion.reporting.nearest import draw_neighbours, neighbourhoods, short_name
 from shd_diffusion.reporting.page import assign_looks
 from shd_diffusion.reporting.quality import quality_scatters
 from shd_diffusion.reporting.runs import read_runs
@@ -67,6 +68,34 @@ def test_the_gallery_shows_the_same_indices_of_every_run(runs: dict[str, Path]) 
         np.testing.assert_array_equal(
             picture[top : top + 48, left : left + 48, :3], image.repeat(factor, 0).repeat(factor, 1)
         )
+
+
+def test_samples_stand_beside_their_neighbours(runs: dict[str, Path]) -> None:
+    (run,) = read_runs([runs["kd"]])
+    (near,) = neighbourhoods([run])
+    assert len(near.rows) == 8 and near.middle == 1.5  # of 3/4, 4/4, ... 9/4
+    for number, row in enumerate(near.rows):
+        for column, each in enumerate(row):
+            with Image.open(
+                io.BytesIO(base64.b64decode(each.uri.removeprefix("data:image/png;base64,")))
+            ) as image:
+                colours = image.convert("RGB").getcolors()
+            assert colours == [(48 * 36, (20 * number, 100 * column, 50))]
+        assert (row[0].name, row[0].caption, row[0].detail) == (
+            f"sample {5 * number}", f"#{5 * number}", f"label {number}"
+        )  # fmt: skip
+        relative = f"{(number + 4) / 4:.2f}" if number else "–"
+        assert (row[2].name, row[2].caption, row[2].detail) == (
+            f"digits: image {7 * number + 2}", f"#{7 * number + 2}", relative
+        )  # fmt: skip
+    drawing = draw_neighbours([run, run])
+    assert drawing and drawing.name == "nearest" and "kd" in drawing.description
+    assert draw_neighbours([]) is None
+
+
+def test_neighbours_are_called_by_number_or_file() -> None:
+    assert short_name("digits: image 12") == "#12"
+    assert short_name("train/n01440764/n01440764_10026.JPEG") == "n01440764_10026.JPEG"
 
 
 def test_samples_of_other_seeds_are_not_called_the_same_noise(

@@ -76,6 +76,9 @@ def test_the_page_says_what_came_out(report: Path) -> None:
         "the teacher has 38.20.",
         "no image was picked by hand. Each begins from the same noise in every run.",
         "label 3, noised to timestep 250",
+        "The best student's figure is underlined.",
+        "the images of the reference (digits) that are nearest",
+        "kd-shd median of the nearest 1.50 #0 label 0 #1 – #2 – #5 label 1 #8 0.75 #9 1.25",
         "shd-diffusion distill configs/digits/kd-shd.yaml",
         "losses.shd.weight – 0.0 0.0 5.0",
         "ab12" * 16,
@@ -88,6 +91,8 @@ def test_every_figure_is_beside_it_as_png(report: Path) -> None:
     figures = sorted((report.parent / "report-figures").iterdir())
     assert {
         "samples.png",
+        "nearest.png",
+        "divergence-kd-shd.png",
         "loss-shd.png",
         "fid-over-parameters.png",
         "attention-alpha.png",
@@ -119,8 +124,22 @@ def test_what_a_run_lacks_is_named_with_its_command(fresh_run: Callable[[str], P
     text = text_of(write_report([run], tmp_path / "report.html").read_text())
     assert "1 student: 12 heads squeezed into 5 Not evaluated yet." in text
     assert f"Runs without samples; make them with: shd-diffusion sample {run}" in text
+    assert "neighbours" not in text  # the evaluation finds them too
     assert f"Runs without figures; compute them with: shd-diffusion evaluate {run}" in text
     assert text.count(f"shd-diffusion distill {run}/config.yaml") == 3  # metrics log, attention, commands
+
+
+def test_neighbours_that_are_not_there_are_accounted_for(
+    fresh_run: Callable[[str], Path], runs: dict[str, Path], tmp_path: Path
+) -> None:
+    old, blind = fresh_run("kd"), fresh_run("none")
+    (old / "evaluation" / "nearest.json").unlink()
+    note = {"reference": "imagenet.npz", "num_reference_images": None, "note": "it has no images"}
+    (blind / "evaluation" / "nearest.json").write_text(json.dumps(note))
+    text = text_of(write_report([old, blind], tmp_path / "report.html").read_text())
+    assert "none: not looked for, as it has no images (imagenet.npz)." in text
+    assert f"Runs whose neighbours are not known; find them with: shd-diffusion evaluate {old}" in text
+    assert "Drawn or remembered" not in text
 
 
 def test_names_and_values_from_files_are_escaped(fresh_run: Callable[[str], Path], tmp_path: Path) -> None:

@@ -136,3 +136,26 @@ def test_weights_by_row_are_averaged(fresh_run: Callable[[str], Path]) -> None:
     assert run.attention and run.attention.label is None
     expected = (weights + weights[..., ::-1]) / 2
     np.testing.assert_allclose(run.attention.blocks[0].weights, expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "nearest.png").unlink(),
+        lambda folder: (folder / "nearest.png").write_bytes(b"no image"),
+        lambda folder: (folder / "nearest.json").write_text('{"reference": "digits", "samples": []}'),
+        lambda folder: (folder / "nearest.json").write_text(
+            '{"reference": "digits", "samples": [{"index": 1}]}'
+        ),
+        lambda folder: (folder / "nearest.json").write_text('{"reference": "digits"}'),
+    ],
+)
+def test_damaged_neighbours_are_named(
+    fresh_run: Callable[[str], Path], damage: Callable[[Path], object]
+) -> None:
+    run = fresh_run("kd")
+    damage(run / "evaluation")
+    with pytest.raises(
+        UserError, match=r"evaluation/nearest\.json: damaged .*; run `shd-diffusion evaluate .*kd` again"
+    ):
+        read_runs([run])
