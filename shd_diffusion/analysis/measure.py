@@ -80,7 +80,8 @@ def measure(
 
     Returns:
         JSON: `blocks` (the pairs that merge first, and how far all heads are apart), `squeezings` (a case each,
-        with its blocks), and the teacher's own `denoising` error.
+        with its blocks), the teacher's own `denoising` error, and for scale `uniform_output_error`, where all
+        heads of all blocks look everywhere alike.
     """
     first, *batches = _batches(model, source, process, protocol)
     with AttentionCapture(model) as capture:
@@ -92,7 +93,7 @@ def measure(
         for name, way in STRATEGIES.items()
     ]
     pairs: dict[str, list[tuple[PairDifferences, Tensor]]] = {}
-    own = []
+    own, uniform = [], []
     bar = progress_bar(len(batches) * len(cases), "squeeze", "pass")
     for batch in batches:
         target = process.target(batch.clean, batch.noise, batch.timesteps)
@@ -103,6 +104,8 @@ def measure(
         for name, record in records.items():
             merging = compare_pairs(record, _first_pairs(record.heads))
             pairs.setdefault(name, []).append((merging, total_variation(record.maps())))
+        with squeezed_attention(model, _uniform):
+            uniform.append(_per_sample(_prediction(model, batch) - predicted) / _per_sample(predicted))
         for case in cases:
             for name, record in records.items():
                 _measure_block(case, name, record)
@@ -115,6 +118,7 @@ def measure(
     mean = {case.heads: case for case in cases if case.name == "mean"}
     return {
         "denoising": torch.stack(own).mean().item(),
+        "uniform_output_error": torch.stack(uniform).mean().item(),
         "timesteps": [int(batch.timesteps[0]) for batch in batches],
         "blocks": {name: _describe_pairs(records[name].heads, of) for name, of in pairs.items()},
         "squeezings": [_describe(case, mean[case.heads]) for case in cases],
@@ -148,6 +152,11 @@ def _prediction(model: ModelMixin, batch: Batch) -> Tensor:
 
 def _per_sample(error: Tensor) -> Tensor:
     return error.square().flatten(1).mean(1)
+
+
+def _uniform(record: AttentionRecord) -> Tensor:
+    maps = record.maps()
+    return torch.full_like(maps, 1 / maps.shape[-1])
 
 
 def _target(record: AttentionRecord, heads: int) -> int:

@@ -69,7 +69,8 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, protocol: Pr
 def table(results: dict[str, Any]) -> Table:
     """Each case in a line, means over its blocks."""
     rendered = Table(
-        title=f"{results['teacher']}: denoising error {results['denoising']:.4f}; squeezed:",
+        title=f"{results['teacher']}: denoising error {results['denoising']:.4f}, "
+        f"output error of uniform maps {results['uniform_output_error']:.4f}; squeezed:",
         title_justify="left",
         box=SIMPLE_HEAD,
     )

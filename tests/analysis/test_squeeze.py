@@ -78,6 +78,10 @@ def test_coefficients_are_told_for_each_merge(found: dict) -> None:
         assert all(merge["clipped"] == 1 for merge in block["coefficients"])
 
 
+def test_squeezed_maps_lose_less_than_uniform_ones(found: dict) -> None:
+    assert 0 < cases(found, 2)["closed form"]["output_error"]["mean"] < found["uniform_output_error"]
+
+
 def test_the_same_seed_measures_the_same(model: ModelMixin, found: dict) -> None:
     again = measure(model, build_source(DataConfig()), forward_process(DiffusionConfig()), [1], PROTOCOL)
     assert again["squeezings"] == [case for case in found["squeezings"] if case["heads"] == 1]
