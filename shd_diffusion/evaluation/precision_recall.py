@@ -27,10 +27,13 @@ def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float
 def precision_recall_adm(generated: Tensor, reference: Tensor) -> tuple[float, float]:
     """Precision and recall as published with the ADM suite (Dhariwal and Nichol 2021, arXiv 2105.05233).
 
-    The same figures but for the suite's arithmetic: squared distances in float16 wherever they are finite. A
-    float16 has 11 bits, so a squared distance of 200, usual between Inception features, is a multiple of 1/8:
-    samples at the rim of a ball change sides, and the third digit may differ from `precision_recall`. It may
-    differ from the suite's too, as the order in which float16 sums are taken is the device's own.
+    The same figures but for the suite's arithmetic: squared distances a² - 2ab + b² in float16 wherever they are
+    finite. A float16 has 11 bits, so they come in steps of about a thousandth of the squared norms; a sample near the
+    rim of a ball lands on it, which counts as inside. It shows where balls are small beside the norms. On the digits
+    classifier's features (squared norms 2,800, squared radii 60) 1.4 and 2.2 % of two runs' samples changed sides:
+    their precision rose from 0.759 to 0.769 and from 0.548 to 0.560, recall by 0.002 and 0.007. On made-up features
+    2,048 wide (800 and 390) neither moved by more than 0.001. The suite's own figures may differ from these, as the
+    order in which float16 sums are taken is the device's: 0.400 for 0.407 here and 0.397 in float32, on 300 samples.
     """
     _require_neighbours(generated, reference)
     on_generated = torch.zeros(len(reference), dtype=torch.bool)

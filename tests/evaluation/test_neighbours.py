@@ -77,6 +77,14 @@ def test_equals_the_adm_evaluator_in_float16_but_for_samples_at_a_rim():
     assert ours == pytest.approx(tuple(recorded["half"][1:].tolist()), abs=2.5 / 300)
 
 
+def test_float16_shows_where_balls_are_small_beside_the_norms(sides):
+    """Far from the origin nothing changes but the rounding, and samples that land on a rim count as inside."""
+    generated, reference = (side.double() + 20 for side in sides)
+    assert precision_recall(generated, reference) == pytest.approx(precision_recall(*sides))
+    (_, exact), (_, rounded) = precision_recall(*sides), precision_recall_adm(generated, reference)
+    assert rounded > exact + 0.05
+
+
 @pytest.mark.parametrize("figures", [precision_recall, precision_recall_adm, density_coverage])
 def test_refuses_sets_without_enough_neighbours(figures):
     with pytest.raises(ValueError, match="neighbours each"):
