@@ -251,7 +251,7 @@ def _describe_block(case: Case, name: str) -> dict[str, Any]:
         "plan": case.plans[name],
         **{part: _mean(getattr(case, part)[name]) for part in ("residual", "block_error", "from_mean")},
     }
-    if case.strategy.coefficient != "mean" and case.strategy.merge == "progressive":
+    if case.name in ("closed form", "by row"):  # α as the paper has it, and its refinement
         table = torch.stack(case.coefficients[name])  # (T, B, merges), by row (T, B, merges, Q)
         described["coefficients"] = [asdict(spread(merge)) for merge in table.unbind(2)]
     return described

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from shd_diffusion.attention import attention_blocks
 from shd_diffusion.data import build_source, check_source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import write_json, write_text
+from shd_diffusion.files import write_text
 from shd_diffusion.losses.denoising import forward_process
 from shd_diffusion.models.adapter import freeze, null_label, sample_shape
 from shd_diffusion.models.factory import load_model
@@ -60,7 +61,9 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, protocol: Pr
         "environment": describe_environment(),
         **_rounded(found),
     }
-    write_json(output / "squeezing.json", results)
+    write_text(
+        output / "squeezing.json", json.dumps(results) + "\n"
+    )  # long lists: indented, four times as long
     write_text(output / "squeezing.csv", _as_csv(results))
     draw_squeezing(results).save(output)
     return results

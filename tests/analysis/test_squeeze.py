@@ -67,15 +67,13 @@ def test_the_share_saved_agrees_with_what_the_merges_lose(found: dict) -> None:
 
 
 def test_coefficients_are_told_for_each_merge(found: dict) -> None:
-    for name, merges in (("closed form", 3), ("by row", 3), ("matched", 3)):
+    for name, merges in (("closed form", 3), ("by row", 3)):
         for block in cases(found, 1)[name]["blocks"].values():
             assert len(block["coefficients"]) == merges
             assert all(
                 0 <= merge["quantiles"][0] <= merge["quantiles"][4] <= 1 for merge in block["coefficients"]
             )
             assert all((merge["sd_rows"] is None) == (name != "by row") for merge in block["coefficients"])
-    for block in cases(found, 1)["select"]["blocks"].values():
-        assert all(merge["clipped"] == 1 for merge in block["coefficients"])
 
 
 def test_squeezed_maps_lose_less_than_uniform_ones(found: dict) -> None:
