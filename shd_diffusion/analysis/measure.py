@@ -234,7 +234,7 @@ def _describe_pairs(heads: int, found: Sequence[tuple[PairDifferences, Tensor]])
 
 def _describe(case: Case, mean: Case) -> dict[str, Any]:
     """Errors as means over samples and timesteps, those of the output with the samples' 95 % interval."""
-    output, of_mean = (torch.stack(each.output_error).mean(0).double().cpu() for each in (case, mean))
+    output, of_mean = (torch.stack(each.output_error).mean(0).cpu().double() for each in (case, mean))
     return {
         "heads": case.heads,
         "strategy": case.name,
@@ -258,4 +258,4 @@ def _describe_block(case: Case, name: str) -> dict[str, Any]:
 
 
 def _mean(parts: Iterator[Tensor] | Sequence[Tensor]) -> float:
-    return torch.stack(list(parts)).double().mean().item()
+    return torch.stack(list(parts)).cpu().double().mean().item()

@@ -34,7 +34,7 @@ class Spread:
 
 def spread(coefficients: Tensor) -> Spread:
     """The spread of coefficients (T, S) or, by row, (T, S, Q); at least two timesteps and samples."""
-    values = coefficients.double()
+    values = coefficients.cpu().double()
     by_row = values.ndim == 3
     timesteps, samples, rest = variance_components(values.mean(-1) if by_row else values)
     return Spread(

@@ -22,8 +22,8 @@ from shd_diffusion.files import write_text
 from shd_diffusion.losses.denoising import forward_process
 from shd_diffusion.models.adapter import freeze, null_label, sample_shape
 from shd_diffusion.models.factory import load_model
+from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.study.statistics import Estimate
 
 FIGURES = ("residual", "block_error", "from_mean")
 
@@ -44,7 +44,7 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, protocol: Pr
         UserError: there is no such run, its data are missing, or its heads cannot be squeezed so.
     """
     config = run.read_config()
-    model = freeze(load_model(str(run.path)))
+    model = freeze(load_model(str(run.path))).to(processes().device)
     most = max((block.heads for block in attention_blocks(model).values() if block.capturable), default=0)
     for count in heads:
         if not 1 <= count <= most:
@@ -61,9 +61,8 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, protocol: Pr
         "environment": describe_environment(),
         **_rounded(found),
     }
-    write_text(
-        output / "squeezing.json", json.dumps(results) + "\n"
-    )  # long lists: indented, four times as long
+    # its lists are long: indented, it would be four times as large
+    write_text(output / "squeezing.json", json.dumps(results) + "\n")
     write_text(output / "squeezing.csv", _as_csv(results))
     draw_squeezing(results).save(output)
     return results
@@ -77,23 +76,14 @@ def table(results: dict[str, Any]) -> Table:
         title_justify="left",
         box=SIMPLE_HEAD,
     )
-    columns = (
-        "heads",
-        "strategy",
-        "residual",
-        "block error",
-        "KL from mean",
-        "output error",
-        "denoising error",
-    )
+    columns = "heads", "strategy", "residual", "block error", "KL from mean", "output error", "denoising"
     for name in columns:
         rendered.add_column(name, justify="left" if name == "strategy" else "right")
     for case in results["squeezings"]:
         means = block_means(case)
-        output = Estimate(**case["output_error"])
         rendered.add_row(
             str(case["heads"]), case["strategy"], *(f"{means[figure]:.4f}" for figure in FIGURES),
-            f"{output.mean:.4f}", f"{case['denoising']:.4f}",
+            f"{case['output_error']['mean']:.5f}", f"{case['denoising']:.4f}",
         )  # fmt: skip
     return rendered
 
