@@ -91,6 +91,6 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
 
     monkeypatch.setattr("huggingface_hub.file_download.get_hf_file_metadata", refuse)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(UserError, match="nobody/nothing: no such run.* from the hub") as refused:
+    with pytest.raises(UserError, match=r"nobody/nothing: no such run.* from the hub") as refused:
         open_pipeline("nobody/nothing")
     assert "\n" not in str(refused.value) and asked

@@ -1,4 +1,4 @@
-"""A teacher on the CPU beside a student elsewhere: tensors without content, whose operations still refuse to mix devices."""
+"""A teacher on the CPU beside a student elsewhere: tensors without content, which still refuse to mix devices."""
 
 from unittest.mock import patch
 
