@@ -28,6 +28,7 @@ def model(heads: int) -> DiTTransformer2DModel:
     )
 
 
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
 @pytest.mark.parametrize("pairing", ["adjacent", "matched"])
 def test_a_teacher_on_the_cpu_teaches_a_student_on_another_device(pairing: str) -> None:
     config = DistillConfig.model_validate(
