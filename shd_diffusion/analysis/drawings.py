@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from shd_diffusion.reporting.drawing import LIGHT, WIDTH, Drawing, Look, finish, panels
+from shd_diffusion.reporting.drawing import LIGHT, WIDTH, Drawing, Look, finish, legend_above, panels
 from shd_diffusion.study.drawings import looks
 
 SHOWN = ("closed form", "mean", "select", "by row", "joint", "matched")
@@ -29,7 +28,7 @@ def draw_squeezing(results: dict[str, Any]) -> Drawing:
         output.set_title("lost of the denoiser's output, all blocks squeezed", loc="left")
         _saved(saved, results["blocks"])
         saved.set_title("saved by α over 1/2, each pair that merges first", loc="left")
-        _legend(figure, loss)
+        legend_above(figure, loss)
         return finish(figure, "squeezing", f"How {results['teacher']} squeezes", inline=False)
 
 
@@ -77,8 +76,3 @@ def _saved(axes: Axes, blocks: dict[str, Any]) -> None:
         xlabel="|D X| of the stronger head over the weaker", ylabel="share of the squared error", ylim=(0, 1)
     )
     axes.legend(loc="upper left")
-
-
-def _legend(figure: Figure, axes: Axes) -> None:
-    handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper left", ncols=len(labels), handlelength=1.4)

@@ -17,12 +17,11 @@ from shd_diffusion.analysis.strategies import STRATEGIES, Strategy, by_teacher_h
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
 from shd_diffusion.data import Source
 from shd_diffusion.losses.denoising import ForwardProcess
-from shd_diffusion.models.adapter import predict
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.squeezing import Plan
 from shd_diffusion.squeezing.plan import members
 from shd_diffusion.study.statistics import estimate
-from shd_diffusion.training.methods import Batch
+from shd_diffusion.training.methods import Batch, predict_frozen
 from shd_diffusion.training.probe import probe_batches
 
 Records = Mapping[str, AttentionRecord]
@@ -85,7 +84,7 @@ def measure(
     """
     first, *batches = _batches(model, source, process, protocol)
     with AttentionCapture(model) as capture:
-        predict(model, first.noised, first.times, first.labels)
+        predict_frozen(model, first)
         calibration = capture.records
     cases = [
         Case(count, name, way, {b: way.plan(r, _target(r, count)) for b, r in calibration.items()})
@@ -147,7 +146,7 @@ def _take(batch: Batch, part: slice) -> Batch:
 
 def _prediction(model: ModelMixin, batch: Batch) -> Tensor:
     """Without the channels of a learned variance."""
-    return predict(model, batch.noised, batch.times, batch.labels)[:, : batch.clean.shape[1]].float()
+    return predict_frozen(model, batch)[:, : batch.clean.shape[1]].float()
 
 
 def _per_sample(error: Tensor) -> Tensor:

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
 
 from shd_diffusion.reporting.drawing import (
     DEPTH_COLOURS,
@@ -16,6 +15,7 @@ from shd_diffusion.reporting.drawing import (
     Look,
     finish,
     legend_above,
+    logarithmic_ticks,
     panel,
     smooth,
 )
@@ -136,9 +136,7 @@ def _running(values: Array) -> Array:
 
 def _logarithmic(axes: Axes) -> None:
     axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_locator(NullLocator())
+    logarithmic_ticks(axes.yaxis)
 
 
 def _thin(count: int) -> Array:

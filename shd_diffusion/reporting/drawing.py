@@ -19,8 +19,10 @@ import matplotlib as mpl
 import numpy as np
 from markupsafe import Markup
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -176,6 +178,13 @@ def _themed(svg: str, name: str, description: str) -> Markup:
         svg = svg.replace(value, f"var(--{colour})")
     head = Markup('<svg role="img" aria-label="{}" class="plot"').format(description)
     return head + Markup(svg.removeprefix("<svg"))
+
+
+def logarithmic_ticks(axis: Axis) -> None:
+    """Ticks at 1, 2 and 5 of every power of ten, as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_locator(NullLocator())
 
 
 def legend_above(figure: Figure, axes: Axes) -> None:

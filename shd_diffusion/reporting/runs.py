@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from safetensors import SafetensorError, safe_open
 
 from shd_diffusion.config import parse_yaml
@@ -305,7 +305,7 @@ def read_nearest(path: Path) -> Nearest:
             picture = np.asarray(file.convert("RGB"))
         if picture.shape[0] % len(rows) or picture.shape[1] % (1 + len(rows[0].names)):
             raise ValueError("the picture has other rows or columns")
-    except (OSError, LookupError, TypeError, ValueError, ZeroDivisionError, UnidentifiedImageError) as error:
+    except (OSError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
         run = path.parent.parent
         raise UserError(f"{path}: damaged ({error}); run `shd-diffusion evaluate {run}` again") from None
     return Nearest(content["reference"], rows, picture, None)

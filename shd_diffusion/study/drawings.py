@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import LogLocator, NullLocator
 
 from shd_diffusion.reporting.drawing import (
     LIGHT,
@@ -16,6 +15,7 @@ from shd_diffusion.reporting.drawing import (
     Look,
     finish,
     legend_above,
+    logarithmic_ticks,
     panel,
 )
 from shd_diffusion.study.results import Comparison, Outcome, Results, Row, Watched
@@ -189,8 +189,6 @@ def _scale(axes: Axes, name: Literal["x", "y"], means: Sequence[float]) -> None:
     if low > 0 and high > 5 * low:
         set_scale("log")
         set_limits(0.6 * low, 1.5 * high)
-        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.set_major_formatter("{x:g}")
-        axis.set_minor_locator(NullLocator())
+        logarithmic_ticks(axis)
     elif low > 0:
         set_limits(0, 1.3 * high)

@@ -34,7 +34,7 @@ from shd_diffusion.training.launch import make_accelerator
 from shd_diffusion.training.loop import take_step
 from shd_diffusion.training.methods import Denoising, DenoisingLoss, Method
 from shd_diffusion.training.operations import kept_for_backward, operation_counter
-from shd_diffusion.training.stages import as_configured, build_to_train, distillation
+from shd_diffusion.training.stages import as_configured, build_to_train, distillation, place_teacher
 from shd_diffusion.training.state import Training
 
 SECONDS = 30.0  # that the last step may take
@@ -74,8 +74,8 @@ def dry_run(config: TrainTeacherConfig | DistillConfig, source: str) -> Figures:
         "merge_plan": plan,
         "memory_bytes": memory(built, teacher, measured, config.train.batch_size),
         "operations_per_image": {
-            "forward": count_forward(built, accelerator.device),
-            **({"teacher_forward": count_forward(teacher, accelerator.device)} if teacher else {}),
+            "forward": count_forward(built),
+            **({"teacher_forward": count_forward(teacher)} if teacher else {}),
             "training": measured["operations_per_image"],
         },
         "measured": measured,
@@ -98,8 +98,6 @@ def _open_teacher(config: DistillConfig, source: str) -> ModelMixin:
         raise UserError(
             f"{source}: key `teacher.path`: {error}; a dry run also takes a config of train-teacher there"
         ) from error
-    if config.teacher.dtype != "float32":
-        teacher.to(getattr(torch, config.teacher.dtype))
     return teacher
 
 
@@ -133,7 +131,7 @@ def _method(
     shd = SHDLoss.from_config(config.losses.shd, config.seed)
     if shd.pairing == "matched":
         shd.pairing = "adjacent"
-    teacher.to("cpu" if config.teacher.device == "cpu" else accelerator.device)
+    place_teacher(teacher, config.teacher, accelerator.device)
     with distillation(config, teacher, model, process, shd) as method:
         yield as_configured(method, config, model, accelerator)
 
@@ -215,10 +213,10 @@ def _step(
 
 
 @torch.no_grad()
-def count_forward(model: ModelMixin, device: torch.device) -> int:
+def count_forward(model: ModelMixin) -> int:
     """Operations of one forward pass for one image."""
-    noised = torch.randn(1, *sample_shape(model), device=device, dtype=model.dtype)
-    zero = torch.zeros(1, dtype=torch.long, device=device)
+    noised = torch.randn(1, *sample_shape(model), device=model.device, dtype=model.dtype)
+    zero = torch.zeros(1, dtype=torch.long, device=model.device)
     with operation_counter() as operations:
         predict(model, noised, zero, zero)
     return operations.get_total_flops()

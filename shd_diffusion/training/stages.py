@@ -15,7 +15,14 @@ from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 
 from shd_diffusion.attention import attention_blocks
-from shd_diffusion.config import DistillConfig, ModelConfig, RunConfig, SHDConfig, TrainTeacherConfig
+from shd_diffusion.config import (
+    DistillConfig,
+    ModelConfig,
+    RunConfig,
+    SHDConfig,
+    TeacherConfig,
+    TrainTeacherConfig,
+)
 from shd_diffusion.data import LatentSource, Source, build_source, check_source
 from shd_diffusion.data.vae import load_vae
 from shd_diffusion.errors import UserError
@@ -74,9 +81,7 @@ def distill(config: DistillConfig, output: Path, source: str) -> None:
     stage = _open(config, config.student, "student", output, source, teacher)
     if stage is None:
         return
-    teacher.to("cpu" if config.teacher.device == "cpu" else stage.accelerator.device)
-    if config.teacher.dtype != "float32":
-        teacher.to(getattr(torch, config.teacher.dtype))
+    place_teacher(teacher, config.teacher, stage.accelerator.device)
     if config.train.shard and config.teacher.device == "accelerator":
         shard(teacher)
     shd = config.losses.shd
@@ -89,6 +94,13 @@ def distill(config: DistillConfig, output: Path, source: str) -> None:
         path = stage.run.attention_file
         study_attention(loss, teacher, trained, stage.data, stage.process, config.seed, path)
     _finish(stage, trained, seconds, teacher, sum(p.numel() for p in method.parameters()))
+
+
+def place_teacher(teacher: ModelMixin, config: TeacherConfig, device: torch.device) -> None:
+    """Bring a teacher, in place, to the device and the precision that it computes in."""
+    teacher.to("cpu" if config.device == "cpu" else device)
+    if config.dtype != "float32":
+        teacher.to(getattr(torch, config.dtype))
 
 
 @contextmanager

@@ -6,7 +6,8 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel
+from diffusers import ModelMixin, UNet2DConditionModel
+from small_models import small_dit
 from torch import Tensor
 
 from shd_diffusion.analysis.squeezed_model import squeezed_attention
@@ -18,16 +19,7 @@ from shd_diffusion.squeezing import plan_merges
 
 
 def dit(heads: int = 4) -> ModelMixin:
-    return DiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=8,
-        num_layers=2,
-        in_channels=1,
-        out_channels=1,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-    )
+    return small_dit(heads)
 
 
 def mdtv2() -> ModelMixin:

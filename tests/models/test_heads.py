@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import copy
 
-import diffusers
 import pytest
 import torch
 from diffusers import ModelMixin
+from small_models import small_dit
 from torch import Tensor
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
@@ -18,16 +18,7 @@ from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 @pytest.fixture()
 def model() -> ModelMixin:
     torch.manual_seed(0)
-    built = diffusers.DiTTransformer2DModel(
-        num_attention_heads=6,
-        attention_head_dim=4,
-        in_channels=1,
-        out_channels=1,
-        num_layers=2,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-    ).eval()
+    built = small_dit(6, head_dim=4).eval()
     for parameter in built.parameters():  # biases too, which start at 0
         torch.nn.init.normal_(parameter, std=0.2)
     return built

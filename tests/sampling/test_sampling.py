@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, command, sets
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers import DDPMScheduler
 from PIL import Image
+from small_models import small_dit
 
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError
@@ -23,16 +24,7 @@ from shd_diffusion.sampling.passes import deal_passes
 
 def tiny_pipeline(scheduler: str = "DDIMScheduler") -> ClassConditionalPipeline:
     torch.manual_seed(0)
-    model = DiTTransformer2DModel(
-        num_attention_heads=2,
-        attention_head_dim=8,
-        num_layers=1,
-        in_channels=1,
-        out_channels=1,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-    ).eval()
+    model = small_dit(2, layers=1).eval()
     with torch.no_grad():
         for parameter in model.parameters():  # adaLN-zero would predict exactly nothing
             parameter.normal_(std=0.2)

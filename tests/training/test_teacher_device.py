@@ -4,7 +4,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
+from small_models import small_dit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shd_diffusion.config import DiffusionConfig, DistillConfig
@@ -13,19 +13,6 @@ from shd_diffusion.losses.denoising import forward_process
 from shd_diffusion.models.adapter import freeze
 from shd_diffusion.training.methods import Batch
 from shd_diffusion.training.stages import distillation
-
-
-def model(heads: int) -> DiTTransformer2DModel:
-    return DiTTransformer2DModel(
-        num_attention_heads=heads,
-        attention_head_dim=4,
-        num_layers=2,
-        in_channels=1,
-        out_channels=1,
-        sample_size=8,
-        patch_size=2,
-        num_embeds_ada_norm=10,
-    )
 
 
 @pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")
@@ -44,9 +31,9 @@ def test_a_teacher_on_the_cpu_teaches_a_student_on_another_device(pairing: str) 
     process = forward_process(DiffusionConfig())
     # the finiteness checks read numbers, of which there are none
     with FakeTensorMode(allow_non_fake_inputs=True), patch("torch.compiler.is_compiling", lambda: True):
-        teacher = freeze(model(4))
+        teacher = freeze(small_dit(4))
         with torch.device("cuda"):
-            student, images = model(2), torch.randn(4, 1, 8, 8)
+            student, images = small_dit(2), torch.randn(4, 1, 8, 8)
             numbers = torch.zeros(4, dtype=torch.long)
         batch = Batch(
             clean=images, noise=images, noised=images, timesteps=numbers, times=numbers, labels=numbers
