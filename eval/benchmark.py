@@ -321,6 +321,9 @@ def step(
         "SHD, a quarter, sampled coefficients",
         "FD",
         "SHD, its products and softmaxes alone",
+        "SHD, all rows, compiled",
+        "SHD, a quarter of the rows, compiled",
+        "SHD, a quarter, sampled coefficients, compiled",
     ]
     seconds = take_turns(
         {
@@ -330,6 +333,9 @@ def step(
             names[2]: with_shd(SHDLoss(rows=0.25, coefficient_rows="sampled")),
             names[3]: with_features,
             names[4]: lambda: train(with_least_work),
+            names[5]: with_shd(SHDLoss(compile=True)),
+            names[6]: with_shd(SHDLoss(rows=0.25, compile=True)),
+            names[7]: with_shd(SHDLoss(rows=0.25, coefficient_rows="sampled", compile=True)),
         },
         rounds,
         clock,

@@ -145,6 +145,7 @@ class SHDConfig(TermConfig):
     decay: Literal["constant", "linear", "cosine"] = "constant"
     every: int = Field(1, ge=1)
     chunk_rows: int | None = Field(None, ge=1)
+    compile: bool = False
 
 
 class MappedTermConfig(TermConfig):

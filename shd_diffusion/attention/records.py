@@ -42,6 +42,15 @@ class AttentionRecord:
     def heads(self) -> int:
         return self.query.shape[1]
 
+    def of_samples(self, samples: slice) -> AttentionRecord:
+        """The record of some samples, on the same memory."""
+        mask = self.mask
+        if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
+            mask = mask[samples]
+        return replace(
+            self, query=self.query[samples], key=self.key[samples], value=self.value[samples], mask=mask
+        )
+
     def to(self, device: torch.device) -> AttentionRecord:
         """The record on another device; the output weight stays with its model, since it is not read each step."""
         if self.query.device == device:

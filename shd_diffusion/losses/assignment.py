@@ -10,13 +10,12 @@ from torch import Tensor, distributed
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction
-from shd_diffusion.losses.streaming import Pool, log_maps
-from shd_diffusion.squeezing.chunks import Chunk
+from shd_diffusion.losses.streaming import Pool, Targets, log_maps
 
 
 @torch.no_grad()
 def assignment_costs(
-    targets: Iterable[Chunk],
+    targets: Iterable[tuple[slice, Targets]],
     student: AttentionRecord,
     divergence: DivergenceFunction,
     temperature: float,
@@ -27,12 +26,14 @@ def assignment_costs(
     Summed over all processes too, so that each of them comes to the same assignment.
     """
     costs = student.query.new_zeros((student.heads, student.heads), dtype=torch.float64)
-    for samples, rows, target in targets:
-        own = slice(rows.start * pool[0], rows.stop * pool[0])
-        log_student = log_maps(student, samples, own, temperature, pool)
-        for head in range(student.heads):
-            value, _ = divergence(target[:, head : head + 1].expand_as(log_student), log_student.clone())
-            costs[head] += value.sum((0, 2))
+    for samples, some in targets:
+        ours = student.of_samples(samples)
+        for rows, target in some.chunks():
+            own = slice(rows.start * pool[0], rows.stop * pool[0])
+            log_student = log_maps(ours, own, temperature, pool)
+            for head in range(student.heads):
+                value, _ = divergence(target[:, head : head + 1].expand_as(log_student), log_student.clone())
+                costs[head] += value.sum((0, 2))
     if distributed.is_available() and distributed.is_initialized():
         distributed.all_reduce(costs)
     return costs

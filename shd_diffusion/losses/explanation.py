@@ -42,16 +42,16 @@ def explain(
     teacher: SqueezedTeacher, student: AttentionRecord, divergence: DivergenceFunction, pool: Pool
 ) -> Explanation:
     """Compute all maps of one block at once, of as many samples as the records hold."""
-    record, everything = teacher.record, slice(0, teacher.record.query.shape[0])
+    record = teacher.record
     rows, own_rows = slice(0, record.query.shape[2]), slice(0, student.query.shape[2])
     maps = kept(map_stream(record))
     weights, coefficients = teacher.weights(maps)
     value = record.value.to(weights.dtype)
     weight = record.output_weight.to(value.device)
     energies = residual_energies(maps, value, weight, weights, teacher.groups)
-    softened = chunk_logits(record, everything, rows, teacher.temperature).softmax(-1)
-    squeezed = pooled(mixture(weights, teacher.groups)(everything, rows, softened), teacher.pool)
-    log_student = log_maps(student, everything, own_rows, teacher.temperature, pool)
+    softened = chunk_logits(record, rows, teacher.temperature).softmax(-1)
+    squeezed = pooled(mixture(weights, teacher.groups)(rows, softened), teacher.pool)
+    log_student = log_maps(student, own_rows, teacher.temperature, pool)
     if teacher.granularity == "sample":
         coefficients, weights = coefficients[..., 0], weights[..., 0]
     return Explanation(

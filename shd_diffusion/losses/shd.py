@@ -19,7 +19,6 @@ from shd_diffusion.losses.grids import common_grid, on_grid, sample_rows, take
 from shd_diffusion.losses.schedule import within
 from shd_diffusion.losses.streaming import Pool, map_divergence
 from shd_diffusion.losses.targets import SqueezedTeacher, map_stream
-from shd_diffusion.squeezing.chunks import Workspace
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.matching import match_merges
 from shd_diffusion.squeezing.plan import Plan, check_plan, parse_plan, plan_merges
@@ -52,6 +51,8 @@ class SHDLoss:
             unbiased estimate, or from the `sampled` ones, which is cheaper.
         timesteps: first and last timestep at which the term counts; samples outside add 0 to the mean.
         chunk_rows: query rows, counted over samples, whose maps may exist at once; None leaves it to the device.
+        compile: have `torch.compile` fuse the work on the maps. On a CPU that takes a C++ compiler; where maps come
+            in many chunks, it takes long.
         seed: of the rows.
 
     Attributes:
@@ -71,10 +72,10 @@ class SHDLoss:
     coefficient_rows: Literal["all", "sampled"] = "all"
     timesteps: Sequence[int] | None = None
     chunk_rows: int | None = None
+    compile: bool = False
     seed: int = 0
     plans: dict[str, Plan] = field(default_factory=dict, init=False)
     last: tuple[tuple[str, ...], Tensor] | None = field(default=None, init=False, repr=False, compare=False)
-    _workspace: Workspace = field(default_factory=Workspace, init=False, repr=False, compare=False)
     _costs: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
     _squeezers: dict[str, tuple[Tensor, int, Plan, Squeezer]] = field(
         default_factory=dict, init=False, repr=False
@@ -152,9 +153,9 @@ class SHDLoss:
         theirs, student, pool = self._prepare(name, teacher, student, step)
         divergence = DIVERGENCES[self.divergence]
         if self.assignment == "optimal":
-            costs = assignment_costs(theirs.chunks(), student, divergence, self.temperature, pool)
+            costs = assignment_costs(theirs.by_samples(), student, divergence, self.temperature, pool)
             theirs = replace(theirs, order=best_assignment(self._running(name, costs)))
-        return map_divergence(student, theirs.chunks, divergence, self.temperature, pool)
+        return map_divergence(student, theirs.by_samples(), divergence, self.temperature, pool, self.compile)
 
     def _prepare(
         self, name: str, teacher: AttentionRecord, student: AttentionRecord, step: int | None
@@ -174,7 +175,6 @@ class SHDLoss:
             coefficient=self.coefficient,
             pool=teacher_pool,
             chunk_rows=self.chunk_rows,
-            workspace=self._workspace,
         )
         return theirs, *on_grid(student, of_student, rows)
 
@@ -225,9 +225,7 @@ class SHDLoss:
                 seen.setdefault(ours, []).append(teacher_records[theirs])
                 heads[ours] = student_records[ours].heads
         for name, records in seen.items():
-            batches_of_block = [
-                (map_stream(record, workspace=Workspace()), _float(record.value)) for record in records
-            ]
+            batches_of_block = [(map_stream(record), _float(record.value)) for record in records]
             weight = records[0].output_weight.to(records[0].query.device)
             strategy = self.granularity, self.merge, self.coefficient
             try:

@@ -6,7 +6,9 @@ The seam for other backends: a fused kernel may replace `map_divergence` behind 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from dataclasses import replace
+from functools import cache
+from typing import Any, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,31 +22,40 @@ Pool: TypeAlias = tuple[int, int]
 """So many neighbouring query rows and keys of a finer map make one of the coarser."""
 
 
+class Targets(Protocol):
+    """Maps to learn, (B, H, rows, K), had chunk by chunk."""
+
+    def chunks(self) -> Iterable[Chunk]: ...
+
+
 def map_divergence(
     student: AttentionRecord,
-    targets: Callable[[], Iterable[Chunk]],
+    targets: Iterable[tuple[slice, Targets]],
     divergence: DivergenceFunction,
     temperature: float = 1.0,
     pool: Pool = (1, 1),
+    compile: bool = False,
 ) -> Tensor:
     """Mean divergence, over the query rows, of a student's maps from their targets.
 
-    Maps exist for one chunk at a time. The gradient is linear in each head's upstream gradient, so it is formed
-    in the same pass, while a chunk's maps are at hand: only gradients in the shapes of query and key wait for
-    the backward pass, and no map is computed twice.
+    Maps exist for a few samples and one chunk of their rows at a time. The gradient is linear in each head's
+    upstream gradient, so it is formed in the same pass, while a chunk's maps are at hand: only gradients in the
+    shapes of query and key wait for the backward pass, and no map is computed twice.
 
     Args:
         student: the gradient goes to its query and key.
-        targets: the maps to learn, chunk by chunk.
+        targets: the maps to learn, for some samples after others.
         divergence: from `DIVERGENCES`.
         temperature: τ of the student's maps.
         pool: the student's share of bringing both maps to one grid.
+        compile: have `torch.compile` fuse what is done with the maps of some samples, squeezing included. Every
+            chunk is a part of the graph.
 
     Returns:
         (B, H), float32 or better.
     """
     found: Tensor = _MapDivergence.apply(
-        student.query, student.key, student, targets, divergence, temperature, pool
+        student.query, student.key, student, targets, divergence, temperature, pool, compile
     )
     return found
 
@@ -56,41 +67,65 @@ class _MapDivergence(torch.autograd.Function):
         query: Tensor,
         key: Tensor,
         student: AttentionRecord,
-        targets: Callable[[], Iterable[Chunk]],
+        targets: Iterable[tuple[slice, Targets]],
         divergence: DivergenceFunction,
         temperature: float,
         pool: Pool,
+        compile: bool,
     ) -> Tensor:
         dtype = torch.promote_types(query.dtype, torch.float32)
-        batch, heads, rows, _ = query.shape
-        values = query.new_zeros((batch, heads), dtype=dtype)
-        learns = any(ctx.needs_input_grad[:2])
-        of_query, of_key = (
-            torch.zeros_like(tensor, dtype=dtype) if learns else None for tensor in (query, key)
-        )
-        for samples, part, target in targets():
-            own = slice(part.start * pool[0], part.stop * pool[0])
-            value, gradient = _chunk(student, samples, own, target, divergence, temperature, pool)
-            values[samples] += value.sum(-1)
-            if of_query is not None and of_key is not None:
-                of_query[samples, :, own] = gradient @ key[samples].to(dtype)
-                of_key[samples] += gradient.mT @ query[samples, :, own].to(dtype)
-        if of_query is not None and of_key is not None:
-            ctx.save_for_backward(of_query, of_key)
-            ctx.scale, ctx.dtypes = student.scale / temperature / (rows // pool[0]), (query.dtype, key.dtype)
-        return values.div_(rows // pool[0])
+        rows = query.shape[2] // pool[0]
+        values = query.new_empty(query.shape[:2], dtype=dtype)
+        of_query, of_key = (torch.empty_like(tensor, dtype=dtype) for tensor in (query, key))
+        student = replace(student, query=query, key=key)  # what a custom function is given has no graph
+        on_samples = _compiled() if compile else _sums
+        for samples, some in targets:
+            found = on_samples(student.of_samples(samples), some, divergence, temperature, pool)
+            values[samples], of_query[samples], of_key[samples] = found
+        ctx.save_for_backward(of_query, of_key)
+        ctx.scale, ctx.dtypes = student.scale / temperature / rows, (query.dtype, key.dtype)
+        return values.div_(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         by_head = (upstream * ctx.scale)[:, :, None, None]
         gradients = (saved * by_head for saved in ctx.saved_tensors)
-        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), *[None] * 5
+        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), *[None] * 6
+
+
+def _sums(
+    student: AttentionRecord,
+    targets: Targets,
+    divergence: DivergenceFunction,
+    temperature: float,
+    pool: Pool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergences (B, H) of some samples, summed over their rows, and the gradients by query and key.
+
+    The gradients lack the factor of the logits.
+    """
+    dtype = torch.promote_types(student.query.dtype, torch.float32)
+    query, key = student.query.to(dtype), student.key.to(dtype)
+    total, of_query, of_key = query.new_zeros(query.shape[:2]), [], torch.zeros_like(key)
+    for part, target in targets.chunks():
+        own = slice(part.start * pool[0], part.stop * pool[0])
+        value, gradient = _chunk(student, own, target, divergence, temperature, pool)
+        total = total + value.sum(-1)
+        of_query.append(gradient @ key)
+        of_key = of_key + gradient.mT @ query[:, :, own]
+    return total, torch.cat(of_query, 2), of_key
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    return torch.compile(
+        _sums, recompile_limit=64
+    )  # blocks of another shape or plan have graphs of their own
 
 
 def _chunk(
     student: AttentionRecord,
-    samples: slice,
     rows: slice,
     target: Tensor,
     divergence: DivergenceFunction,
@@ -99,8 +134,8 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Divergence of each target row (samples, H, rows) and its gradient by the student's logits."""
     if pool == (1, 1):
-        return divergence(target, log_maps(student, samples, rows, temperature))
-    maps = chunk_logits(student, samples, rows, temperature).softmax(-1)
+        return divergence(target, log_maps(student, rows, temperature))
+    maps = chunk_logits(student, rows, temperature).softmax(-1)
     coarse = pooled(maps, pool)
     value, gradient = divergence(target, safe_log(coarse))
     # log q of the pooled map stands for its logits; from there through log and pooling to the map itself
@@ -109,11 +144,9 @@ def _chunk(
     return value, maps * (slope - torch.linalg.vecdot(maps, slope)[..., None])
 
 
-def log_maps(
-    record: AttentionRecord, samples: slice, rows: slice, temperature: float = 1.0, pool: Pool = (1, 1)
-) -> Tensor:
+def log_maps(record: AttentionRecord, rows: slice, temperature: float = 1.0, pool: Pool = (1, 1)) -> Tensor:
     """log q of a chunk of a record's maps on the targets' grid; finite at masked keys too, so that 0 · log 0 = 0."""
-    logits = chunk_logits(record, samples, rows, temperature)
+    logits = chunk_logits(record, rows, temperature)
     if pool != (1, 1):
         return safe_log(pooled(logits.softmax(-1), pool))
     found = logits.log_softmax(-1)
@@ -128,14 +161,13 @@ def pooled(maps: Tensor, pool: Pool) -> Tensor:
     return maps.unflatten(-2, (-1, rows)).mean(-2) if rows > 1 else maps
 
 
-def chunk_logits(record: AttentionRecord, samples: slice, rows: slice, temperature: float = 1.0) -> Tensor:
-    """A record's logits over the temperature for a chunk of it, (samples, H, rows, K), in float32 or better."""
+def chunk_logits(record: AttentionRecord, rows: slice, temperature: float = 1.0) -> Tensor:
+    """A record's logits over the temperature for a chunk of it, (B, H, rows, K), in float32 or better."""
     dtype = torch.promote_types(record.query.dtype, torch.float32)
-    query = record.query[samples, :, rows].to(dtype) * (record.scale / temperature)
-    logits = query @ record.key[samples].to(dtype).mT
+    query = record.query[:, :, rows].to(dtype) * (record.scale / temperature)
+    logits = query @ record.key.to(dtype).mT
     if record.mask is None:
         return logits
     mask = record.mask[(None,) * (4 - record.mask.ndim)]
-    mask = mask if mask.shape[0] == 1 else mask[samples]
     mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
     return logits + mask.to(dtype) / temperature

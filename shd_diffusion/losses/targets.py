@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.streaming import Pool, chunk_logits, pooled
-from shd_diffusion.squeezing.chunks import Chunk, MapStream, Workspace, stream
+from shd_diffusion.squeezing.chunks import Chunk, MapStream, sample_groups, stream
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.plan import Group
 from shd_diffusion.squeezing.weights import Granularity, Squeezer, mixture, squeeze_weights
@@ -29,7 +29,7 @@ class SqueezedTeacher:
         coefficient: how they are found.
         order: the squeezed head that each student head learns; None for head j learning j.
         pool: the teacher's share of bringing both maps to one grid.
-        chunk_rows, workspace: see `stream`.
+        chunk_rows: see `stream`.
     """
 
     record: AttentionRecord
@@ -41,7 +41,6 @@ class SqueezedTeacher:
     order: tuple[int, ...] | None = None
     pool: Pool = (1, 1)
     chunk_rows: int | None = None
-    workspace: Workspace | None = None
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -49,20 +48,29 @@ class SqueezedTeacher:
         groups = self.squeezer.groups
         return groups if self.order is None else tuple(groups[head] for head in self.order)
 
+    def by_samples(self) -> Iterator[tuple[slice, SqueezedTeacher]]:
+        """The same for some samples after others, see `sample_groups`."""
+        shape = *self.record.query.shape[:3], self.record.key.shape[2]
+        for samples in sample_groups(shape, self.record.query.device, self.chunk_rows):
+            record = source = self.record.of_samples(samples)
+            if self.source is not self.record:
+                source = self.source.of_samples(samples)
+            yield samples, replace(self, record=record, source=source)
+
     def chunks(self) -> Iterator[Chunk]:
-        """The target maps (samples, N, rows of the pooled maps, K), in float32 or better."""
+        """The target maps (B, N, rows of the pooled maps, K), in float32 or better."""
         aligned = self.chunk_rows, self.pool[0]
         if self.source is self.record:
-            maps = source = map_stream(self.record, 1.0, *aligned, self.workspace)
+            maps = source = map_stream(self.record, 1.0, *aligned)
         else:
             maps = map_stream(self.record, 1.0, *aligned)
-            source = map_stream(self.source, 1.0, self.chunk_rows, 1, self.workspace)
+            source = map_stream(self.source, 1.0, self.chunk_rows)
         mix = mixture(self.weights(source)[0], self.groups)
         if self.temperature != 1:
             maps = map_stream(self.record, self.temperature, *aligned)
-        for samples, rows, chunk in maps.walk():
-            target = pooled(mix(samples, rows, chunk), self.pool)
-            yield samples, slice(rows.start // self.pool[0], rows.stop // self.pool[0]), target
+        for rows, chunk in maps.walk():
+            target = pooled(mix(rows, chunk), self.pool)
+            yield slice(rows.start // self.pool[0], rows.stop // self.pool[0]), target
 
     def weights(self, source: MapStream) -> tuple[Tensor, Tensor]:
         """`squeeze_weights`, the squeezed heads in the student's order."""
@@ -78,13 +86,12 @@ def map_stream(
     temperature: float = 1.0,
     chunk_rows: int | None = None,
     multiple: int = 1,
-    workspace: Workspace | None = None,
 ) -> MapStream:
     """The maps of a record at a temperature, chunk by chunk; see `stream`."""
     batch, heads, rows, _ = record.query.shape
 
-    def logits(samples: slice, part: slice) -> Tensor:
-        return chunk_logits(record, samples, part, temperature)
+    def logits(part: slice) -> Tensor:
+        return chunk_logits(record, part, temperature)
 
     shape = batch, heads, rows, record.key.shape[2]
-    return stream(shape, logits, record.query.device, chunk_rows, multiple, workspace)
+    return stream(shape, logits, record.query.device, chunk_rows, multiple)

@@ -9,8 +9,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-Chunk: TypeAlias = tuple[slice, slice, Tensor]
-"""Samples, query rows, and their maps (samples, heads, rows, K)."""
+Chunk: TypeAlias = tuple[slice, Tensor]
+"""Query rows, and their maps (B, heads, rows, K)."""
 
 # Elements of maps at once: on a CPU what its caches hold, on an accelerator enough to occupy it.
 _AT_ONCE = {"cpu": 2**20}
@@ -24,7 +24,7 @@ class MapStream:
 
     Attributes:
         shape: (B, M, Q, K).
-        walk: yields chunks that together cover all samples and query rows.
+        walk: yields chunks that together cover all query rows.
     """
 
     shape: tuple[int, int, int, int]
@@ -34,69 +34,46 @@ class MapStream:
 def whole(maps: Tensor) -> MapStream:
     """Maps that exist already, as one chunk."""
     batch, heads, rows, keys = maps.shape
-    return MapStream((batch, heads, rows, keys), lambda: [(slice(0, batch), slice(0, rows), maps)])
-
-
-class Workspace:
-    """Memory for maps that are walked more than once, used again by block after block.
-
-    Fresh memory costs a CPU more (page faults) than computing the maps that go into it.
-    """
-
-    def __init__(self) -> None:
-        self._memory: Tensor | None = None
-
-    def take(self, elements: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """(elements,), of any content; what was taken before is given up."""
-        memory = self._memory
-        if memory is None or memory.numel() < elements or memory.dtype != dtype or memory.device != device:
-            memory = self._memory = torch.empty(elements, dtype=dtype, device=device)
-        return memory[:elements]
+    return MapStream((batch, heads, rows, keys), lambda: [(slice(0, rows), maps)])
 
 
 def stream(
     shape: tuple[int, int, int, int],
-    logits: Callable[[slice, slice], Tensor],
+    logits: Callable[[slice], Tensor],
     device: torch.device,
     chunk_rows: int | None = None,
     multiple: int = 1,
-    workspace: Workspace | None = None,
 ) -> MapStream:
-    """Maps that are computed when they are needed.
+    """Maps that are computed when they are needed; few of them only once.
 
     Args:
         shape: (B, M, Q, K).
-        logits: computes those of some samples and query rows, (samples, M, rows, K).
+        logits: computes those of some query rows, (B, M, rows, K).
         device: where; it decides how much is computed at once.
         chunk_rows: query rows, counted over samples, whose maps may exist at once; None leaves it to the device.
         multiple: of how many rows a chunk consists.
-        workspace: where maps that are few are kept from one walk to the next, if `chunk_rows` allows it; None
-            computes them at each walk.
     """
     batch, heads, rows, keys = shape
-    at_once = chunk_rows or max(1, _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE) // (heads * keys))
-    parts = [
-        (samples, part)
-        for samples in cut(batch, max(1, at_once // max(rows, 1)))
-        for part in cut(rows, min(at_once, rows), multiple)
-    ]
+    parts = cut(rows, max(1, _rows_at_once(shape, device, chunk_rows) // max(batch, 1)), multiple)
+    maps = MapStream(shape, lambda: ((part, logits(part).softmax(-1)) for part in parts))
+    few = len(parts) == 1 or (chunk_rows is None and batch * heads * rows * keys <= _KEPT)
+    return kept(maps) if few else maps
 
-    def walk() -> Iterable[Chunk]:
-        return ((samples, part, logits(samples, part).softmax(-1)) for samples, part in parts)
 
-    few = len(parts) == 1 or (chunk_rows is None and batch * rows * heads * keys <= _KEPT)
-    if workspace is None or not few:
-        return MapStream(shape, walk)
+def sample_groups(
+    shape: tuple[int, int, int, int], device: torch.device, chunk_rows: int | None = None
+) -> list[slice]:
+    """Samples whose maps are worked on together: as many as `stream` computes at once, at least one.
 
-    def walk_into(memory: Workspace) -> Iterable[Chunk]:
-        start = 0
-        for samples, part in parts:
-            found = logits(samples, part)
-            into = memory.take(batch * rows * heads * keys, found.dtype, device)[start:][: found.numel()]
-            start += found.numel()
-            yield samples, part, torch.softmax(found, -1, out=into.view(found.shape))
+    A sample is done with before the next begins, so that its maps, which are read several times, stay in a cache.
+    """
+    batch, _, rows, _ = shape
+    return cut(batch, max(1, _rows_at_once(shape, device, chunk_rows) // max(rows, 1)))
 
-    return kept(MapStream(shape, lambda: walk_into(workspace)))
+
+def _rows_at_once(shape: tuple[int, int, int, int], device: torch.device, chunk_rows: int | None) -> int:
+    _, heads, _, keys = shape
+    return chunk_rows or max(1, _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE) // (heads * keys))
 
 
 def kept(maps: MapStream) -> MapStream:
@@ -120,11 +97,6 @@ def cut(total: int, size: int, multiple: int = 1) -> list[slice]:
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
-def part_of(tensor: Tensor, samples: slice, rows: slice, dimension: int = -1) -> Tensor:
-    """The samples and query rows of a tensor (B, ...); a length of 1 along `dimension` stands for all rows."""
-    tensor = tensor[samples]
-    return (
-        tensor
-        if tensor.shape[dimension] == 1
-        else tensor.narrow(dimension, rows.start, rows.stop - rows.start)
-    )
+def rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    """The query rows of a tensor (..., Q); a length of 1 stands for all rows."""
+    return tensor if tensor.shape[-1] == 1 else tensor[..., rows]

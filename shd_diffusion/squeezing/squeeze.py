@@ -124,7 +124,7 @@ def squeeze_heads(
         squeezer = prepare(plan, output_weight, heads, merge)
 
     weights, coefficients = squeeze_weights(whole(maps), values, squeezer, granularity, coefficient)
-    squeezed = mixture(weights, squeezer.groups)(slice(None), slice(0, maps.shape[2]), maps)
+    squeezed = mixture(weights, squeezer.groups)(slice(0, maps.shape[2]), maps)
     if not torch.compiler.is_compiling() and not torch.isfinite(squeezed.sum() + weights.sum()):
         raise ValueError("attention maps or values are not finite")
     if not return_details:

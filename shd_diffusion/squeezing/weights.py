@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.chunks import MapStream, part_of
+from shd_diffusion.squeezing.chunks import MapStream, rows_of
 from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select, select_one
 from shd_diffusion.squeezing.plan import Group, Plan, members
 from shd_diffusion.squeezing.simplex import minimum_norm_weights
@@ -130,7 +130,7 @@ def squeeze_weights(
         merged: dict[Group, Tensor] = {}
         for step in steps:
             shares = _shares(step, maps, values, weights, granularity == "row", coefficient)  # (B, P, n, R)
-            inputs = weights[:, torch.tensor(step.inputs, device=values.device)]  # (B, P, n, M, R)
+            inputs = torch.stack([weights[:, _span(heads)] for heads in zip(*step.inputs, strict=True)], 2)
             merged.update(zip(step.inputs, (shares[:, :, :, None] * inputs).sum(2).unbind(1), strict=True))
             coefficients.append(shares[:, :, :-1].flatten(1, 2))
         weights = merge_weights(weights, groups, merged)
@@ -166,10 +166,10 @@ def merge_sums(step: MergeStep, maps: MapStream, values: Tensor, weights: Tensor
     inputs, parts = zip(*step.inputs, strict=True), zip(*step.parts, strict=True)
     first, second = (mixture(weights[:, heads], behind) for heads, behind in zip(inputs, parts, strict=True))
     sums = values.new_zeros(3, batch, len(step.inputs), rows if by_row else 1)
-    for samples, part, chunk in maps.walk():
-        difference = first(samples, part, chunk) - second(samples, part, chunk)
-        into = sums[:, samples, :, part] if by_row else sums[:, samples]
-        into += pair_sums(difference, beside[samples], step.gram, split, by_row)
+    for part, chunk in maps.walk():
+        difference = first(part, chunk) - second(part, chunk)
+        into = sums[..., part] if by_row else sums
+        into += pair_sums(difference, beside, step.gram, split, by_row)
     return sums
 
 
@@ -179,13 +179,13 @@ def merge_grams(step: MergeStep, maps: MapStream, values: Tensor, by_row: bool) 
     beside = side_by_side(values, step.heads)
     heads = torch.tensor(step.heads, device=values.device)
     grams = values.new_zeros(batch, len(heads), rows if by_row else 1, heads.shape[1], heads.shape[1])
-    for samples, part, chunk in maps.walk():
-        into = grams[samples, :, part] if by_row else grams[samples]
-        into += deviation_gram(chunk[:, heads], beside[samples], step.gram, by_row)
+    for part, chunk in maps.walk():
+        into = grams[:, :, part] if by_row else grams
+        into += deviation_gram(chunk[:, heads], beside, step.gram, by_row)
     return grams
 
 
-def mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, slice, Tensor], Tensor]:
+def mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, Tensor], Tensor]:
     """`weights @ maps`, made ready to be applied to chunk after chunk.
 
     Args:
@@ -193,7 +193,7 @@ def mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, slice,
         groups: the heads whose weights are not zero, for each of P mixtures: each map is read once.
 
     Returns:
-        A function of a chunk's samples, rows and maps (samples, M, rows, K) to (samples, P, rows, K).
+        A function of a chunk's rows and maps (B, M, rows, K) to (B, P, rows, K).
     """
     sizes = sorted({len(group) for group in groups})
     if len(sizes) == 1:
@@ -201,28 +201,28 @@ def mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, slice,
     positions = [[index for index, group in enumerate(groups) if len(group) == size] for size in sizes]
     parts = [_even_mixture(weights[:, which], [groups[index] for index in which]) for which in positions]
 
-    def mix(samples: slice, rows: slice, maps: Tensor) -> Tensor:
+    def mix(rows: slice, maps: Tensor) -> Tensor:
         mixed = maps.new_empty(maps.shape[0], len(groups), *maps.shape[2:])
         for which, part in zip(positions, parts, strict=True):
-            mixed[:, _span(which)] = part(samples, rows, maps)
+            mixed[:, _span(which)] = part(rows, maps)
         return mixed
 
     return mix
 
 
-def _even_mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, slice, Tensor], Tensor]:
+def _even_mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, Tensor], Tensor]:
     """`mixture` of groups of equally many heads."""
+    spans = [_span(heads) for heads in zip(*groups, strict=True)]
+    if len(spans) == 1:
+        return lambda rows, maps: maps[:, spans[0]]
     columns = torch.tensor(groups, device=weights.device)[None, :, :, None].expand(
         weights.shape[0], -1, -1, weights.shape[3]
     )
     shares = weights.gather(2, columns).unbind(2)  # of each group's i-th head, (B, P, Q or 1)
-    spans = [_span(heads) for heads in zip(*groups, strict=True)]
 
-    def mix(samples: slice, rows: slice, maps: Tensor) -> Tensor:
+    def mix(rows: slice, maps: Tensor) -> Tensor:
         parts = [maps[:, span] for span in spans]
-        if len(parts) == 1:
-            return parts[0]
-        by_head = [part_of(share, samples, rows)[..., None] for share in shares]
+        by_head = [rows_of(share, rows)[..., None] for share in shares]
         if len(parts) == 2:  # weights sum to 1
             return torch.lerp(parts[1], parts[0], by_head[0])
         mixed = parts[0] * by_head[0]

@@ -1,7 +1,8 @@
 """The loss against its definition with whole maps in float64, by value and by gradient."""
 
 import itertools
-from dataclasses import replace
+import shutil
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -11,6 +12,17 @@ from shd_diffusion.config import SHDConfig
 from shd_diffusion.losses import SHDLoss, grids
 from shd_diffusion.losses.divergence import DIVERGENCES
 from shd_diffusion.losses.streaming import map_divergence
+
+
+@dataclass
+class InChunks:
+    """Maps in chunks of two rows."""
+
+    maps: torch.Tensor
+
+    def chunks(self):
+        return [(slice(r, r + 2), self.maps[:, :, r : r + 2]) for r in range(0, self.maps.shape[2], 2)]
+
 
 BLOCKS = {"s0": "t1", "s1": "t3"}
 
@@ -77,13 +89,11 @@ def test_the_chunk_does_not_change_the_value(options, chunk_rows):
 def test_gradcheck(divergence, pool):
     student = record(heads=2, queries=4 * pool[0], keys=4 * pool[1], learns=True)
     targets = torch.randn(2, 2, 4, 4, dtype=torch.float64).softmax(-1)
-    chunks = [
-        (slice(b, b + 1), slice(r, r + 2), targets[b : b + 1, :, r : r + 2]) for b in (0, 1) for r in (0, 2)
-    ]
+    samples = [(slice(b, b + 1), InChunks(targets[b : b + 1])) for b in (0, 1)]
 
     def divergences(query, key):
         moved = replace(student, query=query, key=key)
-        return map_divergence(moved, lambda: chunks, DIVERGENCES[divergence], 1.5, pool)
+        return map_divergence(moved, samples, DIVERGENCES[divergence], 1.5, pool)
 
     assert torch.autograd.gradcheck(divergences, (student.query, student.key))
 
@@ -229,6 +239,14 @@ def test_under_torch_compile(rows):
     loss = SHDLoss(rows=rows)
     compiled = torch.compile(lambda t, s: loss(t, s), backend="eager")
     assert_equal(compiled(teacher, student), loss(teacher, student), student)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile takes a C++ compiler on a CPU")
+def test_compiled_by_itself():
+    teacher, student = pair(blocks=1)
+    options = {"rows": 0.5, "chunk_rows": 10}
+    found = SHDLoss(compile=True, **options)(teacher, student)
+    assert_equal(found, SHDLoss(**options)(teacher, student), student)
 
 
 def test_a_weight_that_changes_is_seen():
