@@ -111,17 +111,16 @@ def _sums(
     for part, target in targets.chunks():
         own = slice(part.start * pool[0], part.stop * pool[0])
         value, gradient = _chunk(student, own, target, divergence, temperature, pool)
-        total = total + value.sum(-1)
+        total += value.sum(-1)
         of_query.append(gradient @ key)
-        of_key = of_key + gradient.mT @ query[:, :, own]
+        of_key += gradient.mT @ query[:, :, own]
     return total, torch.cat(of_query, 2), of_key
 
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    return torch.compile(
-        _sums, recompile_limit=64
-    )  # blocks of another shape or plan have graphs of their own
+    # Blocks of another shape or plan have graphs of their own. torch's overloads do not know the argument.
+    return torch.compile(_sums, recompile_limit=64)  # type: ignore[call-overload,no-any-return]
 
 
 def _chunk(
