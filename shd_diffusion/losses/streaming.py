@@ -120,7 +120,7 @@ def _sums(
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     # Blocks of another shape or plan have graphs of their own. torch's overloads do not know the argument.
-    return torch.compile(_sums, recompile_limit=64)  # type: ignore[call-overload,no-any-return]
+    return torch.compile(_sums, recompile_limit=64)  # type: ignore[call-overload]
 
 
 def _chunk(
