@@ -122,9 +122,10 @@ def generate(
             bar.update(min(len(wanted) * state.num_processes, config.num_images - bar.n))
     state.wait_for_everyone()
     if state.is_main_process and (computed or summary["num_images"] < config.num_images):
+        there = max(config.num_images, summary["num_images"])
         summary = {
-            "num_images": config.num_images,
-            "labels": labels_of(range(config.num_images), null_label(pipeline.denoiser), config),
+            "num_images": there,
+            "labels": labels_of(range(there), null_label(pipeline.denoiser), config),
             "seconds_per_image": seconds / computed if computed else summary["seconds_per_image"],
             "protocol": protocol,
         }

@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch._dynamo.exc import BackendCompilerFailed
 
 from shd_diffusion.attention import attention_blocks
 from shd_diffusion.config import (
@@ -313,9 +314,15 @@ def _fit(stage: Stage, method: Method) -> tuple[ModelMixin, float]:
     began = time.perf_counter()
     method = as_configured(method, stage.config, stage.model, stage.accelerator)
     watch = make_watch(stage.config, stage.sampler, stage.accelerator.device)
-    trained = fit(
-        stage.model, method, stage.data, stage.process, stage.run, stage.config, stage.accelerator, watch
-    )
+    try:
+        trained = fit(
+            stage.model, method, stage.data, stage.process, stage.run, stage.config, stage.accelerator, watch
+        )
+    except BackendCompilerFailed as error:
+        raise UserError(
+            f"{stage.run.config_file}: torch.compile failed ({str(error).splitlines()[0]}); "
+            "leave `train.compile` and `losses.shd.compile` off, or install what it needs"
+        ) from error
     return trained, time.perf_counter() - began
 
 

@@ -121,6 +121,13 @@ def test_more_images_keep_those_that_are_there(tmp_path: Path) -> None:
     assert {name: files(tmp_path)[name] for name in before} == before
 
 
+def test_fewer_images_forget_none_that_are_there(tmp_path: Path) -> None:
+    generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
+    (tmp_path / "000001.png").unlink()
+    fewer = generate(tiny_pipeline(), CONFIG.model_copy(update={"num_images": 3}), tmp_path, {}, "test")
+    assert fewer["num_images"] == len(fewer["labels"]) == len(files(tmp_path)) == 7
+
+
 @pytest.mark.parametrize("batch_size", [1, 50, 64, 1000])
 @pytest.mark.parametrize("num_processes", [1, 2, 3])
 def test_every_image_has_its_place_in_a_pass_of_one_size(batch_size: int, num_processes: int) -> None:

@@ -13,6 +13,7 @@ from commands import DISTILL_CONFIG, TEACHER_CONFIG, command, sets
 from diffusers import ModelMixin
 from safetensors.torch import load_file
 from torch import nn
+from torch._inductor import config as inductor
 
 from shd_diffusion.training.methods import Distillation
 
@@ -71,6 +72,16 @@ def test_compiled_it_is_the_same_run(folder: Path, tmp_path: Path, monkeypatch: 
     run = distill(folder, tmp_path / "run", "train.compile=true")
     assert graphs
     assert losses(run) == pytest.approx(losses(folder / "plain"), rel=1e-6)
+
+
+def test_a_loss_that_cannot_be_compiled_names_the_keys(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inductor.cpp, "cxx", (None, str(tmp_path / "none")))
+    monkeypatch.setattr(inductor, "force_disable_caches", True)
+    arguments = sets(*SHORT, *STUDENT, f"teacher.path={folder / 'teacher'}", "losses.shd.compile=true")
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
+    assert code == 2 and "`losses.shd.compile`" in errors and "C++ compiler" in errors
 
 
 def test_bf16_computes_in_it_and_keeps_the_weights_in_float32(folder: Path, tmp_path: Path) -> None:
