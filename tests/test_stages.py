@@ -47,7 +47,7 @@ def test_every_term_is_logged_with_its_weight_and_share(runs: Path) -> None:
     for entry in entries:
         assert entry["images"] == entry["step"] * 16 and entry["seconds_per_step"] > 0
         assert set(entry["terms"]) == {"denoise", "output", "shd"}
-        for name, weight in (("denoise", 1.0), ("output", 1.0), ("shd", 5.0)):
+        for name, weight in (("denoise", 1.0), ("output", 1.0), ("shd", 20.0)):
             term = entry["terms"][name]
             assert term["weighted"] == pytest.approx(weight * term["value"])
             assert term["share"] == pytest.approx(term["weighted"] / entry["loss"])
