@@ -85,7 +85,9 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def distill(teacher: Path, run: Path, *more: str) -> tuple[int, str]:
-    arguments = sets(*SHORT, *STUDENT, f"teacher.path={teacher}", "losses.balance=true", "losses.shd.weight=5", *more)
+    arguments = sets(
+        *SHORT, *STUDENT, f"teacher.path={teacher}", "losses.balance=true", "losses.shd.weight=5", *more
+    )
     code, _, errors = command("distill", DISTILL_CONFIG, "--output", run, *arguments)
     return code, errors
 
