@@ -50,8 +50,9 @@ class SqueezedTeacher:
 
     def by_samples(self) -> Iterator[tuple[slice, SqueezedTeacher]]:
         """The same for some samples after others, see `sample_groups`."""
-        shape = *self.record.query.shape[:3], self.record.key.shape[2]
-        for samples in sample_groups(shape, self.record.query.device, self.chunk_rows):
+        query = self.source.query  # of no fewer rows than the record
+        shape = *query.shape[:3], self.source.key.shape[2]
+        for samples in sample_groups(shape, query.device, self.chunk_rows):
             record = source = self.record.of_samples(samples)
             if self.source is not self.record:
                 source = self.source.of_samples(samples)
