@@ -234,6 +234,7 @@ def _open(
         accelerator = make_accelerator(config.train, run.path)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+    accelerator.wait_for_everyone()  # everyone has seen the folder as it was
     if accelerator.is_main_process:
         run.create(config)
     start_trackers(accelerator, config)
