@@ -40,14 +40,14 @@ Output = Annotated[
     Path | None, typer.Option("--output", metavar="DIR", help="The run folder; default: the config's.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Build, take two steps on made-up images, tell the costs as JSON.")
+    bool, typer.Option("--dry-run", help="Build, take three steps on made-up images, tell the costs as JSON.")
 ]
 
 Arguments = ParamSpec("Arguments")
 
 
 def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """Errors that a person can mend end a command with one line and exit code 2, Ctrl-C with 130."""
+    """Errors that a person can mend end a command with one line and their exit code, Ctrl-C with 130."""
 
     @functools.wraps(function)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
@@ -55,7 +55,7 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
             function(*args, **kwargs)
         except UserError as error:
             typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
+            raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo(
                 "\ninterrupted; what was finished is kept, the same command goes on from there", err=True

@@ -147,6 +147,14 @@ class SHDConfig(TermConfig):
     chunk_rows: int | None = Field(None, ge=1)
     compile: bool = False
 
+    @model_validator(mode="after")
+    def _timesteps_are_a_range(self) -> SHDConfig:
+        if self.timesteps is not None and self.timesteps[0] > self.timesteps[1]:
+            raise ValueError(
+                f"`timesteps` {self.timesteps} end before they begin; give the first and the last"
+            )
+        return self
+
 
 class MappedTermConfig(TermConfig):
     """A term on pairs of blocks."""
@@ -183,6 +191,17 @@ class LossesConfig(Section):
     attention_mse: AttentionMSEConfig = AttentionMSEConfig(weight=0.0)
     aligner: TermConfig = TermConfig(weight=0.0)
     balance: bool = False
+
+    @model_validator(mode="after")
+    def _every_step_has_a_loss(self) -> LossesConfig:
+        terms = {
+            name: getattr(self, name)
+            for name in type(self).model_fields
+            if name not in ("balance", "variance")
+        }
+        if not any(term.weight for name, term in terms.items() if name != "shd" or self.shd.every == 1):
+            raise ValueError("there are steps without any term; give `denoise` a weight above 0")
+        return self
 
 
 class WatchConfig(Section):

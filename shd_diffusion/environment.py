@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-PACKAGES = ("shd-diffusion", "torch", "diffusers", "accelerate", "torch-fidelity", "torchmetrics", "numpy")
+PACKAGES = ("shd-diffusion", "torch", "diffusers", "accelerate", "torch-fidelity", "numpy")
 
 
 def describe_environment() -> dict[str, Any]:

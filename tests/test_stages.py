@@ -177,6 +177,30 @@ BAD = {
     "other size": (["student.arguments.sample_size=16"], ["distill.yaml", "student.arguments", "16"]),
     "no teacher": (["teacher.path=nowhere/at/all"], ["nowhere/at/all", "teacher.path"]),
     "unknown scheduler": (["sample.scheduler=Nope"], ["distill.yaml", "sample.scheduler", "Nope"]),
+    "another objective": (
+        ["diffusion.objective=flow"],
+        ["distill.yaml", "sample.scheduler", "DDIMScheduler"],
+    ),
+    "a plan of other heads": (
+        ["losses.shd.pairing=[[[0, 1], [2, 3]]]"],
+        ["distill.yaml", "round 0 of the plan"],
+    ),
+    "three at once": (
+        ["losses.shd.pairing=[[[0,1,2],[3,4,5],[6,7,8],[9,10],[11]]]"],
+        ["distill.yaml", "a progressive merge takes two heads"],
+    ),
+    "steps without a term": (
+        ["losses.denoise.weight=0", "losses.output.weight=0", "losses.shd.every=2"],
+        ["distill.yaml", "losses", "steps without any term"],
+    ),
+    "timesteps backwards": (
+        ["losses.shd.timesteps=[800, 200]"],
+        ["distill.yaml", "losses.shd", "[800, 200]"],
+    ),
+    "watching by other features": (
+        ["train.watch.every=5", "evaluate.extractor=fashion-mnist-classifier"],
+        ["distill.yaml", "train.watch", "32×32"],
+    ),
 }
 
 

@@ -99,7 +99,11 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
             f"{source}: key `data.name`: latents are what prepare writes; give a data set of images"
         )
     state = processes()
-    images, vae = open_images(config.data), load_vae(config.prepare.vae).to(state.device)
+    images = open_images(config.data)
+    try:
+        vae = load_vae(config.prepare.vae).to(state.device)
+    except UserError as error:
+        raise UserError(f"{source}: key `prepare.vae`: {error}") from error
     manifest = describe(config, images, vae, source)
     check_identity(output, manifest["identity"])
     shards = plan_shards(output, len(images), config.prepare.shard_size)

@@ -25,12 +25,10 @@ def load_vae(path: str) -> ModelMixin:
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(
-            f"prepare.vae: {path}: cannot be loaded ({reason}); give a folder or hub name of a diffusers VAE"
+            f"{path}: cannot be loaded ({reason}); give a folder or hub name of a diffusers VAE"
         ) from None
     if not hasattr(vae, "encode") or "latent_channels" not in vae.config:
-        raise UserError(
-            f"prepare.vae: {path}: a {type(vae).__name__} gives no means and variances; take an AutoencoderKL"
-        )
+        raise UserError(f"{path}: a {type(vae).__name__} gives no means and variances; take an AutoencoderKL")
     return vae.eval().requires_grad_(False)
 
 

@@ -26,6 +26,7 @@ from torch_fidelity.registry import register_feature_extractor
 
 from shd_diffusion.data.digits import digits_uint8
 from shd_diffusion.data.published import fashion_mnist
+from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_file
 from shd_diffusion.progress import progress_bar
 
@@ -128,7 +129,13 @@ def trained_classifier(name: str) -> Path:
     }
     path = cache_folder() / f"{name}-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.safetensors"
     if not path.exists():
-        classifier, accuracy = _train(name, recipe)
+        try:
+            classifier, accuracy = _train(name, recipe)
+        except UserError as error:
+            raise UserError(
+                f"evaluate.extractor: `{name}` takes its data from the usual place, whatever `data.path` is; link them "
+                f"there, or give weights by `evaluate.extractor_weights` ({error})"
+            ) from error
         with replacing_file(path) as temporary:
             save_file(classifier.state_dict(), temporary, {"accuracy": str(accuracy)})
     return path

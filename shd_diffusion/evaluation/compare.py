@@ -29,9 +29,11 @@ def compare(
         anyway: compare them though their protocols differ.
 
     Raises:
-        UserError: the protocols differ; the message has the differing lines.
+        UserError: there are no protocols, or they differ; the message has the differing lines.
     """
-    differing = differing_protocol(first.get("protocol", {}), second.get("protocol", {}))
+    if "protocol" not in first or "protocol" not in second:
+        raise UserError("these are not the figures of one evaluation each; give two `metrics.json`")
+    differing = differing_protocol(first["protocol"], second["protocol"])
     if differing and not anyway:
         lines = "\n  ".join(differing)
         raise UserError(

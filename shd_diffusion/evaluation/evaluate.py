@@ -73,9 +73,19 @@ def evaluate_run(
     real = open_reference(
         config.reference or reference, extractor, config.batch_size, config.resize, min(height, width)
     )
+    if real.features is not None and len(real.features) < FEWEST_IMAGES:
+        raise UserError(
+            f"{real.source}: {len(real.features)} reference images are too few; give {FEWEST_IMAGES} or more"
+        )
     classes = torch.tensor(labels) if labels is not None else generated.labels
     metrics = choose_metrics(config, extractor, real, classes)
     found = extract_features(generated, extractor, config.batch_size, "images")
+    for role, statistics in real.statistics.items():
+        if len(statistics.mean) != found[role].shape[1]:
+            raise UserError(
+                f"{real.source}: statistics of {len(statistics.mean)} features, but `{extractor.name}` has "
+                f"{found[role].shape[1]} {role}; give those of the same extractor, or the images"
+            )
     if nearest is not None and processes().is_main_process:
         write_nearest(nearest, generated, found["features"], classes, real)
 

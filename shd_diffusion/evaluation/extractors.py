@@ -54,9 +54,9 @@ class Extractor(nn.Module):
         super().__init__()
         self.name = name
         self.sha256 = _sha256(weights)
-        self.accuracy = _recorded_accuracy(weights)
         self.layers = KINDS[name].layers
         self.network: FeatureExtractorBase = _open(name, weights)
+        self.accuracy = _recorded_accuracy(weights)  # of a file that can be read, as is known by now
         self._spatial: Tensor | None = None
         if self.has_spatial:
             self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
@@ -67,8 +67,8 @@ class Extractor(nn.Module):
 
     @property
     def image_size(self) -> int | None:
-        """Width and height of the only images that it takes; None where it resizes them itself."""
-        return RECIPES[self.name].size if self.name in RECIPES else None
+        """See `image_size_of`."""
+        return image_size_of(self.name)
 
     @property
     def has_logits(self) -> bool:
@@ -82,11 +82,16 @@ class Extractor(nn.Module):
         return found
 
     def forward(self, images: Tensor) -> Tensor:
-        """The features (N, D) alone, as torchmetrics takes them."""
+        """The features (N, D) alone."""
         return self.roles(images)["features"]
 
     def _keep_spatial(self, _module: nn.Module, _inputs: Any, output: Tensor) -> None:
         self._spatial = output[:, :SPATIAL_CHANNELS].clone()
+
+
+def image_size_of(name: str) -> int | None:
+    """Width and height of the only images that an extractor takes; None where it resizes them itself."""
+    return RECIPES[name].size if name in RECIPES else None
 
 
 def load_extractor(name: str, weights: Path | None = None) -> Extractor:

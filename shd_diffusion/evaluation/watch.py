@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
+from torch import Tensor
+
+from shd_diffusion.evaluation.extractors import Extractor
+from shd_diffusion.evaluation.fid import Statistics, feature_statistics, frechet_distance
 
 
 @torch.no_grad()
-def watch_fid(samples: Tensor, reference: Tensor, extractor: nn.Module, batch_size: int = 500) -> float:
-    """Fréchet distance of 8-bit samples (N, 3, H, W) and reference images (R, 3, H, W).
+def watch_fid(samples: Tensor, reference: Statistics, extractor: Extractor, batch_size: int = 100) -> float:
+    """Fréchet distance of 8-bit samples (N, 3, H, W) from the statistics of the reference's features.
 
     Args:
         extractor: from `load_extractor`, on the device where it shall run.
     """
-    parameter = next(extractor.parameters())
-    metric = FrechetInceptionDistance(extractor, input_img_size=samples.shape[1:], antialias=False)
-    metric = metric.to(parameter.device)
-    for images, real in ((samples, False), (reference, True)):
-        for batch in images.split(batch_size):
-            metric.update(batch.to(parameter.device), real=real)
-    return metric.compute().item()
+    device = next(extractor.parameters()).device
+    features = [extractor(batch.to(device)).cpu() for batch in samples.split(batch_size)]
+    return frechet_distance(feature_statistics(torch.cat(features)), reference)

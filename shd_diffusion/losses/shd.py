@@ -21,8 +21,8 @@ from shd_diffusion.losses.streaming import Pool, map_divergence
 from shd_diffusion.losses.targets import SqueezedTeacher, map_stream
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.matching import match_merges
-from shd_diffusion.squeezing.plan import Plan, check_plan, parse_plan, plan_merges
-from shd_diffusion.squeezing.weights import Granularity, Merge, Squeezer, prepare
+from shd_diffusion.squeezing.plan import Merge, Plan, check_plan, parse_plan, plan_merges
+from shd_diffusion.squeezing.weights import Granularity, Squeezer, prepare
 
 Records = Mapping[str, AttentionRecord]
 
@@ -186,7 +186,7 @@ class SHDLoss:
             of, version, of_plan, squeezer = known
             if of.data_ptr() == weight.data_ptr() and version == weight._version and plan == of_plan:
                 return squeezer
-        check_plan(plan, teacher.heads, target)
+        check_plan(plan, teacher.heads, target, self.merge)
         squeezer = prepare(plan, weight.to(teacher.query.device), teacher.heads, self.merge)
         self._squeezers[name] = weight, weight._version, plan, squeezer
         return squeezer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch.nn.functional as F
@@ -56,11 +57,14 @@ def null_label(model: ModelMixin) -> int:
                 "encoder_hid_dim_type: image_proj and encoder_hid_dim: the number of classes + 1"
             )
         return config["encoder_hid_dim"] - 1
-    for key in ("num_embeds_ada_norm", "num_classes"):  # DiT, MDTv2
-        if getattr(config, key, None):
-            return config[key]
-    if getattr(config, "num_class_embeds", None):  # UNet2D has no null class of its own: the last one serves
-        return config["num_class_embeds"] - 1
+    if "class_labels" in inspect.signature(type(model).forward).parameters:
+        for key in ("num_embeds_ada_norm", "num_classes"):  # DiT, MDTv2
+            if getattr(config, key, None):
+                return config[key]
+        if getattr(
+            config, "num_class_embeds", None
+        ):  # UNet2D has no null class of its own: the last one serves
+            return config["num_class_embeds"] - 1
     raise ValueError(f"{type(model).__name__} is not class-conditional")
 
 

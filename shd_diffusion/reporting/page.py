@@ -10,17 +10,18 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_folder, write_text
 from shd_diffusion.reporting.attention import attention_views
 from shd_diffusion.reporting.classes import per_class_fid
 from shd_diffusion.reporting.curves import block_divergences, loss_curves, loss_shares, watched_fid
-from shd_diffusion.reporting.drawing import DARK, LIGHT, TEACHER_LOOK, Look, student_look
+from shd_diffusion.reporting.drawing import DARK, LIGHT, TEACHER_LOOK, Drawing, Look, student_look
 from shd_diffusion.reporting.nearest import draw_neighbours, neighbourhoods
-from shd_diffusion.reporting.protocol import Setting, compare, compare_protocols
+from shd_diffusion.reporting.protocol import Setting, compare, compare_protocols, differing_protocol
 from shd_diffusion.reporting.quality import quality_scatters
 from shd_diffusion.reporting.runs import Run, read_runs
 from shd_diffusion.reporting.samples import draw_gallery, sample_gallery
-from shd_diffusion.reporting.table import build_table, fid_text, fid_title
+from shd_diffusion.reporting.table import NOT_COMPARABLE, build_table, fid_text, fid_title
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,8 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         `output`.
 
     Raises:
-        UserError: a folder is no finished run, or a file in it is damaged; nothing has been written then.
+        UserError: a folder is no finished run, a file in it is damaged, or see `write_page`; nothing has been written
+            then.
     """
     runs = read_runs(paths)
     looks = assign_looks(runs)
@@ -83,11 +85,25 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         *scatters, *losses, *shares, *divergences, *([watched] if watched else []), *([classes] if classes else []),
         *(drawing for view in attention for drawing in view.drawings),
     ]  # fmt: skip
-    with replacing_folder(output.with_name(f"{output.stem}-figures")) as folder:
+    write_page(output, page, drawings)
+    return output
+
+
+def write_page(output: Path, page: str, drawings: Iterable[Drawing]) -> None:
+    """Write a page and, in a folder `<stem>-figures` beside it, its drawings as PNG; both may replace earlier ones.
+
+    Raises:
+        UserError: there is such a folder without a page, so it is somebody else's.
+    """
+    figures = output.with_name(f"{output.stem}-figures")
+    if figures.exists() and not output.exists():
+        raise UserError(
+            f"{figures}: would be replaced, but is of no {output.name}; move it or give another --output"
+        )
+    write_text(output, page)
+    with replacing_folder(figures) as folder:
         for drawing in drawings:
             drawing.save(folder)
-    write_text(output, page)
-    return output
 
 
 def assign_looks(runs: Sequence[Run]) -> dict[str, Look]:
@@ -101,7 +117,10 @@ def headline(runs: Sequence[Run]) -> Headline:
     """What was compared, and the outcome by FID where it is known."""
     teachers = [run for run in runs if run.is_teacher]
     students = [run for run in runs if not run.is_teacher]
-    return Headline(_title(teachers, students), _lead(teachers, students, fid_title(runs)))
+    title, differing = _title(teachers, students), differing_protocol(runs)
+    if differing:
+        return Headline(title, NOT_COMPARABLE.format(", ".join(differing)))
+    return Headline(title, _lead(teachers, students, fid_title(runs)))
 
 
 def _title(teachers: Sequence[Run], students: Sequence[Run]) -> str:

@@ -140,12 +140,12 @@ def build_table(runs: Sequence[Run]) -> Table:
             for run in runs
         ],
         note=protocol_line(runs) + _INTERVALS * any(run.metrics and run.metrics.intervals for run in runs),
-        warning=_WARNING.format(", ".join(differing)) if differing else None,
+        warning=NOT_COMPARABLE.format(", ".join(differing)) if differing else None,
     )
 
 
 _INTERVALS = " Brackets hold the 95 % interval by bootstrap."
-_WARNING = "These figures do not compare: the protocols differ in {}."
+NOT_COMPARABLE = "These figures do not compare: the protocols differ in {}."
 
 
 def _best(column: Column, runs: Sequence[Run]) -> float | None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import DDPMScheduler
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
 from torch import Tensor
@@ -32,7 +33,8 @@ def make_scheduler(name: str, arguments: dict[str, Any], trained_with: Scheduler
     """A diffusers scheduler by its class name, on the noise schedule that the model was trained with.
 
     Raises:
-        ValueError: diffusers has no scheduler of that name, or it takes no such argument.
+        ValueError: diffusers has no scheduler of that name, it takes no such argument, or it samples models of another
+            objective.
     """
     kind: Any = getattr(diffusers, name, None)
     if not hasattr(kind, "set_timesteps"):
@@ -40,7 +42,22 @@ def make_scheduler(name: str, arguments: dict[str, Any], trained_with: Scheduler
     unknown = sorted(set(arguments) - set(kind._get_init_keys(kind)))
     if unknown:
         raise ValueError(f"`{name}` takes no argument `{unknown[0]}`")
-    return kind.from_config(trained_with.config, **arguments)
+    own: dict[str, Any] = {}
+    if "variance_type" in kind._get_init_keys(kind) and not issubclass(kind, DDPMScheduler):
+        own["variance_type"] = None  # only DDPM draws with the variance that a model has learned
+    scheduler = kind.from_config(trained_with.config, **own, **arguments)
+    if _samples_flows(scheduler) != _samples_flows(trained_with):
+        wanted = "a flow" if _samples_flows(trained_with) else "noise"
+        other = type(trained_with).__name__
+        raise ValueError(
+            f"the model predicts {wanted}, which `{name}` does not sample by; take {other} or its kin"
+        )
+    return scheduler
+
+
+def _samples_flows(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler is for flow matching: by its class, or as a solver that is set to it."""
+    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
 
 
 def labels_of(indices: Sequence[int], num_classes: int, config: SampleConfig) -> list[int]:
@@ -96,7 +113,7 @@ def generate(
         The content of `sampling.json`.
 
     Raises:
-        UserError: the folder holds images of another protocol.
+        UserError: the folder holds images of another protocol, or of another origin.
     """
     state = processes()
     protocol = {**protocol, **config.model_dump(exclude={"num_images", "batch_size"})}
@@ -142,6 +159,10 @@ def image_path(folder: Path, index: int) -> Path:
 def _open(folder: Path, protocol: dict[str, Any]) -> dict[str, Any]:
     """What is known of the images in the folder, which must have been made under the same protocol."""
     if not (folder / SUMMARY).exists():
+        if next(folder.glob("*.png"), None):
+            raise UserError(
+                f"{folder}: has images of another origin, without a {SUMMARY}; sample into another folder"
+            )
         return {}
     summary = read_json(folder / SUMMARY)
     there, now = flatten(_protocol_of(summary)), flatten(protocol)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DDPMScheduler, DiffusionPipeline, ImagePipelineOutput
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -118,14 +118,19 @@ class ClassConditionalPipeline(DiffusionPipeline):
             )
             conditional, unconditional = both.chunk(2)
             prediction = guide(conditional, unconditional, scale, guided or channels)
-        learned = getattr(self.scheduler.config, "variance_type", None) in ("learned", "learned_range")
-        return prediction if learned else prediction[:, :channels]
+        return prediction if _draws_with_variance(self.scheduler) else prediction[:, :channels]
 
     def _decode(self, latents: Tensor) -> Tensor:
         if self.vae is None:
             return latents
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
         return self.vae.decode(latents / self.vae.config.scaling_factor + shift).sample
+
+
+def _draws_with_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler uses a variance that the model predicts; others may carry the setting and ignore it."""
+    kinds = ("learned", "learned_range")
+    return isinstance(scheduler, DDPMScheduler) and scheduler.config.get("variance_type") in kinds
 
 
 def _takes_generator(scheduler: SchedulerMixin) -> bool:

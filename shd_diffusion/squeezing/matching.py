@@ -13,11 +13,10 @@ from torch import Tensor
 
 from shd_diffusion.squeezing.chunks import MapStream
 from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select
-from shd_diffusion.squeezing.plan import Group, Plan, Round, check_heads, num_merges, plan_merges
+from shd_diffusion.squeezing.plan import Group, Merge, Plan, Round, check_heads, num_merges, plan_merges
 from shd_diffusion.squeezing.residual import residual_energies
 from shd_diffusion.squeezing.weights import (
     Granularity,
-    Merge,
     identity_weights,
     joined,
     merge_step,

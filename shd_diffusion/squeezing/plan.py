@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
+
+Merge = Literal["progressive", "joint"]
+"""Pair by pair, or each final group at once."""
 
 Group: TypeAlias = tuple[int, ...]
 Round: TypeAlias = tuple[Group, ...]
@@ -49,8 +52,11 @@ def check_heads(num_heads: int, target: int) -> None:
         )
 
 
-def check_plan(plan: Plan, num_heads: int, target: int) -> None:
-    """Raise ValueError unless the plan uses every head once a round and ends at `target` heads."""
+def check_plan(plan: Plan, num_heads: int, target: int, merge: Merge = "joint") -> None:
+    """Raise ValueError unless the plan uses every head once a round and ends at `target` heads.
+
+    Where the `merge` is progressive, it must also take two heads at a time.
+    """
     check_heads(num_heads, target)
     heads = num_heads
     for index, groups in enumerate(plan):
@@ -58,6 +64,8 @@ def check_plan(plan: Plan, num_heads: int, target: int) -> None:
             raise ValueError(
                 f"round {index} of the plan must name each of its {heads} input heads once: {groups}"
             )
+        if merge == "progressive" and (large := [group for group in groups if len(group) > 2]):
+            raise ValueError(f"a progressive merge takes two heads, not {large[0]}; merge='joint' takes more")
         heads = len(groups)
     if heads != target:
         raise ValueError(f"the plan leads from {num_heads} to {heads} heads, not to {target}")

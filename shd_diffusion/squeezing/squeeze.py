@@ -11,11 +11,10 @@ from torch import Tensor
 from shd_diffusion.squeezing.chunks import whole
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.matching import match_merges
-from shd_diffusion.squeezing.plan import Plan, check_heads, check_plan, plan_merges
+from shd_diffusion.squeezing.plan import Merge, Plan, check_heads, check_plan, plan_merges
 from shd_diffusion.squeezing.residual import relative_residual, residual_energies
 from shd_diffusion.squeezing.weights import (
     Granularity,
-    Merge,
     Squeezer,
     mixture,
     prepare,
@@ -120,8 +119,10 @@ def squeeze_heads(
                 [(whole(maps), values)], output_weight, num_heads, granularity, merge, coefficient
             )
         assert not isinstance(plan, str)
-        check_plan(plan, heads, num_heads)
+        check_plan(plan, heads, num_heads, merge)
         squeezer = prepare(plan, output_weight, heads, merge)
+    elif len(squeezer.groups) != num_heads:
+        raise ValueError(f"the squeezer leads to {len(squeezer.groups)} heads, not to {num_heads}")
 
     weights, coefficients = squeeze_weights(whole(maps), values, squeezer, granularity, coefficient)
     squeezed = mixture(weights, squeezer.groups)(slice(0, maps.shape[2]), maps)

@@ -16,12 +16,11 @@ from torch import Tensor
 
 from shd_diffusion.squeezing.chunks import MapStream, rows_of
 from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select, select_one
-from shd_diffusion.squeezing.plan import Group, Plan, members
+from shd_diffusion.squeezing.plan import Group, Merge, Plan, members
 from shd_diffusion.squeezing.simplex import minimum_norm_weights
 from shd_diffusion.squeezing.value_space import deviation_gram, output_gram, pair_sums, side_by_side
 
 Granularity = Literal["sample", "row"]
-Merge = Literal["progressive", "joint"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +60,10 @@ def prepare(plan: Plan, output_weight: Tensor, num_heads: int, merge: Merge = "p
     """Compute the output weights' Gram matrices that the plan's merges need, once for a frozen teacher.
 
     Args:
-        plan: the rounds of merges.
+        plan: the rounds of merges, see `check_plan`.
         output_weight: (C, M·d), as in `nn.Linear.weight`.
         num_heads: M.
         merge: `joint` merges each of the plan's final groups at once.
-
-    Raises:
-        ValueError: a progressive merge of more than two heads at once.
     """
     final = members(plan, num_heads)
     behind: tuple[Group, ...] = tuple((head,) for head in range(num_heads))
@@ -75,10 +71,6 @@ def prepare(plan: Plan, output_weight: Tensor, num_heads: int, merge: Merge = "p
     for groups in (final,) if merge == "joint" and plan else plan:
         by_shape: dict[tuple[int, ...], list[Group]] = {}
         for group in groups:
-            if merge == "progressive" and len(group) > 2:
-                raise ValueError(
-                    f"a progressive merge takes two heads, not {group}; merge='joint' takes more"
-                )
             if len(group) > 1:
                 by_shape.setdefault(tuple(len(behind[head]) for head in group), []).append(group)
         steps = tuple(merge_step(inputs, behind, output_weight) for inputs in by_shape.values())

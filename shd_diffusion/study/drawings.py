@@ -89,9 +89,9 @@ def _differences(results: Results, metric: str, condition: str, chosen: Sequence
 
 
 def over_conditions(results: Results, metric: str) -> Drawing | None:
-    """Means and intervals from condition to condition; None where there is only one."""
+    """Means and intervals from condition to condition; None where there is only one, or nothing to draw."""
     conditions = list(results.study.conditions)
-    if len(conditions) < 2:
+    if len(conditions) < 2 or not results.rows:
         return None
     look = looks(list(results.study.variants))
     with panel(height=2.3 + 0.1 * len(look)) as (figure, axes):  # the legend grows

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
-from shd_diffusion.files import replacing_folder, write_text
+from shd_diffusion.files import write_text
 from shd_diffusion.reporting.drawing import DARK, LIGHT
-from shd_diffusion.reporting.page import template
+from shd_diffusion.reporting.page import template, write_page
 from shd_diffusion.reporting.table import count, duration, significant
 from shd_diffusion.study.drawings import (
     differences,
@@ -24,7 +24,7 @@ from shd_diffusion.study.statistics import Estimate
 Lines = list[list[str]]
 
 
-def write_page(results: Results, output: Path) -> Path:
+def write_study(results: Results, output: Path) -> Path:
     """Write `output` (HTML), a folder `<stem>-figures` beside it, and `<stem>.md` with the tables."""
     metric = results.study.metrics[0]
     overview = over_conditions(results, metric)
@@ -52,10 +52,7 @@ def write_page(results: Results, output: Path) -> Path:
         config=yaml.safe_dump(results.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
         command=results.environment["command"],
     )
-    with replacing_folder(output.with_name(f"{output.stem}-figures")) as folder:
-        for drawing in drawings:
-            drawing.save(folder)
-    write_text(output, page)
+    write_page(output, page, drawings)
     tables = "\n".join(markdown(table) for table in (rows, comparisons) if len(table) > 1)
     write_text(
         output.with_suffix(".md"),
@@ -72,7 +69,11 @@ def lead(results: Results) -> str:
         return done
     condition = results.rows[-1].condition
     rows = {row.variant: row for row in results.rows if row.condition == condition}
-    pick = max if metric.startswith(("inception", "precision", "recall", "label")) else min
+    pick = (
+        max
+        if metric.startswith(("inception", "precision", "recall", "density", "coverage", "label"))
+        else min
+    )
     best = pick(rows.values(), key=lambda row: row.figures[metric].mean)
     under = f"Under {condition}, " if condition else ""
     said = f"{under}{best.variant} has the best mean {metric}, {_with_interval(best.figures[metric])}"

@@ -132,6 +132,8 @@ def read_outcome(planned: Planned) -> Outcome:
     watched = []
     for line in planned.run.metrics_file.read_text(encoding="utf-8").splitlines():
         entry = json.loads(line)
+        if "skipped" in entry:  # its time is in the next entry's
+            continue
         seconds += entry["seconds_per_step"] * (entry["step"] - last)
         last = entry["step"]
         if "watch" in entry:

@@ -22,7 +22,7 @@ from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.study.config import Budget, Planned, StudyConfig
 
 WORKER = (sys.executable, "-m", "shd_diffusion.study.worker")
-USER_ERROR = 2  # the exit code of a command that tells a person what to mend
+USER_ERROR = UserError.exit_code  # the exit code of a command that tells a person what to mend
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.study.config import StudyConfig, plan_runs
-from shd_diffusion.study.page import write_page
+from shd_diffusion.study.page import write_study
 from shd_diffusion.study.results import collect, write_results
 from shd_diffusion.study.runner import carry_out
 
@@ -25,7 +25,7 @@ def run_study(study: StudyConfig, output: Path) -> Path:
     failed = carry_out(study, planned, output)
     results = collect(study, planned)
     write_results(results, output)
-    page = write_page(results, output / "study.html")
+    page = write_study(results, output / "study.html")
     if failed:
         raise UserError(f"{output / 'logs'}: runs failed ({', '.join(failed)}); their logs say why")
     return page

@@ -63,6 +63,7 @@ def dry_run(config: TrainTeacherConfig | DistillConfig, source: str) -> Figures:
     accelerator = make_accelerator(small.train, Path())
     if accelerator.num_processes > 1:
         raise UserError("--dry-run: it is for one process, and tells what each of several would need")
+    built.to(accelerator.device)
     process = forward_process(config.diffusion)
     with _method(small, teacher, built, process, accelerator) as method:
         measured = measure(small, config.train.batch_size, method, built, process, accelerator)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from shd_diffusion.config import RunConfig, TrainConfig
 from shd_diffusion.data.source import Source
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import DivergedError
 from shd_diffusion.losses.denoising import ForwardProcess
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.randomness import generator
@@ -56,7 +56,8 @@ def fit(
         watch: figures and samples of the averaged model, every `config.watch.every` steps.
 
     Raises:
-        UserError: a checkpoint cannot be written, or too many steps in a row had no finite gradient.
+        UserError: a checkpoint cannot be written.
+        DivergedError: too many steps in a row had no finite gradient.
     """
     train = config.train
     layout = Layout(
@@ -92,7 +93,7 @@ def fit(
                 culprits = journal.write_skipped(done, terms)
                 if skipped == train.max_skipped_steps:
                     good = latest_checkpoint(run.checkpoints, accelerator)
-                    raise UserError(explain_end(run, skipped, culprits, good))
+                    raise DivergedError(explain_end(run, skipped, culprits, good))
             else:
                 skipped = 0
                 if last or watching or is_due(done, train.log_every):

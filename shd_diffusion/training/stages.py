@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -39,10 +38,10 @@ from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
-from shd_diffusion.squeezing.plan import plan_merges, plans_from_json, plans_to_json
+from shd_diffusion.squeezing.plan import check_plan, parse_plan, plan_merges, plans_from_json, plans_to_json
 from shd_diffusion.training.balance import Balanced, check_balance
 from shd_diffusion.training.launch import make_accelerator, start_trackers
-from shd_diffusion.training.loop import fit
+from shd_diffusion.training.loop import Watch, fit
 from shd_diffusion.training.masking import WithMasking, prepare_masking
 from shd_diffusion.training.methods import Captures, Denoising, DenoisingLoss, Distillation, Method
 from shd_diffusion.training.probe import paired_records, probe_batches, study_attention
@@ -64,8 +63,8 @@ def train_teacher(config: TrainTeacherConfig, output: Path, source: str) -> None
     stage = _open(config, config.model, "model", output, source)
     if stage is None:
         return
-    trained, seconds = _fit(stage, Denoising(DenoisingLoss(stage.process, config.diffusion)))
-    _finish(stage, trained, seconds, None)
+    trained = _fit(stage, Denoising(DenoisingLoss(stage.process, config.diffusion)))
+    _finish(stage, trained, None)
 
 
 def distill(config: DistillConfig, output: Path, source: str) -> None:
@@ -90,11 +89,14 @@ def distill(config: DistillConfig, output: Path, source: str) -> None:
     if shd.weight and shd.pairing == "matched":
         _load_or_calibrate(loss, teacher, stage)
     with distillation(config, teacher, stage.model, stage.process, loss) as method:
-        trained, seconds = _fit(stage, method)
+        trained = _fit(stage, method)
     if _is_comparable(teacher, trained, loss, config, source):
         path = stage.run.attention_file
-        study_attention(loss, teacher, trained, stage.data, stage.process, config.seed, path)
-    _finish(stage, trained, seconds, teacher, sum(p.numel() for p in method.parameters()))
+        try:
+            study_attention(loss, teacher, trained, stage.data, stage.process, config.seed, path)
+        except ValueError as error:  # such as other token grids, which a run without SHD may have
+            announce(f"{stage.run.path}: the attention of teacher and student cannot be shown: {error}")
+    _finish(stage, trained, teacher, sum(p.numel() for p in method.parameters()))
 
 
 def place_teacher(teacher: ModelMixin, config: TeacherConfig, device: torch.device) -> None:
@@ -169,8 +171,10 @@ def check_squeezing(teacher: ModelMixin, student: ModelMixin, shd: SHDConfig, pa
     except ValueError as error:
         raise UserError(f"{source}: key `losses.shd.layer_map`: {error}") from error
     for name, taught_by in pairs.items():
+        heads = theirs[taught_by].heads, ours[name].heads
         try:
-            plan_merges(theirs[taught_by].heads, ours[name].heads)
+            plan = parse_plan(shd.pairing) if isinstance(shd.pairing, list) else plan_merges(*heads)
+            check_plan(plan, *heads, shd.merge)
         except ValueError as error:
             raise UserError(
                 f"{source}: key `student.arguments`: block {name}: {error} (teacher {path})"
@@ -203,6 +207,8 @@ class Stage:
     data: Source
     process: ForwardProcess
     sampler: SchedulerMixin
+    vae: ModelMixin | None
+    watch: Watch | None
     accelerator: Accelerator
 
 
@@ -232,14 +238,28 @@ def _open(
         raise UserError(f"{source}: key `sample.scheduler`: {error}") from error
     try:
         accelerator = make_accelerator(config.train, run.path)
+        vae = _load_vae(data)
+        watch = make_watch(config, sampler, vae, accelerator.device)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+    built.to(accelerator.device)  # where captures and baselines look for it
     accelerator.wait_for_everyone()  # everyone has seen the folder as it was
     if accelerator.is_main_process:
         run.create(config)
     start_trackers(accelerator, config)
     accelerator.wait_for_everyone()
-    return Stage(config, run, built, data, process, sampler, accelerator)
+    return Stage(config, run, built, data, process, sampler, vae, watch, accelerator)
+
+
+def _load_vae(data: Source) -> ModelMixin | None:
+    """The VAE that latents were encoded by: their pipeline needs it, so it is missed before the training, not after."""
+    if not isinstance(data, LatentSource):
+        return None
+    try:
+        with processes().local_main_process_first():
+            return load_vae(data.vae)
+    except UserError as error:
+        raise UserError(f"key `data.path`: the VAE in its manifest.json: {error}") from error
 
 
 def build_to_train(
@@ -292,10 +312,9 @@ def _load_or_calibrate(loss: SHDLoss, teacher: ModelMixin, stage: Stage) -> None
         return
     config = stage.config
     assert isinstance(config, DistillConfig)
-    student = stage.model.to(stage.accelerator.device)
     count, size = config.losses.shd.calibration_batches, config.train.batch_size
-    batches = probe_batches(stage.data, student, stage.process, count, size, config.seed)
-    plans = loss.calibrate(paired_records(teacher, student, batches))
+    batches = probe_batches(stage.data, stage.model, stage.process, count, size, config.seed)
+    plans = loss.calibrate(paired_records(teacher, stage.model, batches))
     stage.accelerator.wait_for_everyone()
     if stage.accelerator.is_main_process:
         write_text(path, plans_to_json(plans))
@@ -310,39 +329,40 @@ def as_configured(method: Method, config: RunConfig, model: ModelMixin, accelera
     return method
 
 
-def _fit(stage: Stage, method: Method) -> tuple[ModelMixin, float]:
-    """The trained model with its averaged weights, and the seconds that it took."""
-    began = time.perf_counter()
+def _fit(stage: Stage, method: Method) -> ModelMixin:
+    """The trained model with its averaged weights."""
     method = as_configured(method, stage.config, stage.model, stage.accelerator)
-    watch = make_watch(stage.config, stage.sampler, stage.accelerator.device)
     try:
-        trained = fit(
-            stage.model, method, stage.data, stage.process, stage.run, stage.config, stage.accelerator, watch
+        return fit(
+            stage.model,
+            method,
+            stage.data,
+            stage.process,
+            stage.run,
+            stage.config,
+            stage.accelerator,
+            stage.watch,
         )
     except BackendCompilerFailed as error:
         raise UserError(
             f"{stage.run.config_file}: torch.compile failed ({str(error).splitlines()[0]}); "
             "leave `train.compile` and `losses.shd.compile` off, or install what it needs"
         ) from error
-    return trained, time.perf_counter() - began
 
 
-def _finish(
-    stage: Stage, trained: ModelMixin, seconds: float, teacher: ModelMixin | None, extra_parameters: int = 0
-) -> None:
+def _finish(stage: Stage, trained: ModelMixin, teacher: ModelMixin | None, extra_parameters: int = 0) -> None:
     """Save the pipeline, then the summary: a run that has one is complete."""
     if stage.accelerator.is_main_process:
-        vae = load_vae(stage.data.vae) if isinstance(stage.data, LatentSource) else None
         with replacing_folder(stage.run.pipeline) as temporary:
-            pipeline = ClassConditionalPipeline(trained, stage.sampler, vae)
+            pipeline = ClassConditionalPipeline(trained, stage.sampler, stage.vae)
             pipeline.save_pretrained(temporary, safe_serialization=True)
-        summary = summarize(stage, trained, seconds, teacher)
+        summary = summarize(stage, trained, teacher)
         write_json(stage.run.summary_file, summary | {"extra_parameters": extra_parameters})
     for tracker in stage.accelerator.trackers:
         tracker.finish()
 
 
-def summarize(stage: Stage, model: ModelMixin, seconds: float, teacher: ModelMixin | None) -> dict[str, Any]:
+def summarize(stage: Stage, model: ModelMixin, teacher: ModelMixin | None) -> dict[str, Any]:
     """What the report says of a run; heads are the most that any block has."""
     config, train = stage.config, stage.config.train
     blocks = attention_blocks(model).values()
@@ -359,7 +379,6 @@ def summarize(stage: Stage, model: ModelMixin, seconds: float, teacher: ModelMix
         * train.batch_size
         * train.gradient_accumulation_steps
         * stage.accelerator.num_processes,
-        "seconds": seconds,
         "teacher": config.teacher.path if isinstance(config, DistillConfig) else None,
         "teacher_heads": None if teacher is None else most_heads(teacher),
     }

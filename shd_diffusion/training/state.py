@@ -48,8 +48,9 @@ class Training:
         parameters = list(model.parameters())
         groups = [{"params": part} for part in (parameters, extra) if part]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+        warm = config.lr_schedule == "constant" and config.warmup_steps  # to diffusers a schedule of its own
         rate = get_scheduler(
-            config.lr_schedule,
+            "constant_with_warmup" if warm else config.lr_schedule,
             optimizer,
             num_warmup_steps=config.warmup_steps,
             num_training_steps=config.max_steps,

@@ -12,7 +12,10 @@ from torchvision.utils import make_grid
 
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import reference_images, to_rgb_bytes
+from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import load_extractor, watch_fid
+from shd_diffusion.evaluation.extractors import image_size_of
+from shd_diffusion.evaluation.references import open_reference
 from shd_diffusion.sampling import ClassConditionalPipeline
 from shd_diffusion.sampling.generate import sample_indices
 from shd_diffusion.sampling.passes import deal_passes
@@ -22,27 +25,46 @@ ROWS, COLUMNS = 5, 10
 SMALLEST = 48  # pixels: the width of an image in the picture, at least
 
 
-def make_watch(config: RunConfig, sampler: SchedulerMixin, device: torch.device) -> Watch | None:
+def make_watch(
+    config: RunConfig, sampler: SchedulerMixin, vae: ModelMixin | None, device: torch.device
+) -> Watch | None:
     """The Fréchet distance of a model in training, and a picture of its samples; None where it is not watched.
 
     The samples are the first of those that `sample` would draw, in fewer steps, so they compare between runs.
 
+    Args:
+        config: of the run.
+        sampler: the scheduler that samples.
+        vae: decodes the samples of a model in latents.
+        device: where the samples are made.
+
     Raises:
-        UserError: the images to compare with, or the extractor's weights, cannot be read.
+        UserError: the images to compare with, or the extractor's weights, cannot be read, or do not fit each other.
     """
     wanted, evaluate = config.train.watch, config.evaluate
     if not wanted.every:
         return None
-    real = reference_images(config.data)
-    reference = torch.stack([real[index] for index in range(len(real))])
+    real, only = reference_images(config.data), image_size_of(evaluate.extractor)
+    _, height, width = real[0].shape
+    if only is not None and (height, width) != (only, only):
+        raise UserError(
+            f"key `train.watch`: `{evaluate.extractor}` takes {only}×{only} images only, not {width}×{height}; set "
+            "`evaluate.extractor` to another, or `train.watch.every` to 0"
+        )
     weights = None if evaluate.extractor_weights is None else Path(evaluate.extractor_weights)
     extractor = load_extractor(evaluate.extractor, weights).to(device)
+    reference = open_reference(
+        evaluate.reference or real, extractor, evaluate.batch_size, evaluate.resize, min(height, width)
+    ).statistics["features"]
     sample = config.sample.model_copy(
         update={"num_inference_steps": wanted.num_inference_steps, "num_images": wanted.num_images}
     )
 
+    if vae is not None:
+        vae.to(device)
+
     def watch(model: ModelMixin) -> tuple[dict[str, float], Tensor]:
-        pipeline = ClassConditionalPipeline(model, sampler)
+        pipeline = ClassConditionalPipeline(model, sampler, vae)
         pipeline.set_progress_bar_config(disable=True)
         passes = [
             to_rgb_bytes(sample_indices(pipeline, indices, sample)).cpu() for indices in deal_passes(sample)

@@ -20,6 +20,11 @@ def test_the_same_protocol():
     assert compare(FIGURES, better) == {"fid": {"first": 10.0, "second": 8.5, "difference": -1.5}}
 
 
+def test_what_is_no_evaluation_is_refused():
+    with pytest.raises(UserError, match=r"give two `metrics\.json`"):
+        compare(FIGURES, {"runs/a": FIGURES})
+
+
 def test_another_protocol_is_refused_with_the_differing_lines():
     other = FIGURES | {
         "protocol": {"num_inference_steps": 50, "versions": {"torch": "3"}, "guidance_scale": 1.5}

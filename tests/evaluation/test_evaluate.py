@@ -7,16 +7,20 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchmetrics.image.fid import FrechetInceptionDistance
 
 from shd_diffusion.config import EvaluateConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import evaluate_run, load_extractor, watch_fid
+from shd_diffusion.evaluation.fid import Statistics
+from shd_diffusion.evaluation.references import open_reference, save_reference
 
 ROOT = Path(__file__).parents[2]
 ALL_METRICS = ["fid", "is", "kid", "prc", "prc-adm", "dc", "fid-infinity", "per-class"]
@@ -89,11 +93,31 @@ def test_a_folder_of_images_and_few_of_them(digits, tmp_path):
     assert "label_accuracy" not in found
 
 
-def test_watching_equals_the_evaluation(digits):
+@torch.no_grad()
+def test_watching_equals_the_evaluation_and_torchmetrics(digits):
     images, _ = digits
     samples, reference = images[:400], images[400:]
-    watched = watch_fid(samples, reference, load_extractor("digits-classifier"))
-    assert watched == pytest.approx(evaluate_run(samples, reference, EvaluateConfig())["fid"], rel=1e-4)
+    extractor = load_extractor("digits-classifier")
+    watched = watch_fid(samples, open_reference(reference, extractor, 100).statistics["features"], extractor)
+    assert watched == pytest.approx(evaluate_run(samples, reference, EvaluateConfig())["fid"], rel=1e-9)
+    theirs = FrechetInceptionDistance(extractor, input_img_size=(3, 8, 8), antialias=False)
+    theirs.update(samples, real=False)
+    theirs.update(reference, real=True)
+    assert watched == pytest.approx(theirs.compute().item(), rel=1e-4)
+
+
+def test_a_reference_that_is_too_small_or_of_other_features_is_refused(digits, tmp_path):
+    images, _ = digits
+    with pytest.raises(UserError, match="3 reference images are too few; give 10 or more"):
+        evaluate_run(images[:20], images[:3], EvaluateConfig())
+    published = open_reference(images[:40], load_extractor("digits-classifier"), 100)
+    narrow = {
+        role: Statistics(s.mean[:7], s.covariance[:7, :7].clone()) for role, s in published.statistics.items()
+    }
+    save_reference(replace(published, statistics=narrow, features=None), load_extractor("digits-classifier"),
+                   tmp_path / "narrow.safetensors")  # fmt: skip
+    with pytest.raises(UserError, match="statistics of 7 features, but `digits-classifier` has 64"):
+        evaluate_run(images[:20], str(tmp_path / "narrow.safetensors"), EvaluateConfig())
 
 
 def test_what_cannot_be_evaluated_is_refused(digits, tmp_path):

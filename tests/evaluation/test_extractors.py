@@ -98,6 +98,9 @@ def test_unknown_missing_and_foreign_weights_are_refused(tmp_path):
     for name in ("digits-classifier", "inception-v3-compat", "dinov2-vit-s-14"):
         with pytest.raises(UserError, match=f"other.safetensors does not hold weights of `{name}`"):
             load_extractor(name, tmp_path / "other.safetensors")
+    (tmp_path / "cut.safetensors").write_bytes((tmp_path / "other.safetensors").read_bytes()[:20])
+    with pytest.raises(UserError, match=r"cut\.safetensors does not hold weights"):
+        load_extractor("digits-classifier", tmp_path / "cut.safetensors")
 
 
 class Surprise:

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel, ModelMixin, UNet2DConditionModel, UNet2DModel
+from diffusers import (
+    DiTTransformer2DModel,
+    ModelMixin,
+    PixArtTransformer2DModel,
+    UNet2DConditionModel,
+    UNet2DModel,
+)
 from torch import Tensor
 
 from shd_diffusion.attention import AttentionCapture
@@ -111,5 +117,7 @@ def test_the_mask_reaches_the_model() -> None:
 def test_models_that_cannot_be_called_so_are_named() -> None:
     with pytest.raises(ValueError, match="encoder_hid_dim_type: image_proj"):
         null_label(unet())
+    with pytest.raises(ValueError, match="PixArtTransformer2DModel is not class-conditional"):
+        null_label(PixArtTransformer2DModel(caption_channels=8, **TRANSFORMER))
     with pytest.raises(ValueError, match="DiTTransformer2DModel takes no token mask"):
         num_tokens(models()["dit"])

@@ -108,6 +108,7 @@ def test_the_same_runs_give_the_same_page_and_old_figures_go(runs: dict[str, Pat
     page = tmp_path / "one.html"
     folder = tmp_path / "one-figures"
     folder.mkdir()
+    page.write_text("an earlier report")
     (folder / "loss-gone.png").write_bytes(b"of an earlier report")
     first = write_report([runs["teacher"]], page).read_text()
     assert first == write_report([runs["teacher"]], page).read_text()
@@ -172,3 +173,22 @@ def test_bad_input_writes_nothing(runs: dict[str, Path], tmp_path: Path) -> None
 def test_headline_of_one_run(runs: dict[str, Path], names: list[str], title: str, lead: str) -> None:
     found = headline(read_runs([runs[name] for name in names]))
     assert (found.title, found.lead) == (title, lead)
+
+
+def test_no_headline_where_protocols_differ(runs: dict[str, Path], fresh_run: Callable[[str], Path]) -> None:
+    other = fresh_run("none")
+    metrics = other / "evaluation" / "metrics.json"
+    content = json.loads(metrics.read_text())
+    content["protocol"]["num_inference_steps"] = 10
+    metrics.write_text(json.dumps(content))
+    lead = headline(read_runs([runs["kd"], other])).lead
+    assert lead == "These figures do not compare: the protocols differ in num_inference_steps."
+
+
+def test_figures_of_somebody_else_are_left_alone(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "paper-figures").mkdir()
+    (tmp_path / "paper-figures" / "plot.png").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"paper-figures: would be replaced, but is of no paper\.html"):
+        write_report([runs["kd"]], tmp_path / "paper.html")
+    assert (tmp_path / "paper-figures" / "plot.png").read_bytes() == b"mine"
+    assert not (tmp_path / "paper.html").exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import ROOT, command, sets
-from diffusers import DDPMScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from small_models import small_dit
 
@@ -193,3 +193,36 @@ def test_bad_requests_are_refused() -> None:
         make_scheduler("NoScheduler", {}, DDPMScheduler())
     with pytest.raises(ValueError, match="no argument `etta`"):
         make_scheduler("DDIMScheduler", {"etta": 1}, DDPMScheduler())
+
+
+def test_a_scheduler_of_another_objective_is_refused() -> None:
+    flow, noise = FlowMatchEulerDiscreteScheduler(), DDPMScheduler()
+    with pytest.raises(ValueError, match="predicts a flow, which `DDIMScheduler` does not sample by"):
+        make_scheduler("DDIMScheduler", {}, flow)
+    with pytest.raises(ValueError, match="predicts noise, which `FlowMatchEulerDiscreteScheduler`"):
+        make_scheduler("FlowMatchEulerDiscreteScheduler", {}, noise)
+    solver = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    assert make_scheduler("DPMSolverMultistepScheduler", solver, flow).config["use_flow_sigmas"]
+    with pytest.raises(ValueError, match="predicts noise"):
+        make_scheduler("DPMSolverMultistepScheduler", solver, noise)
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_learned_variance_is_left_out_where_a_scheduler_has_no_use_for_it(scheduler: str) -> None:
+    torch.manual_seed(0)
+    model = small_dit(2, layers=1, out_channels=2).eval()
+    plain = DDPMScheduler(clip_sample=False)
+    learned = DDPMScheduler(clip_sample=False, variance_type="learned_range")
+    images = []
+    for trained_with in (plain, learned):
+        pipeline = ClassConditionalPipeline(model, make_scheduler(scheduler, {}, trained_with))
+        pipeline.set_progress_bar_config(disable=True)
+        images.append(sample_indices(pipeline, range(3), CONFIG))
+    assert torch.equal(*images)
+
+
+def test_images_of_another_origin_are_left_alone(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "000000.png")
+    with pytest.raises(UserError, match=r"has images of another origin, without a sampling\.json"):
+        generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
+    assert list(tmp_path.iterdir()) == [tmp_path / "000000.png"]

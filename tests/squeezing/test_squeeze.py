@@ -165,6 +165,8 @@ def test_shapes_that_do_not_fit_are_an_error():
         squeeze_heads(maps, values, weight, 5)
     with pytest.raises(ValueError, match="plan"):
         squeeze_heads(maps, values, weight, 2, pairing=plan_merges(4, 3))
+    with pytest.raises(ValueError, match="the squeezer leads to 3 heads, not to 2"):
+        squeeze_heads(maps, values, weight, 2, squeezer=prepare(plan_merges(4, 3), weight, 4))
     with pytest.raises(ValueError, match="joint"):
         squeeze_heads(maps, values, weight, 2, pairing=(((0, 1, 2), (3,)),))
 

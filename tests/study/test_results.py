@@ -7,11 +7,13 @@ import json
 from pathlib import Path
 
 import pytest
+from commands import DISTILL_CONFIG
 
-from shd_diffusion.config import read_config
+from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.errors import UserError
-from shd_diffusion.study.config import StudyConfig
-from shd_diffusion.study.page import write_page
+from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.study.config import Planned, StudyConfig
+from shd_diffusion.study.page import write_study
 from shd_diffusion.study.results import (
     Outcome,
     Results,
@@ -19,6 +21,7 @@ from shd_diffusion.study.results import (
     _row,
     compare_variants,
     reach,
+    read_outcome,
     write_results,
 )
 
@@ -102,12 +105,28 @@ def test_files(results: Results, tmp_path: Path) -> None:
 
 
 def test_the_page_says_what_came_out(results: Results, tmp_path: Path) -> None:
-    page = write_page(results, tmp_path / "study.html").read_text()
+    page = write_study(results, tmp_path / "study.html").read_text()
     assert "Under long, kd has the best mean fid, 22.0" in page and "14 of 18 runs" in page
     assert page.count("<svg") == len(list((tmp_path / "study-figures").glob("*.png"))) == 9
     assert "http" not in page.replace("http://www.w3.org", "")
     tables = (tmp_path / "study.md").read_text()
     assert "| short | shd | 3 | 103 (65.4 to 141) | 61 s | 50 | 300 steps, 30 s (2 of 3) |" in tables
+
+
+def test_steps_that_were_left_out_count_as_time(study: StudyConfig, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    lines = [
+        {"step": 10, "seconds_per_step": 2.0},
+        {"step": 11, "skipped": ["denoise"]},
+        {"step": 20, "seconds_per_step": 3.0, "watch": {"fid": 7.0}},
+    ]
+    run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    run.summary_file.write_text('{"parameters": 5}')
+    run.evaluation_file.parent.mkdir()
+    run.evaluation_file.write_text('{"fid": 6.0}')
+    config = read_config(DISTILL_CONFIG, DistillConfig)
+    outcome = read_outcome(Planned("", "kd", 0, run, config, ()))
+    assert outcome.seconds == 10 * 2 + 10 * 3 and outcome.watched == [Watched(20, 50.0, 7.0)]
 
 
 @pytest.mark.parametrize(

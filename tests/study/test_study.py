@@ -14,6 +14,7 @@ import yaml
 from commands import DISTILL_CONFIG, command, sets, start
 from safetensors.torch import load_file
 
+from shd_diffusion.errors import DivergedError
 from shd_diffusion.study import runner
 
 STEPS = {
@@ -104,12 +105,13 @@ def test_what_a_person_must_mend_ends_the_study(tmp_path: Path, monkeypatch: pyt
     assert code == 2 and errors.endswith("error: mend this\n") and errors.count("begun") == 1
 
 
+@pytest.mark.parametrize("code", [1, DivergedError.exit_code])
 def test_runs_that_fail_are_named_after_the_others_ran(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "WORKER", stand_in(1))
-    code, _, errors = command("study", study_file(tmp_path, tmp_path))
-    assert code == 2 and errors.count("failed,") == 4 and "kd seed 0, vkd seed 0, kd seed 1" in errors
+    monkeypatch.setattr(runner, "WORKER", stand_in(code, "error: diverged"))
+    code, _, errors = command("study", study_file(tmp_path, tmp_path, conditions={"a": {}, "b": {}}))
+    assert code == 2 and errors.count("failed,") == 8 and "a kd seed 0, a vkd seed 0, b kd seed 0" in errors
     assert (tmp_path / "study" / "study.json").exists()
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._inductor import config as inductor
 
+from shd_diffusion.training import stages
 from shd_diffusion.training.methods import Distillation
 
 SHORT = ["train.max_steps=3", "train.batch_size=4", "train.log_every=1", "train.warmup_steps=0"]
@@ -173,3 +174,23 @@ def test_the_divergence_is_logged_block_by_block(folder: Path, tmp_path: Path) -
         assert list(blocks) == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
         assert sum(blocks.values()) / 2 == pytest.approx(entry["terms"]["shd"]["value"], rel=1e-6)
     assert all("divergence" not in entry for entry in log(folder / "teacher"))
+
+
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_the_learning_rate_is_warmed_up_by_every_schedule(
+    schedule: str, folder: Path, tmp_path: Path
+) -> None:
+    run = distill(folder, tmp_path / "run", f"train.lr_schedule={schedule}", "train.warmup_steps=4")
+    rates = [entry["learning_rate"] for entry in log(run)]
+    assert rates == pytest.approx([5e-4, 1e-3, 1.5e-3])
+
+
+def test_attention_that_cannot_be_shown_does_not_cost_the_run(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def apart(*_: object) -> None:
+        raise ValueError("maps over 36 and 16 tokens: square grids compare, one a multiple of the other")
+
+    monkeypatch.setattr(stages, "study_attention", apart)
+    run = distill(folder, tmp_path / "run", "losses.shd.weight=0")
+    assert (run / "summary.json").exists() and not (run / "attention.safetensors").exists()

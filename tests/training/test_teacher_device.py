@@ -1,16 +1,20 @@
 """A teacher on the CPU beside a student elsewhere: tensors without content, which still refuse to mix devices."""
 
+from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 import torch
+from commands import DISTILL_CONFIG
 from small_models import small_dit
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from shd_diffusion.config import DiffusionConfig, DistillConfig
+from shd_diffusion.config import DiffusionConfig, DistillConfig, read_config
 from shd_diffusion.losses import SHDLoss
 from shd_diffusion.losses.denoising import forward_process
-from shd_diffusion.models.adapter import freeze
+from shd_diffusion.models.adapter import freeze, predict
+from shd_diffusion.training import stages
 from shd_diffusion.training.methods import Batch
 from shd_diffusion.training.stages import distillation
 
@@ -50,3 +54,19 @@ def test_a_teacher_on_the_cpu_teaches_a_student_on_another_device(pairing: str) 
         ("denoise", "output", "shd", "attention_mse"), "cuda"
     )
     assert {explanation.residual.device.type for explanation in found.values()} == {"cuda"}
+
+
+def test_a_run_is_set_up_on_the_accelerator(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("meta")
+    accelerator = SimpleNamespace(device=device, is_main_process=True, wait_for_everyone=lambda: None)
+    monkeypatch.setattr(stages, "make_accelerator", lambda *_: accelerator)
+    monkeypatch.setattr(stages, "start_trackers", lambda *_: None)
+    config = read_config(DISTILL_CONFIG, DistillConfig, ["losses.features.weight=1"])
+    teacher, shd = freeze(small_dit(12, layers=6)), SHDLoss()
+    stage = stages._open(config, config.student, "student", tmp_path / "run", "distill.yaml", teacher)
+    assert stage is not None and {each.device for each in stage.model.parameters()} == {device}
+    with stages.distillation(config, teacher, stage.model, stage.process, shd) as method:
+        assert {each.device for each in method.parameters()} == {device}
+        predict(teacher, torch.zeros(1, 1, 8, 8), torch.zeros(1), torch.zeros(1, dtype=torch.long))
+        taught, _ = method.captures.read()
+        assert {record.query.device for record in taught.records.values()} == {device}
