@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import time
-import weakref
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from pathlib import Path
@@ -26,12 +25,11 @@ import torch
 import typer
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
+from live_memory import LiveMemory
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.data import default_collate
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.datasets import ImagesPathDataset
@@ -405,35 +403,6 @@ def features(
 
 
 # --- memory --------------------------------------------------------------------------------------------------
-
-
-class LiveMemory(TorchDispatchMode):
-    """The most bytes that tensors made within it hold at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak = 0, 0
-        self.known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor):
-                self._count(leaf.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        address, size = storage.data_ptr(), storage.nbytes()
-        if address in self.known or not size:
-            return
-        self.known.add(address)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._freed, address, size)
-
-    def _freed(self, address: int, size: int) -> None:
-        self.known.discard(address)
-        self.live -= size
 
 
 @app.command()

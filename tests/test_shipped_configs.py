@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from commands import ROOT
 
-from shd_diffusion.config import DistillConfig, RunConfig, read_run_config
+from shd_diffusion.config import DistillConfig, RunConfig, read_config, read_run_config
+from shd_diffusion.evaluation.extractors import image_size_of
 from shd_diffusion.models.adapter import null_label, num_tokens, sample_shape
 from shd_diffusion.models.factory import build_model
 from shd_diffusion.models.inspect import inspect_model, inspect_pair
@@ -44,3 +46,12 @@ def test_its_models_can_be_built_and_paired(path: Path) -> None:
     assert (sample_shape(teacher), null_label(teacher)) == (sample_shape(model), null_label(model))
     pairs = inspect_pair(inspect_model(teacher), inspect_model(model), config.losses.shd.layer_map)
     assert pairs and all(pair.problem is None and pair.plan for pair in pairs)
+
+
+def test_the_example_of_the_readme_is_a_whole_config(tmp_path: Path) -> None:
+    (text,) = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
+    (tmp_path / "my.yaml").write_text(text)
+    config = read_config(tmp_path / "my.yaml", DistillConfig)
+    with torch.device("meta"):
+        assert sample_shape(build_model(config.student)) == (3, *[config.data.image_size] * 2)
+    assert config.output and image_size_of(config.evaluate.extractor) in (None, config.data.image_size)

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
+import typer
+from alter_heads import alter
 from diffusers import ModelMixin
 from small_models import small_dit
 from torch import Tensor
+from typer.testing import CliRunner
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
 from shd_diffusion.models.heads import make_heads_alike, shuffle_heads, weaken_heads
@@ -71,3 +75,13 @@ def test_heads_of_other_layouts_are_refused() -> None:
     )
     with pytest.raises(ValueError, match="BiasedAttention"):
         shuffle_heads(model, 0)
+
+
+def test_an_altered_teacher_replaces_nothing(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(alter)
+    (tmp_path / "there").mkdir()
+    for run, output, says in (("there", "there", "exists already"), ("nowhere", "new", "nowhere")):
+        result = CliRunner().invoke(app, [str(tmp_path / run), "--output", str(tmp_path / output)])
+        assert result.exit_code == 2 and says in result.stderr and "Traceback" not in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
