@@ -41,6 +41,7 @@ class StudyConfig(Section):
         reference: the variant that the others are compared with.
         metrics: figures of `evaluation/metrics.json` to compare, the first one drawn.
         targets: Fréchet distances; the table tells when the watched one falls to them (see `train.watch`).
+        after_seconds: times; the watched distance after so many seconds of training is compared like a metric.
         processes: runs at a time.
     """
 
@@ -55,6 +56,7 @@ class StudyConfig(Section):
     reference: str
     metrics: list[str] = Field(["fid"], min_length=1)
     targets: list[float] = Field(default_factory=list)
+    after_seconds: list[float] = Field(default_factory=list)
     budget: Budget = Budget()
     processes: int = Field(1, ge=1)
 
@@ -79,6 +81,16 @@ class StudyConfig(Section):
         if len({*self.seeds}) < len(self.seeds):
             raise ValueError("`seeds` has one seed twice")
         return self
+
+    @property
+    def compared(self) -> list[str]:
+        """The figures that are compared: the metrics, and the watched distance after equal seconds."""
+        return [*self.metrics, *map(watched_after, self.after_seconds)]
+
+
+def watched_after(seconds: float) -> str:
+    """What to call the watched Fréchet distance after so many seconds."""
+    return f"watched_fid_after_{seconds:g}_s"
 
 
 @dataclass(frozen=True)

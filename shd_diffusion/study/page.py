@@ -101,7 +101,7 @@ def row_table(results: Results) -> Lines:
     """Variants by condition, headings first."""
     conditions, targets = len(results.study.conditions) > 1, results.study.targets
     head = [
-        *(["Condition"] * conditions), "Variant", "Seeds", *results.study.metrics,
+        *(["Condition"] * conditions), "Variant", "Seeds", *results.study.compared,
         "Training", "Extra parameters", *(f"To FID {target:g}" for target in targets),
     ]  # fmt: skip
     return [head, *(_row(row, conditions) for row in results.rows)]
@@ -127,7 +127,7 @@ def _row(row: Row, conditions: bool) -> list[str]:
 
 def comparison_table(results: Results) -> Lines:
     """Paired differences from the reference, headings first."""
-    conditions, metrics = len(results.study.conditions) > 1, len(results.study.metrics) > 1
+    conditions, metrics = len(results.study.conditions) > 1, len(results.study.compared) > 1
     head = [
         *(["Condition"] * conditions), f"Minus {results.study.reference}", *(["Figure"] * metrics), "Pairs",
         "Difference", "t-test p", "p (Holm)", "Wilcoxon p", "p (Holm)",

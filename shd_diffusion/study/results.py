@@ -5,16 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json, write_json, write_text
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.study.config import Planned, StudyConfig
+from shd_diffusion.study.config import Planned, StudyConfig, watched_after
 from shd_diffusion.study.runner import is_complete
 from shd_diffusion.study.statistics import Estimate, Paired, estimate, holm, paired
 
@@ -104,7 +107,13 @@ def collect(study: StudyConfig, planned: Sequence[Planned]) -> Results:
     complete = [each for each in planned if is_complete(each.run)]
     outcomes = [read_outcome(each) for each in complete]
     for each, outcome in zip(complete, outcomes, strict=True):
-        if missing := [metric for metric in study.metrics if metric not in outcome.figures]:
+        for seconds in study.after_seconds:
+            if not outcome.watched or outcome.watched[0].seconds > seconds:
+                raise UserError(
+                    f"{each.run.metrics_file}: nothing was watched in {seconds:g} s; see `after_seconds`"
+                )
+            outcome.figures[watched_after(seconds)] = fid_after(outcome.watched, seconds)
+        if missing := [metric for metric in study.compared if metric not in outcome.figures]:
             raise UserError(f"{each.run.evaluation_file}: has no `{missing[0]}`; take it out of `metrics`")
     teacher = RunFolder(Path(planned[0].config.teacher.path)).evaluation_file
     commits = {read_json(each.run.path / "environment.json")["commit"] for each in complete}
@@ -118,7 +127,7 @@ def collect(study: StudyConfig, planned: Sequence[Planned]) -> Results:
             for variant in study.variants
             if (members := [o for o in outcomes if (o.condition, o.variant) == (condition, variant)])
         ],
-        comparisons=[each for metric in study.metrics for each in compare_variants(study, outcomes, metric)],
+        comparisons=[each for metric in study.compared for each in compare_variants(study, outcomes, metric)],
         teacher=_figures(read_json(teacher)) if teacher.exists() else {},
         protocol=read_json(complete[0].run.evaluation_file)["protocol"] if complete else {},
         commits=sorted(filter(None, commits)),
@@ -150,6 +159,15 @@ def read_outcome(planned: Planned) -> Outcome:
     )
 
 
+def fid_after(watched: Sequence[Watched], seconds: float) -> float:
+    """The watched distance after so many seconds, between two looks on the line through their logarithms.
+
+    A run that had ended by then keeps its last one.
+    """
+    times, logarithms = [each.seconds for each in watched], [math.log(each.fid) for each in watched]
+    return math.exp(np.interp(seconds, times, logarithms))
+
+
 def _figures(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
@@ -160,7 +178,7 @@ def _row(members: Sequence[Outcome], study: StudyConfig) -> Row:
         condition=first.condition,
         variant=first.variant,
         seeds=[outcome.seed for outcome in members],
-        figures={m: estimate([outcome.figures[m] for outcome in members]) for m in study.metrics},
+        figures={m: estimate([outcome.figures[m] for outcome in members]) for m in study.compared},
         seconds=estimate([outcome.seconds for outcome in members]),
         parameters=first.parameters,
         extra_parameters=first.extra_parameters,

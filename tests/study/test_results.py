@@ -20,6 +20,7 @@ from shd_diffusion.study.results import (
     Watched,
     _row,
     compare_variants,
+    fid_after,
     reach,
     read_outcome,
     write_results,
@@ -127,6 +128,15 @@ def test_steps_that_were_left_out_count_as_time(study: StudyConfig, tmp_path: Pa
     config = read_config(DISTILL_CONFIG, DistillConfig)
     outcome = read_outcome(Planned("", "kd", 0, run, config, ()))
     assert outcome.seconds == 10 * 2 + 10 * 3 and outcome.watched == [Watched(20, 50.0, 7.0)]
+
+
+def test_the_watched_distance_after_equal_seconds(study: StudyConfig) -> None:
+    watched = [Watched(100, 10.0, 400.0), Watched(200, 20.0, 100.0), Watched(300, 30.0, 50.0)]
+    found = [fid_after(watched, seconds) for seconds in (10, 15, 20, 25, 99)]
+    assert found == pytest.approx(
+        [400, 200, 100, 50 * 2**0.5, 50]
+    )  # geometric means half way; then it had ended
+    assert study.model_copy(update={"after_seconds": [2.5]}).compared == ["fid", "watched_fid_after_2.5_s"]
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,7 @@ def study_file(folder: Path, teacher: Path, **changes: object) -> Path:
         "reference": "kd",
         "seeds": [0, 1],
         "targets": [1e6, 0],
+        "after_seconds": [1e6],
     }
     path.write_text(yaml.safe_dump(tree | changes))
     return path
@@ -71,6 +72,8 @@ def test_a_study_is_interrupted_and_resumed(
     assert results["outcomes"][0]["figures"]["fid"] == figures["fid"]
     everything, nothing = rows["vkd"]["reached"]
     assert (everything["n"], everything["steps"]["mean"], nothing["n"]) == (2, 5.0, 0)
+    last = [o["watched"][-1]["fid"] for o in results["outcomes"] if o["variant"] == "kd"]
+    assert rows["kd"]["figures"]["watched_fid_after_1e+06_s"]["mean"] == pytest.approx(sum(last) / 2)
     difference = results["comparisons"][0]["paired"]["difference"]
     first, second = ([o["figures"]["fid"] for o in results["outcomes"] if o["variant"] == v] for v in rows)
     assert difference["mean"] == pytest.approx(sum(second) / 2 - sum(first) / 2)
