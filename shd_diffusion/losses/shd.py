@@ -179,7 +179,10 @@ class SHDLoss:
         return theirs, *on_grid(student, of_student, rows)
 
     def _squeezer(self, name: str, teacher: AttentionRecord, target: int) -> Squeezer:
-        """The block's plan with the Gram matrices of its output weight, computed once for a frozen teacher."""
+        """The block's plan with the Gram matrices of its output weight, computed once for a frozen teacher.
+
+        The weight of a sharded teacher is gathered anew for each pass, and so are they.
+        """
         weight, plan = teacher.output_weight, self.plan(name, teacher.heads, target)
         known = self._squeezers.get(name)
         if known is not None:
