@@ -12,11 +12,11 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveMemory(TorchDispatchMode):
-    """The most bytes that tensors made within it hold at one time."""
+    """The most bytes that tensors made within it hold at one time, `peak`, and the `largest` of them alone."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.live, self.peak = 0, 0
+        self.live, self.peak, self.largest = 0, 0, 0
         self.known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -32,7 +32,7 @@ class LiveMemory(TorchDispatchMode):
             return
         self.known.add(address)
         self.live += size
-        self.peak = max(self.peak, self.live)
+        self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
         weakref.finalize(storage, self._freed, address, size)
 
     def _freed(self, address: int, size: int) -> None:

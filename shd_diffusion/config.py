@@ -194,12 +194,8 @@ class LossesConfig(Section):
 
     @model_validator(mode="after")
     def _every_step_has_a_loss(self) -> LossesConfig:
-        terms = {
-            name: getattr(self, name)
-            for name in type(self).model_fields
-            if name not in ("balance", "variance")
-        }
-        if not any(term.weight for name, term in terms.items() if name != "shd" or self.shd.every == 1):
+        always = (term.weight for name, term in self if name not in ("balance", "variance", "shd"))
+        if not any(always) and not (self.shd.weight and self.shd.every == 1):
             raise ValueError("there are steps without any term; give `denoise` a weight above 0")
         return self
 

@@ -66,11 +66,6 @@ class Extractor(nn.Module):
         return self.name == "inception-v3-compat"
 
     @property
-    def image_size(self) -> int | None:
-        """See `image_size_of`."""
-        return image_size_of(self.name)
-
-    @property
     def has_logits(self) -> bool:
         return "logits" in self.layers
 

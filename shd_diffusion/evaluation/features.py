@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation.extractors import Extractor
+from shd_diffusion.evaluation.extractors import Extractor, image_size_of
 from shd_diffusion.evaluation.images import ImageSet
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
@@ -32,7 +32,7 @@ def extract_features(images: ImageSet, extractor: Extractor, batch_size: int, na
     Raises:
         UserError: an image that cannot be read, or one of another size.
     """
-    size = extractor.image_size
+    size = image_size_of(extractor.name)
     if size is not None and images[0].shape[1:] != (size, size):
         raise UserError(
             f"{images.name(0)}: is {_size(images[0].shape)}, but `{extractor.name}` takes {size}×{size} only; "

@@ -189,7 +189,7 @@ class SHDLoss:
             of, version, of_plan, squeezer = known
             if of.data_ptr() == weight.data_ptr() and version == weight._version and plan == of_plan:
                 return squeezer
-        check_plan(plan, teacher.heads, target, self.merge)
+        check_plan(plan, teacher.heads, target)
         squeezer = prepare(plan, weight.to(teacher.query.device), teacher.heads, self.merge)
         self._squeezers[name] = weight, weight._version, plan, squeezer
         return squeezer

@@ -61,9 +61,8 @@ def null_label(model: ModelMixin) -> int:
         for key in ("num_embeds_ada_norm", "num_classes"):  # DiT, MDTv2
             if getattr(config, key, None):
                 return config[key]
-        if getattr(
-            config, "num_class_embeds", None
-        ):  # UNet2D has no null class of its own: the last one serves
+        # UNet2D has no null class of its own: the last one serves
+        if getattr(config, "num_class_embeds", None):
             return config["num_class_embeds"] - 1
     raise ValueError(f"{type(model).__name__} is not class-conditional")
 

@@ -17,11 +17,11 @@ from shd_diffusion.reporting.classes import per_class_fid
 from shd_diffusion.reporting.curves import block_divergences, loss_curves, loss_shares, watched_fid
 from shd_diffusion.reporting.drawing import DARK, LIGHT, TEACHER_LOOK, Drawing, Look, student_look
 from shd_diffusion.reporting.nearest import draw_neighbours, neighbourhoods
-from shd_diffusion.reporting.protocol import Setting, compare, compare_protocols, differing_protocol
+from shd_diffusion.reporting.protocol import Setting, compare, compare_protocols, protocol_warning
 from shd_diffusion.reporting.quality import quality_scatters
 from shd_diffusion.reporting.runs import Run, read_runs
 from shd_diffusion.reporting.samples import draw_gallery, sample_gallery
-from shd_diffusion.reporting.table import NOT_COMPARABLE, build_table, fid_text, fid_title
+from shd_diffusion.reporting.table import build_table, fid_text, fid_title
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,10 +117,8 @@ def headline(runs: Sequence[Run]) -> Headline:
     """What was compared, and the outcome by FID where it is known."""
     teachers = [run for run in runs if run.is_teacher]
     students = [run for run in runs if not run.is_teacher]
-    title, differing = _title(teachers, students), differing_protocol(runs)
-    if differing:
-        return Headline(title, NOT_COMPARABLE.format(", ".join(differing)))
-    return Headline(title, _lead(teachers, students, fid_title(runs)))
+    lead = protocol_warning(runs) or _lead(teachers, students, fid_title(runs))
+    return Headline(_title(teachers, students), lead)
 
 
 def _title(teachers: Sequence[Run], students: Sequence[Run]) -> str:

@@ -46,9 +46,14 @@ def compare_protocols(runs: Sequence[Run]) -> list[Setting]:
     return compare(runs, lambda run: run.metrics.protocol if run.metrics else None)
 
 
-def differing_protocol(runs: Sequence[Run]) -> list[str]:
-    """Keys in which the evaluations differ, so that their figures must not be compared."""
-    return [s.key for s in compare_protocols(runs) if s.differs and s.key not in OF_THE_MODEL]
+def protocol_warning(runs: Sequence[Run]) -> str | None:
+    """Why the figures of these runs do not compare; None if they do."""
+    differing = [s.key for s in compare_protocols(runs) if s.differs and s.key not in OF_THE_MODEL]
+    return (
+        f"These figures do not compare: the protocols differ in {', '.join(differing)}."
+        if differing
+        else None
+    )
 
 
 def protocol_line(runs: Sequence[Run]) -> str:

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table as RichTable
 from rich.text import Text
 
-from shd_diffusion.reporting.protocol import differing_protocol, protocol_line
+from shd_diffusion.reporting.protocol import protocol_line, protocol_warning
 from shd_diffusion.reporting.runs import Run, read_runs
 
 
@@ -126,8 +126,8 @@ def build_table(runs: Sequence[Run]) -> Table:
     """The table of these runs. Of several students the best of each figure is marked, if they compare."""
     columns = [c for c in COLUMNS if not c.optional or any(c.value(run) is not None for run in runs)]
     students = [run for run in runs if not run.is_teacher]
-    differing = differing_protocol(runs)
-    best = {} if differing else {column.title: _best(column, students) for column in columns}
+    warning = protocol_warning(runs)
+    best = {} if warning else {column.title: _best(column, students) for column in columns}
     fid = fid_title(runs)
     return Table(
         titles=[fid + " ↓" if column.title == "FID ↓" else column.title for column in columns],
@@ -140,12 +140,11 @@ def build_table(runs: Sequence[Run]) -> Table:
             for run in runs
         ],
         note=protocol_line(runs) + _INTERVALS * any(run.metrics and run.metrics.intervals for run in runs),
-        warning=NOT_COMPARABLE.format(", ".join(differing)) if differing else None,
+        warning=warning,
     )
 
 
 _INTERVALS = " Brackets hold the 95 % interval by bootstrap."
-NOT_COMPARABLE = "These figures do not compare: the protocols differ in {}."
 
 
 def _best(column: Column, runs: Sequence[Run]) -> float | None:

@@ -42,13 +42,13 @@ def make_scheduler(name: str, arguments: dict[str, Any], trained_with: Scheduler
     unknown = sorted(set(arguments) - set(kind._get_init_keys(kind)))
     if unknown:
         raise ValueError(f"`{name}` takes no argument `{unknown[0]}`")
-    own: dict[str, Any] = {}
     if "variance_type" in kind._get_init_keys(kind) and not issubclass(kind, DDPMScheduler):
-        own["variance_type"] = None  # only DDPM draws with the variance that a model has learned
-    scheduler = kind.from_config(trained_with.config, **own, **arguments)
-    if _samples_flows(scheduler) != _samples_flows(trained_with):
-        wanted = "a flow" if _samples_flows(trained_with) else "noise"
-        other = type(trained_with).__name__
+        # only DDPM draws with the variance that a model has learned
+        arguments = {"variance_type": None, **arguments}
+    scheduler = kind.from_config(trained_with.config, **arguments)
+    flows = _samples_flows(trained_with)
+    if _samples_flows(scheduler) != flows:
+        wanted, other = "a flow" if flows else "noise", type(trained_with).__name__
         raise ValueError(
             f"the model predicts {wanted}, which `{name}` does not sample by; take {other} or its kin"
         )

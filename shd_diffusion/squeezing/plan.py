@@ -52,11 +52,8 @@ def check_heads(num_heads: int, target: int) -> None:
         )
 
 
-def check_plan(plan: Plan, num_heads: int, target: int, merge: Merge = "joint") -> None:
-    """Raise ValueError unless the plan uses every head once a round and ends at `target` heads.
-
-    Where the `merge` is progressive, it must also take two heads at a time.
-    """
+def check_plan(plan: Plan, num_heads: int, target: int) -> None:
+    """Raise ValueError unless the plan uses every head once a round and ends at `target` heads."""
     check_heads(num_heads, target)
     heads = num_heads
     for index, groups in enumerate(plan):
@@ -64,11 +61,16 @@ def check_plan(plan: Plan, num_heads: int, target: int, merge: Merge = "joint") 
             raise ValueError(
                 f"round {index} of the plan must name each of its {heads} input heads once: {groups}"
             )
-        if merge == "progressive" and (large := [group for group in groups if len(group) > 2]):
-            raise ValueError(f"a progressive merge takes two heads, not {large[0]}; merge='joint' takes more")
         heads = len(groups)
     if heads != target:
         raise ValueError(f"the plan leads from {num_heads} to {heads} heads, not to {target}")
+
+
+def check_merge(plan: Plan, merge: Merge) -> None:
+    """Raise ValueError unless the plan's groups are of a size that the merge takes."""
+    for group in (group for groups in plan for group in groups):
+        if merge == "progressive" and len(group) > 2:
+            raise ValueError(f"a progressive merge takes two heads, not {group}; merge='joint' takes more")
 
 
 def members(plan: Plan, num_heads: int) -> Round:

@@ -119,7 +119,7 @@ def squeeze_heads(
                 [(whole(maps), values)], output_weight, num_heads, granularity, merge, coefficient
             )
         assert not isinstance(plan, str)
-        check_plan(plan, heads, num_heads, merge)
+        check_plan(plan, heads, num_heads)
         squeezer = prepare(plan, output_weight, heads, merge)
     elif len(squeezer.groups) != num_heads:
         raise ValueError(f"the squeezer leads to {len(squeezer.groups)} heads, not to {num_heads}")

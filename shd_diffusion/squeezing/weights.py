@@ -16,7 +16,7 @@ from torch import Tensor
 
 from shd_diffusion.squeezing.chunks import MapStream, rows_of
 from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select, select_one
-from shd_diffusion.squeezing.plan import Group, Merge, Plan, members
+from shd_diffusion.squeezing.plan import Group, Merge, Plan, check_merge, members
 from shd_diffusion.squeezing.simplex import minimum_norm_weights
 from shd_diffusion.squeezing.value_space import deviation_gram, output_gram, pair_sums, side_by_side
 
@@ -60,11 +60,15 @@ def prepare(plan: Plan, output_weight: Tensor, num_heads: int, merge: Merge = "p
     """Compute the output weights' Gram matrices that the plan's merges need, once for a frozen teacher.
 
     Args:
-        plan: the rounds of merges, see `check_plan`.
+        plan: the rounds of merges.
         output_weight: (C, M·d), as in `nn.Linear.weight`.
         num_heads: M.
         merge: `joint` merges each of the plan's final groups at once.
+
+    Raises:
+        ValueError: a progressive merge of more than two heads at once.
     """
+    check_merge(plan, merge)
     final = members(plan, num_heads)
     behind: tuple[Group, ...] = tuple((head,) for head in range(num_heads))
     rounds = []

@@ -23,6 +23,15 @@ from shd_diffusion.study.statistics import Estimate
 
 Lines = list[list[str]]
 
+HIGHER_IS_BETTER = (
+    "inception",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "label",
+)  # all else is a distance
+
 
 def write_study(results: Results, output: Path) -> Path:
     """Write `output` (HTML), a folder `<stem>-figures` beside it, and `<stem>.md` with the tables."""
@@ -69,11 +78,7 @@ def lead(results: Results) -> str:
         return done
     condition = results.rows[-1].condition
     rows = {row.variant: row for row in results.rows if row.condition == condition}
-    pick = (
-        max
-        if metric.startswith(("inception", "precision", "recall", "density", "coverage", "label"))
-        else min
-    )
+    pick = max if metric.startswith(HIGHER_IS_BETTER) else min
     best = pick(rows.values(), key=lambda row: row.figures[metric].mean)
     under = f"Under {condition}, " if condition else ""
     said = f"{under}{best.variant} has the best mean {metric}, {_with_interval(best.figures[metric])}"

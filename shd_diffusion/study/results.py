@@ -113,7 +113,7 @@ def collect(study: StudyConfig, planned: Sequence[Planned]) -> Results:
                     f"{each.run.metrics_file}: nothing was watched in {seconds:g} s; see `after_seconds`"
                 )
             outcome.figures[watched_after(seconds)] = fid_after(outcome.watched, seconds)
-        if missing := [metric for metric in study.compared if metric not in outcome.figures]:
+        if missing := [metric for metric in study.metrics if metric not in outcome.figures]:
             raise UserError(f"{each.run.evaluation_file}: has no `{missing[0]}`; take it out of `metrics`")
     teacher = RunFolder(Path(planned[0].config.teacher.path)).evaluation_file
     commits = {read_json(each.run.path / "environment.json")["commit"] for each in complete}

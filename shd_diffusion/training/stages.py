@@ -38,7 +38,14 @@ from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
-from shd_diffusion.squeezing.plan import check_plan, parse_plan, plan_merges, plans_from_json, plans_to_json
+from shd_diffusion.squeezing.plan import (
+    check_merge,
+    check_plan,
+    parse_plan,
+    plan_merges,
+    plans_from_json,
+    plans_to_json,
+)
 from shd_diffusion.training.balance import Balanced, check_balance
 from shd_diffusion.training.launch import make_accelerator, start_trackers
 from shd_diffusion.training.loop import Watch, fit
@@ -174,7 +181,8 @@ def check_squeezing(teacher: ModelMixin, student: ModelMixin, shd: SHDConfig, pa
         heads = theirs[taught_by].heads, ours[name].heads
         try:
             plan = parse_plan(shd.pairing) if isinstance(shd.pairing, list) else plan_merges(*heads)
-            check_plan(plan, *heads, shd.merge)
+            check_plan(plan, *heads)
+            check_merge(plan, shd.merge)
         except ValueError as error:
             raise UserError(
                 f"{source}: key `student.arguments`: block {name}: {error} (teacher {path})"

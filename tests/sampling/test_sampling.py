@@ -207,6 +207,12 @@ def test_a_scheduler_of_another_objective_is_refused() -> None:
         make_scheduler("DPMSolverMultistepScheduler", solver, noise)
 
 
+def test_an_argument_goes_before_what_is_set_for_a_scheduler() -> None:
+    arguments = {"variance_type": "learned"}
+    found = make_scheduler("DPMSolverMultistepScheduler", arguments, DDPMScheduler())
+    assert found.config["variance_type"] == "learned"
+
+
 @pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
 def test_a_learned_variance_is_left_out_where_a_scheduler_has_no_use_for_it(scheduler: str) -> None:
     torch.manual_seed(0)

@@ -133,9 +133,8 @@ def test_steps_that_were_left_out_count_as_time(study: StudyConfig, tmp_path: Pa
 def test_the_watched_distance_after_equal_seconds(study: StudyConfig) -> None:
     watched = [Watched(100, 10.0, 400.0), Watched(200, 20.0, 100.0), Watched(300, 30.0, 50.0)]
     found = [fid_after(watched, seconds) for seconds in (10, 15, 20, 25, 99)]
-    assert found == pytest.approx(
-        [400, 200, 100, 50 * 2**0.5, 50]
-    )  # geometric means half way; then it had ended
+    # geometric means half way; then it had ended
+    assert found == pytest.approx([400, 200, 100, 50 * 2**0.5, 50])
     assert study.model_copy(update={"after_seconds": [2.5]}).compared == ["fid", "watched_fid_after_2.5_s"]
 
 

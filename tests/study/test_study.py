@@ -113,9 +113,18 @@ def test_runs_that_fail_are_named_after_the_others_ran(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "WORKER", stand_in(code, "error: diverged"))
-    code, _, errors = command("study", study_file(tmp_path, tmp_path, conditions={"a": {}, "b": {}}))
-    assert code == 2 and errors.count("failed,") == 8 and "a kd seed 0, a vkd seed 0, b kd seed 0" in errors
+    code, _, errors = command("study", study_file(tmp_path, tmp_path))
+    assert code == 2 and errors.count("failed,") == 4 and "kd seed 0, vkd seed 0, kd seed 1" in errors
     assert (tmp_path / "study" / "study.json").exists()
+
+
+def test_a_study_of_conditions_without_a_run_is_written_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "WORKER", stand_in(1))
+    code, _, errors = command("study", study_file(tmp_path, tmp_path, conditions={"a": {}, "b": {}}))
+    assert code == 2 and "a kd seed 0, a vkd seed 0, b kd seed 0" in errors
+    assert "0 of 8 runs are complete" in (tmp_path / "study" / "study.md").read_text()
 
 
 def test_a_folder_of_another_config_is_left_alone(runs: Path, tmp_path: Path) -> None:
