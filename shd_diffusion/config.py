@@ -226,6 +226,7 @@ class TrainConfig(Section):
     label_drop: float = Field(0.1, ge=0, lt=1)
     mask_ratio: float = Field(0.0, ge=0, lt=0.8)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    allow_tf32: bool = False
     log_every: int = Field(10, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_last: int = Field(2, ge=1)

@@ -67,9 +67,7 @@ def evaluate_run(
             f"{generated.name(0)}: {len(labels)} labels for {len(generated)} images; sample them anew"
         )
     _, height, width = generated[0].shape
-    extractor = load_extractor(
-        config.extractor, None if config.extractor_weights is None else Path(config.extractor_weights)
-    )
+    extractor = load_extractor(config.extractor, config.extractor_weights)
     real = open_reference(
         config.reference or reference, extractor, config.batch_size, config.resize, min(height, width)
     )

@@ -89,7 +89,7 @@ def image_size_of(name: str) -> int | None:
     return RECIPES[name].size if name in RECIPES else None
 
 
-def load_extractor(name: str, weights: Path | None = None) -> Extractor:
+def load_extractor(name: str, weights: Path | str | None = None) -> Extractor:
     """An extractor by name, with the weights of a file, else trained (classifiers), cached or downloaded.
 
     Raises:
@@ -97,11 +97,12 @@ def load_extractor(name: str, weights: Path | None = None) -> Extractor:
     """
     if name not in KINDS:
         raise UserError(f"evaluate.extractor: `{name}` is unknown; known here: {', '.join(KINDS)}")
-    if weights is not None and not weights.is_file():
+    path = None if weights is None else Path(weights)
+    if path is not None and not path.is_file():
         published = f"; {Path(url).name} is published at {url}" if (url := KINDS[name].url) else ""
-        raise UserError(f"evaluate.extractor_weights: {weights} is missing{published}")
+        raise UserError(f"evaluate.extractor_weights: {path} is missing{published}")
     with processes().local_main_process_first():
-        return Extractor(name, weights or _default_weights(name))
+        return Extractor(name, path or _default_weights(name))
 
 
 def _default_weights(name: str) -> Path:

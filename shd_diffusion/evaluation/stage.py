@@ -80,8 +80,7 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     config = override_config(EvaluationConfig(), overrides, "--set")
     reference = _given_reference(name, config.evaluate)
     check_reference(reference)
-    weights = config.evaluate.extractor_weights
-    load_extractor(config.evaluate.extractor, None if weights is None else Path(weights))
+    load_extractor(config.evaluate.extractor, config.evaluate.extractor_weights)
 
     with processes().local_main_process_first():
         pipeline = open_pipeline(name)

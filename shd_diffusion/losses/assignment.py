@@ -26,10 +26,10 @@ def assignment_costs(
     Summed over all processes too, so that each of them comes to the same assignment.
     """
     costs = student.query.new_zeros((student.heads, student.heads), dtype=torch.float64)
-    for samples, some in targets:
-        ours = student.of_samples(samples)
-        for rows, target in some.chunks():
-            own = slice(rows.start * pool[0], rows.stop * pool[0])
+    for group, some in targets:
+        ours = student.of_samples(group)
+        for (samples, rows), target in some.chunks():
+            own = samples, slice(rows.start * pool[0], rows.stop * pool[0])
             log_student = log_maps(ours, own, temperature, pool)
             for head in range(student.heads):
                 value, _ = divergence(target[:, head : head + 1].expand_as(log_student), log_student.clone())

@@ -43,15 +43,16 @@ def explain(
 ) -> Explanation:
     """Compute all maps of one block at once, of as many samples as the records hold."""
     record = teacher.record
-    rows, own_rows = slice(0, record.query.shape[2]), slice(0, student.query.shape[2])
+    samples = slice(0, len(record.query))
+    everything = samples, slice(0, record.query.shape[2])
     maps = kept(map_stream(record))
     weights, coefficients = teacher.weights(maps)
     value = record.value.to(weights.dtype)
     weight = record.output_weight.to(value.device)
     energies = residual_energies(maps, value, weight, weights, teacher.groups)
-    softened = chunk_logits(record, rows, teacher.temperature).softmax(-1)
-    squeezed = pooled(mixture(weights, teacher.groups)(rows, softened), teacher.pool)
-    log_student = log_maps(student, own_rows, teacher.temperature, pool)
+    softened = chunk_logits(record, everything, teacher.temperature).softmax(-1)
+    squeezed = pooled(mixture(weights, teacher.groups)(everything, softened), teacher.pool)
+    log_student = log_maps(student, (samples, slice(0, student.query.shape[2])), teacher.temperature, pool)
     if teacher.granularity == "sample":
         coefficients, weights = coefficients[..., 0], weights[..., 0]
     return Explanation(

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction, safe_log
-from shd_diffusion.squeezing.chunks import Chunk
+from shd_diffusion.squeezing.chunks import Chunk, Part
 
 Pool: TypeAlias = tuple[int, int]
 """So many neighbouring query rows and keys of a finer map make one of the coarser."""
@@ -107,14 +107,14 @@ def _sums(
     """
     dtype = torch.promote_types(student.query.dtype, torch.float32)
     query, key = student.query.to(dtype), student.key.to(dtype)
-    total, of_query, of_key = query.new_zeros(query.shape[:2]), [], torch.zeros_like(key)
-    for part, target in targets.chunks():
-        own = slice(part.start * pool[0], part.stop * pool[0])
-        value, gradient = _chunk(student, own, target, divergence, temperature, pool)
-        total += value.sum(-1)
-        of_query.append(gradient @ key)
-        of_key += gradient.mT @ query[:, :, own]
-    return total, torch.cat(of_query, 2), of_key
+    total, of_query, of_key = query.new_zeros(query.shape[:2]), torch.empty_like(query), torch.zeros_like(key)
+    for (samples, rows), target in targets.chunks():
+        own = slice(rows.start * pool[0], rows.stop * pool[0])
+        value, gradient = _chunk(student, (samples, own), target, divergence, temperature, pool)
+        total[samples].add_(value.sum(-1))
+        of_query[samples, :, own] = gradient @ key[samples]
+        of_key[samples].add_(gradient.mT @ query[samples, :, own])
+    return total, of_query, of_key
 
 
 @cache
@@ -125,7 +125,7 @@ def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
 
 def _chunk(
     student: AttentionRecord,
-    rows: slice,
+    part: Part,
     target: Tensor,
     divergence: DivergenceFunction,
     temperature: float,
@@ -133,8 +133,8 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Divergence of each target row (samples, H, rows) and its gradient by the student's logits."""
     if pool == (1, 1):
-        return divergence(target, log_maps(student, rows, temperature))
-    maps = chunk_logits(student, rows, temperature).softmax(-1)
+        return divergence(target, log_maps(student, part, temperature))
+    maps = chunk_logits(student, part, temperature).softmax(-1)
     coarse = pooled(maps, pool)
     value, gradient = divergence(target, safe_log(coarse))
     # log q of the pooled map stands for its logits; from there through log and pooling to the map itself
@@ -143,9 +143,9 @@ def _chunk(
     return value, maps * (slope - torch.linalg.vecdot(maps, slope)[..., None])
 
 
-def log_maps(record: AttentionRecord, rows: slice, temperature: float = 1.0, pool: Pool = (1, 1)) -> Tensor:
+def log_maps(record: AttentionRecord, part: Part, temperature: float = 1.0, pool: Pool = (1, 1)) -> Tensor:
     """log q of a chunk of a record's maps on the targets' grid; finite at masked keys too, so that 0 · log 0 = 0."""
-    logits = chunk_logits(record, rows, temperature)
+    logits = chunk_logits(record, part, temperature)
     if pool != (1, 1):
         return safe_log(pooled(logits.softmax(-1), pool))
     found = logits.log_softmax(-1)
@@ -160,13 +160,15 @@ def pooled(maps: Tensor, pool: Pool) -> Tensor:
     return maps.unflatten(-2, (-1, rows)).mean(-2) if rows > 1 else maps
 
 
-def chunk_logits(record: AttentionRecord, rows: slice, temperature: float = 1.0) -> Tensor:
-    """A record's logits over the temperature for a chunk of it, (B, H, rows, K), in float32 or better."""
+def chunk_logits(record: AttentionRecord, part: Part, temperature: float = 1.0) -> Tensor:
+    """A record's logits over the temperature for a chunk of it, (samples, H, rows, K), in float32 or better."""
+    samples, rows = part
     dtype = torch.promote_types(record.query.dtype, torch.float32)
-    query = record.query[:, :, rows].to(dtype) * (record.scale / temperature)
-    logits = query @ record.key.to(dtype).mT
+    query, key = record.query[samples, :, rows].to(dtype), record.key[samples].to(dtype)
+    logits = (query * (record.scale / temperature)) @ key.mT
     if record.mask is None:
         return logits
     mask = record.mask[(None,) * (4 - record.mask.ndim)]
+    mask = mask if mask.shape[0] == 1 else mask[samples]
     mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
     return logits + mask.to(dtype) / temperature

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.streaming import Pool, chunk_logits, pooled
-from shd_diffusion.squeezing.chunks import Chunk, MapStream, sample_groups, stream
+from shd_diffusion.squeezing.chunks import Chunk, MapStream, Part, sample_groups, stream
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.plan import Group
 from shd_diffusion.squeezing.weights import Granularity, Squeezer, mixture, squeeze_weights
@@ -69,9 +69,10 @@ class SqueezedTeacher:
         mix = mixture(self.weights(source)[0], self.groups)
         if self.temperature != 1:
             maps = map_stream(self.record, self.temperature, *aligned)
-        for rows, chunk in maps.walk():
-            target = pooled(mix(rows, chunk), self.pool)
-            yield slice(rows.start // self.pool[0], rows.stop // self.pool[0]), target
+        for part, chunk in maps.walk():
+            samples, rows = part
+            coarse = slice(rows.start // self.pool[0], rows.stop // self.pool[0])
+            yield (samples, coarse), pooled(mix(part, chunk), self.pool)
 
     def weights(self, source: MapStream) -> tuple[Tensor, Tensor]:
         """`squeeze_weights`, the squeezed heads in the student's order."""
@@ -91,7 +92,7 @@ def map_stream(
     """The maps of a record at a temperature, chunk by chunk; see `stream`."""
     batch, heads, rows, _ = record.query.shape
 
-    def logits(part: slice) -> Tensor:
+    def logits(part: Part) -> Tensor:
         return chunk_logits(record, part, temperature)
 
     shape = batch, heads, rows, record.key.shape[2]

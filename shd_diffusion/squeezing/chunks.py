@@ -9,13 +9,20 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-Chunk: TypeAlias = tuple[slice, Tensor]
-"""Query rows, and their maps (B, heads, rows, K)."""
+Part: TypeAlias = tuple[slice, slice]
+"""Some samples, and of those some query rows."""
+
+Chunk: TypeAlias = tuple[Part, Tensor]
+"""A part, and its maps (samples, heads, rows, K)."""
 
 # Elements of maps at once: on a CPU what its caches hold, on an accelerator enough to occupy it.
 _AT_ONCE = {"cpu": 2**20}
 _AT_ONCE_ELSEWHERE = 2**26
+# Elements of maps that are read again rather than computed again.
 _KEPT = 2**24
+# Elements of the maps of samples that are squeezed together: operations on coefficients cost their calls alone, so a
+# few chunks share them; not many, since each is a part of the graph under torch.compile.
+_TOGETHER = 2**22
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +31,7 @@ class MapStream:
 
     Attributes:
         shape: (B, M, Q, K).
-        walk: yields chunks that together cover all query rows.
+        walk: yields chunks that together cover all samples and query rows.
     """
 
     shape: tuple[int, int, int, int]
@@ -34,12 +41,12 @@ class MapStream:
 def whole(maps: Tensor) -> MapStream:
     """Maps that exist already, as one chunk."""
     batch, heads, rows, keys = maps.shape
-    return MapStream((batch, heads, rows, keys), lambda: [(slice(0, rows), maps)])
+    return MapStream((batch, heads, rows, keys), lambda: [((slice(0, batch), slice(0, rows)), maps)])
 
 
 def stream(
     shape: tuple[int, int, int, int],
-    logits: Callable[[slice], Tensor],
+    logits: Callable[[Part], Tensor],
     device: torch.device,
     chunk_rows: int | None = None,
     multiple: int = 1,
@@ -48,13 +55,15 @@ def stream(
 
     Args:
         shape: (B, M, Q, K).
-        logits: computes those of some query rows, (B, M, rows, K).
+        logits: computes those of a part, (samples, M, rows, K).
         device: where; it decides how much is computed at once.
         chunk_rows: query rows, counted over samples, whose maps may exist at once; None leaves it to the device.
         multiple: of how many rows a chunk consists.
     """
     batch, heads, rows, keys = shape
-    parts = cut(rows, max(1, _rows_at_once(shape, device, chunk_rows) // max(batch, 1)), multiple)
+    at_once = _rows_at_once(shape, device, chunk_rows)
+    samples = cut(batch, max(1, at_once // max(rows, 1)))
+    parts = [(some, part) for some in samples for part in cut(rows, at_once, multiple)]
     maps = MapStream(shape, lambda: ((part, logits(part).softmax(-1)) for part in parts))
     few = len(parts) == 1 or (chunk_rows is None and batch * heads * rows * keys <= _KEPT)
     return kept(maps) if few else maps
@@ -63,12 +72,12 @@ def stream(
 def sample_groups(
     shape: tuple[int, int, int, int], device: torch.device, chunk_rows: int | None = None
 ) -> list[slice]:
-    """Samples whose maps are worked on together: as many as `stream` computes at once, at least one.
-
-    A sample is done with before the next begins, so that its maps, which are read several times, stay in a cache.
-    """
-    batch, _, rows, _ = shape
-    return cut(batch, max(1, _rows_at_once(shape, device, chunk_rows) // max(rows, 1)))
+    """Samples that are squeezed together: a few chunks of `stream`, at least one sample."""
+    _, heads, rows, keys = shape
+    at_once = _rows_at_once(shape, device, chunk_rows)
+    if chunk_rows is None:
+        at_once = max(at_once, _TOGETHER // (heads * keys))
+    return cut(shape[0], max(1, at_once // max(rows, 1)))
 
 
 def _rows_at_once(shape: tuple[int, int, int, int], device: torch.device, chunk_rows: int | None) -> int:
@@ -97,6 +106,7 @@ def cut(total: int, size: int, multiple: int = 1) -> list[slice]:
     return [slice(start, min(start + step, total)) for start in range(0, total, step)]
 
 
-def rows_of(tensor: Tensor, rows: slice) -> Tensor:
-    """The query rows of a tensor (..., Q); a length of 1 stands for all rows."""
-    return tensor if tensor.shape[-1] == 1 else tensor[..., rows]
+def part_of(tensor: Tensor, part: Part) -> Tensor:
+    """The samples and query rows of a tensor (B, ..., Q); a length of 1 stands for all query rows."""
+    samples, rows = part
+    return tensor[samples] if tensor.shape[-1] == 1 else tensor[samples, ..., rows]

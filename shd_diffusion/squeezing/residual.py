@@ -23,11 +23,13 @@ def residual_energies(
         gram = output_gram(output_weight, [group], values.shape[1])[0]
         squeezed = mixture(weights[:, index : index + 1], [group])
         own = values[:, list(group)]
-        for rows, chunk in maps.walk():
-            kept = torch.cat((chunk[:, list(group)] @ own).unbind(1), -1)  # [A_h V_h], (B, rows, n·d)
-            error = kept - torch.cat((squeezed(rows, chunk) @ own).unbind(1), -1)
-            lost[:, index] += ((error @ gram) * error).sum((-2, -1)).clamp_min(0)
-            total[:, index] += ((kept @ gram) * kept).sum((-2, -1)).clamp_min(0)
+        for part, chunk in maps.walk():
+            samples, _ = part
+            # [A_h V_h], (samples, rows, n·d)
+            kept = torch.cat((chunk[:, list(group)] @ own[samples]).unbind(1), -1)
+            error = kept - torch.cat((squeezed(part, chunk) @ own[samples]).unbind(1), -1)
+            lost[samples, index] += ((error @ gram) * error).sum((-2, -1)).clamp_min(0)
+            total[samples, index] += ((kept @ gram) * kept).sum((-2, -1)).clamp_min(0)
     return lost, total
 
 

@@ -41,28 +41,29 @@ def side_by_side(values: Tensor, groups: Sequence[Group]) -> Tensor:
     return taken.unflatten(2, (len(groups), -1)).flatten(3).transpose(1, 2)
 
 
-def pair_sums(difference: Tensor, values: Tensor, gram: Tensor, split: int, by_row: bool) -> Tensor:
-    """The inner products that decide a merge of p and q (docs/method.md section 3).
+def pair_sums(products: Tensor, gram: Tensor, split: int) -> Tensor:
+    """The inner products that decide a merge of p and q (docs/method.md section 3), summed over the query rows.
 
     Args:
-        difference: D = A_p - A_q, (B, P, rows, K).
-        values: [V_p, V_q] side by side, (B, P, K, w).
-        gram: their `output_gram`, (P, w, w).
+        products: `(D V)^T (D V)` with D = A_p - A_q and V = [V_p, V_q], (B, P, w, w).
+        gram: the `output_gram` of p and q, (P, w, w).
         split: width of V_p.
-        by_row: keep the query rows apart; else sum over them.
 
     Returns:
-        <D X_p, D X_p>, <D X_p, D X_q> and <D X_q, D X_q>: (3, B, P, rows) by row, else (3, B, P, 1).
+        <D X_p, D X_p>, <D X_p, D X_q> and <D X_q, D X_q>, (3, B, P, 1).
     """
-    moved = difference @ values  # D V, (B, P, rows, w)
+    weighed = products * gram
+    first, second = weighed[..., :split, :], weighed[..., split:, split:]
+    sums = [first[..., :split].sum((-2, -1)), first[..., split:].sum((-2, -1)), second.sum((-2, -1))]
+    return torch.stack(sums)[..., None]
+
+
+def pair_sums_by_row(moved: Tensor, gram: Tensor, split: int) -> Tensor:
+    """The same for each query row, (3, B, P, rows), from `D V`, (B, P, rows, w)."""
     first, second = moved[..., :split], moved[..., split:]
-    if by_row:
-        products = (first @ gram[:, :split]).mul_(moved)
-        last = (second @ gram[:, split:, split:]).mul_(second).sum(-1)
-    else:
-        products = (first.mT @ moved).mul_(gram[:, :split]).sum(-2, keepdim=True)
-        last = (second.mT @ second).mul_(gram[:, split:, split:]).sum((-2, -1))[..., None]
-    return torch.stack([products[..., :split].sum(-1), products[..., split:].sum(-1), last])
+    weighed = (first @ gram[:, :split]).mul_(moved)
+    last = (second @ gram[:, split:, split:]).mul_(second).sum(-1)
+    return torch.stack([weighed[..., :split].sum(-1), weighed[..., split:].sum(-1), last])
 
 
 def deviation_gram(maps: Tensor, values: Tensor, gram: Tensor, by_row: bool) -> Tensor:

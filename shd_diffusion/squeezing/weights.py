@@ -14,11 +14,17 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.chunks import MapStream, rows_of
+from shd_diffusion.squeezing.chunks import MapStream, Part, part_of
 from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select, select_one
 from shd_diffusion.squeezing.plan import Group, Merge, Plan, check_merge, members
 from shd_diffusion.squeezing.simplex import minimum_norm_weights
-from shd_diffusion.squeezing.value_space import deviation_gram, output_gram, pair_sums, side_by_side
+from shd_diffusion.squeezing.value_space import (
+    deviation_gram,
+    output_gram,
+    pair_sums,
+    pair_sums_by_row,
+    side_by_side,
+)
 
 Granularity = Literal["sample", "row"]
 
@@ -161,12 +167,16 @@ def merge_sums(step: MergeStep, maps: MapStream, values: Tensor, weights: Tensor
     split = len(step.parts[0][0]) * values.shape[-1]
     inputs, parts = zip(*step.inputs, strict=True), zip(*step.parts, strict=True)
     first, second = (mixture(weights[:, heads], behind) for heads, behind in zip(inputs, parts, strict=True))
-    sums = values.new_zeros(3, batch, len(step.inputs), rows if by_row else 1)
+    sums = values.new_empty(3, batch, len(step.inputs), rows)
+    products = values.new_zeros(batch, *step.gram.shape)
     for part, chunk in maps.walk():
-        difference = first(part, chunk) - second(part, chunk)
-        into = sums[..., part] if by_row else sums
-        into += pair_sums(difference, beside, step.gram, split, by_row)
-    return sums
+        samples, some_rows = part
+        moved = (first(part, chunk) - second(part, chunk)) @ beside[samples]
+        if by_row:
+            sums[:, samples, :, some_rows] = pair_sums_by_row(moved, step.gram, split)
+        else:
+            products[samples].add_(moved.mT @ moved)
+    return sums if by_row else pair_sums(products, step.gram, split)
 
 
 def merge_grams(step: MergeStep, maps: MapStream, values: Tensor, by_row: bool) -> Tensor:
@@ -175,13 +185,13 @@ def merge_grams(step: MergeStep, maps: MapStream, values: Tensor, by_row: bool) 
     beside = side_by_side(values, step.heads)
     heads = torch.tensor(step.heads, device=values.device)
     grams = values.new_zeros(batch, len(heads), rows if by_row else 1, heads.shape[1], heads.shape[1])
-    for part, chunk in maps.walk():
-        into = grams[:, :, part] if by_row else grams
-        into += deviation_gram(chunk[:, heads], beside, step.gram, by_row)
+    for (samples, some_rows), chunk in maps.walk():
+        into = grams[samples, :, some_rows] if by_row else grams[samples]
+        into += deviation_gram(chunk[:, heads], beside[samples], step.gram, by_row)
     return grams
 
 
-def mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, Tensor], Tensor]:
+def mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[Part, Tensor], Tensor]:
     """`weights @ maps`, made ready to be applied to chunk after chunk.
 
     Args:
@@ -189,7 +199,7 @@ def mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, Tensor
         groups: the heads whose weights are not zero, for each of P mixtures: each map is read once.
 
     Returns:
-        A function of a chunk's rows and maps (B, M, rows, K) to (B, P, rows, K).
+        A function of a chunk's part and maps (samples, M, rows, K) to (samples, P, rows, K).
     """
     sizes = sorted({len(group) for group in groups})
     if len(sizes) == 1:
@@ -197,33 +207,33 @@ def mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, Tensor
     positions = [[index for index, group in enumerate(groups) if len(group) == size] for size in sizes]
     parts = [_even_mixture(weights[:, which], [groups[index] for index in which]) for which in positions]
 
-    def mix(rows: slice, maps: Tensor) -> Tensor:
+    def mix(part: Part, maps: Tensor) -> Tensor:
         mixed = maps.new_empty(maps.shape[0], len(groups), *maps.shape[2:])
-        for which, part in zip(positions, parts, strict=True):
-            mixed[:, _span(which)] = part(rows, maps)
+        for which, mix_these in zip(positions, parts, strict=True):
+            mixed[:, _span(which)] = mix_these(part, maps)
         return mixed
 
     return mix
 
 
-def _even_mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[slice, Tensor], Tensor]:
+def _even_mixture(weights: Tensor, groups: Sequence[Group]) -> Callable[[Part, Tensor], Tensor]:
     """`mixture` of groups of equally many heads."""
     spans = [_span(heads) for heads in zip(*groups, strict=True)]
     if len(spans) == 1:
-        return lambda rows, maps: maps[:, spans[0]]
+        return lambda part, maps: maps[:, spans[0]]
     columns = torch.tensor(groups, device=weights.device)[None, :, :, None].expand(
         weights.shape[0], -1, -1, weights.shape[3]
     )
     shares = weights.gather(2, columns).unbind(2)  # of each group's i-th head, (B, P, Q or 1)
 
-    def mix(rows: slice, maps: Tensor) -> Tensor:
-        parts = [maps[:, span] for span in spans]
-        by_head = [rows_of(share, rows)[..., None] for share in shares]
-        if len(parts) == 2:  # weights sum to 1
-            return torch.lerp(parts[1], parts[0], by_head[0])
-        mixed = parts[0] * by_head[0]
-        for part, share in zip(parts[1:], by_head[1:], strict=True):
-            mixed.addcmul_(part, share)
+    def mix(part: Part, maps: Tensor) -> Tensor:
+        heads = [maps[:, span] for span in spans]
+        by_head = [part_of(share, part)[..., None] for share in shares]
+        if len(heads) == 2:  # weights sum to 1
+            return torch.lerp(heads[1], heads[0], by_head[0])
+        mixed = heads[0] * by_head[0]
+        for head, share in zip(heads[1:], by_head[1:], strict=True):
+            mixed.addcmul_(head, share)
         return mixed
 
     return mix

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
@@ -29,6 +30,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             raise UserError(f"key `train.trackers`: {tracker} is not installed; `pip install {tracker}`")
     processes()
     AcceleratorState._reset_state()  # one process may train several runs, in different precisions
+    torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     try:
         accelerator = Accelerator(
             gradient_accumulation_steps=config.gradient_accumulation_steps,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
@@ -51,8 +49,7 @@ def make_watch(
             f"key `train.watch`: `{evaluate.extractor}` takes {only}×{only} images only, not {width}×{height}; set "
             "`evaluate.extractor` to another, or `train.watch.every` to 0"
         )
-    weights = None if evaluate.extractor_weights is None else Path(evaluate.extractor_weights)
-    extractor = load_extractor(evaluate.extractor, weights).to(device)
+    extractor = load_extractor(evaluate.extractor, evaluate.extractor_weights).to(device)
     reference = open_reference(
         evaluate.reference or real, extractor, evaluate.batch_size, evaluate.resize, min(height, width)
     ).statistics["features"]

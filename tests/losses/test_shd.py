@@ -12,16 +12,19 @@ from shd_diffusion.config import SHDConfig
 from shd_diffusion.losses import SHDLoss, grids
 from shd_diffusion.losses.divergence import DIVERGENCES
 from shd_diffusion.losses.streaming import map_divergence
+from shd_diffusion.squeezing import chunks
 
 
 @dataclass
 class InChunks:
-    """Maps in chunks of two rows."""
+    """Maps in chunks of one sample and two rows."""
 
     maps: torch.Tensor
 
     def chunks(self):
-        return [(slice(r, r + 2), self.maps[:, :, r : r + 2]) for r in range(0, self.maps.shape[2], 2)]
+        samples, _, rows, _ = self.maps.shape
+        parts = [(slice(b, b + 1), slice(r, r + 2)) for b in range(samples) for r in range(0, rows, 2)]
+        return [((some, part), self.maps[some, :, part]) for some, part in parts]
 
 
 BLOCKS = {"s0": "t1", "s1": "t3"}
@@ -84,12 +87,33 @@ def test_the_chunk_does_not_change_the_value(options, chunk_rows):
     assert_equal(SHDLoss(chunk_rows=chunk_rows, **options)(teacher, student), whole, student)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"granularity": "row"},
+        {"merge": "joint"},
+        {"temperature": 3.0},
+        {"rows": 0.5},
+        {"assignment": "optimal"},
+    ],
+)
+@pytest.mark.parametrize("at_once", [7 * 9 * 9, 7 * 4 * 9], ids=["one sample", "four of its nine rows"])
+def test_samples_that_are_squeezed_together_may_take_several_chunks(options, at_once, monkeypatch):
+    mask = torch.zeros(3, 1, 1, 9, dtype=torch.float64)
+    mask[1, ..., 5:] = mask[2, ..., :2] = -torch.inf
+    teacher, student = pair(teacher_heads=7, samples=3, mask=mask)
+    at_one_go = SHDLoss(**options)(teacher, student)
+    monkeypatch.setitem(chunks._AT_ONCE, "cpu", at_once)
+    assert_equal(SHDLoss(**options)(teacher, student), at_one_go, student)
+
+
 @pytest.mark.parametrize("divergence", [name for name in DIVERGENCES if name != "adaptive_kl"])
 @pytest.mark.parametrize("pool", [(1, 1), (4, 4)])
 def test_gradcheck(divergence, pool):
-    student = record(heads=2, queries=4 * pool[0], keys=4 * pool[1], learns=True)
-    targets = torch.randn(2, 2, 4, 4, dtype=torch.float64).softmax(-1)
-    samples = [(slice(b, b + 1), InChunks(targets[b : b + 1])) for b in (0, 1)]
+    student = record(samples=3, heads=2, queries=4 * pool[0], keys=4 * pool[1], learns=True)
+    targets = torch.randn(3, 2, 4, 4, dtype=torch.float64).softmax(-1)
+    samples = [(some, InChunks(targets[some])) for some in (slice(0, 2), slice(2, 3))]
 
     def divergences(query, key):
         moved = replace(student, query=query, key=key)

@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 from torch import nn
 from torch._inductor import config as inductor
 
+from shd_diffusion.config import TrainConfig
 from shd_diffusion.training import stages
+from shd_diffusion.training.launch import make_accelerator
 from shd_diffusion.training.methods import Distillation
 
 SHORT = ["train.max_steps=3", "train.batch_size=4", "train.log_every=1", "train.warmup_steps=0"]
@@ -90,6 +92,12 @@ def test_bf16_computes_in_it_and_keeps_the_weights_in_float32(folder: Path, tmp_
     assert losses(run) == pytest.approx(losses(folder / "plain"), rel=1e-2)
     assert losses(run) != losses(folder / "plain")
     assert {tensor.dtype for tensor in weights(run).values()} == {torch.float32}
+
+
+def test_tf32_holds_for_the_run_that_allows_it(tmp_path: Path) -> None:
+    for allowed, precision in ((True, "high"), (False, "highest")):
+        make_accelerator(TrainConfig(max_steps=1, batch_size=1, allow_tf32=allowed), tmp_path)
+        assert torch.get_float32_matmul_precision() == precision
 
 
 def test_a_precision_that_the_machine_lacks_is_an_error(folder: Path, tmp_path: Path) -> None:
