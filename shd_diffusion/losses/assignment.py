@@ -10,7 +10,7 @@ from torch import Tensor, distributed
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction
-from shd_diffusion.losses.streaming import Pool, Targets, log_maps
+from shd_diffusion.losses.streaming import Pool, Targets, finer, log_maps
 
 
 @torch.no_grad()
@@ -28,9 +28,8 @@ def assignment_costs(
     costs = student.query.new_zeros((student.heads, student.heads), dtype=torch.float64)
     for group, some in targets:
         ours = student.of_samples(group)
-        for (samples, rows), target in some.chunks():
-            own = samples, slice(rows.start * pool[0], rows.stop * pool[0])
-            log_student = log_maps(ours, own, temperature, pool)
+        for part, target in some.chunks():
+            log_student = log_maps(ours, finer(part, pool), temperature, pool)
             for head in range(student.heads):
                 value, _ = divergence(target[:, head : head + 1].expand_as(log_student), log_student.clone())
                 costs[head] += value.sum((0, 2))

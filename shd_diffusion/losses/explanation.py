@@ -10,7 +10,7 @@ from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction
 from shd_diffusion.losses.streaming import Pool, chunk_logits, log_maps, pooled
 from shd_diffusion.losses.targets import SqueezedTeacher, map_stream
-from shd_diffusion.squeezing.chunks import kept
+from shd_diffusion.squeezing.chunks import EVERYTHING, kept
 from shd_diffusion.squeezing.residual import relative_residual, residual_energies
 from shd_diffusion.squeezing.weights import mixture
 
@@ -43,16 +43,14 @@ def explain(
 ) -> Explanation:
     """Compute all maps of one block at once, of as many samples as the records hold."""
     record = teacher.record
-    samples = slice(0, len(record.query))
-    everything = samples, slice(0, record.query.shape[2])
     maps = kept(map_stream(record))
     weights, coefficients = teacher.weights(maps)
     value = record.value.to(weights.dtype)
     weight = record.output_weight.to(value.device)
     energies = residual_energies(maps, value, weight, weights, teacher.groups)
-    softened = chunk_logits(record, everything, teacher.temperature).softmax(-1)
-    squeezed = pooled(mixture(weights, teacher.groups)(everything, softened), teacher.pool)
-    log_student = log_maps(student, (samples, slice(0, student.query.shape[2])), teacher.temperature, pool)
+    softened = chunk_logits(record, EVERYTHING, teacher.temperature).softmax(-1)
+    squeezed = pooled(mixture(weights, teacher.groups)(EVERYTHING, softened), teacher.pool)
+    log_student = log_maps(student, EVERYTHING, teacher.temperature, pool)
     if teacher.granularity == "sample":
         coefficients, weights = coefficients[..., 0], weights[..., 0]
     return Explanation(

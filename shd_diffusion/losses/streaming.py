@@ -108,12 +108,12 @@ def _sums(
     dtype = torch.promote_types(student.query.dtype, torch.float32)
     query, key = student.query.to(dtype), student.key.to(dtype)
     total, of_query, of_key = query.new_zeros(query.shape[:2]), torch.empty_like(query), torch.zeros_like(key)
-    for (samples, rows), target in targets.chunks():
-        own = slice(rows.start * pool[0], rows.stop * pool[0])
-        value, gradient = _chunk(student, (samples, own), target, divergence, temperature, pool)
+    for part, target in targets.chunks():
+        samples, rows = own = finer(part, pool)
+        value, gradient = _chunk(student, own, target, divergence, temperature, pool)
         total[samples].add_(value.sum(-1))
-        of_query[samples, :, own] = gradient @ key[samples]
-        of_key[samples].add_(gradient.mT @ query[samples, :, own])
+        of_query[samples, :, rows] = gradient @ key[samples]
+        of_key[samples].add_(gradient.mT @ query[samples, :, rows])
     return total, of_query, of_key
 
 
@@ -150,6 +150,12 @@ def log_maps(record: AttentionRecord, part: Part, temperature: float = 1.0, pool
         return safe_log(pooled(logits.softmax(-1), pool))
     found = logits.log_softmax(-1)
     return found if record.mask is None else found.clamp_min_(torch.finfo(found.dtype).min)
+
+
+def finer(part: Part, pool: Pool) -> Part:
+    """The part of a finer map that becomes this part when it is pooled."""
+    samples, rows = part
+    return samples, slice(rows.start * pool[0], rows.stop * pool[0])
 
 
 def pooled(maps: Tensor, pool: Pool) -> Tensor:

@@ -12,6 +12,8 @@ from torch import Tensor
 Part: TypeAlias = tuple[slice, slice]
 """Some samples, and of those some query rows."""
 
+EVERYTHING: Part = (slice(None), slice(None))
+
 Chunk: TypeAlias = tuple[Part, Tensor]
 """A part, and its maps (samples, heads, rows, K)."""
 
@@ -41,7 +43,7 @@ class MapStream:
 def whole(maps: Tensor) -> MapStream:
     """Maps that exist already, as one chunk."""
     batch, heads, rows, keys = maps.shape
-    return MapStream((batch, heads, rows, keys), lambda: [((slice(0, batch), slice(0, rows)), maps)])
+    return MapStream((batch, heads, rows, keys), lambda: [(EVERYTHING, maps)])
 
 
 def stream(

@@ -8,7 +8,7 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.chunks import whole
+from shd_diffusion.squeezing.chunks import EVERYTHING, whole
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.matching import match_merges
 from shd_diffusion.squeezing.plan import Merge, Plan, check_heads, check_plan, plan_merges
@@ -101,7 +101,7 @@ def squeeze_heads(
     Raises:
         ValueError: head counts that cannot be squeezed, shapes that do not fit, numbers that are not finite.
     """
-    batch, heads, rows, keys = maps.shape
+    batch, heads, _, keys = maps.shape
     check_heads(heads, num_heads)
     if values.shape[:3] != (batch, heads, keys):
         raise ValueError(f"values {tuple(values.shape)} do not fit maps {tuple(maps.shape)}")
@@ -125,8 +125,7 @@ def squeeze_heads(
         raise ValueError(f"the squeezer leads to {len(squeezer.groups)} heads, not to {num_heads}")
 
     weights, coefficients = squeeze_weights(whole(maps), values, squeezer, granularity, coefficient)
-    everything = slice(0, batch), slice(0, rows)
-    squeezed = mixture(weights, squeezer.groups)(everything, maps)
+    squeezed = mixture(weights, squeezer.groups)(EVERYTHING, maps)
     if not torch.compiler.is_compiling() and not torch.isfinite(squeezed.sum() + weights.sum()):
         raise ValueError("attention maps or values are not finite")
     if not return_details:

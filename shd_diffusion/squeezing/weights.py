@@ -7,7 +7,7 @@ again, so no more than one chunk of them need exist at a time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -163,20 +163,27 @@ def _shares(
 def merge_sums(step: MergeStep, maps: MapStream, values: Tensor, weights: Tensor, by_row: bool) -> Tensor:
     """`pair_sums` of a step's merges, (3, B, P, R)."""
     batch, _, rows, _ = maps.shape
-    beside = side_by_side(values, step.heads)
     split = len(step.parts[0][0]) * values.shape[-1]
+    if by_row:
+        sums = values.new_empty(3, batch, len(step.inputs), rows)
+        for (samples, some_rows), moved in _moved(step, maps, values, weights):
+            sums[:, samples, :, some_rows] = pair_sums_by_row(moved, step.gram, split)
+        return sums
+    products = values.new_zeros(batch, *step.gram.shape)
+    for (samples, _), moved in _moved(step, maps, values, weights):
+        products[samples].add_(moved.mT @ moved)
+    return pair_sums(products, step.gram, split)
+
+
+def _moved(
+    step: MergeStep, maps: MapStream, values: Tensor, weights: Tensor
+) -> Iterator[tuple[Part, Tensor]]:
+    """`D V` of a step's merges, (samples, P, rows, w), part by part."""
+    beside = side_by_side(values, step.heads)
     inputs, parts = zip(*step.inputs, strict=True), zip(*step.parts, strict=True)
     first, second = (mixture(weights[:, heads], behind) for heads, behind in zip(inputs, parts, strict=True))
-    sums = values.new_empty(3, batch, len(step.inputs), rows)
-    products = values.new_zeros(batch, *step.gram.shape)
     for part, chunk in maps.walk():
-        samples, some_rows = part
-        moved = (first(part, chunk) - second(part, chunk)) @ beside[samples]
-        if by_row:
-            sums[:, samples, :, some_rows] = pair_sums_by_row(moved, step.gram, split)
-        else:
-            products[samples].add_(moved.mT @ moved)
-    return sums if by_row else pair_sums(products, step.gram, split)
+        yield part, (first(part, chunk) - second(part, chunk)) @ beside[part[0]]
 
 
 def merge_grams(step: MergeStep, maps: MapStream, values: Tensor, by_row: bool) -> Tensor:

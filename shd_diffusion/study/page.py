@@ -23,14 +23,8 @@ from shd_diffusion.study.statistics import Estimate
 
 Lines = list[list[str]]
 
-HIGHER_IS_BETTER = (
-    "inception",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "label",
-)  # all else is a distance
+# All else is a distance.
+HIGHER_IS_BETTER = ("inception", "precision", "recall", "density", "coverage", "label")
 
 
 def write_study(results: Results, output: Path) -> Path:
