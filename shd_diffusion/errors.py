@@ -15,3 +15,8 @@ class DivergedError(UserError):
     """A training that was ended since its numbers were not finite; its checkpoints are kept."""
 
     exit_code = 3
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's message without line breaks; its class where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -48,7 +48,7 @@ class AttentionCapture:
     """
 
     def __init__(self, model: nn.Module, blocks: Iterable[str] | None = None) -> None:
-        self._model = _unwrap(model)
+        self._model = unwrap(model)
         self._named = blocks is not None
         self._blocks = _select(self._model, blocks)
         self._taps: dict[str, _Tap] = {}
@@ -84,7 +84,7 @@ class AttentionCapture:
         return {record.name: record for record in records}
 
 
-def _unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: nn.Module) -> nn.Module:
     """The model inside any nesting of compiled and distributed wrappers."""
     while (inner := extract_model_from_parallel(model, keep_torch_compile=False)) is not model:
         model = inner

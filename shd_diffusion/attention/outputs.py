@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shd_diffusion.attention.capture import _in_backward, _unwrap
+from shd_diffusion.attention.capture import _in_backward, unwrap
 
 
 class OutputCapture:
@@ -34,7 +34,7 @@ class OutputCapture:
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[str]) -> None:
-        self._model = _unwrap(model)
+        self._model = unwrap(model)
         self._modules = {name: self._model.get_submodule(name) for name in modules}
         self._hooks: list[Any] = []
         self._with_gradients = False

@@ -3,17 +3,53 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
 from diffusers import ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
+from pydantic import Field, model_validator
 
-from shd_diffusion.config import DistillConfig, ModelConfig, read_run_config
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
+from shd_diffusion.section import Section
+
+
+
+class ModelConfig(Section):
+    """A model by its diffusers class (or one of the project's) and the arguments of its constructor."""
+
+    class_name: str = Field("DiTTransformer2DModel", alias="class")
+    arguments: dict[str, Any] = {}
+    pretrained: str | None = None
+
+
+class StudentConfig(ModelConfig):
+    """The model that is distilled into; `init: teacher` starts it from the teacher's weights where shapes allow."""
+
+    init: Literal["random", "teacher"] = "random"
+
+    @model_validator(mode="after")
+    def _starts_from_one_model(self) -> StudentConfig:
+        if self.init == "teacher" and self.pretrained is not None:
+            raise ValueError(
+                "`pretrained` and `init: teacher` both give the weights to start from; choose one"
+            )
+        return self
+
+
+class TeacherConfig(Section):
+    """The trained model to distil from: a run folder, a pipeline or model folder, or a hub name.
+
+    It is never trained, so `dtype` may be half as wide as the student's.
+    """
+
+    path: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["accelerator", "cpu"] = "accelerator"
+
 
 OWN_CLASSES = {kind.__name__: kind for kind in (MDTv2Transformer2DModel, OriginalDiTTransformer2DModel)}
 
@@ -70,23 +106,6 @@ def load_model(path: str) -> ModelMixin:
         raise UserError(
             f"{path}: cannot be loaded as a model ({reason}); give a run or model folder"
         ) from error
-
-
-def open_model(name: str) -> ModelMixin:
-    """As `load_model`, or the new model of a config file of `train-teacher` or `distill`.
-
-    Raises:
-        UserError: there is no such model or config, or it cannot be built.
-    """
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        return load_model(name)
-    config = read_run_config(path)
-    model = config.student if isinstance(config, DistillConfig) else config.model
-    try:
-        return build_model(model)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
 
 
 def find_model_folder(path: Path) -> Path | None:
