@@ -1,4 +1,7 @@
-"""The command line: one command a stage, each also a launch file in pipelines/ or eval/."""
+"""The command line: one command a stage, each also a launch file in pipelines/ or eval/.
+
+What takes seconds to import is imported where it is used, inside the guard against Ctrl-C.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,12 @@ import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, ParamSpec
+from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
 
-from shd_diffusion.config import (
-    DistillConfig,
-    PrepareConfig,
-    RunConfig,
-    TrainTeacherConfig,
-    override_config,
-    read_config,
-)
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json
-from shd_diffusion.run_folder import RunFolder
 
 app = typer.Typer(
     name="shd-diffusion",
@@ -47,7 +41,7 @@ Arguments = ParamSpec("Arguments")
 
 
 def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """Errors that a person can mend end a command with one line and their exit code, Ctrl-C with 130."""
+    """Errors that a person can fix end a command with one line and their exit code, Ctrl-C with 130."""
 
     @functools.wraps(function)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
@@ -72,6 +66,7 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 @stage
 def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
     """Encode images through a VAE into a cache of latents."""
+    from shd_diffusion.config import PrepareConfig, read_config
     from shd_diffusion.data.prepare import prepare as run_stage
 
     parsed = read_config(config, PrepareConfig, set_ or [])
@@ -91,14 +86,21 @@ def inspect(
     """List a model's attention blocks; with --student also the layer map and the merges that SHD would use."""
     from rich.console import Console
 
-    from shd_diffusion.models.factory import open_model
-    from shd_diffusion.models.inspect import render
+    from shd_diffusion.training.build import open_model
+    from shd_diffusion.training.inspect_models import inspect_model, pair_rows, render, render_pair
 
+    teacher = open_model(model)
+    rows = inspect_model(teacher)
+    Console().print(render(teacher, rows))
+    if student is None:
+        return
+    other = open_model(student)
+    student_rows = inspect_model(other)
+    Console().print(render(other, student_rows))
     try:
-        tables = render(open_model(model), open_model(student) if student else None)
+        Console().print(render_pair(rows, student_rows, pair_rows(rows, student_rows)))
     except ValueError as error:
         raise UserError(f"{model} and {student}: {error}") from error
-    Console().print(tables)
 
 
 @app.command()
@@ -124,12 +126,9 @@ def train_teacher(
     config: ConfigFile, set_: Overrides = None, output: Output = None, dry_run: DryRun = False
 ) -> None:
     """Train a teacher on the denoising loss alone."""
-    from shd_diffusion.training.stages import train_teacher as run_stage
+    from shd_diffusion.config import TrainTeacherConfig
 
-    parsed = read_config(config, TrainTeacherConfig, set_ or [])
-    if dry_run:
-        return _dry_run(parsed, config)
-    run_stage(parsed, _output(parsed, output, config), str(config))
+    _train(config, TrainTeacherConfig, set_, output, dry_run)
 
 
 @app.command()
@@ -138,12 +137,23 @@ def distill(
     config: ConfigFile, set_: Overrides = None, output: Output = None, dry_run: DryRun = False
 ) -> None:
     """Train a student from a teacher."""
-    from shd_diffusion.training.stages import distill as run_stage
+    from shd_diffusion.config import DistillConfig
 
-    parsed = read_config(config, DistillConfig, set_ or [])
-    if dry_run:
-        return _dry_run(parsed, config)
-    run_stage(parsed, _output(parsed, output, config), str(config))
+    _train(config, DistillConfig, set_, output, dry_run)
+
+
+def _train(
+    config: Path, kind: Any, overrides: list[str] | None, output: Path | None, only_costs: bool
+) -> None:
+    from shd_diffusion.config import read_config
+    from shd_diffusion.training.dry_run import dry_run
+    from shd_diffusion.training.run import train
+
+    parsed = read_config(config, kind, overrides or [])
+    if only_costs:
+        typer.echo(json.dumps(dry_run(parsed, str(config)), indent=2))
+    else:
+        train(parsed, _output(parsed, output, config), str(config))
 
 
 # --- after training ------------------------------------------------------------------------------------------
@@ -163,7 +173,9 @@ def sample(
     ] = False,
 ) -> None:
     """Sample images from finished runs into their `samples/`."""
-    from shd_diffusion.sampling.stage import sample_run
+    from shd_diffusion.config import override_config
+    from shd_diffusion.run_folder import RunFolder
+    from shd_diffusion.sampling.sample_run import sample_run
 
     if output is not None and len(runs) > 1:
         raise UserError(
@@ -201,6 +213,7 @@ def evaluate(
     ] = None,
 ) -> None:
     """Compute figures; JSON on standard output, and for a run or pipeline also in `evaluation/metrics.json`."""
+    from shd_diffusion.config import override_config
     from shd_diffusion.evaluation.stage import (
         evaluate_images,
         evaluate_pipeline,
@@ -208,6 +221,7 @@ def evaluate(
         is_pipeline,
     )
     from shd_diffusion.processes import processes
+    from shd_diffusion.run_folder import RunFolder
 
     options = {"reference": reference, "extractor": extractor, "extractor_weights": extractor_weights}
     overrides = [*(set_ or []), *(f"evaluate.{key}={value}" for key, value in options.items() if value)]
@@ -277,6 +291,7 @@ def squeeze(
 
     from shd_diffusion.analysis.measure import Protocol
     from shd_diffusion.analysis.stage import squeeze_teacher, table
+    from shd_diffusion.run_folder import RunFolder
 
     try:
         counts = list(dict.fromkeys(int(count) for count in heads.split(",")))
@@ -299,6 +314,7 @@ def study(
     ] = None,
 ) -> None:
     """Run what is missing of a study with paired seeds, and write up what it says."""
+    from shd_diffusion.config import read_config
     from shd_diffusion.study.config import StudyConfig
     from shd_diffusion.study.stage import run_study
 
@@ -308,13 +324,7 @@ def study(
     typer.echo(f"study: {page}")
 
 
-def _dry_run(config: TrainTeacherConfig | DistillConfig, source: Path) -> None:
-    from shd_diffusion.training.dry_run import dry_run
-
-    typer.echo(json.dumps(dry_run(config, str(source)), indent=2))
-
-
-def _output(config: RunConfig | PrepareConfig, output: Path | None, source: Path) -> Path:
+def _output(config: Any, output: Path | None, source: Path) -> Path:
     if output is None and config.output is None:
         raise UserError(f"{source}: key `output` is missing; add it or give --output DIR")
     return output or Path(str(config.output))

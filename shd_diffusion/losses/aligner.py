@@ -10,43 +10,45 @@ all blocks times student heads of all blocks.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from shd_diffusion.attention import AttentionBlock, AttentionRecord
-from shd_diffusion.config import TermConfig
-from shd_diffusion.losses.baselines.captured import Baseline, Captured, running_blocks
+from shd_diffusion.losses.term import Records, StepOutputs, Term, TermConfig
+from shd_diffusion.models.trace import Trace
 
 
-class HeadAligner(Baseline):
+class HeadAligner(Term):
     """Mean over samples, teacher heads and query rows of KL(teacher's map || mixture of the student's maps).
 
     Attributes:
         scores: by kind of attention, (teacher heads, student heads) over all blocks of that kind.
     """
 
-    needs_records = True
+    captures = "records"
 
-    def __init__(self, config: TermConfig, teacher: ModelMixin, student: ModelMixin) -> None:
-        super().__init__()
-        theirs, ours = running_blocks(teacher), running_blocks(student)
-        self.blocks = theirs.keys(), ours.keys()
-        taught, learning = _heads(theirs), _heads(ours)
-        if missing := learning.keys() - taught.keys():
+    def __init__(self, config: TermConfig, student: Trace, teacher: Trace | None, seed: int = 0) -> None:
+        super().__init__(config, student, teacher, seed)
+        if teacher is None:
+            raise ValueError("there is no teacher")
+        student_heads, teacher_heads = _heads(student.records), _heads(teacher.records)
+        if missing := student_heads.keys() - teacher_heads.keys():
             raise ValueError(f"the teacher has no {missing.pop()}-attention for the student's to learn from")
-        self.pairs = {}
         self.scores = nn.ParameterDict(
-            {kind: torch.randn(taught[kind], heads) for kind, heads in learning.items()}
+            {kind: torch.randn(teacher_heads[kind], heads) for kind, heads in student_heads.items()}
         )
+        self._blocks = student.records.keys(), teacher.records.keys()
+
+    @property
+    def looks_at(self) -> tuple[Collection[str], Collection[str]]:
+        return self._blocks
 
     def weights(self, kind: str) -> Tensor:
         """(teacher heads, student heads); each row sums to 1."""
         return self.scores[kind].softmax(-1)
 
-    def forward(self, teacher: Captured, student: Captured) -> Tensor:
+    def forward(self, outputs: StepOutputs) -> Tensor:
         """See the class.
 
         Raises:
@@ -54,11 +56,8 @@ class HeadAligner(Baseline):
         """
         divergences = []
         for kind in self.scores:
-            target, maps = (
-                _maps(part.records, blocks, kind)
-                for part, blocks in zip((teacher, student), self.blocks, strict=True)
-            )
-            target = target.detach()
+            target = _maps(outputs.teacher.records, kind).detach()
+            maps = _maps(outputs.student.records, kind)
             mixed = torch.einsum("mn,bnqk->bmqk", self.weights(kind), maps)
             floor = torch.finfo(mixed.dtype).tiny  # below it a softmax has no value either
             pointwise = torch.xlogy(target, target) - target * mixed.clamp_min(floor).log()
@@ -66,17 +65,22 @@ class HeadAligner(Baseline):
         return torch.stack(divergences).mean()
 
 
-def _heads(blocks: Mapping[str, AttentionBlock]) -> dict[str, int]:
+def _main_streams(records: Records) -> Records:
+    """Of joint attention the rows of the image."""
+    return {name: record for name, record in records.items() if ":" not in name}
+
+
+def _heads(records: Records) -> dict[str, int]:
     """Heads of all blocks by kind."""
     total: dict[str, int] = {}
-    for block in blocks.values():
-        total[block.kind] = total.get(block.kind, 0) + block.heads
+    for record in _main_streams(records).values():
+        total[record.kind] = total.get(record.kind, 0) + record.heads
     return total
 
 
-def _maps(records: Mapping[str, AttentionRecord], blocks: Collection[str], kind: str) -> Tensor:
-    """The maps of all heads of a kind, (B, heads, Q, K), of joint attention those of the main stream."""
-    maps = [record.maps() for name, record in records.items() if name in blocks and record.kind == kind]
-    if len({each.shape[2:] for each in maps}) > 1:
+def _maps(records: Records, kind: str) -> Tensor:
+    """The maps of all heads of a kind, (B, heads, Q, K)."""
+    maps = [record.maps() for record in _main_streams(records).values() if record.kind == kind]
+    if len({one.shape[2:] for one in maps}) > 1:
         raise ValueError("the aligner mixes heads of all blocks, and their token grids differ")
     return torch.cat(maps, dim=1)

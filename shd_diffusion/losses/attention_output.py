@@ -6,11 +6,11 @@ squeezing preserves. Extra parameters: C_student · C_teacher + C_teacher for ea
 
 from __future__ import annotations
 
-from shd_diffusion.losses.baselines.features import FeatureDistillation
+from shd_diffusion.losses.features import FeatureDistillation
 
 
 class AttentionOutput(FeatureDistillation):
     """Mean over mapped blocks of ||P(O_student) - O_teacher||², averaged over samples, tokens and channels."""
 
     def module(self, attention: str) -> str:
-        return attention
+        return attention.partition(":")[0]

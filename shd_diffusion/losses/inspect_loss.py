@@ -8,15 +8,21 @@ from torch import Tensor
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction
-from shd_diffusion.losses.streaming import Pool, chunk_logits, log_maps, pooled
-from shd_diffusion.losses.targets import SqueezedTeacher, map_stream
-from shd_diffusion.squeezing.chunks import EVERYTHING, kept
+from shd_diffusion.losses.map_divergence import (
+    Pool,
+    SqueezedTeacher,
+    chunk_logits,
+    log_maps,
+    map_stream,
+    pooled,
+)
+from shd_diffusion.squeezing.map_stream import EVERYTHING, kept
 from shd_diffusion.squeezing.residual import relative_residual, residual_energies
-from shd_diffusion.squeezing.weights import mixture
+from shd_diffusion.squeezing.merge_weights import mixture
 
 
 @dataclass(frozen=True, slots=True)
-class Explanation:
+class Inspection:
     """One student block: S samples, M teacher heads, N student heads, maps (Q, K) at the loss's temperature.
 
     Attributes:
@@ -38,22 +44,22 @@ class Explanation:
     divergence: Tensor
 
 
-def explain(
+def inspect_block(
     teacher: SqueezedTeacher, student: AttentionRecord, divergence: DivergenceFunction, pool: Pool
-) -> Explanation:
+) -> Inspection:
     """Compute all maps of one block at once, of as many samples as the records hold."""
     record = teacher.record
     maps = kept(map_stream(record))
     weights, coefficients = teacher.weights(maps)
     value = record.value.to(weights.dtype)
     weight = record.output_weight.to(value.device)
-    energies = residual_energies(maps, value, weight, weights, teacher.groups)
+    energies = residual_energies(maps, value, weight, weights, teacher.squeezer.groups)
     softened = chunk_logits(record, EVERYTHING, teacher.temperature).softmax(-1)
-    squeezed = pooled(mixture(weights, teacher.groups)(EVERYTHING, softened), teacher.pool)
+    squeezed = pooled(mixture(weights, teacher.squeezer.groups)(EVERYTHING, softened), teacher.pool)
     log_student = log_maps(student, EVERYTHING, teacher.temperature, pool)
     if teacher.granularity == "sample":
         coefficients, weights = coefficients[..., 0], weights[..., 0]
-    return Explanation(
+    return Inspection(
         teacher=pooled(softened, teacher.pool),
         squeezed=squeezed,
         student=log_student.exp(),

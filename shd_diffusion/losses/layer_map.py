@@ -30,11 +30,11 @@ def map_blocks(
         ValueError: a kind that the teacher lacks, an unknown name or index, or a list of another length.
     """
     if isinstance(layer_map, Mapping):
-        for ours, theirs in layer_map.items():
-            if ours not in student or theirs not in teacher:
-                raise ValueError(f"layer map {ours!r}: {theirs!r} names no pair of captured blocks")
-            if _stream(ours, student) != _stream(theirs, teacher):
-                raise ValueError(f"layer map {ours!r}: {theirs!r} pairs attention of different kinds")
+        for name, by in layer_map.items():
+            if name not in student or by not in teacher:
+                raise ValueError(f"layer map {name!r}: {by!r} names no pair of captured blocks")
+            if _stream(name, student) != _stream(by, teacher):
+                raise ValueError(f"layer map {name!r}: {by!r} pairs attention of different kinds")
         return dict(layer_map)
     pairs: dict[str, str] = {}
     same_stages = {_stage(name) for name in teacher} == {_stage(name) for name in student}

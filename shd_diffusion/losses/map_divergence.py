@@ -1,14 +1,14 @@
-"""The divergence of a student's maps from their targets, without ever holding all of the maps.
+"""The divergence of a student's maps from a teacher's squeezed ones, without ever holding all of the maps.
 
 The seam for other backends: a fused kernel may replace `map_divergence` behind the same signature.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import cache
-from typing import Any, Protocol, TypeAlias
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,11 +16,10 @@ from torch.autograd.function import once_differentiable
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction, safe_log
-from shd_diffusion.squeezing.chunks import Chunk, Part
-
-Pool: TypeAlias = tuple[int, int]
-"""So many neighbouring query rows and keys of a finer map make one of the coarser."""
-
+from shd_diffusion.losses.token_grid import Pool
+from shd_diffusion.squeezing.coefficients import Coefficient
+from shd_diffusion.squeezing.map_stream import Chunk, MapStream, Part, sample_groups, stream
+from shd_diffusion.squeezing.merge_weights import Granularity, Squeezer, mixture, squeeze_weights
 
 class Targets(Protocol):
     """Maps to learn, (B, H, rows, K), had chunk by chunk."""
@@ -178,3 +177,78 @@ def chunk_logits(record: AttentionRecord, part: Part, temperature: float = 1.0) 
     mask = mask if mask.shape[0] == 1 else mask[samples]
     mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
     return logits + mask.to(dtype) / temperature
+
+
+# --- the targets: a teacher's maps, squeezed ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SqueezedTeacher:
+    """A teacher's block squeezed to the student's heads.
+
+    Attributes:
+        record: what the teacher attended to, on the query rows that are wanted.
+        source: the record that the coefficients come from: the same, or one with all the query rows.
+        squeezer: the plan, prepared for the record's output weight.
+        temperature: τ of the maps that are merged; the coefficients are those of τ = 1.
+        granularity: of the coefficients.
+        coefficient: how they are found.
+        pool: the teacher's share of bringing both maps to one grid.
+        chunk_rows: see `stream`.
+    """
+
+    record: AttentionRecord
+    source: AttentionRecord
+    squeezer: Squeezer
+    temperature: float = 1.0
+    granularity: Granularity = "sample"
+    coefficient: Coefficient = "closed_form"
+    pool: Pool = (1, 1)
+    chunk_rows: int | None = None
+
+    def by_samples(self) -> Iterator[tuple[slice, SqueezedTeacher]]:
+        """The same for some samples after others, see `sample_groups`."""
+        query = self.source.query  # of no fewer rows than the record
+        shape = *query.shape[:3], self.source.key.shape[2]
+        for samples in sample_groups(shape, query.device, self.chunk_rows):
+            record = source = self.record.of_samples(samples)
+            if self.source is not self.record:
+                source = self.source.of_samples(samples)
+            yield samples, replace(self, record=record, source=source)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The target maps (B, N, rows of the pooled maps, K), in float32 or better."""
+        aligned = self.chunk_rows, self.pool[0]
+        if self.source is self.record:
+            maps = source = map_stream(self.record, 1.0, *aligned)
+        else:
+            maps = map_stream(self.record, 1.0, *aligned)
+            source = map_stream(self.source, 1.0, self.chunk_rows)
+        mix = mixture(self.weights(source)[0], self.squeezer.groups)
+        if self.temperature != 1:
+            maps = map_stream(self.record, self.temperature, *aligned)
+        for part, chunk in maps.walk():
+            samples, rows = part
+            coarse = slice(rows.start // self.pool[0], rows.stop // self.pool[0])
+            yield (samples, coarse), pooled(mix(part, chunk), self.pool)
+
+    def weights(self, source: MapStream) -> tuple[Tensor, Tensor]:
+        """`squeeze_weights` of the source's maps: which share of each teacher head makes a squeezed one."""
+        value = self.source.value.to(torch.promote_types(self.source.value.dtype, torch.float32))
+        return squeeze_weights(source, value, self.squeezer, self.granularity, self.coefficient)
+
+
+def map_stream(
+    record: AttentionRecord,
+    temperature: float = 1.0,
+    chunk_rows: int | None = None,
+    multiple: int = 1,
+) -> MapStream:
+    """The maps of a record at a temperature, chunk by chunk; see `stream`."""
+    batch, heads, rows, _ = record.query.shape
+
+    def logits(part: Part) -> Tensor:
+        return chunk_logits(record, part, temperature)
+
+    shape = batch, heads, rows, record.key.shape[2]
+    return stream(shape, logits, record.query.device, chunk_rows, multiple)

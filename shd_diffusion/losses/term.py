@@ -6,7 +6,7 @@ them. A new one is a file with a `Term` and its options, and a line there.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -121,10 +121,20 @@ class Term(nn.Module):
     captures: ClassVar[Literal["records", "outputs"] | None] = None
     pairs: Mapping[str, str]
 
-    def __init__(self, config: TermConfig, student: Trace, teacher: Trace | None) -> None:
+    def __init__(self, config: TermConfig, student: Trace, teacher: Trace | None, seed: int = 0) -> None:
         """Raises ValueError: it cannot be computed for these models."""
         super().__init__()
         self.config, self.pairs = config, {}
+
+    @classmethod
+    def applies(cls, student: Trace) -> bool:
+        """Whether it has anything to say of such a model; if not, it is left out whatever its weight."""
+        return True
+
+    @property
+    def looks_at(self) -> tuple[Collection[str], Collection[str]]:
+        """The student's and the teacher's blocks or modules that are to be captured."""
+        return self.pairs.keys(), self.pairs.values()
 
     def weight(self, step: int, max_steps: int) -> float:
         """At a step, counted from 0; 0 where the term need not be computed."""

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 from math import isqrt
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from shd_diffusion.attention.records import AttentionRecord
-from shd_diffusion.losses.streaming import Pool
 from shd_diffusion.randomness import generator
+
+Pool: TypeAlias = tuple[int, int]
+"""So many neighbouring query rows and keys of a finer map make one of the coarser."""
 
 
 def sample_rows(count: int, share: float, seed: int, *names: int | str) -> Tensor | None:
@@ -48,38 +51,54 @@ def take(
 
 
 def common_grid(
-    teacher: AttentionRecord, student: AttentionRecord
+    teacher: AttentionRecord, student: AttentionRecord, size: tuple[int, ...] | None = None
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """For teacher and student: their query rows by row of the coarser grid (rows, ratio²), and so their keys.
 
+    Args:
+        teacher: a block's record.
+        student: of the block that learns from it.
+        size: height and width of what both models see, in the ratio of which the grids are; None: square.
+
     Raises:
-        ValueError: tokens that are no image grid differ, a grid is not square, or one is no multiple of the other.
+        ValueError: tokens that are no image grid differ, no grid has this ratio, or one is no multiple of the other.
     """
     found = []
-    for kinds, theirs, ours in (
+    for kinds, of_teacher, of_student in (
         (("self", "cross"), teacher.query.shape[2], student.query.shape[2]),
         (("self",), teacher.key.shape[2], student.key.shape[2]),
     ):
-        if theirs != ours and teacher.kind not in kinds:
-            raise ValueError(f"{teacher.kind}-attention over {theirs} and {ours} tokens cannot be compared")
-        coarse = min(theirs, ours)
-        found.append((coarsening(theirs, coarse), coarsening(ours, coarse)))
-    (their_rows, our_rows), (their_keys, our_keys) = found
-    return (their_rows, their_keys), (our_rows, our_keys)
+        if of_teacher != of_student and teacher.kind not in kinds:
+            raise ValueError(
+                f"{teacher.kind}-attention over {of_teacher} and {of_student} tokens cannot be compared"
+            )
+        coarse = min(of_teacher, of_student)
+        found.append((coarsening(of_teacher, coarse, size), coarsening(of_student, coarse, size)))
+    (teacher_rows, student_rows), (teacher_keys, student_keys) = found
+    return (teacher_rows, teacher_keys), (student_rows, student_keys)
 
 
-def coarsening(fine: int, coarse: int) -> Tensor:
-    """Tokens of a fine square grid by the token of the coarse grid into which they fall: (coarse, ratio²)."""
+def coarsening(fine: int, coarse: int, size: tuple[int, ...] | None = None) -> Tensor:
+    """Tokens of a fine grid by the token of the coarse grid into which they fall: (coarse, ratio²)."""
     if fine == coarse:
         return torch.arange(fine)[:, None]
-    side, coarse_side = isqrt(fine), isqrt(coarse)
-    if side**2 != fine or coarse_side**2 != coarse or side % coarse_side:
+    height, width = size or (1, 1)
+    rows, columns = _grid(fine, height, width)
+    coarse_rows, coarse_columns = _grid(coarse, height, width)
+    ratio = rows // max(coarse_rows, 1)
+    if not ratio or (rows, columns) != (coarse_rows * ratio, coarse_columns * ratio):
         raise ValueError(
-            f"maps over {fine} and {coarse} tokens: square grids compare, one a multiple of the other"
+            f"maps over {fine} and {coarse} tokens: grids of {height}:{width} compare, one a multiple of the other"
         )
-    ratio = side // coarse_side
-    tokens = torch.arange(fine).view(coarse_side, ratio, coarse_side, ratio)
+    tokens = torch.arange(fine).view(coarse_rows, ratio, coarse_columns, ratio)
     return tokens.transpose(1, 2).reshape(coarse, ratio**2)
+
+
+def _grid(tokens: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of so many tokens in the ratio of height to width; (0, 0) if there is no such grid."""
+    rows = isqrt(tokens * height // width)
+    columns = tokens // rows if rows else 0
+    return (rows, columns) if rows * columns == tokens and rows * width == columns * height else (0, 0)
 
 
 def on_grid(

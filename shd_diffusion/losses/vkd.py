@@ -9,16 +9,24 @@ token counts. Extra parameters: C_student · C_teacher for each mapped block.
 
 from __future__ import annotations
 
+from typing import ClassVar, Literal
+
 import torch
-from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal
 
-from shd_diffusion.config import VkDConfig
-from shd_diffusion.losses.baselines.features import FeatureDistillation
+from shd_diffusion.losses.features import FeatureDistillation
+from shd_diffusion.losses.term import MappedTermConfig, TermConfig
+from shd_diffusion.models.trace import Trace
 
 EPSILON = 1e-5  # on a variance, of features whose scale is about 1
+
+
+class VkDConfig(MappedTermConfig):
+    """VkD: features of the teacher are whitened (for generation) or standardised (for classification)."""
+
+    normalisation: Literal["whiten", "standardise"] = "whiten"
 
 
 class VkD(FeatureDistillation):
@@ -27,14 +35,16 @@ class VkD(FeatureDistillation):
     P has orthonormal rows, one a student's channel (orthonormal columns where the student is wider).
     """
 
-    def __init__(self, config: VkDConfig, teacher: ModelMixin, student: ModelMixin) -> None:
-        super().__init__(config, teacher, student)
+    Config: ClassVar[type[TermConfig]] = VkDConfig
+
+    def __init__(self, config: VkDConfig, student: Trace, teacher: Trace | None, seed: int = 0) -> None:
+        super().__init__(config, student, teacher, seed)
         self.normalise = {"whiten": whiten, "standardise": standardise}[config.normalisation]
 
-    def projector(self, of_student: int, of_teacher: int) -> nn.Module:
+    def projector(self, student_width: int, teacher_width: int) -> nn.Module:
         # The paper's map. PyTorch's default for matrices that are not square, `householder`, turns columns to 0 when
         # an optimiser moves the diagonal, which weight decay does in its first step.
-        linear = nn.Linear(of_student, of_teacher, bias=False)
+        linear = nn.Linear(student_width, teacher_width, bias=False)
         return orthogonal(linear, orthogonal_map="matrix_exp", use_trivialization=False)
 
     def distance(self, projected: Tensor, target: Tensor) -> Tensor:

@@ -18,13 +18,24 @@ class Trace:
     """One plain pass of one sample, on the meta device.
 
     Attributes:
+        shape: of the sample, (C, H, W).
         records: of every attention block that ran and can be captured, in order of depth. What runs in masked passes
             only (MDTv2's side block) is not among them.
         output: the prediction, (1, C', H, W).
     """
 
+    shape: tuple[int, ...]
     records: Mapping[str, AttentionRecord]
     output: Tensor
+
+    @property
+    def predicts_variance(self) -> bool:
+        """Whether the model puts out twice the channels that it takes: beside its objective, a variance."""
+        return self.output.shape[1] == 2 * self.shape[0]
+
+    def width(self, name: str) -> int:
+        """Channels C of the tokens that an attention block writes to."""
+        return self.records[name].output_weight.shape[0]
 
     @property
     def heads(self) -> int:
@@ -50,10 +61,10 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
         moved = {name: value.to("meta") for name, value in condition.items()}
         try:
             if not any(block.capturable for block in attention_blocks(twin).values()):
-                return Trace({}, predict(twin, noised, timesteps, moved))
+                return Trace(shape, {}, predict(twin, noised, timesteps, moved))
             with AttentionCapture(twin) as capture:
                 output = predict(twin, noised, timesteps, moved)
-                return Trace(capture.records, output)
+                return Trace(shape, capture.records, output)
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
             given = ", ".join(moved) or "no condition"
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__

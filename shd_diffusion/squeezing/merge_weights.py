@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.chunks import MapStream, Part, part_of
+from shd_diffusion.squeezing.map_stream import MapStream, Part, part_of
 from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select, select_one
 from shd_diffusion.squeezing.plan import Group, Merge, Plan, check_merge, members
 from shd_diffusion.squeezing.simplex import minimum_norm_weights
@@ -62,7 +62,7 @@ class Squeezer:
     rounds: tuple[tuple[tuple[Group, ...], tuple[MergeStep, ...]], ...]
 
 
-def prepare(plan: Plan, output_weight: Tensor, num_heads: int, merge: Merge = "progressive") -> Squeezer:
+def prepare_squeezer(plan: Plan, output_weight: Tensor, num_heads: int, merge: Merge = "progressive") -> Squeezer:
     """Compute the output weights' Gram matrices that the plan's merges need, once for a frozen teacher.
 
     Args:
@@ -118,7 +118,7 @@ def squeeze_weights(
     Args:
         maps: the teacher's at temperature 1, (B, M, Q, K).
         values: V, (B, M, K, d).
-        squeezer: from `prepare`.
+        squeezer: from `prepare_squeezer`.
         granularity: one coefficient a sample and merge, or one a query row.
         coefficient: `closed_form`, or one of the ablations `mean` and `select`.
 

@@ -1,4 +1,4 @@
-"""What a run notes down while it trains: lines of metrics.jsonl, and the same numbers in the trackers."""
+"""The metrics of a run while it trains: lines of metrics.jsonl, and the same numbers in the trackers."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from shd_diffusion.protocol import flatten
 from shd_diffusion.run_folder import RunFolder
 
 
-class Journal:
+class MetricsLogger:
     """The metrics of a run from step `start` on. Every process calls it; the main one writes."""
 
-    def __init__(self, run: RunFolder, accelerator: Accelerator, step_size: int, start: int) -> None:
-        self.run, self.accelerator, self.step_size = run, accelerator, step_size
+    def __init__(self, run: RunFolder, accelerator: Accelerator, batch_size: int, start: int) -> None:
+        self.run, self.accelerator, self.batch_size = run, accelerator, batch_size
         self._lap = time.perf_counter(), start
 
-    def record(
+    def entry(
         self,
         done: int,
         terms: dict[str, Tensor],
         weights: dict[str, float],
         norm: Tensor,
         learning_rate: float,
-        divergences: dict[str, Tensor],
+        shd_by_block: dict[str, Tensor],
     ) -> dict[str, Any]:
         """The entry of a step that was taken: every term, SHD's block by block, the seconds a step since the last."""
         began, logged = self._lap
         return {
             **self._head(done),
             **summarize_terms(self._means(terms), weights),
-            **({"divergence": self._means(divergences)} if divergences else {}),
+            **({"shd_by_block": self._means(shd_by_block)} if shd_by_block else {}),
             "learning_rate": learning_rate,
             "gradient_norm": float(norm),
             "seconds_per_step": (time.perf_counter() - began) / (done - logged),
         }
 
-    def write(self, entry: dict[str, Any]) -> None:
+    def log(self, entry: dict[str, Any]) -> None:
         """Write an entry, and start the next lap."""
         if self.accelerator.is_main_process:
             self.run.log(entry)
@@ -51,27 +51,27 @@ class Journal:
         self.accelerator.log(numbers, step=entry["step"])
         self._lap = time.perf_counter(), entry["step"]
 
-    def show(self, done: int, picture: Tensor) -> None:
+    def log_image(self, done: int, picture: Tensor) -> None:
         """Keep a picture of samples, 8-bit (H, W, 3), in the run folder and the trackers."""
         if not self.accelerator.is_main_process:
             return
         pixels = picture.numpy()
-        with replacing_file(self.run.watched(done)) as temporary:
+        with replacing_file(self.run.validation_picture(done)) as temporary:
             Image.fromarray(pixels).save(temporary, format="png")
         for tracker in self.accelerator.trackers:
             # Channels come first for TensorBoard unless it is told otherwise, and last for all others.
             layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
             tracker.log_images({"samples": pixels[None]}, step=done, **layout)
 
-    def write_skipped(self, done: int, terms: dict[str, Tensor]) -> list[str]:
+    def log_skipped(self, done: int, terms: dict[str, Tensor]) -> list[str]:
         """Write which terms caused a step to be left out, and return them; `gradient` where all were finite."""
         values = self._means(terms)
         culprits = [name for name, value in values.items() if not math.isfinite(value)] or ["gradient"]
-        self.write({**self._head(done), "skipped": culprits})
+        self.log({**self._head(done), "skipped": culprits})
         return culprits
 
     def _head(self, done: int) -> dict[str, int]:
-        return {"step": done, "images": done * self.step_size}
+        return {"step": done, "images": done * self.batch_size}
 
     def _means(self, terms: dict[str, Tensor]) -> dict[str, float]:
         """Means over the processes."""
