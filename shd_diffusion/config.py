@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
 from shd_diffusion.data.datasets import DataConfig
 from shd_diffusion.errors import UserError, one_line
@@ -62,7 +62,7 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     compile: bool = False
     shard: bool = False
-    trackers: list[Literal["tensorboard", "wandb"]] = []
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     validation: ValidationConfig = ValidationConfig()
 
 
@@ -77,7 +77,7 @@ class SampleConfig(Section):
     labels: Literal["balanced", "random"] = "balanced"
     num_inference_steps: int = Field(25, ge=1)
     scheduler: str = "DDIMScheduler"
-    scheduler_arguments: dict[str, Any] = {}
+    scheduler_arguments: dict[str, Any] = Field(default_factory=dict)
     guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     guidance_power: float | None = Field(None, gt=0)
     guidance_interval: list[int] | None = Field(None, min_length=2, max_length=2)
@@ -175,7 +175,6 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
     list("-+.0123456789"),
 )
-
 
 
 def _mapping_of_single_keys(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:

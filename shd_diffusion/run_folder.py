@@ -128,7 +128,7 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
 
     def write_config(self, config: RunConfig) -> None:
-        """Write the config, first of all that is in a folder; it may have other free keys than the one that is there."""
+        """Write the config, the first file of a folder; it may have other free keys than the one that is there."""
         write_text(self.config_file, dump_config(config))
 
     def log(self, entry: dict[str, Any]) -> None:
@@ -176,5 +176,7 @@ def _training_keys(config: RunConfig) -> dict[str, Any]:
     """All that a run's weights follow from, by dotted key."""
     flat = flatten(config.model_dump(mode="json", by_alias=True))
     return {
-        key: value for key, value in flat.items() if not any(key == f or key.startswith(f"{f}.") for f in FREE)
+        key: value
+        for key, value in flat.items()
+        if not any(key == f or key.startswith(f"{f}.") for f in FREE)
     }

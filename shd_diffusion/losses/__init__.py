@@ -85,4 +85,13 @@ def build_terms(losses: Losses, student: Trace, teacher: Trace | None, seed: int
     return built
 
 
-__all__ = ["TERMS", "Losses", "LossesConfig", "SHDConfig", "SHDLoss", "TeacherLossesConfig", "Term", "build_terms"]
+__all__ = [
+    "TERMS",
+    "Losses",
+    "LossesConfig",
+    "SHDConfig",
+    "SHDLoss",
+    "TeacherLossesConfig",
+    "Term",
+    "build_terms",
+]

@@ -30,7 +30,9 @@ class AttentionMSE(Term):
     captures = "records"
     config: AttentionMSEConfig
 
-    def __init__(self, config: AttentionMSEConfig, student: Trace, teacher: Trace | None, seed: int = 0) -> None:
+    def __init__(
+        self, config: AttentionMSEConfig, student: Trace, teacher: Trace | None, seed: int = 0
+    ) -> None:
         super().__init__(config, student, teacher, seed)
         self.pairs = map_traces(student, teacher, config.layer_map)
         assert teacher is not None

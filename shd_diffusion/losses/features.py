@@ -34,7 +34,9 @@ class FeatureDistillation(Term):
     Config: ClassVar[type[TermConfig]] = MappedTermConfig
     captures = "outputs"
 
-    def __init__(self, config: MappedTermConfig, student: Trace, teacher: Trace | None, seed: int = 0) -> None:
+    def __init__(
+        self, config: MappedTermConfig, student: Trace, teacher: Trace | None, seed: int = 0
+    ) -> None:
         super().__init__(config, student, teacher, seed)
         assert teacher is not None
         # a block with several attention modules is matched once

@@ -17,8 +17,8 @@ from shd_diffusion.losses.map_divergence import (
     pooled,
 )
 from shd_diffusion.squeezing.map_stream import EVERYTHING, kept
-from shd_diffusion.squeezing.residual import relative_residual, residual_energies
 from shd_diffusion.squeezing.merge_weights import mixture
+from shd_diffusion.squeezing.residual import relative_residual, residual_energies
 
 
 @dataclass(frozen=True, slots=True)

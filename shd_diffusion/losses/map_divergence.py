@@ -21,6 +21,7 @@ from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.map_stream import Chunk, MapStream, Part, sample_groups, stream
 from shd_diffusion.squeezing.merge_weights import Granularity, Squeezer, mixture, squeeze_weights
 
+
 class Targets(Protocol):
     """Maps to learn, (B, H, rows, K), had chunk by chunk."""
 

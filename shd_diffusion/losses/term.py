@@ -155,7 +155,9 @@ def map_traces(student: Trace, teacher: Trace | None, layer_map: LayerMap) -> di
     of_teacher, of_student = ({n: r.kind for n, r in t.records.items()} for t in (teacher, student))
     pairs = map_blocks(of_teacher, of_student, layer_map)
     if not pairs:
-        raise ValueError("no student block learns from a teacher block: none can be captured, or the layer map is empty")
+        raise ValueError(
+            "no student block learns from a teacher block: none is captured, or the layer map is empty"
+        )
     return pairs
 
 

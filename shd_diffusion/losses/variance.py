@@ -29,7 +29,9 @@ class Variance(Term):
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         batch = outputs.batch
-        return variational_bound(outputs.process, outputs.prediction, batch.clean, batch.noised, batch.timesteps)
+        return variational_bound(
+            outputs.process, outputs.prediction, batch.clean, batch.noised, batch.timesteps
+        )
 
 
 def variational_bound(

@@ -79,7 +79,9 @@ def predict_frozen(model: ModelMixin, noised: Tensor, timesteps: Tensor, conditi
 
 def family_of(model: nn.Module) -> Family:
     """The entry of the model's class or of the first of its base classes that has one."""
-    return next((FAMILIES[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in FAMILIES), Family())
+    return next(
+        (FAMILIES[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in FAMILIES), Family()
+    )
 
 
 def _nested(condition: Condition) -> Arguments:
@@ -125,7 +127,9 @@ def num_classes(model: nn.Module) -> int | None:
     """
     model = unwrap(model)
     config: Any = model.config
-    if config.get("encoder_hid_dim_type") == "image_proj":  # UNet2DConditionModel by label, see `_one_hot_tokens`
+    if (
+        config.get("encoder_hid_dim_type") == "image_proj"
+    ):  # UNet2DConditionModel by label, see `_one_hot_tokens`
         return int(config["encoder_hid_dim"]) - 1
     if "class_labels" not in inspect.signature(type(model).forward).parameters:
         return None

@@ -19,12 +19,11 @@ from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.section import Section
 
 
-
 class ModelConfig(Section):
     """A model by its diffusers class (or one of the project's) and the arguments of its constructor."""
 
     class_name: str = Field("DiTTransformer2DModel", alias="class")
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default_factory=dict)
     pretrained: str | None = None
 
 
@@ -102,7 +101,9 @@ def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
     """
     folder = find_model_folder(Path(path))
     if folder is None and not is_hub_name(path):
-        raise UserError(f"{path}: no model here; give a run, a diffusers pipeline or model folder, or a hub name")
+        raise UserError(
+            f"{path}: no model here; give a run, a diffusers pipeline or model folder, or a hub name"
+        )
     try:
         if folder is not None:
             kind = model_class(read_json(folder / "config.json").get("_class_name", ""))
@@ -114,7 +115,9 @@ def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
         return _load(model_class(index[part][1]), path, part, dtype)
     except UserError:
         raise
-    except Exception as error:  # diffusers, transformers and safetensors raise errors of any kind on damaged files
+    except (
+        Exception
+    ) as error:  # diffusers, transformers and safetensors raise errors of any kind on damaged files
         raise UserError(
             f"{path}: cannot be loaded as a model ({one_line(error)}); give a run or model folder"
         ) from error
@@ -145,7 +148,11 @@ def find_model_folder(path: Path) -> Path | None:
 def is_hub_name(name: str) -> bool:
     """Whether this may be asked of the hub: `owner/name`, and not a path into a folder that is here."""
     parent = Path(name).parent
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not parent.is_dir() and str(parent) not in (".", "..")
+    return (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+        and not parent.is_dir()
+        and str(parent) not in (".", "..")
+    )
 
 
 def _without_label_dropout(model: ModelMixin) -> ModelMixin:

@@ -186,7 +186,11 @@ def settings_of(scheduler: SchedulerMixin) -> dict[str, Any]:
         ValueError: it is of another kind of process.
     """
     config, name = scheduler.config, type(scheduler).__name__
-    flows = name.startswith("FlowMatch") or config.get("use_flow_sigmas") or config.get("prediction_type") == "flow_prediction"
+    flows = (
+        name.startswith("FlowMatch")
+        or config.get("use_flow_sigmas")
+        or config.get("prediction_type") == "flow_prediction"
+    )
     steps = config.get("num_train_timesteps")
     if steps is None or not (flows or "beta_schedule" in config):
         raise ValueError(f"{name} samples a process that is neither a diffusion by betas nor a flow")
@@ -208,9 +212,7 @@ def differing_settings(config: DiffusionConfig, scheduler: SchedulerMixin) -> di
     present = settings_of(scheduler)
     wanted = config.model_dump(exclude_none=True)
     return {
-        key: (value, present.get(key))
-        for key, value in wanted.items()
-        if not _same(value, present.get(key))
+        key: (value, present.get(key)) for key, value in wanted.items() if not _same(value, present.get(key))
     }
 
 

@@ -15,7 +15,11 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json
 from shd_diffusion.models.denoiser import freeze
 from shd_diffusion.models.factory import TeacherConfig, find_model_folder, load_model
-from shd_diffusion.models.forward_process import DiffusionConfig, differing_settings, make_scheduler_of_process
+from shd_diffusion.models.forward_process import (
+    DiffusionConfig,
+    differing_settings,
+    make_scheduler_of_process,
+)
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,8 @@ import networkx
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.map_stream import MapStream
 from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select
-from shd_diffusion.squeezing.plan import Group, Merge, Plan, Round, check_heads, num_merges, plan_merges
-from shd_diffusion.squeezing.residual import residual_energies
+from shd_diffusion.squeezing.map_stream import MapStream
 from shd_diffusion.squeezing.merge_weights import (
     Granularity,
     identity_weights,
@@ -25,6 +23,8 @@ from shd_diffusion.squeezing.merge_weights import (
     prepare_squeezer,
     squeeze_weights,
 )
+from shd_diffusion.squeezing.plan import Group, Merge, Plan, Round, check_heads, num_merges, plan_merges
+from shd_diffusion.squeezing.residual import residual_energies
 
 Batches: TypeAlias = Sequence[tuple[MapStream, Tensor]]
 """Calibration batches of one block: the teacher's maps (B, M, Q, K) and values (B, M, K, d)."""

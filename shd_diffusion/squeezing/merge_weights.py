@@ -14,8 +14,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.map_stream import MapStream, Part, part_of
 from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select, select_one
+from shd_diffusion.squeezing.map_stream import MapStream, Part, part_of
 from shd_diffusion.squeezing.plan import Group, Merge, Plan, check_merge, members
 from shd_diffusion.squeezing.simplex import minimum_norm_weights
 from shd_diffusion.squeezing.value_space import (
@@ -62,7 +62,9 @@ class Squeezer:
     rounds: tuple[tuple[tuple[Group, ...], tuple[MergeStep, ...]], ...]
 
 
-def prepare_squeezer(plan: Plan, output_weight: Tensor, num_heads: int, merge: Merge = "progressive") -> Squeezer:
+def prepare_squeezer(
+    plan: Plan, output_weight: Tensor, num_heads: int, merge: Merge = "progressive"
+) -> Squeezer:
     """Compute the output weights' Gram matrices that the plan's merges need, once for a frozen teacher.
 
     Args:

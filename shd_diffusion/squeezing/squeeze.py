@@ -8,11 +8,9 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.map_stream import EVERYTHING, whole
 from shd_diffusion.squeezing.coefficients import Coefficient
+from shd_diffusion.squeezing.map_stream import EVERYTHING, whole
 from shd_diffusion.squeezing.matching import match_merges
-from shd_diffusion.squeezing.plan import Merge, Plan, check_heads, check_plan, plan_merges
-from shd_diffusion.squeezing.residual import relative_residual, residual_energies
 from shd_diffusion.squeezing.merge_weights import (
     Granularity,
     Squeezer,
@@ -20,6 +18,8 @@ from shd_diffusion.squeezing.merge_weights import (
     prepare_squeezer,
     squeeze_weights,
 )
+from shd_diffusion.squeezing.plan import Merge, Plan, check_heads, check_plan, plan_merges
+from shd_diffusion.squeezing.residual import relative_residual, residual_energies
 
 
 @dataclass(frozen=True, slots=True)

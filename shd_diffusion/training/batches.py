@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from math import ceil
 
 import torch
@@ -17,7 +18,6 @@ from shd_diffusion.models.denoiser import Condition, drop_condition
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.mdtv2 import num_kept_tokens
 from shd_diffusion.randomness import generator
-
 
 # --- which images ------------------------------------------------------------------------------------------------
 
@@ -58,7 +58,7 @@ class BatchLayout:
         """Places in the step's batch that this process takes, pass by pass."""
         start, stop = (self.batch_size * p // self.processes for p in (self.process, self.process + 1))
         cuts = [start + (stop - start) * i // self.num_passes for i in range(self.num_passes + 1)]
-        return [range(*cut) for cut in zip(cuts[:-1], cuts[1:], strict=True)]
+        return [range(*cut) for cut in pairwise(cuts)]
 
     def share(self, images: int) -> float:
         """What the mean over a pass of so many images counts, that the mean of the gradients over all processes is

@@ -110,9 +110,16 @@ def build(
         process = ForwardProcess.from_scheduler(scheduler)
     with check(f"{key}.arguments"):
         if student_trace.predicts_variance and process.objective == "flow":
-            raise ValueError("a variance is predicted, which a flow has none of; set `out_channels` to `in_channels`")
+            raise ValueError(
+                "a variance is predicted, which a flow has none of; set `out_channels` to `in_channels`"
+            )
     with check("student.init"):
-        if isinstance(config, DistillConfig) and teacher and teacher_trace and config.student.init == "teacher":
+        if (
+            isinstance(config, DistillConfig)
+            and teacher
+            and teacher_trace
+            and config.student.init == "teacher"
+        ):
             layer_map = config.losses["shd"].layer_map  # type: ignore[attr-defined]
             taken = init_from_teacher(model, teacher.model, student_trace, teacher_trace, layer_map)
             if processes().is_main_process:
@@ -202,7 +209,9 @@ def _check_classes(model: ModelMixin, data: Source) -> None:
     """See that labels mean the same to both."""
     classes = num_classes(model)
     if classes is not None and classes != data.num_classes:
-        raise ValueError(f"a model of {classes} classes, but `data` has {data.num_classes or 'none'}; make them equal")
+        raise ValueError(
+            f"a model of {classes} classes, but `data` has {data.num_classes or 'none'}; make them equal"
+        )
 
 
 def _check_pair(teacher: Teacher, student: ModelMixin, path: str) -> None:
@@ -225,7 +234,9 @@ def _check_latent_space(teacher: Teacher, data: Source, path: str) -> None:
         return
     if not isinstance(data, LatentSource):
         if teacher.vae is not None:
-            raise ValueError(f"{path} works on latents, but `data` gives pixels; run `shd-diffusion prepare` first")
+            raise ValueError(
+                f"{path} works on latents, but `data` gives pixels; run `shd-diffusion prepare` first"
+            )
         return
     if teacher.vae is None:
         raise ValueError(f"{path} works on pixels, but `data` gives latents; give the images themselves")

@@ -1,10 +1,10 @@
 """Checkpoints that are whole or absent: `checkpoints/step-00000600/` with all that a run goes on from.
 
-    manifest.json            the step, the run, plain values, every file's hash, and the hash of all that
-    model.safetensors        weights and buffers
-    ema.safetensors          their average
-    optimizer.safetensors    AdamW's moments
-    loss.safetensors         parameters of the loss
+manifest.json            the step, the run, plain values, every file's hash, and the hash of all that
+model.safetensors        weights and buffers
+ema.safetensors          their average
+optimizer.safetensors    AdamW's moments
+loss.safetensors         parameters of the loss
 """
 
 from __future__ import annotations

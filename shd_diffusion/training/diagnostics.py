@@ -28,11 +28,19 @@ Records = dict[str, AttentionRecord]
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 STUDY_IMAGES = 32
-MAPS_AT_ONCE = 2**27  # elements of the teacher's maps of one block; as many again are squeezed, and the student's
+MAPS_AT_ONCE = (
+    2**27
+)  # elements of the teacher's maps of one block; as many again are squeezed, and the student's
 
 
 def probe_batches(
-    source: Source, process: ForwardProcess, null: Condition, device: torch.device, count: int, size: int, seed: int
+    source: Source,
+    process: ForwardProcess,
+    null: Condition,
+    device: torch.device,
+    count: int,
+    size: int,
+    seed: int,
 ) -> Iterator[Batch]:
     """Noised batches that no training step sees, with conditions that are never dropped.
 
@@ -85,9 +93,7 @@ def save_attention_maps(
         elements: of the largest block's maps of one image, by which it is decided how many are looked at together.
     """
     size = 2 ** int(math.log2(max(1, min(4, MAPS_AT_ONCE // elements))))
-    batches = list(
-        probe_batches(source, process, null, student.device, STUDY_IMAGES // size, size, seed)
-    )
+    batches = list(probe_batches(source, process, null, student.device, STUDY_IMAGES // size, size, seed))
     first = batches[0]
     height_and_width = tuple(first.clean.shape[-2:])
     tensors: dict[str, Tensor] = {"image": first.clean[0]}
@@ -100,7 +106,8 @@ def save_attention_maps(
             for part in ("coefficients", "weights", "residual", "divergence"):
                 samples.setdefault(f"{name}/{part}", []).append(getattr(found, part).float().cpu())
         blocks = blocks or [
-            {"student": name, "teacher": by, "kind": student_records[name].kind} for name, by in shd.pairs.items()
+            {"student": name, "teacher": by, "kind": student_records[name].kind}
+            for name, by in shd.pairs.items()
         ]
     if not processes().is_main_process:
         return

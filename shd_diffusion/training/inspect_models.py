@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 from diffusers import ModelMixin
@@ -52,10 +53,8 @@ def inspect_model(
     shape = shape or sample_shape(model)
     records: Mapping[str, AttentionRecord] = {}
     if shape is not None:
-        try:
+        with suppress(ValueError):  # it wants more than a label
             records = trace(model, shape, null_condition(model) if condition is None else condition).records
-        except ValueError:  # it wants more than a label
-            pass
     rows = []
     for name, block in attention_blocks(model).items():
         own = [record for record in records.values() if record.name.partition(":")[0] == name]

@@ -34,7 +34,9 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
-            dynamo_plugin=TorchDynamoPlugin(backend=DynamoBackend.NO),  # `train.compile` says, not the environment
+            dynamo_plugin=TorchDynamoPlugin(
+                backend=DynamoBackend.NO
+            ),  # `train.compile` says, not the environment
             step_scheduler_with_optimizer=False,
             log_with=config.trackers or None,
             project_dir=folder,

@@ -16,7 +16,7 @@ from shd_diffusion.losses.term import Batch
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.randomness import generator
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.training.batches import BatchLoader, BatchLayout
+from shd_diffusion.training.batches import BatchLayout, BatchLoader
 from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path
 from shd_diffusion.training.metrics_logger import MetricsLogger
 from shd_diffusion.training.objectives import TrainingLoss

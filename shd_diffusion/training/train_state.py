@@ -47,7 +47,11 @@ class TrainState:
 
     @classmethod
     def prepare(
-        cls, model: ModelMixin, aux_parameters: list[nn.Parameter], config: TrainConfig, accelerator: Accelerator
+        cls,
+        model: ModelMixin,
+        aux_parameters: list[nn.Parameter],
+        config: TrainConfig,
+        accelerator: Accelerator,
     ) -> TrainState:
         """Everything on its device, ready for step 0."""
         model_class = type(model)

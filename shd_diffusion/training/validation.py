@@ -76,7 +76,9 @@ def make_validation(
         together = config.train.shard  # each of them holds a part of the weights only
         pipeline = ClassConditionalPipeline(model, sampler, vae, sample_shape=list(data.shape))
         pipeline.set_progress_bar_config(disable=True)
-        mine = deal_passes(sample) if together else deal_passes(sample, state.process_index, state.num_processes)
+        mine = (
+            deal_passes(sample) if together else deal_passes(sample, state.process_index, state.num_processes)
+        )
         found: list[tuple[int, Tensor, Tensor]] = []  # index of the first, images, features
         for indices in mine:
             images = to_rgb_bytes(sample_images(pipeline, indices, sample))
