@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, dump_config, read_run_config
 from shd_diffusion.environment import describe_environment
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json, write_json, write_text
+from shd_diffusion.progress import announce
 from shd_diffusion.protocol import flatten
 
 # What a run may be given anew without becoming another run, since its weights do not follow from it: where it is, how
@@ -129,7 +133,30 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write the config, the first file of a folder; it may have other free keys than the one that is there."""
-        write_text(self.config_file, dump_config(config))
+        text = dump_config(config)
+        if not self.config_file.exists() or self.config_file.read_text(encoding="utf-8") != text:
+            write_text(self.config_file, text)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else trains in this folder for as long as the context lasts; the lock of a dead process is gone.
+
+        Raises:
+            UserError: somebody else does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path}: another command is training in this folder; wait for it, or give another --output"
+                ) from None
+            except OSError as error:  # a file system without locks
+                announce(
+                    f"{self.path}: cannot be locked ({one_line(error)}); see that no other command uses it"
+                )
+            yield
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append a line to the metrics."""

@@ -18,6 +18,7 @@ from shd_diffusion.randomness import generator
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.training.batches import BatchLayout, BatchLoader
 from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path
+from shd_diffusion.training.interruption import InterruptedRun, Interruption
 from shd_diffusion.training.metrics_logger import MetricsLogger
 from shd_diffusion.training.objectives import TrainingLoss
 from shd_diffusion.training.train_state import TrainState, whole
@@ -48,6 +49,7 @@ def fit(
 
     Raises:
         UserError: a checkpoint cannot be written.
+        InterruptedRun: a signal has ended it; its checkpoint is written.
         DivergedError: too many steps in a row had no finite gradient.
     """
     train = config.train
@@ -69,7 +71,7 @@ def fit(
     state.wrapped.train()
     skipped = 0
     bar = progress_bar(train.max_steps, f"train {run.path.name}", "step", start, accelerator.is_main_process)
-    with bar:
+    with bar, Interruption(accelerator) as interruption:
         for step in range(start, train.max_steps):
             seed_model(
                 generator(config.seed, "model", step, layout.process).initial_seed(), accelerator.device
@@ -98,8 +100,13 @@ def fit(
                         logger.log_image(done, picture)
                     logger.log(entry)
                     bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
-            if last or (is_due(done, train.checkpoint_every) and not skipped):
+            signum = interruption.noted()
+            if last or signum or (is_due(done, train.checkpoint_every) and not skipped):
                 checkpoints.save(done, state, loss.terms)
+            if signum and not last:
+                raise InterruptedRun(
+                    f"{run.path}: interrupted after step {done}; the same command goes on from there", signum
+                )
     return state.export()
 
 

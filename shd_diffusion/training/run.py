@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,18 @@ def train(config: TrainTeacherConfig | DistillConfig, output: Path, source: str)
         announce(f"{folder.path}: complete, nothing to do")
         return
     run = _open(config, folder, source)
-    parts, accelerator = run.parts, run.accelerator
+    with folder.locked() if run.accelerator.is_main_process else nullcontext():
+        _train(run)
+
+
+def _train(run: Run) -> None:
+    """All that writes."""
+    folder, parts, accelerator, config = run.folder, run.parts, run.accelerator, run.parts.config
+    accelerator.wait_for_everyone()  # everyone has seen the folder as it was
+    if accelerator.is_main_process:
+        folder.create(config)
+    start_trackers(accelerator, config)
+    accelerator.wait_for_everyone()
     teacher = None if parts.teacher is None else parts.teacher.model
     if teacher is not None and isinstance(config, DistillConfig):
         place_teacher(teacher, config, accelerator)
@@ -104,7 +116,7 @@ def place_teacher(teacher: ModelMixin, config: DistillConfig, accelerator: Accel
 
 
 def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source: str) -> Run:
-    """Build and check everything, then create the run folder."""
+    """Build and check everything; nothing is written."""
     try:
         accelerator = make_accelerator(config.train, folder.path)
         data = build_source(config.data)
@@ -121,11 +133,6 @@ def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source:
     except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
     parts.model.to(accelerator.device)  # where captures and terms look for it
-    accelerator.wait_for_everyone()  # everyone has seen the folder as it was
-    if accelerator.is_main_process:
-        folder.create(config)
-    start_trackers(accelerator, config)
-    accelerator.wait_for_everyone()
     return Run(folder, parts, sampler, vae, validation, accelerator)
 
 
