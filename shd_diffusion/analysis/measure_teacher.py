@@ -2,40 +2,38 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from shd_diffusion.analysis.drawings import draw_squeezing
-from shd_diffusion.analysis.measure import Protocol, measure
+from shd_diffusion.analysis.measure import MeasurementPlan, measure
+from shd_diffusion.analysis.plots import plot_squeezing
 from shd_diffusion.attention import attention_blocks
 from shd_diffusion.data import build_source, check_source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import write_text
+from shd_diffusion.files import replacing_file, write_text
 from shd_diffusion.losses.denoising import forward_process
 from shd_diffusion.models.adapter import freeze, null_label, sample_shape
 from shd_diffusion.models.factory import load_model
 from shd_diffusion.processes import processes
+from shd_diffusion.reporting.tables import csv_text, terminal
 from shd_diffusion.run_folder import RunFolder
 
-FIGURES = ("residual", "block_error", "from_mean")
+BLOCK_METRICS = ("residual", "block_error", "from_mean")
 
 
-def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, protocol: Protocol) -> dict[str, Any]:
+def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, plan: MeasurementPlan) -> dict[str, Any]:
     """Measure a run's model and write `squeezing.json`, `squeezing.csv` and `squeezing.png`.
 
     Args:
         run: of the teacher.
         heads: how many to squeeze to; the picture shows the blocks at the first.
         output: the folder to write to.
-        protocol: on how many samples.
+        plan: on how many samples.
 
     Returns:
         What stands in the JSON file.
@@ -52,59 +50,55 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, protocol: Pr
     source = build_source(config.data)
     check_source(source, sample_shape(model), null_label(model), str(run.config_file))
     try:
-        found = measure(model, source, forward_process(config.diffusion), heads, protocol)
+        found = measure(model, source, forward_process(config.diffusion), heads, plan)
     except ValueError as error:
         raise UserError(f"{run.path}: {error}") from error
     results = {
         "teacher": run.path.name,
-        "protocol": {"data": config.data.name, **asdict(protocol)},
+        "protocol": {"data": config.data.name, **asdict(plan)},
         "environment": describe_environment(),
         **_rounded(found),
     }
     # its lists are long: indented, it would be four times as large
     write_text(output / "squeezing.json", json.dumps(results) + "\n")
     write_text(output / "squeezing.csv", _as_csv(results))
-    draw_squeezing(results).save(output)
+    with replacing_file(output / "squeezing.png") as temporary:
+        temporary.write_bytes(plot_squeezing(results).png)
     return results
 
 
 def table(results: dict[str, Any]) -> Table:
     """Each case in a line, means over its blocks."""
-    rendered = Table(
-        title=f"{results['teacher']}: denoising error {results['denoising']:.4f}, "
-        f"output error of uniform maps {results['uniform_output_error']:.4f}; squeezed:",
-        title_justify="left",
-        box=SIMPLE_HEAD,
+    title = (
+        f"{results['teacher']}: denoising error {results['denoising']:.4f}, "
+        f"output error of uniform maps {results['uniform_output_error']:.4f}; squeezed:"
     )
-    columns = "heads", "strategy", "residual", "block error", "KL from mean", "output error", "denoising"
-    for name in columns:
-        rendered.add_column(name, justify="left" if name == "strategy" else "right")
-    for case in results["squeezings"]:
-        means = block_means(case)
-        rendered.add_row(
-            str(case["heads"]), case["strategy"], *(f"{means[figure]:.4f}" for figure in FIGURES),
+    head = ["heads", "strategy", "residual", "block error", "KL from mean", "output error", "denoising"]
+    lines = [
+        [
+            str(case["heads"]), case["strategy"], *(f"{mean:.4f}" for mean in _block_means(case)),
             f"{case['output_error']['mean']:.5f}", f"{case['denoising']:.4f}",
-        )  # fmt: skip
-    return rendered
+        ]
+        for case in results["squeezings"]
+    ]  # fmt: skip
+    return terminal([head, *lines], left=2, title=title)
 
 
-def block_means(case: dict[str, Any]) -> dict[str, float]:
-    """A case's figures, averaged over its blocks."""
+def _block_means(case: dict[str, Any]) -> list[float]:
+    """A case's metrics, averaged over its blocks."""
     blocks = case["blocks"].values()
-    return {figure: sum(block[figure] for block in blocks) / len(blocks) for figure in FIGURES}
+    return [sum(block[metric] for block in blocks) / len(blocks) for metric in BLOCK_METRICS]
 
 
 def _as_csv(results: dict[str, Any]) -> str:
     """A line for each case and block."""
-    file = io.StringIO()
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(["heads", "strategy", "block", *FIGURES, "output_error", "denoising"])
-    for case in results["squeezings"]:
-        for name, block in case["blocks"].items():
-            figures = (block[figure] for figure in FIGURES)
-            whole = case["output_error"]["mean"], case["denoising"]
-            writer.writerow([case["heads"], case["strategy"], name, *figures, *whole])
-    return file.getvalue()
+    return csv_text(
+        {"heads": case["heads"], "strategy": case["strategy"], "block": name}
+        | {metric: block[metric] for metric in BLOCK_METRICS}
+        | {"output_error": case["output_error"]["mean"], "denoising": case["denoising"]}
+        for case in results["squeezings"]
+        for name, block in case["blocks"].items()
+    )
 
 
 def _rounded(content: Any) -> Any:
