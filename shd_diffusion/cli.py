@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, ParamSpec
@@ -15,6 +16,7 @@ import typer
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json
+from shd_diffusion.progress import printable
 
 app = typer.Typer(
     name="shd-diffusion",
@@ -48,7 +50,7 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
         try:
             function(*args, **kwargs)
         except UserError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {printable(str(error))}", err=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo(
@@ -269,7 +271,7 @@ def report(
 
     place = output or (runs[0] if len(runs) == 1 else runs[0].parent)
     page = write_report(runs, place if place.suffix == ".html" else place / "report.html")
-    typer.echo(f"report: {page}")
+    typer.echo(f"report: {printable(str(page))}")
     print_table(runs)
 
 
@@ -289,8 +291,8 @@ def squeeze(
     """Measure what a teacher loses when its heads are squeezed, by each way to do so, without a student."""
     from rich.console import Console
 
-    from shd_diffusion.analysis.measure import Protocol
-    from shd_diffusion.analysis.stage import squeeze_teacher, table
+    from shd_diffusion.analysis.measure import MeasurementPlan
+    from shd_diffusion.analysis.measure_teacher import squeeze_teacher, table
     from shd_diffusion.run_folder import RunFolder
 
     try:
@@ -298,8 +300,8 @@ def squeeze(
     except ValueError:
         raise UserError(f"--heads {heads}: give numbers of heads, e.g. --heads 6,5") from None
     place = output or run / "squeezing"
-    protocol = Protocol(samples=samples, timesteps=timesteps)
-    Console().print(table(squeeze_teacher(RunFolder(run), counts, place, protocol)))
+    plan = MeasurementPlan(samples=samples, timesteps=timesteps)
+    Console().print(table(squeeze_teacher(RunFolder(run), counts, place, plan)))
     typer.echo(f"squeezing: {place / 'squeezing.json'}")
 
 
@@ -316,10 +318,10 @@ def study(
     """Run what is missing of a study with paired seeds, and write up what it says."""
     from shd_diffusion.config import read_config
     from shd_diffusion.study.config import StudyConfig
-    from shd_diffusion.study.stage import run_study
+    from shd_diffusion.study.run_study import run_study
 
     parsed = read_config(config, StudyConfig, set_ or [])
-    page = run_study(parsed, output or Path(parsed.output))
+    page = run_study(parsed, output or Path(parsed.output), command_line="shd_diffusion.cli")
     typer.echo(page.with_suffix(".md").read_text(encoding="utf-8"))
     typer.echo(f"study: {page}")
 
@@ -332,6 +334,8 @@ def _output(config: Any, output: Path | None, source: Path) -> Path:
 
 def main() -> None:
     """Entry point of the installed command."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may know ASCII only
     app()
 
 

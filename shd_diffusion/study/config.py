@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,9 +39,9 @@ class StudyConfig(Section):
         conditions: under which it is compared, by name, such as numbers of steps; overrides between the two.
             Only runs of the same condition are compared.
         reference: the variant that the others are compared with.
-        metrics: figures of `evaluation/metrics.json` to compare, the first one drawn.
-        targets: Fréchet distances; the table tells when the watched one falls to them (see `train.watch`).
-        after_seconds: times; the watched distance after so many seconds of training is compared like a metric.
+        metrics: of `evaluation/metrics.json`, to be compared; the first one is drawn.
+        targets: Fréchet distances; the table tells when the validation's falls to them.
+        after_seconds: times; the validation's distance after so many seconds of training is compared like a metric.
         processes: runs at a time.
     """
 
@@ -84,13 +84,13 @@ class StudyConfig(Section):
 
     @property
     def compared(self) -> list[str]:
-        """The figures that are compared: the metrics, and the watched distance after equal seconds."""
-        return [*self.metrics, *map(watched_after, self.after_seconds)]
+        """All that is compared: the metrics, and the validation's distance after equal seconds."""
+        return [*self.metrics, *map(validation_after, self.after_seconds)]
 
 
-def watched_after(seconds: float) -> str:
-    """What to call the watched Fréchet distance after so many seconds."""
-    return f"watched_fid_after_{seconds:g}_s"
+def validation_after(seconds: float) -> str:
+    """What to call the validation's Fréchet distance after so many seconds."""
+    return f"validation_fid_after_{seconds:g}_s"
 
 
 @dataclass(frozen=True)
@@ -118,10 +118,7 @@ def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
     Raises:
         UserError: the base or an override is wrong, or a folder holds a run of another config.
     """
-    return list(_planned(study, output))
-
-
-def _planned(study: StudyConfig, output: Path) -> Iterator[Planned]:
+    planned = []
     for seed in study.seeds:
         for condition, shared in study.conditions.items():
             for variant, own in study.variants.items():
@@ -130,7 +127,8 @@ def _planned(study: StudyConfig, output: Path) -> Iterator[Planned]:
                 config = read_config(Path(study.base), DistillConfig, overrides)
                 run = RunFolder(output / "runs" / condition / variant / f"seed-{seed}")
                 check(run, config)
-                yield Planned(condition, variant, seed, run, config, overrides)
+                planned.append(Planned(condition, variant, seed, run, config, overrides))
+    return planned
 
 
 def check(run: RunFolder, config: DistillConfig) -> None:

@@ -11,8 +11,11 @@ from shd_diffusion.study.results import collect, write_results
 from shd_diffusion.study.runner import carry_out
 
 
-def run_study(study: StudyConfig, output: Path) -> Path:
+def run_study(study: StudyConfig, output: Path, command_line: str) -> Path:
     """Carry out a study, within its budget, and write its results; called again, it goes on.
+
+    Args:
+        command_line: the module whose `app` carries out `distill`, `sample` and `evaluate` in other processes.
 
     Returns:
         The page. Beside it are `study.json`, `runs.csv`, `results.csv`, `comparisons.csv` and `study.md`.
@@ -22,7 +25,7 @@ def run_study(study: StudyConfig, output: Path) -> Path:
             others are written up).
     """
     planned = plan_runs(study, output)
-    failed = carry_out(study, planned, output)
+    failed = carry_out(study, planned, output, command_line)
     results = collect(study, planned)
     write_results(results, output)
     page = write_study(results, output / "study.html")

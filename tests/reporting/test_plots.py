@@ -16,19 +16,20 @@ from safetensors.numpy import load_file
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.reporting.attention import attention_views, map_pixels, membership, reduced
-from shd_diffusion.reporting.curves import (
-    block_divergences,
+from shd_diffusion.reporting.neighbour_page import neighbour_plots, neighbourhoods, short_name
+from shd_diffusion.reporting.page import run_styles
+from shd_diffusion.reporting.pictures import data_uri, mosaic
+from shd_diffusion.reporting.plot_style import DARK, DEPTH_COLOURS, LIGHT, smooth
+from shd_diffusion.reporting.quality_plots import quality_scatters
+from shd_diffusion.reporting.runs import read_runs
+from shd_diffusion.reporting.samples import sample_gallery
+from shd_diffusion.reporting.training_plots import (
     depth_shades,
     loss_curves,
     loss_shares,
-    watched_fid,
+    shd_by_block,
+    validation_fid,
 )
-from shd_diffusion.reporting.drawing import DARK, DEPTH_COLOURS, LIGHT, data_uri, mosaic, smooth
-from shd_diffusion.reporting.nearest import draw_neighbours, neighbourhoods, short_name
-from shd_diffusion.reporting.page import assign_looks
-from shd_diffusion.reporting.quality import quality_scatters
-from shd_diffusion.reporting.runs import read_runs
-from shd_diffusion.reporting.samples import sample_gallery
 
 from .colours import contrast
 from .made_up_runs import GROUPS
@@ -88,9 +89,9 @@ def test_samples_stand_beside_their_neighbours(runs: dict[str, Path]) -> None:
         assert (row[2].name, row[2].caption, row[2].detail) == (
             f"digits: image {7 * number + 2}", f"#{7 * number + 2}", relative
         )  # fmt: skip
-    drawing = draw_neighbours([run, run])
-    assert drawing and drawing.name == "nearest" and "kd" in drawing.description
-    assert draw_neighbours([]) is None
+    (plot,) = neighbour_plots([near, near])
+    assert plot.name == "nearest" and "kd, kd" in plot.description
+    assert neighbour_plots([]) == []
 
 
 def test_neighbours_are_called_by_number_or_file() -> None:
@@ -128,7 +129,7 @@ def test_each_squeezed_head_stands_under_the_heads_it_is_made_of(runs: dict[str,
     weights = tensors["transformer_blocks.0.attn1/weights"]
     assert [tuple(heads) for heads in membership(weights)] == GROUPS
     students = read_runs([runs["none"], runs["kd"], runs["kd-shd"]])
-    (view,) = attention_views(students, assign_looks(students))  # same teacher, same maps: one view
+    (view,) = attention_views(students, run_styles(students))  # same teacher, same maps: one view
     assert [run.name for run in view.runs] == ["none", "kd", "kd-shd"]
     group = view.blocks[0].groups[0]
     assert [head.number for head in group.teacher] == [1, 2, 3, 4]
@@ -141,7 +142,7 @@ def test_students_of_other_maps_have_views_of_their_own(runs: dict[str, Path]) -
     one, other = read_runs([runs["kd"], runs["kd-shd"]])
     assert other.attention
     other.attention.blocks[0].squeezed[:] = other.attention.blocks[0].squeezed[::-1].copy()
-    views = attention_views([one, other], assign_looks([one, other]))
+    views = attention_views([one, other], run_styles([one, other]))
     assert [[run.name for run in view.runs] for view in views] == [["kd"], ["kd-shd"]]
 
 
@@ -167,32 +168,32 @@ def test_large_maps_are_averaged_over_areas() -> None:
 
 def test_figures_take_the_colours_of_the_page(runs: dict[str, Path]) -> None:
     everything = read_runs(list(runs.values()))
-    looks = assign_looks(everything)
-    watched = watched_fid(everything, looks)
-    assert watched
-    drawings = [*loss_curves(everything, looks), *loss_shares(everything), watched]
-    drawings += [*block_divergences(everything), *quality_scatters(everything, looks)]
-    names = [drawing.name for drawing in drawings]
-    assert names == ["loss-denoise", "loss-output", "loss-shd", "shares-kd", "shares-kd-shd", "fid-watched",
+    styles = run_styles(everything)
+    plots = [*loss_curves(everything, styles), *loss_shares(everything), *validation_fid(everything, styles)]
+    plots += [*shd_by_block(everything), *quality_scatters(everything, styles)]
+    names = [plot.name for plot in plots]
+    assert names == ["loss-denoise", "loss-output", "loss-shd", "shares-kd", "shares-kd-shd", "fid-validation",
                      "divergence-kd-shd", "fid-over-parameters", "fid-over-sampling-time-an-image"]  # fmt: skip
     identifiers: list[str] = []
-    for drawing in drawings:
-        colours = set(re.findall(r"#[0-9a-f]{6}\b", drawing.svg))
-        assert not colours & set(LIGHT.values()), drawing.name
-        assert "var(--muted)" in drawing.svg and "<metadata" not in drawing.svg
-        own = re.findall(r'\bid="([^"]+)"', drawing.svg)
-        assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', drawing.svg)) <= {(i, "") for i in own} | {
+    for plot in plots:
+        colours = set(
+            re.findall(r"(?:fill|stroke): (#[0-9a-f]{6})\b", plot.svg)
+        )  # as the style sheet wants it
+        assert LIGHT["muted"] in colours and colours <= set(LIGHT.values()), plot.name
+        assert set(re.findall(r"#[0-9a-f]{6}\b", plot.svg)) == colours and "<metadata" not in plot.svg
+        own = re.findall(r'\bid="([^"]+)"', plot.svg)
+        assert set(re.findall(r'href="#([^"]+)"|url\(#([^)]+)\)', plot.svg)) <= {(i, "") for i in own} | {
             ("", i) for i in own
         }
         identifiers += own
-        assert Image.open(io.BytesIO(drawing.png)).width > 600
+        assert Image.open(io.BytesIO(plot.png)).width > 600
     assert len(identifiers) == len(set(identifiers))
-    assert "kd-shd 104.30 at 261 k" in drawings[-2].description
+    assert "kd-shd 104.30 at 261 k" in plots[-2].description
 
 
 def test_a_term_is_drawn_for_the_runs_that_have_it(runs: dict[str, Path]) -> None:
     everything = read_runs(list(runs.values()))
-    curves = loss_curves(everything, assign_looks(everything))
+    curves = loss_curves(everything, run_styles(everything))
     assert curves[0].description.endswith("teacher, none, kd, kd-shd")
     assert curves[2].description.endswith(": kd-shd")
 
@@ -210,12 +211,12 @@ def test_the_divergence_is_a_curve_a_block_in_the_colours_of_depth(
     for entry in log[::2]:
         entry["divergence"] = {f"blocks.{i}": (1 + i) / entry["step"] for i in range(28)}
     (deep / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
-    (drawing,) = block_divergences(read_runs([deep]))
+    (plot,) = shd_by_block(read_runs([deep]))
     for colour in DEPTH_COLOURS:
-        assert f"var(--{colour})" in drawing.svg
+        assert f"stroke: {LIGHT[colour]}" in plot.svg
     for label in ("block 0-3", "4-7", "24-27"):
-        assert f">{label}<" in drawing.svg
-    assert block_divergences(read_runs([fresh_run("kd")])) == []
+        assert f">{label}<" in plot.svg
+    assert shd_by_block(read_runs([fresh_run("kd")])) == []
 
 
 def test_both_palettes_have_the_same_colours_and_depth_stands_out_from_the_paper() -> None:
@@ -235,6 +236,10 @@ def test_figures_do_without_numbers_that_are_not_there(fresh_run: Callable[[str]
     sampling = json.loads((folder / "samples" / "sampling.json").read_text()) | {"labels": []}
     (folder / "samples" / "sampling.json").write_text(json.dumps(sampling))
     runs = read_runs([folder])
-    looks = assign_looks(runs)
-    assert [drawing.name for drawing in loss_curves(runs, looks)] == ["loss-denoise"]
-    assert (quality_scatters(runs, looks), sample_gallery(runs), watched_fid(runs, looks)) == ([], None, None)
+    styles = run_styles(runs)
+    assert [plot.name for plot in loss_curves(runs, styles)] == ["loss-denoise"]
+    assert (quality_scatters(runs, styles), sample_gallery(runs), validation_fid(runs, styles)) == (
+        [],
+        None,
+        [],
+    )

@@ -1,20 +1,21 @@
-"""What happened while training: every term of the loss, its share, SHD's by block, the watched Fréchet distance."""
+"""What happened while training: every term of the loss, its share, SHD's by block, the Fréchet distance."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
-from matplotlib.axes import Axes
 
-from shd_diffusion.reporting.drawing import (
+from shd_diffusion.reporting.plot_style import (
     DEPTH_COLOURS,
     LIGHT,
     RUN_COLOURS,
-    Drawing,
-    Look,
+    Line,
+    Plot,
+    PlotStyle,
     finish,
     legend_above,
+    line_plot,
     logarithmic_ticks,
     panel,
     smooth,
@@ -26,8 +27,10 @@ MAX_POINTS = 400
 
 TERM_COLOURS = {"denoise": LIGHT["muted"], "output": LIGHT["run-4"], "shd": LIGHT["run-5"]}
 
+Styles = Mapping[str, PlotStyle]
 
-def loss_curves(runs: Sequence[Run], looks: dict[str, Look]) -> list[Drawing]:
+
+def loss_curves(runs: Sequence[Run], styles: Styles) -> list[Plot]:
     """One panel a term: unweighted values on a logarithmic scale, the mean in front of the raw steps."""
     by_term: dict[str, list[tuple[Run, Log]]] = {}
     for run in runs:
@@ -35,30 +38,29 @@ def loss_curves(runs: Sequence[Run], looks: dict[str, Look]) -> list[Drawing]:
             for term, values in run.log.values.items():
                 if (values > 0).any():  # otherwise there is nothing to draw on a logarithmic scale
                     by_term.setdefault(term, []).append((run, run.log))
-    return [_term_panel(term, logs, looks) for term, logs in by_term.items()]
+    return [_term_panel(term, logs, styles) for term, logs in by_term.items()]
 
 
-def _term_panel(term: str, logs: Sequence[tuple[Run, Log]], looks: dict[str, Look]) -> Drawing:
+def _term_panel(term: str, logs: Sequence[tuple[Run, Log]], styles: Styles) -> Plot:
     with panel() as (figure, axes):
         for run, log in logs:
-            look = looks[run.name]
-            values = log.values[term]
+            colour, values = styles[run.name].colour, log.values[term]
             chosen = _thin(len(values))
-            axes.plot(log.steps[chosen], values[chosen], color=look.colour, linewidth=0.8, alpha=0.35)
-            axes.plot(log.steps[chosen], _running(values)[chosen], color=look.colour, label=run.name)
-        _logarithmic(axes)
-        axes.set(xlabel="step", ylabel=f"{term}, unweighted")
+            axes.plot(log.steps[chosen], values[chosen], color=colour, linewidth=0.8, alpha=0.35)
+            axes.plot(log.steps[chosen], _running_mean(values)[chosen], color=colour, label=run.name)
+        axes.set(xlabel="step", ylabel=f"{term}, unweighted", yscale="log")
+        logarithmic_ticks(axes.yaxis)
         legend_above(figure, axes)
         names = ", ".join(run.name for run, _ in logs)
         return finish(figure, f"loss-{term}", f"Loss term {term} over training steps: {names}")
 
 
-def loss_shares(runs: Sequence[Run]) -> list[Drawing]:
+def loss_shares(runs: Sequence[Run]) -> list[Plot]:
     """One panel a run that has several terms: the part of each in the total loss."""
     return [_share_panel(run, run.log) for run in runs if run.log and len(run.log.shares) > 1]
 
 
-def _share_panel(run: Run, log: Log) -> Drawing:
+def _share_panel(run: Run, log: Log) -> Plot:
     chosen = _thin(len(log.steps))
     shares = [np.nan_to_num(smooth(share, _window(share)))[chosen] for share in log.shares.values()]
     spare = iter(RUN_COLOURS * len(shares))
@@ -75,11 +77,11 @@ def _share_panel(run: Run, log: Log) -> Drawing:
         return finish(figure, f"shares-{run.name}", f"Share of each term in the loss of {run.name}")
 
 
-def block_divergences(runs: Sequence[Run]) -> list[Drawing]:
+def shd_by_block(runs: Sequence[Run]) -> list[Plot]:
     """One panel a run that logged it: SHD's term block by block, running means, on a scale that all share."""
     logs = [(run, run.log) for run in runs if run.log and run.log.divergences]
-    means = [{name: _running(values) for name, values in log.divergences.items()} for _, log in logs]
-    seen = np.concatenate([mean for curves in means for mean in curves.values()]) if logs else np.empty(0)
+    means = [[_running_mean(values) for values in log.divergences.values()] for _, log in logs]
+    seen = np.concatenate([curve for curves in means for curve in curves]) if logs else np.empty(0)
     seen = seen[np.isfinite(seen) & (seen > 0)]
     if not len(seen):
         return []
@@ -87,19 +89,18 @@ def block_divergences(runs: Sequence[Run]) -> list[Drawing]:
     return [_block_panel(run, log, curves, limits) for (run, log), curves in zip(logs, means, strict=True)]
 
 
-def _block_panel(run: Run, log: Log, curves: dict[str, Array], limits: tuple[float, float]) -> Drawing:
+def _block_panel(run: Run, log: Log, curves: Sequence[Array], limits: tuple[float, float]) -> Plot:
     shades = depth_shades(len(curves))
     with panel(height=3.0) as (figure, axes):
-        for block, (mean, shade) in enumerate(zip(curves.values(), shades, strict=True)):
+        for block, (mean, shade) in enumerate(zip(curves, shades, strict=True)):
             chosen = _thin(len(mean))
-            (line,) = axes.plot(
-                log.steps[chosen], mean[chosen], color=LIGHT[DEPTH_COLOURS[shade]], linewidth=1.2
-            )
+            colour = LIGHT[DEPTH_COLOURS[shade]]
+            (line,) = axes.plot(log.steps[chosen], mean[chosen], color=colour, linewidth=1.2)
             alike = [str(other) for other, its in enumerate(shades) if its == shade]
             if str(block) == alike[0]:
                 line.set_label("block " * (block == 0) + "-".join(dict.fromkeys((alike[0], alike[-1]))))
-        _logarithmic(axes)
-        axes.set(xlabel="step", ylabel="divergence", ylim=limits)
+        axes.set(xlabel="step", ylabel="divergence", yscale="log", ylim=limits)
+        logarithmic_ticks(axes.yaxis)
         axes.set_title(run.name, loc="left")
         legend_above(figure, axes)
         return finish(figure, f"divergence-{run.name}", f"Divergence by block over the steps of {run.name}")
@@ -113,30 +114,21 @@ def depth_shades(blocks: int) -> list[int]:
     return np.linspace(0, shades - 1, blocks).round().astype(int).tolist()
 
 
-def watched_fid(runs: Sequence[Run], looks: dict[str, Look]) -> Drawing | None:
-    """Fréchet distance while training, on few samples; None where no run watched it."""
-    watched = [(run, run.log.watched) for run in runs if run.log and len(run.log.watched)]
-    if not watched:
-        return None
-    with panel() as (figure, axes):
-        for run, points in watched:
-            look = looks[run.name]
-            axes.plot(*points.T, color=look.colour, marker=look.marker, markersize=4, label=run.name)
-        axes.set(xlabel="step", ylabel="FID, watched")
-        axes.set_ylim(bottom=0)
-        legend_above(figure, axes)
-        return finish(figure, "fid-watched", "FID on few samples over training steps")
+def validation_fid(runs: Sequence[Run], styles: Styles) -> list[Plot]:
+    """Fréchet distance while training, on few samples; nothing where no run computed it."""
+    lines = [
+        Line(run.name, styles[run.name], *run.log.validation.T)
+        for run in runs
+        if run.log and len(run.log.validation)
+    ]
+    description = "FID on few samples over training steps"
+    return [line_plot("fid-validation", description, ("step", "FID, validation"), lines)] if lines else []
 
 
-def _running(values: Array) -> Array:
+def _running_mean(values: Array) -> Array:
     """Running mean, geometric as the scale is."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.exp(smooth(np.log(values), _window(values)))
-
-
-def _logarithmic(axes: Axes) -> None:
-    axes.set_yscale("log")
-    logarithmic_ticks(axes.yaxis)
 
 
 def _thin(count: int) -> Array:

@@ -1,4 +1,4 @@
-"""Intervals, tests and Holm's correction against figures worked out by hand or from tables."""
+"""Intervals, tests and Holm's correction against numbers worked out by hand or from tables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from shd_diffusion.study.statistics import estimate, holm, paired
+from shd_diffusion.statistics import estimate, holm, paired
 
 
 def test_the_interval_is_students() -> None:
