@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -141,8 +141,8 @@ def _batches(
 
 
 def _take(batch: Batch, part: slice) -> Batch:
-    values = ((entry.name, getattr(batch, entry.name)) for entry in fields(batch))
-    return replace(batch, **{name: value[part] for name, value in values if value is not None})
+    condition = {name: value[part] for name, value in batch.condition.items()}
+    return Batch(batch.clean[part], batch.noise[part], batch.noised[part], batch.timesteps[part], condition)
 
 
 def _prediction(model: ModelMixin, batch: Batch) -> Tensor:

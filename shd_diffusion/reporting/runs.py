@@ -126,7 +126,7 @@ class Validation(Result):
 
 
 class LogEntry(Result):
-    """A line of metrics.jsonl. `shd_by_block` is the SHD term of each student block; `skipped` steps changed nothing."""
+    """A line of metrics.jsonl. `shd_by_block` is the SHD term of a student block; `skipped` steps changed nothing."""
 
     step: int
     seconds_per_step: float = 0.0
