@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import reference_images, to_rgb_bytes
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation import load_extractor, watch_fid
+from shd_diffusion.evaluation import extractor_name, load_extractor, watch_fid
 from shd_diffusion.evaluation.extractors import image_size_of
 from shd_diffusion.evaluation.references import open_reference
 from shd_diffusion.sampling import ClassConditionalPipeline
@@ -42,14 +42,15 @@ def make_watch(
     wanted, evaluate = config.train.watch, config.evaluate
     if not wanted.every:
         return None
-    real, only = reference_images(config.data), image_size_of(evaluate.extractor)
+    name = extractor_name(evaluate.extractor, config.data.name)
+    real, only = reference_images(config.data), image_size_of(name)
     _, height, width = real[0].shape
     if only is not None and (height, width) != (only, only):
         raise UserError(
-            f"key `train.watch`: `{evaluate.extractor}` takes {only}×{only} images only, not {width}×{height}; set "
+            f"key `train.watch`: `{name}` takes {only}×{only} images only, not {width}×{height}; set "
             "`evaluate.extractor` to another, or `train.watch.every` to 0"
         )
-    extractor = load_extractor(evaluate.extractor, evaluate.extractor_weights).to(device)
+    extractor = load_extractor(name, evaluate.extractor_weights).to(device)
     reference = open_reference(
         evaluate.reference or real, extractor, evaluate.batch_size, evaluate.resize, min(height, width)
     ).statistics["features"]
