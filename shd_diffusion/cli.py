@@ -216,10 +216,10 @@ def evaluate(
 ) -> None:
     """Compute figures; JSON on standard output, and for a run or pipeline also in `evaluation/metrics.json`."""
     from shd_diffusion.config import override_config
-    from shd_diffusion.evaluation.stage import (
+    from shd_diffusion.evaluation.evaluate_run import (
         evaluate_images,
         evaluate_pipeline,
-        evaluate_samples,
+        evaluate_run,
         is_pipeline,
     )
     from shd_diffusion.processes import processes
@@ -235,7 +235,7 @@ def evaluate(
         run = RunFolder(target)
         if run.config_file.exists():
             config = override_config(run.read_config(), overrides, str(run.config_file))
-            figures[str(target)] = evaluate_samples(run, config)
+            figures[str(target)] = evaluate_run(run, config)
         elif is_pipeline(str(target)):
             figures[str(target)] = evaluate_pipeline(str(target), overrides, output)
         else:
@@ -252,9 +252,9 @@ def compare(
     anyway: Annotated[bool, typer.Option("--anyway", help="Though the protocols differ.")] = False,
 ) -> None:
     """Compare two evaluations, if their protocols allow it."""
-    from shd_diffusion.evaluation.compare import compare as compare_figures
+    from shd_diffusion.evaluation import compare_metrics
 
-    typer.echo(json.dumps(compare_figures(read_json(first), read_json(second), anyway), indent=2))
+    typer.echo(json.dumps(compare_metrics(read_json(first), read_json(second), anyway), indent=2))
 
 
 @app.command()

@@ -87,18 +87,17 @@ class SampleConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
 
 
-Metric = Literal["fid", "sfid", "is", "kid", "prc", "prc-adm", "dc", "fid-infinity", "per-class"]
-
-
 class EvaluateConfig(Section):
-    """The figures, the features that they are computed on, and what the images are compared with."""
+    """The metrics, the features that they are computed on, and what the images are compared with.
 
-    extractor: str = "digits-classifier"
+    Without an `extractor` the data set decides; without `metrics` all usual ones are computed that can be.
+    """
+
+    extractor: str | None = None
     extractor_weights: str | None = None
     reference: str | None = None
-    metrics: list[Metric] | None = None
+    metrics: list[str] | None = None
     resize: Literal["none", "box", "bilinear", "bicubic", "lanczos"] = "none"
-    bootstrap: int = Field(default=0, ge=0)
     batch_size: int = Field(default=100, ge=1)
 
 
@@ -106,7 +105,7 @@ class EvaluationConfig(Section):
     """`evaluate` of what is no run: images, or a pipeline that is sampled first."""
 
     sample: SampleConfig = SampleConfig()
-    evaluate: EvaluateConfig = EvaluateConfig(extractor="inception-v3-compat")
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
 class RunConfig(Section):

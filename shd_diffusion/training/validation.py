@@ -13,9 +13,9 @@ from shd_diffusion.config import RunConfig
 from shd_diffusion.data import Source, reference_images
 from shd_diffusion.data.images import to_rgb_bytes
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation import load_extractor
+from shd_diffusion.evaluation import extractor_name, load_extractor
 from shd_diffusion.evaluation.extractors import image_size_of
-from shd_diffusion.evaluation.fid import feature_statistics, frechet_distance
+from shd_diffusion.evaluation.frechet import feature_statistics, frechet_distance
 from shd_diffusion.evaluation.references import open_reference
 from shd_diffusion.processes import processes
 from shd_diffusion.sampling.batching import deal_passes
@@ -52,13 +52,14 @@ def make_validation(
     wanted, evaluate = config.train.validation, config.evaluate
     if not wanted.every:
         return None
-    extractor = load_extractor(evaluate.extractor, evaluate.extractor_weights).to(device)
-    only = image_size_of(evaluate.extractor)
+    name = extractor_name(evaluate.extractor, config.data.name)
+    extractor = load_extractor(name, evaluate.extractor_weights).to(device)
+    only = image_size_of(name)
     reference = evaluate.reference or reference_images(config.data)  # a file of statistics needs no images
     height, width = data.image_size
     if only is not None and (height, width) != (only, only):
         raise UserError(
-            f"key `train.validation`: `{evaluate.extractor}` takes {only}×{only} images only, not {width}×{height}; "
+            f"key `train.validation`: `{name}` takes {only}×{only} images only, not {width}×{height}; "
             "set `evaluate.extractor` to another, or `train.validation.every` to 0"
         )
     statistics = open_reference(

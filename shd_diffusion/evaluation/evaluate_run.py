@@ -1,4 +1,4 @@
-"""`evaluate`: the figures of a run's samples, of a pipeline that is sampled first, or of any images."""
+"""`evaluate`: the metrics of a run's samples, of a pipeline that is sampled first, or of any images."""
 
 from __future__ import annotations
 
@@ -6,23 +6,27 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, ValidationError
+
 from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, SampleConfig, override_config
 from shd_diffusion.data import reference_images
-from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation.evaluate import evaluate_run
-from shd_diffusion.evaluation.extractors import load_extractor
+from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.evaluation.evaluate import compute_metrics
+from shd_diffusion.evaluation.extractors import extractor_name, load_extractor
+from shd_diffusion.evaluation.images import FolderImages
+from shd_diffusion.evaluation.metrics import check_settings
 from shd_diffusion.evaluation.references import check_reference
 from shd_diffusion.files import read_json, write_json
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.archive import ARCHIVE
-from shd_diffusion.sampling.generate import SUMMARY
+from shd_diffusion.sampling.generate import SUMMARY, image_path
 from shd_diffusion.sampling.published import hash_pipeline, open_pipeline
 from shd_diffusion.sampling.stage import sample_pipeline
 
 
-def evaluate_samples(run: RunFolder, config: RunConfig) -> dict[str, Any]:
-    """Evaluate the images in a run's `samples/` against its data set and keep the figures with the run.
+def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Evaluate the images in a run's `samples/` against its data set and keep the metrics with the run.
 
     Returns:
         The content of `evaluation/metrics.json`.
@@ -30,11 +34,11 @@ def evaluate_samples(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: there are no samples, or they cannot be evaluated.
     """
-    record = run.samples / SUMMARY
-    if not record.exists() or not read_json(record)["num_images"]:
+    if not _sampled(run.samples).get("num_images"):
         raise UserError(f"{run.path}: has no finished samples; run `shd-diffusion sample {run.path}` first")
     reference = config.evaluate.reference or reference_images(config.data)
-    return _evaluate_and_keep(run, reference, config.evaluate)
+    name = extractor_name(config.evaluate.extractor, config.data.name)
+    return _evaluate_and_keep(run, reference, config.evaluate.model_copy(update={"extractor": name}))
 
 
 def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
@@ -80,7 +84,8 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     config = override_config(EvaluationConfig(), overrides, "--set")
     reference = _given_reference(name, config.evaluate)
     check_reference(reference)
-    load_extractor(config.evaluate.extractor, config.evaluate.extractor_weights)
+    check_settings(config.evaluate, reference)
+    load_extractor(extractor_name(config.evaluate.extractor, reference), config.evaluate.extractor_weights)
 
     with processes().local_main_process_first():
         pipeline = open_pipeline(name)
@@ -111,17 +116,45 @@ def _given_reference(name: str, config: EvaluateConfig) -> str:
 
 def _evaluate_and_keep(place: RunFolder, reference: Any, config: EvaluateConfig) -> dict[str, Any]:
     nearest = place.evaluation_file.with_name("nearest.json")
-    figures = _evaluate(place.samples, reference, config, nearest)
+    metrics = _evaluate(place.samples, reference, config, nearest)
     if processes().is_main_process:
-        write_json(place.evaluation_file, figures)
-    return figures
+        write_json(place.evaluation_file, metrics)
+    return metrics
 
 
 def _evaluate(
     images: Path, reference: Any, config: EvaluateConfig, nearest: Path | None = None
 ) -> dict[str, Any]:
+    """Metrics of the images there; of our own samples those that are finished, as a sampling may be going on."""
     folder = images.parent if images.name == ARCHIVE else images
-    record = folder / SUMMARY
-    sampled = read_json(record) if record.exists() else {}
-    labels, protocol = sampled.get("labels"), sampled.get("protocol")
-    return evaluate_run(images, reference, config, labels, protocol, nearest)
+    sampled = _sampled(folder)
+    finished = [image_path(folder, index) for index in range(sampled.get("num_images", 0))]
+    return compute_metrics(
+        FolderImages(folder, finished) if finished and images == folder else images,
+        reference,
+        config,
+        sampled.get("labels"),
+        sampled.get("protocol"),
+        nearest,
+    )
+
+
+def _sampled(folder: Path) -> dict[str, Any]:
+    """What `sample` noted of the images in a folder; nothing where they are not of ours."""
+    path = folder / SUMMARY
+    if not path.exists():
+        return {}
+    try:
+        return _Sampled.model_validate(read_json(path)).model_dump()
+    except ValidationError as error:
+        raise UserError(
+            f"{path}: not what `sample` writes ({one_line(error.errors()[0]['msg'])}); sample anew"
+        ) from None
+
+
+class _Sampled(BaseModel):
+    """The parts of `sampling.json` that an evaluation reads."""
+
+    num_images: int
+    labels: list[int] | None = None
+    protocol: dict[str, Any] = {}

@@ -1,13 +1,13 @@
-"""Intervals, extrapolation and classes, on Gaussians whose distances are known."""
+"""Extrapolation and classes, on Gaussians whose distances are known."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from shd_diffusion.evaluation.fid import Statistics, feature_statistics, frechet_distance
+from shd_diffusion.evaluation.fid_infinity import fid_infinity
+from shd_diffusion.evaluation.frechet import Statistics, feature_statistics, frechet_distance
 from shd_diffusion.evaluation.per_class import per_class_distance
-from shd_diffusion.evaluation.uncertainty import bootstrap_interval, fid_infinity
 
 WIDTH = 12
 TRUTH = Statistics(torch.zeros(WIDTH, dtype=torch.float64), torch.eye(WIDTH, dtype=torch.float64))
@@ -17,28 +17,6 @@ def gaussian(count: int, seed: int, mean: float = 0.0) -> torch.Tensor:
     return (
         torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) + mean
     )
-
-
-def test_the_bootstrap_interval_of_a_mean_is_the_textbook_one():
-    samples = gaussian(400, 0)[:, :1]
-    low, high = bootstrap_interval(lambda drawn: drawn.mean().item(), samples, replicates=2000)
-    half = 1.96 * samples.std().item() / 20
-    centre = samples.mean().item()
-    assert (low, high) == (
-        pytest.approx(centre - half, abs=0.1 * half),
-        pytest.approx(centre + half, abs=0.1 * half),
-    )
-
-
-def test_nearly_all_bootstrap_intervals_hold_the_expected_distance():
-    def figure(features):
-        return frechet_distance(feature_statistics(features), TRUTH)
-
-    expected = sum(figure(gaussian(300, seed, mean=0.3)) for seed in range(100)) / 100
-    intervals = [
-        bootstrap_interval(figure, gaussian(300, seed, mean=0.3), replicates=60) for seed in range(30)
-    ]
-    assert sum(low <= expected <= high for low, high in intervals) >= 25  # 28.5 of 30 on average
 
 
 def test_fid_infinity_takes_the_bias_of_few_samples_away():
