@@ -17,6 +17,7 @@ from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig
 from shd_diffusion.data import LatentSource, Source, build_source
 from shd_diffusion.data.latent_space import load_vae
 from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.evaluation import check_settings
 from shd_diffusion.files import replacing_folder, write_json, write_text
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.models.denoiser import count_parameters
@@ -124,6 +125,7 @@ def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source:
         raise UserError(f"{source}: {error}") from error
     parts = build(config, source, data)
     try:
+        check_settings(config.evaluate, config.data.name)
         check_sampling(config.sample, parts.process.scheduler)
         sampler = make_scheduler(
             config.sample.scheduler, config.sample.scheduler_arguments, parts.process.scheduler
