@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import Source, reference_images
-from shd_diffusion.data.images import to_rgb_bytes
+from shd_diffusion.data.images import to_bytes, to_rgb
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import extractor_name, load_extractor
 from shd_diffusion.evaluation.extractors import image_size_of
@@ -82,7 +82,7 @@ def make_validation(
         )
         found: list[tuple[int, Tensor, Tensor]] = []  # index of the first, images, features
         for indices in mine:
-            images = to_rgb_bytes(sample_images(pipeline, indices, sample))
+            images = to_rgb(to_bytes(sample_images(pipeline, indices, sample)))
             found.append((indices.start, images.cpu(), extractor(images.to(device)).cpu()))
         if not together and state.num_processes > 1:
             found = sorted(gather_object(found), key=lambda part: part[0])
