@@ -37,6 +37,11 @@ def tiny_pipeline(scheduler: str = "DDIMScheduler") -> ClassConditionalPipeline:
 
 CONFIG = SampleConfig(num_images=7, num_inference_steps=4, pass_size=3)
 
+# Of images in [-1, 1]. A batch of another size is summed in another order; an error of the first prediction is divided
+# by a_T = 0.006, and random weights and the solver's extrapolation add to it: float32 is 1.4e-5 from float64 and
+# batches up to 3.6e-5 from each other, by the CPU. Images that differ at all differ by 0.1 and more.
+ROUNDING = {"rtol": 0.0, "atol": 3e-4}
+
 
 def test_saved_pipeline_gives_the_same_images(tmp_path: Path) -> None:
     pipeline = tiny_pipeline()
@@ -50,8 +55,8 @@ def test_saved_pipeline_gives_the_same_images(tmp_path: Path) -> None:
 def test_an_image_depends_on_its_index_alone(scheduler: str) -> None:
     pipeline = tiny_pipeline(scheduler)
     together = sample_indices(pipeline, [0, 1, 2, 3], CONFIG)
-    torch.testing.assert_close(sample_indices(pipeline, [3, 1], CONFIG), together[[3, 1]])
-    assert (together[0] - together[1]).abs().max() > 1e-2
+    torch.testing.assert_close(sample_indices(pipeline, [3, 1], CONFIG), together[[3, 1]], **ROUNDING)
+    assert (together[0] - together[1]).abs().max() > 0.1
 
 
 def test_random_labels_follow_from_seed_and_index() -> None:
@@ -72,7 +77,9 @@ def test_random_labels_are_those_of_the_images(tmp_path: Path) -> None:
     (images,) = tiny_pipeline()(
         summary["labels"][:6], 4, latents=torch.stack(noise), output_type="pt", return_dict=False
     )
-    torch.testing.assert_close(images[:3] * 2 - 1, sample_indices(tiny_pipeline(), range(3), config))
+    torch.testing.assert_close(
+        images[:3] * 2 - 1, sample_indices(tiny_pipeline(), range(3), config), **ROUNDING
+    )
     with pytest.raises(UserError, match=r"`labels` \('random', now 'balanced'\)"):
         generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
 
@@ -87,8 +94,9 @@ def test_guidance_is_a_line_through_both_predictions() -> None:
         unconditional = model(latents, timestep=steps.expand(2), class_labels=torch.full((2,), null)).sample
         guided = pipeline._predict(latents, steps, labels, null, 3.0, None)
         unguided = pipeline._predict(latents, steps, labels, null, 1.0, None)
-    torch.testing.assert_close(guided, 3 * conditional - 2 * unconditional)
-    torch.testing.assert_close(unguided, conditional)
+    # In another batch the two predictions round otherwise, and guidance multiplies that by 3 + 2
+    torch.testing.assert_close(guided, 3 * conditional - 2 * unconditional, rtol=0, atol=1e-4)
+    torch.testing.assert_close(unguided, conditional, rtol=0, atol=2e-5)
     assert (conditional - unconditional).abs().max() > 1e-3
 
 
