@@ -11,6 +11,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from safetensors.torch import save_file
+from torch import Tensor
+
 from shd_diffusion.errors import UserError
 
 
@@ -73,6 +76,18 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON with two spaces of indentation, whole or not at all."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file, whole or not at all.
+
+    It may be read by whom the umask says, as any other file; safetensors itself lets its owner alone.
+    """
+    with replacing_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
 
 
 def read_json(path: Path) -> Any:

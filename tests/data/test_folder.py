@@ -55,9 +55,9 @@ def test_small_images_are_enlarged_bicubically():
 
 def test_flips_are_the_drawn_ones(images: Path):
     plain, flipping = (build_source(folder_config(images, horizontal_flip=flip)) for flip in (False, True))
-    items = torch.stack([plain.dataset[index][0] for index in range(4)])
+    items = {"image": torch.stack([plain.dataset[index]["image"] for index in range(4)])}
     drawn = torch.tensor([True, False, False, True])
-    straight = items.float() / 127.5 - 1
+    straight = items["image"].float() / 127.5 - 1
     assert torch.equal(plain.clean(items, drawn, None), straight)
     flipped = flipping.clean(items, drawn, None)
     for index in range(4):
@@ -68,8 +68,8 @@ def test_flips_are_the_drawn_ones(images: Path):
 def test_a_broken_image_ends_training_with_its_name(broken_images: Path, workers: int):
     source = build_source(folder_config(broken_images, num_workers=workers))
     batches = source.batches([[0, 1], [BROKEN, 6]])
-    items, labels = next(batches)
-    assert items.shape == (2, 3, SIZE, SIZE) and labels.tolist() == [0, 0]
+    items = next(batches)
+    assert items["image"].shape == (2, 3, SIZE, SIZE) and items["class_labels"].tolist() == [0, 0]
     with pytest.raises(UserError) as error:
         next(batches)
     message = str(error.value)
@@ -83,8 +83,9 @@ def test_a_broken_image_ends_training_with_its_name(broken_images: Path, workers
 def test_folders_that_are_none(tmp_path: Path, images: Path):
     with pytest.raises(UserError, match=r"data\.path.*nowhere"):
         build_source(folder_config(tmp_path / "nowhere"))
-    with pytest.raises(UserError, match="sub-folder"):
-        build_source(folder_config(images / "cat"))
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images"):
+        build_source(folder_config(tmp_path / "empty"))
     (images / "mouse").mkdir()
     with pytest.raises(UserError, match="mouse"):
         build_source(folder_config(images))
@@ -125,7 +126,7 @@ def test_a_local_data_set_of_the_library(images: Path, tmp_path: Path, monkeypat
     assert (len(source), source.num_classes) == (NUM_IMAGES, 2)
     assert source.dataset.labels.tolist() == folder.dataset.labels.tolist()
     for index in (0, 7, 13):
-        assert torch.equal(source.dataset[index][0], folder.dataset[index][0])
+        assert torch.equal(source.dataset[index]["image"], folder.dataset[index]["image"])
     assert source.dataset.fingerprint() == build_source(config()).dataset.fingerprint()
     with pytest.raises(UserError, match=r"image_column.*no column `picture`.*image, label"):
         build_source(config(image_column="picture"))
@@ -145,6 +146,7 @@ def test_without_the_library_it_is_said_what_to_install(monkeypatch: pytest.Monk
     [
         ({"name": "image_folder", "path": "x"}, "`image_folder` needs the key `image_size`"),
         ({"name": "cifar10"}, "`cifar10` needs the key `path`"),
+        ({"name": "cifar_10", "path": "x"}, "no data set `cifar_10`; did you mean `cifar10`?"),
         ({"name": "digits", "image_size": 32}, "`digits` takes no key `image_size`"),
         ({"name": "latents", "path": "x", "split": "train"}, "`latents` takes no key `split`"),
     ],
@@ -154,4 +156,5 @@ def test_keys_belong_to_their_data_set(keys: dict[str, object], message: str):
 
     with pytest.raises(UserError) as error:
         parse_config({"data": keys, "prepare": {"vae": "v"}}, PrepareConfig, "c.yaml")
-    assert str(error.value).startswith(f"c.yaml: key `data`: {message}")
+    key = "data.name" if "no data set" in message else "data"
+    assert str(error.value).startswith(f"c.yaml: key `{key}`: {message}")

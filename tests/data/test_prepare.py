@@ -16,10 +16,10 @@ from image_files import BROKEN, NUM_IMAGES, SIZE
 from safetensors.torch import load_file, save_file
 
 from shd_diffusion.config import DataConfig, EncodeConfig, PrepareConfig
-from shd_diffusion.data import build_source, open_images, prepare, reference_images
+from shd_diffusion.data import build_source, open_dataset, reference_images
+from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.data.prepare import prepare as run_prepare
 from shd_diffusion.errors import UserError
-from shd_diffusion.training.data_order import Layout, StepSampler
 
 ROOT = Path(__file__).parents[2]
 
@@ -44,8 +44,8 @@ def shard_files(folder: Path) -> dict[str, bytes]:
 
 
 def clean_images(folder: Path) -> torch.Tensor:
-    images = open_images(DataConfig(name="image_folder", path=str(folder), image_size=SIZE))
-    return torch.stack([images[index][0] for index in range(len(images))]).float() / 127.5 - 1
+    images = open_dataset(DataConfig(name="image_folder", path=str(folder), image_size=SIZE))
+    return torch.stack([images[index]["image"] for index in range(len(images))]).float() / 127.5 - 1
 
 
 def test_latents_are_those_of_direct_encoding(images: Path, vae: Path, tmp_path: Path):
@@ -64,7 +64,7 @@ def test_latents_are_those_of_direct_encoding(images: Path, vae: Path, tmp_path:
     with torch.no_grad():
         direct = model.encode(pixels).latent_dist.sample(torch.Generator().manual_seed(7))
     noise = torch.randn(direct.shape, generator=torch.Generator().manual_seed(7))
-    items = torch.stack([source.dataset[index][0] for index in range(NUM_IMAGES)])
+    items = {"moments": torch.stack([source.dataset[index]["moments"] for index in range(NUM_IMAGES)])}
     expected = (direct - model.config.shift_factor) * model.config.scaling_factor
     torch.testing.assert_close(source.clean(items, flipped, noise), expected, atol=2e-6, rtol=1e-5)
 
@@ -72,7 +72,8 @@ def test_latents_are_those_of_direct_encoding(images: Path, vae: Path, tmp_path:
     with torch.no_grad():
         moments = model.encode(clean_images(images)[:1]).latent_dist
     draws = torch.randn(4000, *source.shape, generator=torch.Generator().manual_seed(1))
-    many = source.clean(items[:1].expand(4000, -1, -1, -1, -1), torch.zeros(4000, dtype=torch.bool), draws)
+    one = {"moments": items["moments"][:1].expand(4000, -1, -1, -1, -1)}
+    many = source.clean(one, torch.zeros(4000, dtype=torch.bool), draws)
     many = many / model.config.scaling_factor + model.config.shift_factor
     assert ((many.mean(0) - moments.mean[0]).abs() < 5 * moments.std[0] / 4000**0.5).all()
     torch.testing.assert_close(many.std(0), moments.std[0], rtol=0.08, atol=0)
@@ -81,13 +82,18 @@ def test_latents_are_those_of_direct_encoding(images: Path, vae: Path, tmp_path:
 def test_without_flips_only_the_straight_moments_are_read(images: Path, vae: Path, tmp_path: Path):
     folder = make_cache(images, vae, tmp_path / "cache", dtype="float16")
     straight, both = build_source(latents(folder)), build_source(latents(folder, horizontal_flip=True))
-    assert straight.dataset[4][0].shape == (1, 8, 8, 8) and both.dataset[4][0].shape == (2, 8, 8, 8)
-    assert torch.equal(straight.dataset[4][0], both.dataset[4][0][:1])
+    assert straight.dataset[4]["moments"].shape == (1, 8, 8, 8) and both.dataset[4]["moments"].shape == (
+        2,
+        8,
+        8,
+        8,
+    )
+    assert torch.equal(straight.dataset[4]["moments"], both.dataset[4]["moments"][:1])
     drawn = torch.ones(2, dtype=torch.bool)
     noise = torch.zeros(2, *straight.shape)
-    items = torch.stack([both.dataset[index][0] for index in range(2)])
-    unflipped = straight.clean(items[:, :1], drawn, noise)
-    assert not torch.equal(unflipped, both.clean(items, drawn, noise))
+    items = torch.stack([both.dataset[index]["moments"] for index in range(2)])
+    unflipped = straight.clean({"moments": items[:, :1]}, drawn, noise)
+    assert not torch.equal(unflipped, both.clean({"moments": items}, drawn, noise))
     assert unflipped.dtype == torch.float32
     assert torch.equal(straight.first(2)[0], unflipped)
 
@@ -98,9 +104,10 @@ def test_workers_read_what_the_process_reads(images: Path, vae: Path, tmp_path: 
     for workers in (0, 2):
         source = build_source(latents(folder, num_workers=workers))
         source.first(2)  # opens a shard here, before the workers start
-        found.append(list(source.batches(StepSampler(0, len(source), Layout(4), 0, 3))))
-    for (ours, our_labels), (theirs, their_labels) in zip(*found, strict=True):
-        assert torch.equal(ours, theirs) and torch.equal(our_labels, their_labels)
+        found.append(list(source.batches([[3, 0], [13, 5, 7], [1]])))
+    for alone, by_worker in zip(*found, strict=True):
+        assert alone.keys() == by_worker.keys() == {"moments", "class_labels"}
+        assert all(torch.equal(alone[name], by_worker[name]) for name in alone)
 
 
 def test_a_broken_image_is_left_out_named_and_counted(broken_images: Path, vae: Path, tmp_path: Path):
@@ -109,7 +116,7 @@ def test_a_broken_image_is_left_out_named_and_counted(broken_images: Path, vae: 
     assert len(report) == 1 and report[0].startswith(str(broken_images / "cat" / "05.png"))
     source = build_source(latents(folder))
     assert len(source) == NUM_IMAGES - 1
-    assert [source.dataset[index][1] for index in range(len(source))] == [0] * 9 + [1] * 4
+    assert [source.dataset[index]["class_labels"] for index in range(len(source))] == [0] * 9 + [1] * 4
     reference = reference_images(latents(folder))
     names = [Path(reference.name(index)).name for index in range(len(reference))]
     assert names == [f"{index:02d}.png" for index in range(NUM_IMAGES) if index != BROKEN]
@@ -134,7 +141,7 @@ def test_an_interrupted_cache_is_continued(
 ):
     whole = shard_files(make_cache(images, vae, tmp_path / "whole"))
     assert len(whole) == 2 * 5
-    output, encode = tmp_path / "cache", prepare.encode_moments
+    output, encode = tmp_path / "cache", LatentSpace.encode
     calls = 0
 
     def interrupted(*arguments: object) -> torch.Tensor:
@@ -144,7 +151,7 @@ def test_an_interrupted_cache_is_continued(
             raise KeyboardInterrupt
         return encode(*arguments)
 
-    monkeypatch.setattr(prepare, "encode_moments", interrupted)
+    monkeypatch.setattr(LatentSpace, "encode", interrupted)
     with pytest.raises(KeyboardInterrupt):
         make_cache(images, vae, output)
     assert sorted(shard_files(output)) == ["latents-00000.json", "latents-00000.safetensors"]
@@ -153,7 +160,7 @@ def test_an_interrupted_cache_is_continued(
 
     (output / "shards" / ".latents-00001.safetensors.tmp-1").write_bytes(b"of a call that was killed")
     written = (output / "shards" / "latents-00000.safetensors").stat().st_mtime_ns
-    monkeypatch.setattr(prepare, "encode_moments", encode)
+    monkeypatch.setattr(LatentSpace, "encode", encode)
     make_cache(images, vae, output)
     assert (output / "shards" / "latents-00000.safetensors").stat().st_mtime_ns == written
     assert shard_files(output) == whole

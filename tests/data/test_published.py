@@ -37,7 +37,7 @@ def test_fashion_mnist_is_read_and_padded(fashion):
     source = build_source(DataConfig(name="fashion_mnist", path=str(folder)))
     clean, found = source.first(7)
     assert (source.shape, source.num_classes, len(source)) == ((1, 32, 32), 10, 7)
-    assert found.tolist() == labels.tolist()
+    assert found["class_labels"].tolist() == labels.tolist()
     np.testing.assert_allclose(clean[:, 0, 2:-2, 2:-2].numpy(), images / 127.5 - 1, atol=1e-6)
     clean[:, :, 2:-2, 2:-2] = -1
     assert (clean == -1).all()  # the border is black
@@ -58,7 +58,7 @@ def test_damage_in_fashion_mnist_is_named(fashion):
             fashion_mnist(folder, "train")
         assert "\n" not in str(error.value)
     write_idx(path, images[:5])
-    with pytest.raises(UserError, match="7 labels and images"):
+    with pytest.raises(UserError, match="7 labels of 5 images"):
         fashion_mnist(folder, "train")
     assert len(fashion_mnist(folder, "test")) == 7
     path.unlink()
@@ -104,10 +104,10 @@ def test_cifar10_is_read_from_its_binary_version(tmp_path: Path, inside: str):
     assert (len(data), data.shape) == (20, (3, 32, 32))
     images, labels = written["data_batch_3.bin"]
     for row in range(4):
-        image, label = data[8 + row]
-        assert label == labels[row]
-        assert torch.equal(image, torch.from_numpy(images[row]).permute(2, 0, 1))
-    assert cifar10(tmp_path / "cifar", "test")[0][1] == written["test_batch.bin"][1][0]
+        item = data[8 + row]
+        assert item["class_labels"] == labels[row]
+        assert torch.equal(item["image"], torch.from_numpy(images[row]).permute(2, 0, 1))
+    assert cifar10(tmp_path / "cifar", "test")[0]["class_labels"] == written["test_batch.bin"][1][0]
 
 
 def test_damage_in_cifar10_is_named(tmp_path: Path):
