@@ -55,7 +55,7 @@ class Column:
         key: its name in `metrics.json`.
         title: its heading; `short` is one for a terminal.
         better: which direction is good.
-        format: how it is printed, a format specification of Python.
+        format: how it is printed, a format specification of Python; without one in three significant digits.
         deviation: the key of its standard deviation, if it has one.
     """
 
@@ -63,7 +63,7 @@ class Column:
     title: str
     short: str
     better: Literal["lower", "higher"]
-    format: str = "#.3g"
+    format: str = ""
     deviation: str | None = None
 
 
