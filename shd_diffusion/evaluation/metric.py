@@ -24,6 +24,10 @@ class Need(StrEnum):
     REFERENCE_LABELS = "labels of the reference images"
 
 
+OF_THE_IMAGES = frozenset({Need.LABELS, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS})
+"""Needs that images meet or do not, whatever the extractor."""
+
+
 @dataclass(frozen=True)
 class MetricInputs:
     """What metrics are computed from; what is not at hand is None.
