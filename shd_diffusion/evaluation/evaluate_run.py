@@ -15,7 +15,6 @@ from shd_diffusion.evaluation.evaluate import compute_metrics
 from shd_diffusion.evaluation.extractors import extractor_name, load_extractor
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.evaluation.metrics import check_settings
-from shd_diffusion.evaluation.references import check_reference
 from shd_diffusion.files import read_json, write_json
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
@@ -83,7 +82,6 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     # Whatever can be seen to be wrong before hours of sampling.
     config = override_config(EvaluationConfig(), overrides, "--set")
     reference = _given_reference(name, config.evaluate)
-    check_reference(reference)
     check_settings(config.evaluate, reference)
     load_extractor(extractor_name(config.evaluate.extractor, reference), config.evaluate.extractor_weights)
 
