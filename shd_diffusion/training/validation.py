@@ -11,16 +11,15 @@ from torchvision.utils import make_grid
 
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import Source, reference_images
-from shd_diffusion.data.images import to_bytes, to_rgb
+from shd_diffusion.data.images import to_rgb_bytes
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import extractor_name, load_extractor
 from shd_diffusion.evaluation.extractors import image_size_of
 from shd_diffusion.evaluation.frechet import feature_statistics, frechet_distance
 from shd_diffusion.evaluation.references import open_reference
 from shd_diffusion.processes import processes
+from shd_diffusion.sampling import ClassConditionalPipeline, sample_images
 from shd_diffusion.sampling.batching import deal_passes
-from shd_diffusion.sampling.generate import sample_images
-from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 from shd_diffusion.training.loop import Validation
 
 ROWS, COLUMNS = 5, 10
@@ -82,7 +81,7 @@ def make_validation(
         )
         found: list[tuple[int, Tensor, Tensor]] = []  # index of the first, images, features
         for indices in mine:
-            images = to_rgb(to_bytes(sample_images(pipeline, indices, sample)))
+            images = to_rgb_bytes(sample_images(pipeline, indices, sample))
             found.append((indices.start, images.cpu(), extractor(images.to(device)).cpu()))
         if not together and state.num_processes > 1:
             found = sorted(gather_object(found), key=lambda part: part[0])
