@@ -169,12 +169,4 @@ def pooled(maps: Tensor, pool: Pool) -> Tensor:
 def chunk_logits(record: AttentionRecord, part: Part, temperature: float = 1.0) -> Tensor:
     """A record's logits over the temperature for a chunk of it, (samples, H, rows, K), in float32 or better."""
     samples, rows = part
-    dtype = torch.promote_types(record.query.dtype, torch.float32)
-    query, key = record.query[samples, :, rows].to(dtype), record.key[samples].to(dtype)
-    logits = (query * (record.scale / temperature)) @ key.mT
-    if record.mask is None:
-        return logits
-    mask = record.mask[(None,) * (4 - record.mask.ndim)]
-    mask = mask if mask.shape[0] == 1 else mask[samples]
-    mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
-    return logits + mask.to(dtype) / temperature
+    return record.logits(temperature, samples, rows)
