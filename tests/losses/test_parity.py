@@ -9,11 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shd_diffusion.config import DiffusionConfig
-from shd_diffusion.losses.denoising import forward_process
-from shd_diffusion.losses.variance import variational_bound
-from shd_diffusion.training.draws import Draws
-from shd_diffusion.training.methods import DenoisingLoss, make_batch
+from shd_diffusion.losses.denoise import Denoise, DenoiseConfig
+from shd_diffusion.losses.term import Batch, StepOutputs, TermConfig
+from shd_diffusion.losses.variance import Variance, variational_bound
+from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
+from shd_diffusion.models.trace import Trace
 
 RECORDED = load_file(Path(__file__).parents[1] / "data" / "losses.safetensors")
 CLEAN, NOISE, PREDICTION, TIMESTEPS = (RECORDED[k] for k in ("clean", "noise", "prediction", "timesteps"))
@@ -23,19 +23,25 @@ AUTHORS = {"dit": None, "mdt": 5.0}  # and the γ of their min-SNR weights
 authors = pytest.mark.parametrize("author", AUTHORS)
 
 
-def terms_of(prediction: Tensor, gamma: float | None, sample: int) -> dict[str, Tensor]:
-    """The terms of a batch of one sample, by the way that a training step takes."""
-    config = DiffusionConfig(learned_variance=True, min_snr_gamma=gamma)
-    process, part = forward_process(config), slice(sample, sample + 1)
-    never = torch.zeros(1, dtype=torch.bool)
-    draws = Draws(NOISE[part], TIMESTEPS[part], never, never, None)
-    batch = make_batch(process, CLEAN[part], torch.zeros(1, dtype=torch.long), draws, 0)
-    return DenoisingLoss(process, config)(prediction[part], batch)
+PROCESS = ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig()))
+STUDENT = Trace(CLEAN.shape[1:], {}, PREDICTION[:1])  # predicts a variance
+
+
+def term_of(name: str, gamma: float | None, sample: int) -> Tensor:
+    """A term of a batch of one sample."""
+    part = slice(sample, sample + 1)
+    clean, noise, timesteps = CLEAN[part], NOISE[part], TIMESTEPS[part]
+    batch = Batch(clean, noise, PROCESS.noised(clean, noise, timesteps), timesteps, {})
+    term = {
+        "denoise": Denoise(DenoiseConfig(min_snr_gamma=gamma), STUDENT, None),
+        "variance": Variance(TermConfig(), STUDENT, None),
+    }[name]
+    return term(StepOutputs(PROCESS, batch, PREDICTION[part]))
 
 
 @authors
 def test_noising(author: str) -> None:
-    noised = forward_process(DiffusionConfig()).noised(CLEAN, NOISE, TIMESTEPS)
+    noised = PROCESS.noised(CLEAN, NOISE, TIMESTEPS)
     torch.testing.assert_close(noised, RECORDED[f"{author}/noised"], rtol=0, atol=1e-5)
 
 
@@ -43,25 +49,23 @@ def test_noising(author: str) -> None:
 @pytest.mark.parametrize(("term", "theirs"), [("denoise", "mse"), ("variance", "vb")])
 def test_terms_of_every_timestep(author: str, term: str, theirs: str) -> None:
     """L_simple, with MDT weighed by min-SNR, and L_vlb; two of the timesteps are the first one, with its likelihood."""
-    found = torch.stack([terms_of(PREDICTION, AUTHORS[author], sample)[term] for sample in SAMPLES])
+    found = torch.stack([term_of(term, AUTHORS[author], sample) for sample in SAMPLES])
     torch.testing.assert_close(found, RECORDED[f"{author}/{theirs}"], rtol=1e-5, atol=1e-8)
 
 
 @authors
 def test_the_bound_trains_the_variance_alone(author: str) -> None:
-    process = forward_process(DiffusionConfig(learned_variance=True))
     prediction = PREDICTION.clone().requires_grad_()
-    noised = process.noised(CLEAN, NOISE, TIMESTEPS)
-    variational_bound(process, prediction, CLEAN, noised, TIMESTEPS).backward()
+    noised = PROCESS.noised(CLEAN, NOISE, TIMESTEPS)
+    variational_bound(PROCESS, prediction, CLEAN, noised, TIMESTEPS).backward()
     mean, variance = prediction.grad.chunk(2, dim=1)
     assert not mean.any() and variance.flatten(1).any(1).all()
     torch.testing.assert_close(prediction.grad, RECORDED[f"{author}/vb_gradient"], rtol=1e-4, atol=1e-8)
 
 
 def test_the_bound_is_finite_whatever_is_predicted() -> None:
-    process = forward_process(DiffusionConfig(learned_variance=True))
-    noised = process.noised(CLEAN, NOISE, TIMESTEPS)
+    noised = PROCESS.noised(CLEAN, NOISE, TIMESTEPS)
     prediction = torch.cat([100 * PREDICTION[:, :3], 3 * PREDICTION[:, 3:]], 1).requires_grad_()
-    bound = variational_bound(process, prediction, CLEAN, noised, TIMESTEPS)
+    bound = variational_bound(PROCESS, prediction, CLEAN, noised, TIMESTEPS)
     bound.backward()
     assert bound.isfinite() and prediction.grad.isfinite().all()
