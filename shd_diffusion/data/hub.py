@@ -28,6 +28,8 @@ class HubImages(Images):
         UserError: the library is not installed, the data set cannot be loaded, or has no such columns.
     """
 
+    labels: Tensor
+
     def __init__(self, path: str, split: str, size: int, image_column: str, label_column: str) -> None:
         try:
             import datasets
