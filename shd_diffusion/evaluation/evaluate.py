@@ -17,7 +17,7 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.extractors import Extractor, extractor_name, load_extractor
 from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.images import ImageSet, open_image_files, tensor_images
-from shd_diffusion.evaluation.metric import Metric, MetricInputs, Need
+from shd_diffusion.evaluation.metric import OF_THE_IMAGES, Metric, MetricInputs, Need
 from shd_diffusion.evaluation.metrics import check_settings, choose_metrics
 from shd_diffusion.evaluation.nearest import write_nearest
 from shd_diffusion.evaluation.references import FEWEST_IMAGES, Reference, open_reference
@@ -95,8 +95,7 @@ def _possible_needs(extractor: Extractor, reference: Reference, labels: Tensor |
         Need.REFERENCE_IMAGES: reference.features is not None,
         Need.REFERENCE_LABELS: reference.labels is not None,
     }
-    data = set(met) - {Need.SPATIAL}
-    return {need for need in data.union(extractor.spec.provides) if met.get(need, True)}
+    return {need for need in OF_THE_IMAGES.union(extractor.spec.provides) if met.get(need, True)}
 
 
 def _compute(metric: Metric, inputs: MetricInputs) -> dict[str, Any]:

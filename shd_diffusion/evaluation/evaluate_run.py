@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
-
 from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, SampleConfig, override_config
 from shd_diffusion.data import reference_images
-from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.evaluate import compute_metrics
 from shd_diffusion.evaluation.extractors import extractor_name, load_extractor
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.evaluation.metrics import check_settings
-from shd_diffusion.evaluation.references import check_reference
-from shd_diffusion.files import read_json, write_json
+from shd_diffusion.files import write_json
+from shd_diffusion.models.factory import is_hub_name
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.archive import ARCHIVE
-from shd_diffusion.sampling.generate import SUMMARY, image_path
-from shd_diffusion.sampling.published import hash_pipeline, open_pipeline
-from shd_diffusion.sampling.stage import sample_pipeline
+from shd_diffusion.sampling.generate import Summary, image_path, read_summary
+from shd_diffusion.sampling.open_pipeline import open_pipeline
+from shd_diffusion.sampling.sample_run import sample_pipeline
 
 
 def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
@@ -34,7 +31,8 @@ def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: there are no samples, or they cannot be evaluated.
     """
-    if not _sampled(run.samples).get("num_images"):
+    sampled = read_summary(run.samples)
+    if sampled is None or not sampled.num_images:
         raise UserError(f"{run.path}: has no finished samples; run `shd-diffusion sample {run.path}` first")
     reference = config.evaluate.reference or reference_images(config.data)
     name = extractor_name(config.evaluate.extractor, config.data.name)
@@ -60,9 +58,7 @@ def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
 def is_pipeline(name: str) -> bool:
     """Whether this is a folder of a diffusers pipeline, or could be the hub name of one."""
     path = Path(name)
-    if path.exists():
-        return (path / "model_index.json").is_file()
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    return (path / "model_index.json").is_file() if path.exists() else is_hub_name(name)
 
 
 def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = None) -> dict[str, Any]:
@@ -83,7 +79,6 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     # Whatever can be seen to be wrong before hours of sampling.
     config = override_config(EvaluationConfig(), overrides, "--set")
     reference = _given_reference(name, config.evaluate)
-    check_reference(reference)
     check_settings(config.evaluate, reference)
     load_extractor(extractor_name(config.evaluate.extractor, reference), config.evaluate.extractor_weights)
 
@@ -92,8 +87,7 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     own = SampleConfig(scheduler=type(pipeline.scheduler).__name__)
     config = override_config(EvaluationConfig(sample=own), overrides, "--set")
     place = RunFolder(output or _default_output(name))
-    protocol = {"pipeline_sha256": hash_pipeline(pipeline)}
-    sample_pipeline(pipeline, config.sample, place.samples, protocol, name, "--set")
+    sample_pipeline(pipeline, config.sample, place.samples, {}, name, "--set")
     return _evaluate_and_keep(place, reference, config.evaluate)
 
 
@@ -127,34 +121,13 @@ def _evaluate(
 ) -> dict[str, Any]:
     """Metrics of the images there; of our own samples those that are finished, as a sampling may be going on."""
     folder = images.parent if images.name == ARCHIVE else images
-    sampled = _sampled(folder)
-    finished = [image_path(folder, index) for index in range(sampled.get("num_images", 0))]
+    sampled = read_summary(folder) or Summary()
+    finished = [image_path(folder, index) for index in range(sampled.num_images)]
     return compute_metrics(
         FolderImages(folder, finished) if finished and images == folder else images,
         reference,
         config,
-        sampled.get("labels"),
-        sampled.get("protocol"),
+        sampled.labels,
+        sampled.protocol,
         nearest,
     )
-
-
-def _sampled(folder: Path) -> dict[str, Any]:
-    """What `sample` noted of the images in a folder; nothing where they are not of ours."""
-    path = folder / SUMMARY
-    if not path.exists():
-        return {}
-    try:
-        return _Sampled.model_validate(read_json(path)).model_dump()
-    except ValidationError as error:
-        raise UserError(
-            f"{path}: not what `sample` writes ({one_line(error.errors()[0]['msg'])}); sample anew"
-        ) from None
-
-
-class _Sampled(BaseModel):
-    """The parts of `sampling.json` that an evaluation reads."""
-
-    num_images: int
-    labels: list[int] | None = None
-    protocol: dict[str, Any] = {}

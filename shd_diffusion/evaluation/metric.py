@@ -24,6 +24,10 @@ class Need(StrEnum):
     REFERENCE_LABELS = "labels of the reference images"
 
 
+OF_THE_IMAGES = frozenset({Need.LABELS, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS})
+"""Needs that images meet or do not, whatever the extractor."""
+
+
 @dataclass(frozen=True)
 class MetricInputs:
     """What metrics are computed from; what is not at hand is None.
@@ -55,7 +59,7 @@ class Column:
         key: its name in `metrics.json`.
         title: its heading; `short` is one for a terminal.
         better: which direction is good.
-        format: how it is printed, a format specification of Python.
+        format: how it is printed, a format specification of Python; without one in three significant digits.
         deviation: the key of its standard deviation, if it has one.
     """
 
@@ -63,7 +67,7 @@ class Column:
     title: str
     short: str
     better: Literal["lower", "higher"]
-    format: str = "#.3g"
+    format: str = ""
     deviation: str | None = None
 
 

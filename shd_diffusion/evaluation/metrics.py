@@ -14,7 +14,7 @@ from shd_diffusion.evaluation.fid_infinity import FID_INFINITY
 from shd_diffusion.evaluation.inception_score import INCEPTION_SCORE
 from shd_diffusion.evaluation.kid import KID
 from shd_diffusion.evaluation.label_accuracy import LABEL_ACCURACY
-from shd_diffusion.evaluation.metric import Column, Metric, Need
+from shd_diffusion.evaluation.metric import OF_THE_IMAGES, Column, Metric, Need
 from shd_diffusion.evaluation.per_class import PER_CLASS
 from shd_diffusion.evaluation.precision_recall import PRECISION_RECALL
 from shd_diffusion.evaluation.references import check_reference
@@ -66,9 +66,7 @@ def check_settings(config: EvaluateConfig, data: str | None = None) -> None:
     """
     name = extractor_name(config.extractor, data)
     spec, weights = find_extractor(name, config.extractor_weights)
-    choose_metrics(
-        config.metrics, {*spec.provides, Need.LABELS, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS}
-    )
+    choose_metrics(config.metrics, OF_THE_IMAGES.union(spec.provides))
     if config.reference is not None:
         check_reference(config.reference)
     if weights is None and spec.url is not None:

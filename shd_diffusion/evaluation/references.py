@@ -90,9 +90,11 @@ def open_reference(
     check_reference(str(source))
     path = Path(source)
     if path.suffix == ".safetensors":
-        return _checked(load_reference(path, extractor), extractor)
+        return _checked(load_reference(path, extractor), extractor, path)
     published = _published_statistics(path, extractor) if path.suffix == ".npz" else {}
-    alone = _checked(Reference(str(path), sha256(path), None, published), extractor) if published else None
+    alone = (
+        _checked(Reference(str(path), sha256(path), None, published), extractor, path) if published else None
+    )
     if alone is not None and "arr_0" not in open_npz(path):
         return alone
     files = open_image_files(path)
@@ -226,8 +228,8 @@ def _published_statistics(path: Path, extractor: Extractor) -> dict[str, Statist
 
 
 @torch.no_grad()
-def _checked(reference: Reference, extractor: Extractor) -> Reference:
-    """A reference from a file, whose numbers are finite and as many as the extractor's."""
+def _checked(reference: Reference, extractor: Extractor, path: Path) -> Reference:
+    """The reference from a file, whose numbers are finite and as many as the extractor's."""
     side = image_size_of(extractor.name) or 32
     device = next(extractor.parameters()).device
     of_one_image = extractor.roles(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
@@ -235,9 +237,9 @@ def _checked(reference: Reference, extractor: Extractor) -> Reference:
         width = of_one_image[role].shape[1]
         if len(statistics.mean) != width:
             raise UserError(
-                f"{reference.source}: statistics of {len(statistics.mean)} {role}, but `{extractor.name}` has "
+                f"{path}: statistics of {len(statistics.mean)} {role}, but `{extractor.name}` has "
                 f"{width}; give those of the same extractor, or the images"
             )
         if not (statistics.mean.isfinite().all() and statistics.covariance.isfinite().all()):
-            raise UserError(f"{reference.source}: its statistics are not finite; have them computed anew")
+            raise UserError(f"{path}: its statistics are not finite; have them computed anew")
     return reference

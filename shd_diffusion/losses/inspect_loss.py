@@ -11,7 +11,6 @@ from shd_diffusion.losses.divergence import DivergenceFunction
 from shd_diffusion.losses.map_divergence import (
     Pool,
     SqueezedTeacher,
-    chunk_logits,
     log_maps,
     map_stream,
     pooled,
@@ -54,7 +53,7 @@ def inspect_block(
     value = record.value.to(weights.dtype)
     weight = record.output_weight.to(value.device)
     energies = residual_energies(maps, value, weight, weights, teacher.squeezer.groups)
-    softened = chunk_logits(record, EVERYTHING, teacher.temperature).softmax(-1)
+    softened = record.logits(teacher.temperature).softmax(-1)
     squeezed = pooled(mixture(weights, teacher.squeezer.groups)(EVERYTHING, softened), teacher.pool)
     log_student = log_maps(student, EVERYTHING, teacher.temperature, pool)
     if teacher.granularity == "sample":

@@ -134,7 +134,7 @@ def _chunk(
     """Divergence of each target row (samples, H, rows) and its gradient by the student's logits."""
     if pool == (1, 1):
         return divergence(target, log_maps(student, part, temperature))
-    maps = chunk_logits(student, part, temperature).softmax(-1)
+    maps = student.logits(temperature, *part).softmax(-1)
     coarse = pooled(maps, pool)
     value, gradient = divergence(target, safe_log(coarse))
     # log q of the pooled map stands for its logits; from there through log and pooling to the map itself
@@ -145,7 +145,7 @@ def _chunk(
 
 def log_maps(record: AttentionRecord, part: Part, temperature: float = 1.0, pool: Pool = (1, 1)) -> Tensor:
     """log q of a chunk of a record's maps on the targets' grid; finite at masked keys too, so that 0 · log 0 = 0."""
-    logits = chunk_logits(record, part, temperature)
+    logits = record.logits(temperature, *part)
     if pool != (1, 1):
         return safe_log(pooled(logits.softmax(-1), pool))
     found = logits.log_softmax(-1)
@@ -164,20 +164,6 @@ def pooled(maps: Tensor, pool: Pool) -> Tensor:
     if keys > 1:
         maps = maps.unflatten(-1, (-1, keys)).sum(-1)
     return maps.unflatten(-2, (-1, rows)).mean(-2) if rows > 1 else maps
-
-
-def chunk_logits(record: AttentionRecord, part: Part, temperature: float = 1.0) -> Tensor:
-    """A record's logits over the temperature for a chunk of it, (samples, H, rows, K), in float32 or better."""
-    samples, rows = part
-    dtype = torch.promote_types(record.query.dtype, torch.float32)
-    query, key = record.query[samples, :, rows].to(dtype), record.key[samples].to(dtype)
-    logits = (query * (record.scale / temperature)) @ key.mT
-    if record.mask is None:
-        return logits
-    mask = record.mask[(None,) * (4 - record.mask.ndim)]
-    mask = mask if mask.shape[0] == 1 else mask[samples]
-    mask = mask if mask.shape[2] == 1 else mask[:, :, rows]
-    return logits + mask.to(dtype) / temperature
 
 
 # --- the targets: a teacher's maps, squeezed ------------------------------------------------------------------
@@ -249,7 +235,7 @@ def map_stream(
     batch, heads, rows, _ = record.query.shape
 
     def logits(part: Part) -> Tensor:
-        return chunk_logits(record, part, temperature)
+        return record.logits(temperature, *part)
 
     shape = batch, heads, rows, record.key.shape[2]
     return stream(shape, logits, record.query.device, chunk_rows, multiple)

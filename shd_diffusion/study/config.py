@@ -1,4 +1,4 @@
-"""The configuration of a study: one base config, variants and conditions as overrides, seeds, a budget."""
+"""The configuration of a study: one distillation, variants and conditions as overrides, seeds, a budget."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class StudyConfig(Section):
     Paths are as in other configs, relative to where the command runs.
 
     Attributes:
-        base: a `distill` config.
+        distill: the config of a distillation.
         output: the folder of the study.
-        teacher: a `train-teacher` config; its run goes to the base's `teacher.path`, if it is not there yet.
-        overrides: of the base, dotted key to value, for all runs.
+        teacher: a `train-teacher` config; its run goes to the `teacher.path` of `distill`, if it is not there yet.
+        overrides: of `distill`, dotted key to value, for all runs.
         variants: what is compared, by name; overrides on top.
         conditions: under which it is compared, by name, such as numbers of steps; overrides between the two.
             Only runs of the same condition are compared.
@@ -46,7 +46,7 @@ class StudyConfig(Section):
     """
 
     title: str
-    base: str
+    distill: str
     output: str
     teacher: str | None = None
     overrides: Overrides = Field(default_factory=dict)
@@ -116,7 +116,7 @@ def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
     noise and the noise that images are sampled from.
 
     Raises:
-        UserError: the base or an override is wrong, or a folder holds a run of another config.
+        UserError: the config or an override is wrong, or a folder holds a run of another config.
     """
     planned = []
     for seed in study.seeds:
@@ -124,7 +124,7 @@ def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
             for variant, own in study.variants.items():
                 tree = {**study.overrides, **shared, **own, "seed": seed, "sample.seed": seed}
                 overrides = tuple(f"{key}={json.dumps(value)}" for key, value in tree.items())
-                config = read_config(Path(study.base), DistillConfig, overrides)
+                config = read_config(Path(study.distill), DistillConfig, overrides)
                 run = RunFolder(output / "runs" / condition / variant / f"seed-{seed}")
                 check(run, config)
                 planned.append(Planned(condition, variant, seed, run, config, overrides))

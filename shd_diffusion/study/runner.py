@@ -84,7 +84,7 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, comm
         teacher = job("teacher", run, config, ["train-teacher", study.teacher])
         if _run_all([teacher], Budget(), 1, command_line, threads):
             raise UserError(f"{teacher.log}: the teacher's training failed; the log says why")
-    jobs = [job(p.name, p.run, p.config, ["distill", study.base, *_sets(p.overrides)]) for p in planned]
+    jobs = [job(p.name, p.run, p.config, ["distill", study.distill, *_sets(p.overrides)]) for p in planned]
     return _run_all(jobs, study.budget, study.processes, command_line, threads)
 
 

@@ -129,7 +129,7 @@ class TrainingLoss:
 
     def _keep_by_block(self, step: int) -> None:
         """Keep SHD's terms by block where all tokens were seen; nothing is computed before a step is logged."""
-        if self.shd is None or self.shd.loss.last is None:
+        if self.shd is None or self.shd.loss.last is None or not self.shd.weight(step, self.max_steps):
             return
         if self._by_block[0] != step:
             self._by_block = step, []

@@ -15,7 +15,6 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig
 from shd_diffusion.data import LatentSource, Source, build_source
-from shd_diffusion.data.latent_space import load_vae
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.evaluation import check_settings
 from shd_diffusion.files import replacing_folder, write_json, write_text
@@ -25,8 +24,7 @@ from shd_diffusion.models.factory import load_model
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.sampling import ClassConditionalPipeline
-from shd_diffusion.sampling.generate import check_sampling, make_scheduler
+from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling, make_scheduler
 from shd_diffusion.squeezing.plan import plans_from_json, plans_to_json
 from shd_diffusion.training.build import Parts, build
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
@@ -144,7 +142,7 @@ def _load_vae(data: Source) -> ModelMixin | None:
         return None
     try:
         with processes().local_main_process_first():
-            return load_vae(data.vae)
+            return data.load_vae()
     except UserError as error:
         raise UserError(f"key `data.path`: the VAE in its manifest.json: {error}") from error
 

@@ -18,9 +18,8 @@ from shd_diffusion.evaluation.extractors import image_size_of
 from shd_diffusion.evaluation.frechet import feature_statistics, frechet_distance
 from shd_diffusion.evaluation.references import open_reference
 from shd_diffusion.processes import processes
+from shd_diffusion.sampling import ClassConditionalPipeline, sample_images
 from shd_diffusion.sampling.batching import deal_passes
-from shd_diffusion.sampling.generate import sample_images
-from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 from shd_diffusion.training.loop import Validation
 
 ROWS, COLUMNS = 5, 10

@@ -42,7 +42,8 @@ def test_every_column_is_written_under_its_key(digits):
         key for name in names for each in METRICS[name].columns for key in (each.key, each.deviation) if key
     }
     assert found.keys() - expected == {"per_class_fid", "protocol", "warnings"}
-    assert all(format(found[each.key], each.format) for each in columns() if each.key in found)
+    printed = {each.key: format(found[each.key], each.format) for each in columns() if each.key in found}
+    assert printed["fid"] == f"{found['fid']:.2f}" and printed["label_accuracy"].endswith("%")
     higher = {"inception_score_mean", "precision", "recall", "density", "coverage", "label_accuracy"}
     assert {each.key for each in columns() if higher_is_better(each.key)} == higher
 

@@ -127,7 +127,7 @@ def test_numbers_that_are_none_are_refused(digits, extractor, photographs, incep
     mean[5] = float("nan")
     broken = replace(good, statistics={"features": Statistics(mean, good.statistics["features"].covariance)})
     save_reference(broken, extractor, tmp_path / "nan.safetensors")
-    with pytest.raises(UserError, match=r"images: its statistics are not finite"):
+    with pytest.raises(UserError, match=r"nan\.safetensors: its statistics are not finite"):
         open_reference(tmp_path / "nan.safetensors", extractor, 16)
 
     sigma = np.eye(2048)

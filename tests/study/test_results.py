@@ -29,7 +29,7 @@ from shd_diffusion.study.results import (
 
 TREE = {
     "title": "A question",
-    "base": "configs/digits/distill.yaml",
+    "distill": "configs/digits/distill.yaml",
     "output": "runs/studies/x",
     "variants": {"kd": {}, "shd": {}, "mean": {}},
     "conditions": {"short": {}, "long": {}},

@@ -28,7 +28,7 @@ def study_file(folder: Path, teacher: Path, **changes: object) -> Path:
     path = folder / "study.yaml"
     tree = {
         "title": "Two variants, two seeds",
-        "base": str(DISTILL_CONFIG),
+        "distill": str(DISTILL_CONFIG),
         "output": str(folder / "study"),
         "overrides": {**STEPS, "teacher.path": str(teacher)},
         "variants": {"kd": {"losses.shd.weight": 0}, "vkd": {"losses.shd.weight": 0, "losses.vkd.weight": 1}},
