@@ -38,7 +38,6 @@ IDENTITY = {
     "num_source_images": "number of images",
     "image_shape": "image size (`data.image_size`)",
     "vae": "VAE (`prepare.vae`)",
-    "conditions": "conditions (by `data`)",
     "dtype": "`prepare.dtype`",
     "shard_size": "`prepare.shard_size`",
 }
@@ -114,7 +113,7 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     shards = plan_shards(output, len(images), config.prepare.shard_size, checksum(manifest["identity"]))
     state.wait_for_everyone()  # until all have looked at the folder
     if state.is_main_process:
-        for leftover in output.glob("shards/.*"):  # of a call that was killed
+        for leftover in output.glob("shards/.*tmp*"):  # of a call that was killed
             leftover.unlink()
         if images.null:
             save_tensors(images.null, output / NULL)
@@ -160,7 +159,6 @@ def describe(config: PrepareConfig, images: Images, space: LatentSpace, source: 
             "num_source_images": len(images),
             "image_shape": list(images.shape),
             "vae": hash_model(space.vae),  # with its scaling
-            "conditions": conditions,
             "dtype": config.prepare.dtype,
             "shard_size": config.prepare.shard_size,
         },
