@@ -15,7 +15,7 @@ from shd_diffusion.protocol import flatten
 from shd_diffusion.reporting.attention import attention_views
 from shd_diffusion.reporting.metrics_table import fid_text, fid_title, metrics_table
 from shd_diffusion.reporting.neighbour_page import neighbour_plots, neighbourhoods
-from shd_diffusion.reporting.plot_style import DARK, LIGHT, TEACHER_STYLE, Plot, PlotStyle, plot_styles
+from shd_diffusion.reporting.plot_style import DARK, LIGHT, TEACHER_STYLE, Plot, Styles, plot_styles
 from shd_diffusion.reporting.quality_plots import per_class_fid, quality_scatters
 from shd_diffusion.reporting.runs import Run, read_runs
 from shd_diffusion.reporting.samples import sample_gallery
@@ -115,7 +115,7 @@ def _is_ours(page: Path) -> bool:
         return False
 
 
-def run_styles(runs: Sequence[Run]) -> dict[str, PlotStyle]:
+def run_styles(runs: Sequence[Run]) -> Styles:
     """A colour and a marker for each run; teachers are grey."""
     students = plot_styles([run.name for run in runs if not run.is_teacher])
     return {run.name: students.get(run.name, TEACHER_STYLE) for run in runs}

@@ -224,7 +224,7 @@ def test_names_of_runs_are_names(fresh_run: Callable[[str], Path], tmp_path: Pat
         "_child",
         "a\x1b[31mb",
         os.fsdecode(b"caf\xe9"),
-        '"></svg><b>',
+        '"><b>',
     ]
     folders = [fresh_run(name) for name in names]
     page = write_report(folders, tmp_path / "report.html").read_text()
@@ -241,7 +241,10 @@ def test_the_users_settings_of_matplotlib_do_not_matter(
     (tmp_path / "matplotlibrc").write_text(
         "lines.linewidth: 9\naxes.grid: False\nsavefig.dpi: 20\nfont.size: 30\n"
     )
-    script = "import sys, pathlib, shd_diffusion.reporting as r; r.write_report([*map(pathlib.Path, sys.argv[2:])], pathlib.Path(sys.argv[1]))"
+    script = (
+        "import sys, pathlib, shd_diffusion.reporting as r; page, *runs = map(pathlib.Path, sys.argv[1:]);"
+        "r.write_report(runs, page)"
+    )
     environment = {**os.environ, "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"), "MPLBACKEND": "svg"}
     command = [sys.executable, "-c", script, tmp_path / "report.html", *runs.values()]
     subprocess.run(command, env=environment, check=True)
