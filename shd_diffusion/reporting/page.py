@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_folder, write_text
+from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
 from shd_diffusion.reporting.attention import attention_views
 from shd_diffusion.reporting.metrics_table import fid_text, fid_title, metrics_table
@@ -97,7 +99,8 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
         lstrip_blocks=True,
     )
     page = environment.get_template(template).render(content, light=LIGHT, dark=DARK)
-    page = page.encode(errors="backslashreplace").decode()  # paths may hold bytes that are no text
+    # paths may hold control characters, and bytes that are no text
+    page = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: printable(found[0]), page)
     try:
         write_text(output, page)
         with replacing_folder(folder) as figures:

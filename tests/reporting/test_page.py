@@ -217,19 +217,10 @@ def test_a_place_that_cannot_be_written_is_told(runs: dict[str, Path], tmp_path:
 
 def test_names_of_runs_are_names(fresh_run: Callable[[str], Path], tmp_path: Path) -> None:
     """No formula, no colour, no reference, no escape sequence: what the page shows is what the folder is called."""
-    names = [
-        r"$\undefined{$",
-        "#1f63d6",
-        "url(#a)",
-        "_child",
-        "a\x1b[31mb",
-        os.fsdecode(b"caf\xe9"),
-        '"><b>',
-    ]
-    folders = [fresh_run(name) for name in names]
-    page = write_report(folders, tmp_path / "report.html").read_text()
+    names = [r"$\undefined{$ #1f63d6 url(#a)", "_child", "a\x1b[31mb" + os.fsdecode(b"\xe9"), '"><b>']
+    page = write_report([fresh_run(name) for name in names], tmp_path / "report.html").read_text()
     assert Elements(page).open == []
-    for name in [*names[:4], r"a\x1b[31mb", r"caf\udce9", names[6]]:
+    for name in [*names[:2], r"a\x1b[31mb\udce9", names[3]]:
         assert page.count(f">{html.escape(name, quote=False)}</text>") >= 4, name  # legends and titles
     assert "\x1b" not in page
 
