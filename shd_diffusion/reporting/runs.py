@@ -138,44 +138,31 @@ class LogEntry(Result):
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """The logged steps of a run: L steps, NaN where a term was not computed.
+    """The logged steps of a run: L steps, NaN where a term was not computed."""
 
-    Attributes:
-        steps: (L,), optimiser steps.
-        values, shares: by term, (L,).
-        divergences: by student block, the SHD term of this block alone: (L,).
-        validation: (V, 2), step and Fréchet distance.
-    """
-
-    steps: Array
-    values: dict[str, Array]
-    shares: dict[str, Array]
-    divergences: dict[str, Array]
-    validation: Array
+    steps: Array  # (L,), optimiser steps
+    values: dict[str, Array]  # by term, (L,)
+    shares: dict[str, Array]  # by term, (L,)
+    divergences: dict[str, Array]  # by student block, the SHD term of this block alone: (L,)
+    validation: Array  # (V, 2), step and Fréchet distance
 
 
 @dataclass(frozen=True, slots=True)
 class BlockAttention:
     """One student block: M teacher heads squeezed to N, on one image and over S images.
 
-    Attributes:
-        name: the student's block.
-        teacher: (M, Q, K) maps of the teacher's heads on the image.
-        squeezed, student: (N, Q, K).
-        coefficients: (S, merges), α of every merge.
-        weights: (S, N, M), parts of the teacher's heads in each squeezed map, the mean over rows.
-        residual: (S, N), error that squeezing leaves.
-        divergence: (S, N), of the squeezed map to the student's.
+    `weights` are the parts of the teacher's heads in each squeezed map, `residual` is the error that squeezing leaves,
+    `divergence` that of the squeezed map to the student's.
     """
 
     name: str
-    teacher: Array
-    squeezed: Array
-    student: Array
-    coefficients: Array
-    weights: Array
-    residual: Array
-    divergence: Array
+    teacher: Array  # (M, Q, K), maps on the image
+    squeezed: Array  # (N, Q, K)
+    student: Array  # (N, Q, K)
+    coefficients: Array  # (S, merges), α of every merge
+    weights: Array  # (S, N, M), mean over rows
+    residual: Array  # (S, N)
+    divergence: Array  # (S, N)
 
 
 @dataclass(frozen=True, slots=True)
