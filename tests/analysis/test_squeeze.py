@@ -10,11 +10,11 @@ import pytest
 from analysis.test_squeezed_model import dit, randomised
 from commands import TEACHER_CONFIG, command
 from diffusers import ModelMixin
+from shd_diffusion.losses.denoising import forward_process
 
 from shd_diffusion.analysis.measure import MeasurementPlan, measure
 from shd_diffusion.config import DataConfig, DiffusionConfig
 from shd_diffusion.data import build_source
-from shd_diffusion.losses.denoising import forward_process
 
 PLAN = MeasurementPlan(samples=3, timesteps=2, calibration=4)
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel
-from torch import nn
-
-from shd_diffusion.config import LossesConfig
 from shd_diffusion.losses.baselines import BASELINES, Baseline, Captured, build_baselines
 from shd_diffusion.losses.baselines.captured import enclosing_block
 from shd_diffusion.losses.baselines.vkd import standardise, whiten
-from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.training.methods import Captures
+from torch import nn
+
+from shd_diffusion.config import LossesConfig
+from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 
 NAMES = list(BASELINES)
 

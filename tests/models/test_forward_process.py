@@ -5,9 +5,9 @@ import math
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from shd_diffusion.losses.denoising import forward_process, squared_error
 
 from shd_diffusion.config import DiffusionConfig
-from shd_diffusion.losses.denoising import forward_process, squared_error
 from shd_diffusion.sampling import make_scheduler
 
 torch.manual_seed(0)
