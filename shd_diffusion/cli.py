@@ -68,7 +68,8 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 @stage
 def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
     """Encode images through a VAE into a cache of latents."""
-    from shd_diffusion.config import PrepareConfig, read_config
+    from shd_diffusion.config import read_config
+    from shd_diffusion.data.prepare import PrepareConfig
     from shd_diffusion.data.prepare import prepare as run_stage
 
     parsed = read_config(config, PrepareConfig, set_ or [])

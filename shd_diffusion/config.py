@@ -135,27 +135,6 @@ class DistillConfig(RunConfig):
     losses: LossesConfig = LossesConfig()
 
 
-class EncodeConfig(Section):
-    """How `prepare` encodes images into a cache of latents.
-
-    `max_corrupt_share`: of the images that may be unreadable and left out, before that is an error.
-    """
-
-    vae: str
-    batch_size: int = Field(16, ge=1)
-    shard_size: int = Field(4096, ge=1)
-    dtype: Literal["float32", "float16"] = "float32"
-    max_corrupt_share: float = Field(0.001, ge=0, le=1)
-
-
-class PrepareConfig(Section):
-    """`prepare`: a cache of latents from images."""
-
-    output: str | None = None
-    data: DataConfig
-    prepare: EncodeConfig
-
-
 # --- reading -------------------------------------------------------------------------------------------------
 
 

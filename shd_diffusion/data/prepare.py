@@ -10,15 +10,15 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from shd_diffusion.config import EncodeConfig, PrepareConfig
-from shd_diffusion.data.datasets import open_dataset
+from shd_diffusion.data.datasets import DataConfig, open_dataset
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes, to_rgb
@@ -28,6 +28,7 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json, save_tensors, sha256, write_json, write_text
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
+from shd_diffusion.section import Section
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 UNREADABLE, NULL = "unreadable.txt", "null.safetensors"
@@ -41,6 +42,27 @@ IDENTITY = {
     "dtype": "`prepare.dtype`",
     "shard_size": "`prepare.shard_size`",
 }
+
+
+class EncodeConfig(Section):
+    """How `prepare` encodes images into a cache of latents.
+
+    `max_corrupt_share`: of the images that may be unreadable and left out, before that is an error.
+    """
+
+    vae: str
+    batch_size: int = Field(16, ge=1)
+    shard_size: int = Field(4096, ge=1)
+    dtype: Literal["float32", "float16"] = "float32"
+    max_corrupt_share: float = Field(0.001, ge=0, le=1)
+
+
+class PrepareConfig(Section):
+    """`prepare`: a cache of latents from images."""
+
+    output: str | None = None
+    data: DataConfig
+    prepare: EncodeConfig
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,7 @@ from diffusers import AutoencoderKL
 from image_files import BROKEN, NUM_IMAGES, SIZE
 from safetensors.torch import load_file, save_file
 
-from shd_diffusion.config import DataConfig, EncodeConfig, PrepareConfig
-from shd_diffusion.data import build_source, open_dataset, reference_images
+from shd_diffusion.data import DataConfig, build_source, open_dataset, reference_images
 from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.data.prepare import prepare as run_prepare
 from shd_diffusion.errors import UserError
@@ -232,7 +231,7 @@ TWO = """
 import sys
 from pathlib import Path
 from accelerate import PartialState
-from shd_diffusion.config import PrepareConfig
+from shd_diffusion.data.prepare import PrepareConfig
 from shd_diffusion.data import DataConfig, build_source
 from shd_diffusion.data.prepare import prepare
 from shd_diffusion.errors import UserError
