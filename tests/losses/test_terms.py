@@ -50,12 +50,13 @@ def traced(model: ModelMixin) -> Trace:
     return trace(model, (1, 8, 8), null_condition(model))
 
 
-def only(**sections: Mapping[str, object]) -> LossesConfig:
-    """These terms, with weight 1 where they name none."""
-    off = {name: {"weight": 0.0} for name in TERMS}
+def only(**given: Mapping[str, object]) -> LossesConfig:
+    """These terms, with weight 1 where they name none; unchecked, since there may be steps without any."""
     return LossesConfig.model_construct(
-        **{name: TERMS[name].Config.model_validate({"weight": 1.0, **options}) for name, options in sections.items()},
-        **{name: TERMS[name].Config.model_validate(value) for name, value in off.items() if name not in sections},
+        **{
+            name: term.Config.model_validate({"weight": float(name in given), **given.get(name, {})})
+            for name, term in TERMS.items()
+        }
     )
 
 
@@ -243,9 +244,7 @@ def test_the_aligner_mixes_by_distributions(pair: Pair) -> None:
 
 
 @pytest.mark.parametrize("name", INSIDE)
-def test_gradients_reach_student_and_projector_and_never_the_teacher(
-    name: str, pair: Pair
-) -> None:
+def test_gradients_reach_student_and_projector_and_never_the_teacher(name: str, pair: Pair) -> None:
     teacher, student = pair  # the teacher is not even frozen
     term = build(name, teacher, student)
     term(run(term, teacher, student)).backward()
@@ -296,7 +295,8 @@ def test_weight_0_builds_nothing(pair: Pair) -> None:
 @pytest.mark.parametrize("name", TERMS)
 def test_what_a_term_looks_at(name: str) -> None:
     teacher, student = model(4, 4, seed=0), model(2, 2, seed=1)
-    looked = [list(names) for names in build_terms(only(**{name: {}}), traced(student), traced(teacher), 0)[name].looks_at] if name != "variance" else [[], []]
+    term = TERMS[name](TERMS[name].Config(), traced(student), traced(teacher))
+    looked = [list(names) for names in term.looks_at]
     blocks = [f"transformer_blocks.{i}" for i in range(4)]
     attentions = [f"{block}.attn1" for block in blocks]
     expected: dict[str, list[list[str]]] = {
@@ -366,8 +366,12 @@ def test_denoising_and_output_kd_are_of_the_denoised_channels() -> None:
     of = batch()
     outputs = outputs_of(found, target)
     noise = array(found)[:, :1]
-    assert terms["denoise"](outputs).item() == pytest.approx(np.mean((noise - array(of.noise)) ** 2), rel=1e-12)
-    assert terms["output"](outputs).item() == pytest.approx(np.mean((noise - array(target)[:, :1]) ** 2), rel=1e-12)
+    assert terms["denoise"](outputs).item() == pytest.approx(
+        np.mean((noise - array(of.noise)) ** 2), rel=1e-12
+    )
+    assert terms["output"](outputs).item() == pytest.approx(
+        np.mean((noise - array(target)[:, :1]) ** 2), rel=1e-12
+    )
     assert terms["output"](outputs_of(found[:, :1], target)) == terms["output"](outputs)
     bound = variational_bound(PROCESS, found, of.clean, of.noised, of.timesteps)
     assert terms["variance"](outputs) == bound
@@ -383,7 +387,9 @@ def test_denoising_weighed_by_min_snr() -> None:
     a, s = (array(scale).ravel() for scale in PROCESS.scales(of.timesteps, of.clean))
     weights = np.minimum(a**2 / s**2, 5) / (a**2 / s**2)
     errors = ((array(found) - array(of.noise)) ** 2).mean((1, 2, 3))
-    assert term(outputs_of(found)).item() == pytest.approx((weights * errors).mean(), rel=1e-6)  # float32 weights
+    assert term(outputs_of(found)).item() == pytest.approx(
+        (weights * errors).mean(), rel=1e-6
+    )  # float32 weights
 
 
 def test_a_variance_is_a_term_where_one_is_predicted() -> None:

@@ -192,7 +192,9 @@ def check_teaching(teacher: ModelMixin, student: ModelMixin, drawn: tuple, flow:
     assert all(parameter.grad is None for parameter in teacher.parameters())
     reached = {name for name, parameter in student.named_parameters() if parameter.grad is not None}
     student.zero_grad()
-    predict(student, *drawn).sum().backward()  # QwenImage's text ends in its last block, MDTv2's mask in no pass
+    predict(
+        student, *drawn
+    ).sum().backward()  # QwenImage's text ends in its last block, MDTv2's mask in no pass
     assert reached == {name for name, parameter in student.named_parameters() if parameter.grad is not None}
 
 

@@ -80,11 +80,16 @@ def test_noising_and_velocity_are_those_of_diffusers(schedule: str, zero_snr: bo
 
 
 @pytest.mark.parametrize(
-    "name", ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"]
+    "name",
+    ["DDIMScheduler", "EulerDiscreteScheduler", "DPMSolverMultistepScheduler", "UniPCMultistepScheduler"],
 )
 def test_a_teachers_scheduler_tells_its_process(name: str) -> None:
     scheduler = getattr(diffusers, name)(
-        1000, beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction"
+        1000,
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
     )
     process = ForwardProcess.from_scheduler(scheduler)
     assert (process.objective, process.num_timesteps) == ("v_prediction", 1000)
@@ -135,7 +140,10 @@ def test_the_shares_of_a_schedule() -> None:
 
 
 def test_fewer_steps_end_in_as_much_noise() -> None:
-    last = {steps: scales(process_of(num_train_timesteps=steps), torch.tensor([-1]))[0].item() for steps in (1000, 100)}
+    last = {
+        steps: scales(process_of(num_train_timesteps=steps), torch.tensor([-1]))[0].item()
+        for steps in (1000, 100)
+    }
     assert last[100] <= last[1000] < 0.01
     given = process_of(num_train_timesteps=100, beta_start=1e-4, beta_end=0.02)
     assert scales(given, torch.tensor([-1]))[0].item() == pytest.approx(
@@ -188,7 +196,9 @@ def test_min_snr_weights_are_those_of_the_paper(objective: str) -> None:
 def test_min_snr_weights_have_limits_where_nothing_is_left_of_the_image() -> None:
     last = torch.tensor([999])
     weights = {
-        objective: process_of(objective=objective, rescale_betas_zero_snr=True).min_snr_weight(last, 5.0).item()
+        objective: process_of(objective=objective, rescale_betas_zero_snr=True)
+        .min_snr_weight(last, 5.0)
+        .item()
         for objective in OBJECTIVES[:3]
     }
     assert weights == {"epsilon": 1.0, "v_prediction": 0.0, "sample": 0.0}

@@ -27,7 +27,10 @@ def pipeline(tmp_path: Path) -> Path:
     folder = tmp_path / "pipeline"
     small_dit(2).save_pretrained(folder / "transformer")
     DDIMScheduler(500, prediction_type="v_prediction").save_pretrained(folder / "scheduler")
-    parts = {"transformer": ["diffusers", "DiTTransformer2DModel"], "scheduler": ["diffusers", "DDIMScheduler"]}
+    parts = {
+        "transformer": ["diffusers", "DiTTransformer2DModel"],
+        "scheduler": ["diffusers", "DDIMScheduler"],
+    }
     (folder / "model_index.json").write_text(json.dumps({"_class_name": "DiTPipeline", **parts}))
     return folder
 
@@ -121,7 +124,7 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     ),
     "index cut": written("model_index.json", "{"),
     "index a list": written("model_index.json", "[]"),
-    "index null": written("model_index.json", '{"scheduler": null, "vae": 3}'),
+    "index of no parts": written("model_index.json", '{"scheduler": null, "vae": 3}'),
     "scheduler cut": written("scheduler/scheduler_config.json", "{"),
     "scheduler gone": lambda folder: (folder / "scheduler/scheduler_config.json").unlink(),
     "scheduler of other values": written("scheduler/scheduler_config.json", '{"beta_schedule": "nothing"}'),
