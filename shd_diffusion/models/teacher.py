@@ -58,7 +58,9 @@ def load_teacher(config: TeacherConfig) -> Teacher:
             scheduler = kind.from_pretrained(place, subfolder="scheduler")
         has_vae = bool((index.get("vae") or [None])[0])
         return Teacher(model, scheduler, place if has_vae else None, in_pipeline=True)
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # diffusers raises errors of any kind on damaged files
         raise UserError(f"{config.path}: its scheduler cannot be loaded ({one_line(error)})") from error
 
 

@@ -20,7 +20,7 @@ from shd_diffusion.losses import Term, build_terms
 from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens
 from shd_diffusion.models.factory import ModelConfig, build_model, load_model
 from shd_diffusion.models.forward_process import ForwardProcess
-from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel, num_kept_tokens
+from shd_diffusion.models.mdtv2 import num_kept_tokens
 from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.processes import processes
@@ -131,7 +131,11 @@ def build(
             of_teacher = f" (teacher {config.teacher.path})" if isinstance(config, DistillConfig) else ""
             raise ValueError(f"key {error}{of_teacher}") from error
     with check("train.mask_ratio"):
-        _prepare_masking(model, teacher, config.train.mask_ratio)
+        _check_masking(model, teacher, config.train.mask_ratio)
+        if not config.train.mask_ratio:
+            # DistributedDataParallel waits for the gradient of every parameter that is not frozen
+            for name in student_trace.unreached:
+                model.get_parameter(name).requires_grad_(False)
     with check("train.gradient_checkpointing"):
         if config.train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -247,18 +251,13 @@ def _check_latent_space(teacher: Teacher, data: Source, path: str) -> None:
         )
 
 
-def _prepare_masking(model: ModelMixin, teacher: Teacher | None, mask_ratio: float) -> None:
-    """See that the models can be trained masked; or, without masking, freeze what only masked passes train.
-
-    DistributedDataParallel waits for the gradient of every parameter that is not frozen.
+def _check_masking(model: ModelMixin, teacher: Teacher | None, mask_ratio: float) -> None:
+    """See that the models can be trained masked, if they are to be.
 
     Raises:
         ValueError: a model takes no token mask, the teacher's tokens are others, or none could be left.
     """
     if not mask_ratio:
-        if isinstance(model, MDTv2Transformer2DModel):
-            model.side_block.requires_grad_(False)
-            model.mask_token.requires_grad_(False)
         return
     tokens = num_tokens(model)
     num_kept_tokens(tokens, mask_ratio, torch.Generator())

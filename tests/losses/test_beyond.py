@@ -88,12 +88,38 @@ def test_rows_of_a_pooled_map_are_sampled_whole():
     assert {round(value, 9) for value in values} == {round(value, 9) for value in by_row}
 
 
-@pytest.mark.parametrize(("theirs", "ours", "kind"), [(36, 16, "self"), (12, 3, "self"), (36, 9, "joint")])
-def test_grids_that_do_not_divide_are_an_error(theirs, ours, kind):
-    teacher = {"t": record(heads=2, queries=theirs, kind=kind)}
-    student = {"s": record(heads=2, queries=ours, kind=kind)}
-    with pytest.raises(ValueError, match=f"{theirs} and {ours} tokens"):
+@pytest.mark.parametrize(("fine", "coarse", "kind"), [(36, 16, "self"), (12, 3, "self"), (36, 9, "joint")])
+def test_grids_that_do_not_divide_are_an_error(fine, coarse, kind):
+    teacher = {"t": record(heads=2, queries=fine, kind=kind)}
+    student = {"s": record(heads=2, queries=coarse, kind=kind)}
+    with pytest.raises(ValueError, match=f"{fine} and {coarse} tokens"):
         shd()(teacher, student)
+
+
+@pytest.mark.parametrize("finer", ["teacher", "student"])
+@pytest.mark.parametrize("size", [(2, 4), (4, 2), (16, 32)])
+def test_grids_of_samples_that_are_not_square(size, finer):
+    """Each query and key of the coarse grid against its 2 × 2 tokens, summed one by one."""
+    height, width = (4, 8) if size[0] < size[1] else (8, 4)
+    teacher = {"t": record(heads=4, queries=32 if finer == "teacher" else 8)}
+    student = {"s": record(heads=2, queries=32 if finer == "student" else 8, seed=4, learns=True)}
+
+    def coarse(maps):
+        found = torch.zeros(*maps.shape[:2], 8, 8, dtype=maps.dtype)
+        for query in range(32):
+            for key in range(32):
+                row, column = (
+                    (token // width // 2) * (width // 2) + token % width // 2 for token in (query, key)
+                )
+                found[:, :, row, column] += maps[:, :, query, key] / 4
+        return found
+
+    p, q = squeezed(teacher["t"], 2), softmax(student["s"], 1.0)
+    p, q = (coarse(m) if m.shape[2] == height * width else m for m in (p, q))
+    expected = literal_divergence("forward_kl", p, q).mean()
+    torch.testing.assert_close(shd()(teacher, student, size=size), expected)
+    with pytest.raises(ValueError, match="tokens"):
+        shd()(teacher, student)  # as a square it is no grid
 
 
 # --- memory --------------------------------------------------------------------------------------------------

@@ -1,21 +1,32 @@
-"""The baselines against literal float64 oracles; where their gradients go."""
+"""The terms of the loss against literal float64 oracles; where their gradients go, and what is captured for them."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DiTTransformer2DModel
-from shd_diffusion.losses.baselines import BASELINES, Baseline, Captured, build_baselines
-from shd_diffusion.losses.baselines.captured import enclosing_block
-from shd_diffusion.losses.baselines.vkd import standardise, whiten
-from shd_diffusion.training.methods import Captures
+from diffusers import DiTTransformer2DModel, ModelMixin
+from small_models import small_dit
 from torch import nn
 
-from shd_diffusion.config import LossesConfig
+from shd_diffusion.attention import AttentionCapture
+from shd_diffusion.attention.outputs import OutputCapture
+from shd_diffusion.losses import TERMS, LossesConfig, Term, build_terms
+from shd_diffusion.losses.term import Batch, Captured, StepOutputs, enclosing_block
+from shd_diffusion.losses.variance import variational_bound
+from shd_diffusion.losses.vkd import standardise, whiten
+from shd_diffusion.models.denoiser import freeze, null_condition, predict
+from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
+from shd_diffusion.models.trace import Trace, trace
+from shd_diffusion.training.objectives import TrainingLoss
 
-NAMES = list(BASELINES)
+INSIDE = [name for name, term in TERMS.items() if term.captures is not None]
+WITH_PROJECTORS = ["features", "vkd", "attention_output"]
+PROCESS = ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig()))
+Pair = tuple[ModelMixin, ModelMixin]  # teacher and student
 
 
 def model(heads: int, layers: int, seed: int, **arguments: int) -> DiTTransformer2DModel:
@@ -31,23 +42,52 @@ def model(heads: int, layers: int, seed: int, **arguments: int) -> DiTTransforme
 
 
 @pytest.fixture
-def pair() -> tuple[nn.Module, nn.Module]:
+def pair() -> Pair:
     return model(5, 4, seed=0), model(3, 2, seed=1)
 
 
-def build(name: str, teacher: nn.Module, student: nn.Module, **options: object) -> Baseline:
-    losses = LossesConfig.model_validate({name: {"weight": 1.0, **options}})
-    return build_baselines(losses, teacher, student, seed=0)[name].double()
+def traced(model: ModelMixin) -> Trace:
+    return trace(model, (1, 8, 8), null_condition(model))
 
 
-def run(baseline: Baseline, teacher: nn.Module, student: nn.Module) -> tuple[Captured, Captured]:
-    """What is captured of the same five images."""
+def only(**given: Mapping[str, object]) -> LossesConfig:
+    """These terms, with weight 1 where they name none; unchecked, since there may be steps without any."""
+    return LossesConfig.model_construct(
+        **{
+            name: term.Config.model_validate({"weight": float(name in given), **given.get(name, {})})
+            for name, term in TERMS.items()
+        }
+    )
+
+
+def build(name: str, teacher: ModelMixin, student: ModelMixin, **options: object) -> Term:
+    return build_terms(only(**{name: options}), traced(student), traced(teacher), seed=0)[name].double()
+
+
+def batch(samples: int = 5) -> Batch:
     torch.manual_seed(2)
-    images = torch.randn(5, 1, 8, 8, dtype=torch.float64)
-    with Captures(teacher, student, False, {"it": baseline}) as captures:
-        for each in (teacher, student):
-            each(images, timestep=torch.arange(5), class_labels=torch.tensor([0, 1, 2, 3, 0]))
-        return captures.read()
+    clean, noise = torch.randn(2, samples, 1, 8, 8, dtype=torch.float64)
+    timesteps = torch.tensor([0, 3, 250, 700, 999])[:samples]
+    labels = {"class_labels": torch.tensor([0, 1, 2, 3, 0])[:samples]}
+    return Batch(clean, noise, PROCESS.noised(clean, noise, timesteps), timesteps, labels)
+
+
+def captured(model: ModelMixin, term: Term, side: int) -> tuple[torch.Tensor, Captured]:
+    """The prediction of the batch, and what the term looks at."""
+    of, names = batch(), term.looks_at[side]
+    inputs = of.noised, of.timesteps, of.condition
+    if term.captures == "records":
+        with AttentionCapture(model, names) as records:
+            return predict(model, *inputs), Captured(records=records.records)
+    with OutputCapture(model, names if term.captures else []) as outputs:
+        return predict(model, *inputs), Captured(outputs=outputs.outputs)
+
+
+def run(term: Term, teacher: ModelMixin, student: ModelMixin) -> StepOutputs:
+    """A step's outputs; the teacher is not even frozen."""
+    prediction, of_student = captured(student, term, 0)
+    target, of_teacher = captured(teacher, term, 1)
+    return StepOutputs(PROCESS, batch(), prediction, target, of_student, of_teacher)
 
 
 def array(tensor: torch.Tensor) -> np.ndarray:
@@ -60,33 +100,34 @@ def softmax(x: np.ndarray) -> np.ndarray:
 
 
 BLOCKS = [("transformer_blocks.0", "transformer_blocks.1"), ("transformer_blocks.1", "transformer_blocks.3")]
-ATTENTIONS = [(f"{ours}.attn1", f"{theirs}.attn1") for ours, theirs in BLOCKS]
+ATTENTIONS = [(f"{own}.attn1", f"{by}.attn1") for own, by in BLOCKS]
 
 
-def test_features(pair: tuple[nn.Module, nn.Module]) -> None:
-    baseline = build("features", *pair)
-    assert list(baseline.pairs.items()) == BLOCKS
-    taught, learning = run(baseline, *pair)
+def test_features(pair: Pair) -> None:
+    term = build("features", *pair)
+    assert list(term.pairs.items()) == BLOCKS
+    outputs = run(term, *pair)
+    taught, learning = outputs.teacher, outputs.student
     errors = []
-    for (ours, theirs), projector in zip(BLOCKS, baseline.projectors, strict=True):
-        student, teacher = array(learning.outputs[ours]), array(taught.outputs[theirs])
+    for (own, by), projector in zip(BLOCKS, term.projectors, strict=True):
+        student, teacher = array(learning.outputs[own]), array(taught.outputs[by])
         assert student.shape == (5, 16, 12) and teacher.shape == (5, 16, 20)
         for b in range(5):
             for n in range(16):
                 projected = array(projector.weight) @ student[b, n] + array(projector.bias)
                 errors.append((projected - teacher[b, n]) ** 2)
-    assert baseline(taught, learning).item() == pytest.approx(np.mean(errors), rel=1e-12)
-    assert sum(p.numel() for p in baseline.parameters()) == 2 * (12 * 20 + 20)
+    assert term(outputs).item() == pytest.approx(np.mean(errors), rel=1e-12)
+    assert sum(p.numel() for p in term.parameters()) == 2 * (12 * 20 + 20)
 
 
-def test_attention_output_is_what_the_records_say(pair: tuple[nn.Module, nn.Module]) -> None:
+def test_attention_output_is_what_the_records_say(pair: Pair) -> None:
     """O = sum over heads of A V W, and the bias, recomputed head by head from attention records."""
-    baseline, records = build("attention_output", *pair), build("attention_mse", *pair)
-    outputs, seen = run(baseline, *pair), run(records, *pair)
+    term, records = build("attention_output", *pair), build("attention_mse", *pair)
+    outputs, seen = run(term, *pair), run(records, *pair)
     errors = []
-    for (ours, theirs), projector in zip(ATTENTIONS, baseline.projectors, strict=True):
+    for (own, by), projector in zip(ATTENTIONS, term.projectors, strict=True):
         found = []
-        for part, name, of in zip(seen, (theirs, ours), pair, strict=True):
+        for part, name, of in zip((seen.teacher, seen.student), (by, own), pair, strict=True):
             r = part.records[name]
             q, k, v, weight = map(array, (r.query, r.key, r.value, r.output_weight))
             bias, d = array(of.get_submodule(f"{name}.to_out.0").bias), q.shape[-1]
@@ -97,16 +138,17 @@ def test_attention_output_is_what_the_records_say(pair: tuple[nn.Module, nn.Modu
             found.append(total)
         teacher, student = found
         errors.append((student @ array(projector.weight).T + array(projector.bias) - teacher) ** 2)
-    assert baseline(*outputs).item() == pytest.approx(np.mean(errors), rel=1e-10)
+    assert term(outputs).item() == pytest.approx(np.mean(errors), rel=1e-10)
 
 
 @pytest.mark.parametrize("normalisation", ["whiten", "standardise"])
-def test_vkd(normalisation: str, pair: tuple[nn.Module, nn.Module]) -> None:
-    baseline = build("vkd", *pair, normalisation=normalisation)
-    taught, learning = run(baseline, *pair)
+def test_vkd(normalisation: str, pair: Pair) -> None:
+    term = build("vkd", *pair, normalisation=normalisation)
+    outputs = run(term, *pair)
+    taught, learning = outputs.teacher, outputs.student
     distances = []
-    for (ours, theirs), projector in zip(BLOCKS, baseline.projectors, strict=True):
-        teacher = array(taught.outputs[theirs])
+    for (own, by), projector in zip(BLOCKS, term.projectors, strict=True):
+        teacher = array(taught.outputs[by])
         if normalisation == "whiten":
             flat = teacher.reshape(-1, 20)
             flat = flat - flat.mean(0)
@@ -117,26 +159,26 @@ def test_vkd(normalisation: str, pair: tuple[nn.Module, nn.Module]) -> None:
         else:
             centred = teacher - teacher.mean(-1, keepdims=True)
             target = centred / np.sqrt(teacher.var(-1, keepdims=True) + 1e-5)
-        gap = np.abs(array(learning.outputs[ours]) @ array(projector.weight).T - target)
+        gap = np.abs(array(learning.outputs[own]) @ array(projector.weight).T - target)
         distances.append(np.where(gap < 1, gap**2 / 2, gap - 0.5))
-    assert baseline(taught, learning).item() == pytest.approx(np.mean(distances), rel=1e-8)
-    assert sum(p.numel() for p in baseline.parameters()) == 2 * 12 * 20
+    assert term(outputs).item() == pytest.approx(np.mean(distances), rel=1e-8)
+    assert sum(p.numel() for p in term.parameters()) == 2 * 12 * 20
 
 
-def test_the_projector_of_vkd_stays_orthogonal_while_it_learns(pair: tuple[nn.Module, nn.Module]) -> None:
-    baseline = build("vkd", *pair)
-    optimizer = torch.optim.AdamW(baseline.parameters(), lr=0.1)
-    captured = run(baseline, *pair)
-    before = [projector.weight.detach().clone() for projector in baseline.projectors]
+def test_the_projector_of_vkd_stays_orthogonal_while_it_learns(pair: Pair) -> None:
+    term = build("vkd", *pair)
+    optimizer = torch.optim.AdamW(term.parameters(), lr=0.1)
+    step = run(term, *pair)
+    before = [projector.weight.detach().clone() for projector in term.projectors]
     losses = []
     for _ in range(5):
-        loss = baseline(*captured)
+        loss = term(step)
         optimizer.zero_grad()
         loss.backward(retain_graph=True)
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]
-    for projector, old in zip(baseline.projectors, before, strict=True):
+    for projector, old in zip(term.projectors, before, strict=True):
         weight = projector.weight
         assert (weight - old).abs().max() > 0.01
         torch.testing.assert_close(weight.T @ weight, torch.eye(12).double(), atol=1e-10, rtol=0)
@@ -155,24 +197,26 @@ def test_whitened_features_have_the_identity_as_covariance() -> None:
 @pytest.mark.parametrize("heads", ["equal", "average"])
 def test_attention_mse(heads: str) -> None:
     teacher, student = model(3 if heads == "equal" else 5, 4, seed=0), model(3, 2, seed=1)
-    baseline = build("attention_mse", teacher, student, heads=heads)
-    taught, learning = run(baseline, teacher, student)
+    term = build("attention_mse", teacher, student, heads=heads)
+    outputs = run(term, teacher, student)
+    taught, learning = outputs.teacher, outputs.student
     errors = []
-    for ours, theirs in ATTENTIONS:
+    for own, by in ATTENTIONS:
         logits = []
-        for record in (taught.records[theirs], learning.records[ours]):
+        for record in (taught.records[by], learning.records[own]):
             q, k = array(record.query), array(record.key)
             scores = np.einsum("bhqd,bhkd->bhqk", q, k) / np.sqrt(q.shape[-1])
             logits.append(scores.mean(1) if heads == "average" else scores)
         errors.append(((logits[1] - logits[0]) ** 2).mean())
-    assert baseline(taught, learning).item() == pytest.approx(np.mean(errors), rel=1e-12)
-    assert list(baseline.parameters()) == []
+    assert term(outputs).item() == pytest.approx(np.mean(errors), rel=1e-12)
+    assert list(term.parameters()) == []
 
 
-def test_aligner(pair: tuple[nn.Module, nn.Module]) -> None:
-    baseline = build("aligner", *pair)
-    taught, learning = run(baseline, *pair)
-    theirs, ours = (
+def test_aligner(pair: Pair) -> None:
+    term = build("aligner", *pair)
+    outputs = run(term, *pair)
+    taught, learning = outputs.teacher, outputs.student
+    of_teacher, of_student = (
         np.concatenate(
             [
                 softmax(np.einsum("bhqd,bhkd->bhqk", array(r.query), array(r.key)) / np.sqrt(4))
@@ -182,39 +226,37 @@ def test_aligner(pair: tuple[nn.Module, nn.Module]) -> None:
         )
         for part in (taught, learning)
     )
-    weights = softmax(array(baseline.scores["self"]))
+    weights = softmax(array(term.scores["self"]))
     assert weights.shape == (20, 6)
-    mixed = np.einsum("mn,bnqk->bmqk", weights, ours)
-    expected = (theirs * np.log(theirs / mixed)).sum(-1).mean()
-    assert baseline(taught, learning).item() == pytest.approx(expected, rel=1e-10)
+    mixed = np.einsum("mn,bnqk->bmqk", weights, of_student)
+    expected = (of_teacher * np.log(of_teacher / mixed)).sum(-1).mean()
+    assert term(outputs).item() == pytest.approx(expected, rel=1e-10)
 
 
-def test_the_aligner_mixes_by_distributions(pair: tuple[nn.Module, nn.Module]) -> None:
+def test_the_aligner_mixes_by_distributions(pair: Pair) -> None:
     """Row-stochastic weights: what is aligned is a distribution over the keys again."""
-    baseline = build("aligner", *pair)
+    term = build("aligner", *pair)
     with torch.no_grad():
-        baseline.scores["self"].mul_(30)
-    weights = baseline.weights("self")
+        term.scores["self"].mul_(30)
+    weights = term.weights("self")
     assert weights.min() >= 0
     torch.testing.assert_close(weights.sum(-1), torch.ones(20, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradients_reach_student_and_projector_and_never_the_teacher(
-    name: str, pair: tuple[nn.Module, nn.Module]
-) -> None:
+@pytest.mark.parametrize("name", INSIDE)
+def test_gradients_reach_student_and_projector_and_never_the_teacher(name: str, pair: Pair) -> None:
     teacher, student = pair  # the teacher is not even frozen
-    baseline = build(name, teacher, student)
-    baseline(*run(baseline, teacher, student)).backward()
+    term = build(name, teacher, student)
+    term(run(term, teacher, student)).backward()
     assert all(parameter.grad is None for parameter in teacher.parameters())
     queries = student.get_submodule("transformer_blocks.0.attn1.to_q").weight
     assert queries.grad is not None and queries.grad.abs().max() > 0
-    for key, parameter in baseline.named_parameters():
+    for key, parameter in term.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().max() > 0, key
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_gradient_checkpointing_changes_nothing(name: str, pair: tuple[nn.Module, nn.Module]) -> None:
+@pytest.mark.parametrize("name", INSIDE)
+def test_gradient_checkpointing_changes_nothing(name: str, pair: Pair) -> None:
     teacher, student = pair
     gradients = []
     for checkpointing in (False, True):
@@ -223,37 +265,60 @@ def test_gradient_checkpointing_changes_nothing(name: str, pair: tuple[nn.Module
         student.train().zero_grad()
         student.transformer_blocks[0].norm1.emb.class_embedder.dropout_prob = 0.0
         student.transformer_blocks[1].norm1.emb.class_embedder.dropout_prob = 0.0
-        baseline = build(name, teacher, student)
-        baseline(*run(baseline, teacher, student)).backward()
+        term = build(name, teacher, student)
+        term(run(term, teacher, student)).backward()
         gradients.append([p.grad.clone() for p in student.parameters() if p.grad is not None])
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
-def test_parameters_follow_from_the_seed_and_leave_the_generator_alone(
-    pair: tuple[nn.Module, nn.Module],
-) -> None:
+@pytest.mark.parametrize("name", [*WITH_PROJECTORS, "aligner"])
+def test_parameters_follow_from_the_seed_and_leave_the_generator_alone(name: str, pair: Pair) -> None:
+    teacher, student = map(traced, pair)
     torch.manual_seed(7)
-    first = build("features", *pair)
     drawn = torch.rand(1)
     torch.manual_seed(7)
+    losses = only(**{name: {}})
+    first, second, other = (
+        list(build_terms(losses, student, teacher, seed)[name].parameters()) for seed in (0, 0, 1)
+    )
     assert torch.equal(drawn, torch.rand(1))
-    second = build("features", *pair)
-    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+    assert first and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_weight_0_builds_nothing(pair: tuple[nn.Module, nn.Module]) -> None:
-    assert build_baselines(LossesConfig(), *pair, seed=0) == {}
+def test_weight_0_builds_nothing(pair: Pair) -> None:
+    teacher, student = map(traced, pair)
+    assert build_terms(only(), student, teacher, seed=0) == {}
+    assert list(build_terms(LossesConfig(), student, teacher, seed=0)) == ["denoise", "output", "shd"]
 
 
-def test_what_cannot_be_compared_is_said(pair: tuple[nn.Module, nn.Module]) -> None:
+@pytest.mark.parametrize("name", TERMS)
+def test_what_a_term_looks_at(name: str) -> None:
+    teacher, student = model(4, 4, seed=0), model(2, 2, seed=1)
+    term = TERMS[name](TERMS[name].Config(), traced(student), traced(teacher))
+    looked = [list(names) for names in term.looks_at]
+    blocks = [f"transformer_blocks.{i}" for i in range(4)]
+    attentions = [f"{block}.attn1" for block in blocks]
+    expected: dict[str, list[list[str]]] = {
+        "features": [blocks[:2], blocks[1::2]],
+        "vkd": [blocks[:2], blocks[1::2]],
+        "attention_output": [attentions[:2], attentions[1::2]],
+        "shd": [attentions[:2], attentions[1::2]],
+        "attention_mse": [attentions[:2], attentions[1::2]],
+        "aligner": [attentions[:2], attentions],
+    }
+    assert looked == expected.get(name, [[], []])
+
+
+def test_what_cannot_be_compared_is_said(pair: Pair) -> None:
     with pytest.raises(ValueError, match=r"losses\.attention_mse: .* 3 heads.* 5; set heads: average"):
         build("attention_mse", *pair, heads="equal")
     with pytest.raises(ValueError, match=r"losses\.features: .*2 student blocks"):
         build("features", *pair, layer_map=[0])
     coarse = model(3, 2, seed=1, patch_size=4)
-    baseline = build("features", pair[0], coarse)
+    term = build("features", pair[0], coarse)
     with pytest.raises(ValueError, match=r"transformer_blocks\.0 has 4 tokens, the teacher's .* 16"):
-        baseline(*run(baseline, pair[0], coarse))
+        term(run(term, pair[0], coarse))
 
 
 def test_blocks_that_do_not_run_are_left_out() -> None:
@@ -267,11 +332,11 @@ def test_blocks_that_do_not_run_are_left_out() -> None:
         for parameter in built.parameters():
             nn.init.normal_(parameter, std=0.2)
         models.append(built.eval())
-    for name in NAMES:
-        baseline = build(name, *models)
-        assert not any("side" in module for pair in baseline.pairs.items() for module in pair)
-        assert len(baseline.pairs) == (0 if name == "aligner" else 4)
-        assert baseline(*run(baseline, *models)).item() > 0
+    for name in INSIDE:
+        term = build(name, *models)
+        assert not any("side" in module for names in term.looks_at for module in names)
+        assert [len(names) for names in term.looks_at] == ([4, 6] if name == "aligner" else [4, 4])
+        assert term(run(term, *models)).item() > 0
 
 
 def test_the_block_around_an_attention_module() -> None:
@@ -281,3 +346,103 @@ def test_the_block_around_an_attention_module() -> None:
         enclosing_block("down_blocks.0.attentions.1.transformer_blocks.0.attn2")
         == "down_blocks.0.attentions.1.transformer_blocks.0"
     )
+
+
+# --- terms on the prediction -------------------------------------------------------------------------------------
+
+
+def outputs_of(prediction: torch.Tensor, target: torch.Tensor | None = None) -> StepOutputs:
+    return StepOutputs(PROCESS, batch(), prediction, target)
+
+
+def test_denoising_and_output_kd_are_of_the_denoised_channels() -> None:
+    """A predicted variance, of either model, takes no part in them."""
+    torch.manual_seed(3)
+    found, target = torch.randn(2, 5, 2, 8, 8, dtype=torch.float64)
+    found.requires_grad_()
+    variance = Trace((1, 8, 8), {}, torch.empty(1, 2, 8, 8))
+    terms = build_terms(only(denoise={}, output={}, variance={}), variance, variance, 0)
+    assert list(terms) == ["denoise", "variance", "output"]
+    of = batch()
+    outputs = outputs_of(found, target)
+    noise = array(found)[:, :1]
+    assert terms["denoise"](outputs).item() == pytest.approx(
+        np.mean((noise - array(of.noise)) ** 2), rel=1e-12
+    )
+    assert terms["output"](outputs).item() == pytest.approx(
+        np.mean((noise - array(target)[:, :1]) ** 2), rel=1e-12
+    )
+    assert terms["output"](outputs_of(found[:, :1], target)) == terms["output"](outputs)
+    bound = variational_bound(PROCESS, found, of.clean, of.noised, of.timesteps)
+    assert terms["variance"](outputs) == bound
+    (gradient,) = torch.autograd.grad(terms["output"](outputs), found)
+    assert gradient[:, :1].any() and not gradient[:, 1:].any()
+
+
+def test_denoising_weighed_by_min_snr() -> None:
+    found = torch.randn(5, 1, 8, 8, dtype=torch.float64)
+    plain = Trace((1, 8, 8), {}, torch.empty(1, 1, 8, 8))
+    term = build_terms(only(denoise={"min_snr_gamma": 5.0}), plain, None, 0)["denoise"]
+    of = batch()
+    a, s = (array(scale).ravel() for scale in PROCESS.scales(of.timesteps, of.clean))
+    weights = np.minimum(a**2 / s**2, 5) / (a**2 / s**2)
+    errors = ((array(found) - array(of.noise)) ** 2).mean((1, 2, 3))
+    assert term(outputs_of(found)).item() == pytest.approx(
+        (weights * errors).mean(), rel=1e-6
+    )  # float32 weights
+
+
+def test_a_variance_is_a_term_where_one_is_predicted() -> None:
+    for channels in (1, 2):
+        student = traced(small_dit(2, out_channels=channels))
+        terms = build_terms(only(denoise={}, variance={}), student, None, 0)
+        assert ("variance" in terms) == (channels == 2)
+
+
+# --- all terms of a step -----------------------------------------------------------------------------------------
+
+
+def test_only_mapped_blocks_are_captured() -> None:
+    """A teacher of 4 blocks for a student of 2: two records of it, and outputs only where a term wants them."""
+    teacher, student = freeze(model(4, 4, seed=0)), model(2, 2, seed=1)
+    terms = build_terms(only(shd={}, features={}), traced(student), traced(teacher), 0)
+    terms["features"].double()
+    seen: list[StepOutputs] = []
+    terms["shd"].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    with TrainingLoss(PROCESS, terms, student, teacher, 10) as loss:
+        loss(student, batch(), 0)
+    (outputs,) = seen
+    assert list(outputs.teacher.records) == ["transformer_blocks.1.attn1", "transformer_blocks.3.attn1"]
+    assert list(outputs.student.records) == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
+    assert sorted(outputs.teacher.outputs) == ["transformer_blocks.1", "transformer_blocks.3"]
+
+
+@pytest.mark.parametrize("name", INSIDE)
+def test_a_term_that_ends_early_leaves_no_parameter_without_a_gradient(name: str) -> None:
+    """Distributed training waits for one of every parameter; behind what the term looks at it is 0."""
+    teacher, student = freeze(model(4, 4, seed=0)), model(2, 2, seed=1)
+    terms = build_terms(only(**{name: {}}), traced(student), traced(teacher), 0)
+    terms[name].double()
+    of = batch()
+    with TrainingLoss(PROCESS, terms, student, teacher, 10) as loss:
+        found = loss(student, of, 0)
+    assert list(found) == [name]
+    found[name].backward()
+    assert all(parameter.grad is not None for parameter in student.parameters())
+    last = student.proj_out_2.weight.grad
+    assert last is not None and not last.any()
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(parameter.grad is not None for parameter in terms[name].parameters())
+
+
+def test_grids_that_cannot_be_compared_are_refused_when_a_term_is_built() -> None:
+    teacher = traced(small_dit(4))
+    coarse = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, num_layers=2, in_channels=1, out_channels=1,
+        sample_size=9, patch_size=3, num_embeds_ada_norm=10,
+    )  # fmt: skip
+    student = trace(coarse, (1, 9, 9), null_condition(coarse))
+    with pytest.raises(ValueError, match=r"losses\.shd: block .*attn1: maps over 16 and 9 tokens"):
+        build_terms(only(shd={}), student, teacher, 0)
+    with pytest.raises(ValueError, match=r"losses\.attention_mse: logits of .* the teacher's"):
+        build_terms(only(attention_mse={}), student, teacher, 0)

@@ -241,9 +241,7 @@ TAUGHT: dict[str, Taught] = {
         flow=True,
     ),
     "UNet2DModel": Taught(FAMILIES["unet2d"], _widths_of_unet2d, lambda n: {}),
-    "UNet2DModel by class": Taught(
-        FAMILIES["unet2d"], _widths_of_unet2d, arguments={"num_class_embeds": 6}
-    ),
+    "UNet2DModel by class": Taught(FAMILIES["unet2d"], _widths_of_unet2d, arguments={"num_class_embeds": 6}),
     "UNet2DConditionModel by label": Taught(
         _unet(encoder_hid_dim_type="image_proj", encoder_hid_dim=6), _heads_of_unet, direct=_unet_by_label
     ),
