@@ -78,15 +78,19 @@ def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | N
     """Weight (C, H·d) of the projection behind the heads; None where the stream ends in the block."""
     module: Any = model.get_submodule(name)
     if stream == CONTEXT and _two_queries(module):
-        projection = _first(module, "to_add_out", "txt_attn_proj")
-        return None if projection is None else projection.weight
-    projection = _first(module, "to_out", "img_attn_proj")
-    parent = model.get_submodule(name.rpartition(".")[0])
-    if isinstance(projection, nn.Identity):  # LuminaNextDiT adds both of a block's attentions before it projects
+        context: Any = _first(module, "to_add_out", "txt_attn_proj")
+        return None if context is None else context.weight
+    projection: Any = _first(module, "to_out", "img_attn_proj")
+    parent: Any = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(
+        projection, nn.Identity
+    ):  # LuminaNextDiT adds both of a block's attentions before it projects
         projection = parent.attn2.to_out
     if projection is None:  # Flux's single blocks project attention and MLP at once, behind the module
         projection = getattr(parent, "proj_out", None)
-    weight = projection[0].weight if isinstance(projection, (nn.ModuleList, nn.Sequential)) else projection.weight
+    if isinstance(projection, (nn.ModuleList, nn.Sequential)):
+        projection = projection[0]
+    weight: Tensor = projection.weight
     width = _heads(module) * _head_dim(module)
     return weight[:, :width] if weight.shape[1] > width else weight
 
@@ -104,10 +108,10 @@ def _describe(model: nn.Module, name: str, module: Any) -> AttentionBlock:
         heads, head_dim = _heads(module), _head_dim(module)
         output_weight(model, name)
     except (AttributeError, TypeError, IndexError) as error:
-        reason = f"{type(module).__name__} is of an unknown layout: {error}"
-        return AttentionBlock(name, "self", 0, 0, 0, reason)
+        lacks = f"{type(module).__name__} is of an unknown layout: {error}"
+        return AttentionBlock(name, "self", 0, 0, 0, lacks)
     reason = _reason(module)
-    kind = _kind(module) if reason is None else "self"
+    kind: Kind = _kind(module) if reason is None else "self"
     return AttentionBlock(name, kind, heads, _key_value_heads(module, heads, head_dim), head_dim, reason)
 
 
@@ -133,7 +137,11 @@ def _key_value_heads(module: Any, heads: int, head_dim: int) -> int:
 
 def _kind(module: Any) -> Kind:
     calls = kernel_calls(module)
-    if any(streams != (MAIN,) for _, streams in calls) or _two_queries(module) or hasattr(module, "txt_kv_proj"):
+    if (
+        any(streams != (MAIN,) for _, streams in calls)
+        or _two_queries(module)
+        or hasattr(module, "txt_kv_proj")
+    ):
         return "joint"
     if _first(module, "add_k_proj") is not None and not _attends_to_an_image_too(module):
         return "cross" if module.only_cross_attention else "joint"
