@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +63,14 @@ def attention_blocks(model: nn.Module) -> dict[str, AttentionBlock]:
     return {name: _describe(model, name, module) for name, module in ordered}
 
 
-def kernel_calls(module: nn.Module) -> tuple[tuple[str, Streams], ...]:
+def kernel_calls(module: Any) -> tuple[tuple[str, Streams], ...]:
     """A module's kernel calls: the suffix of its records, and the streams that share its query rows in order."""
     if _attends_to_an_image_too(module):
-        return ((IMAGE, (MAIN,)), (MAIN, (MAIN,)))
+        calls: tuple[tuple[str, Streams], ...] = ((IMAGE, (MAIN,)), (MAIN, (MAIN,)))
+        apart = "encoder_hidden_states_image" in inspect.signature(module.processor.__call__).parameters
+        return (
+            calls[::-1] if apart else calls
+        )  # WanAnimate2, which is given both apart, attends to the text first
     try:
         return tuple(("", streams) for streams in probe(module))
     except Exception:
@@ -80,6 +85,8 @@ def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | N
     if stream == CONTEXT and _two_queries(module):
         context: Any = _first(module, "to_add_out", "txt_attn_proj")
         return None if context is None else context.weight
+    if stream == CONTEXT and processor_name(module).startswith("EasyAnimate"):
+        return None  # its single-stream blocks project the image's rows alone
     projection: Any = _first(module, "to_out", "img_attn_proj")
     parent: Any = model.get_submodule(name.rpartition(".")[0])
     if isinstance(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from functools import cache, wraps
 from typing import Any
@@ -50,7 +51,7 @@ def install(module: Any) -> Tap:
     if tap is None:
         processor: Any = getattr(module, "processor", None)
         if _has_call(processor):
-            tap = Tap(processor, _as(_noting_class(type(processor)), processor))
+            tap = Tap(processor, _as(_noting_class(processor.__class__), processor))
             _set_processor(module, tap.installed)
         else:  # none, or a plain function: nothing that could be wrapped keeping its signature
             tap = Tap(module.__dict__.get("forward"), types.MethodType(_forward, module))
@@ -141,9 +142,8 @@ def _as(cls: Any, processor: Any) -> Any:
 
 
 def _has_call(processor: Any) -> bool:
-    return hasattr(processor, "__dict__") and isinstance(
-        getattr(type(processor), "__call__", None), types.FunctionType
-    )
+    """Whether its class defines its call in Python: not None, no function, no `functools.partial`."""
+    return isinstance(inspect.getattr_static(type(processor), "__call__", None), types.FunctionType)
 
 
 def _set_processor(module: Any, processor: Any) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers.models.transformers.transformer_ideogram4 import LLM_TOKEN_INDICATOR, OUTPUT_IMAGE_INDICATOR
+from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from torch import Tensor, nn
 
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
@@ -759,7 +760,6 @@ FAMILIES: dict[str, Family] = {
             ("transformer_blocks.0.attn1", "joint"),
             ("transformer_blocks.0.attn1:context", "joint"),
             ("transformer_blocks.1.attn1", "joint"),
-            ("transformer_blocks.1.attn1:context", "joint"),
         ),
     ),
     "motif-video": Family(
@@ -999,6 +999,38 @@ FAMILIES: dict[str, Family] = {
         (
             ("transformer_blocks.0.attn1", "joint"),
             ("transformer_blocks.1.attn1", "joint"),
+        ),
+    ),
+    "wan-animate-2": Family(
+        diffusers.WanAnimate2Transformer3DModel,
+        {
+            "patch_size": (1, 2, 2),
+            "text_len": TEXT,
+            "in_dim": 8,
+            "dim": 48,
+            "ffn_dim": 16,
+            "freq_dim": 8,
+            "text_dim": 6,
+            "out_dim": 4,
+            "num_heads": 3,
+            "num_layers": 1,
+            "use_img_emb": True,
+        },
+        lambda: {
+            "hidden_states": [torch.randn(4, 2, 4, 4)],
+            "timestep": torch.tensor([1.0]),
+            "encoder_hidden_states": [torch.randn(TEXT, 6)],
+            "condition_latents": [torch.randn(4, 2, 4, 4)],
+            "encoder_hidden_states_image": torch.randn(1, 3, 1280),
+            "kv_cache": WanAnimate2KVCache(1),
+            "kv_cache_mode": "extract",
+            "seq_len": 8,
+            "offset_grid_sizes": torch.tensor([[2, 2, 2]]),
+        },
+        (
+            ("blocks.0.self_attn", "self"),
+            ("blocks.0.cross_attn", "cross"),
+            ("blocks.0.cross_attn:image", "cross"),
         ),
     ),
 }
