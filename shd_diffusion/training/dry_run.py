@@ -73,7 +73,7 @@ def dry_run(config: Config, source: str) -> dict[str, Any]:
     counted = {"forward": count_forward(parts, parts.model)}
     if parts.teacher is not None:
         counted["teacher_forward"] = count_forward(parts, parts.teacher.model)
-    found = {
+    found: dict[str, Any] = {
         "config": source,
         "environment": describe_environment(),
         "student" if parts.teacher else "model": _describe(parts.model),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from shd_diffusion.data import DataConfig, build_source, open_dataset, reference_images
 from shd_diffusion.data.latent_space import LatentSpace
+from shd_diffusion.data.prepare import EncodeConfig, PrepareConfig
 from shd_diffusion.data.prepare import prepare as run_prepare
 from shd_diffusion.errors import UserError
 
