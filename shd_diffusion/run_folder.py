@@ -79,6 +79,10 @@ class RunFolder:
         return self.path / "evaluation" / "metrics.json"
 
     @property
+    def inputs_file(self) -> Path:
+        return self.path / "inputs.json"
+
+    @property
     def merge_plans_file(self) -> Path:
         return self.path / "merge_plans.json"
 
@@ -115,6 +119,25 @@ class RunFolder:
                 f"be {config.train.max_steps}; it may grow only"
             )
 
+    def check_inputs(self, inputs: dict[str, str]) -> None:
+        """See that a run goes on with what it began with.
+
+        Args:
+            inputs: hashes, by the key of the config that names the data or the model.
+
+        Raises:
+            UserError: something else lies there now.
+        """
+        if not self.inputs_file.exists():
+            return
+        began_with = read_json(self.inputs_file)
+        for key, found in inputs.items():
+            if began_with.get(key) != found:
+                raise UserError(
+                    f"{self.path}: what `{key}` names has changed since this run began; bring it back, or give another "
+                    "--output"
+                )
+
     def is_complete(self, config: RunConfig) -> bool:
         """Whether a run has taken all the steps that a config wants."""
         return self.summary_file.exists() and self.read_summary().get("steps") == config.train.max_steps
@@ -123,9 +146,11 @@ class RunFolder:
         """A hash of all that a run's weights follow from."""
         return hashlib.sha256(json.dumps(_training_keys(config), sort_keys=True).encode()).hexdigest()
 
-    def create(self, config: RunConfig) -> None:
-        """Write the config and the environment, before a training."""
+    def create(self, config: RunConfig, inputs: dict[str, str]) -> None:
+        """Write the config, what identifies the inputs, and the environment, before a training."""
         self.write_config(config)
+        if not self.inputs_file.exists():
+            write_json(self.inputs_file, inputs)
         self.summary_file.unlink(missing_ok=True)  # of a run that was complete, and is extended
         if not (self.path / "environment.json").exists():
             write_json(self.path / "environment.json", describe_environment())

@@ -12,7 +12,7 @@ import pytest
 import torch
 from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command, sets, start
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shd_diffusion.sampling import ClassConditionalPipeline
 
@@ -271,3 +271,21 @@ def test_a_folder_that_is_no_run_is_named(stage: str, tmp_path: Path) -> None:
     code, _, errors = command(stage, tmp_path / "nothing")
     assert code == 2 and "nothing" in errors
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_does_not_go_on_from_another_teacher(runs: Path, tmp_path: Path) -> None:
+    """A teacher that was trained anew in the same folder is noticed; so are other images."""
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(runs / "teacher", teacher)
+    arguments = ["distill", DISTILL_CONFIG, "--output", run, *sets(*SHORT, f"teacher.path={teacher}")]
+    assert command(*arguments, *sets("train.max_steps=1"))[0] == 0
+    file = teacher / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors"
+    changed = load_file(file)
+    next(iter(changed.values())).mul_(1.01)
+    save_file(changed, file, metadata={"format": "pt"})
+    code, _, errors = command(*arguments, *sets("train.max_steps=2"))
+    assert code == 2 and "what `teacher.path` names has changed since this run began" in errors
+    inputs = json.loads((run / "inputs.json").read_text())
+    (run / "inputs.json").write_text(json.dumps(inputs | {"data": "other"}))
+    code, _, errors = command(*arguments, *sets("train.max_steps=2"))
+    assert code == 2 and "what `data` names has changed" in errors

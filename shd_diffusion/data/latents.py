@@ -112,6 +112,10 @@ class LatentSource(Source):
         moments = mirrored_where(flipped, both[:, 0], both[:, 1]) if self.horizontal_flip else both[:, 0]
         return self.scaling.normalise(sample_latents(moments, noise))
 
+    def fingerprint(self) -> str:
+        checksum: str = self.dataset.manifest["checksum"]
+        return checksum
+
     def load_vae(self) -> ModelMixin:
         """The VAE that the latents were encoded by.
 

@@ -147,6 +147,9 @@ class MadeUpSamples(Source):
     def clean(self, items: Mapping[str, Tensor], flipped: Tensor, noise: Tensor | None = None) -> Tensor:
         return items["image"]
 
+    def fingerprint(self) -> str:
+        return "made up"
+
     def of(self, count: int) -> MadeUpSamples:
         """The same with so many samples."""
         other = object.__new__(type(self))
