@@ -26,7 +26,7 @@ from shd_diffusion.data import Source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.models.denoiser import count_parameters, freeze, num_classes, predict, sample_shape
-from shd_diffusion.models.teacher import Teacher
+from shd_diffusion.models.teacher import Teacher, load_teacher
 from shd_diffusion.operations import kept_for_backward, operation_counter
 from shd_diffusion.progress import announce
 from shd_diffusion.squeezing.plan import members, plan_merges
@@ -101,16 +101,18 @@ def _model_to_ask(config: Config, source: str) -> ModelMixin:
         raise UserError(f"{source}: key `{model_section(config)[0]}`: {error}") from error
 
 
-def _open_teacher(config: DistillConfig, source: str) -> Teacher | None:
-    """The teacher, if it is named by a config; None for one that is on disk."""
+def _open_teacher(config: DistillConfig, source: str) -> Teacher:
+    """The teacher that is on disk, or a new one of a config."""
     path = Path(config.teacher.path)
-    if path.suffix not in (".yaml", ".yml"):
-        return None
-    announce(f"teacher.path: {path} is a config: a teacher of its sizes with random weights")
     try:
+        if path.suffix not in (".yaml", ".yml"):
+            return load_teacher(config.teacher)
+        announce(f"teacher.path: {path} is a config: a teacher of its sizes with random weights")
         return Teacher(freeze(open_model(str(path))).to(getattr(torch, config.teacher.dtype)))
     except UserError as error:
-        raise UserError(f"{source}: key `teacher.path`: {error}") from error
+        raise UserError(
+            f"{source}: key `teacher.path`: {error}; a dry run also takes a config of train-teacher there"
+        ) from error
 
 
 def _alone(train: TrainConfig, images: int) -> TrainConfig:

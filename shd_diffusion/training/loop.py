@@ -92,7 +92,10 @@ def fit(
             else:
                 skipped = 0
                 if last or validating or is_due(done, train.log_every):
-                    rate, by_block = float(state.lr_scheduler.get_last_lr()[0]), loss.shd_by_block(step)
+                    rate = float(state.lr_scheduler.get_last_lr()[0])
+                    by_block = {
+                        name: sum_ * layout.share(1) for name, sum_ in loss.shd_by_block(step).items()
+                    }
                     entry = logger.entry(done, terms, loss.weights(step), norm, rate, by_block)
                     if validation is not None and validating:
                         with state.averaged() as averaged:

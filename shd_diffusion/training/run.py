@@ -130,13 +130,13 @@ def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source:
         inputs["teacher.path"] = hash_model(parts.teacher.model)
     folder.check_inputs(inputs)
     try:
-        check_settings(config.evaluate, config.data.name)
         check_sampling(config.sample, parts.process.scheduler)
         sampler = make_scheduler(
             config.sample.scheduler, config.sample.scheduler_arguments, parts.process.scheduler
         )
         vae = _load_vae(data)
         validation = make_validation(config, sampler, vae, data, accelerator.device)
+        check_settings(config.evaluate, config.data.name)
     except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
     parts.model.to(accelerator.device)  # where captures and terms look for it

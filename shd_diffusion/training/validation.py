@@ -52,7 +52,6 @@ def make_validation(
     if not wanted.every:
         return None
     name = extractor_name(evaluate.extractor, config.data.name)
-    extractor = load_extractor(name, evaluate.extractor_weights).to(device)
     only = image_size_of(name)
     reference = evaluate.reference or reference_images(config.data)  # a file of statistics needs no images
     height, width = data.image_size
@@ -61,6 +60,7 @@ def make_validation(
             f"key `train.validation`: `{name}` takes {only}×{only} images only, not {width}×{height}; "
             "set `evaluate.extractor` to another, or `train.validation.every` to 0"
         )
+    extractor = load_extractor(name, evaluate.extractor_weights).to(device)
     statistics = open_reference(
         reference, extractor, evaluate.batch_size, evaluate.resize, min(height, width)
     ).statistics["features"]

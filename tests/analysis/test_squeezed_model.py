@@ -7,13 +7,13 @@ import oracles
 import pytest
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel
-from shd_diffusion.models.adapter import freeze, predict
 from small_models import small_dit
 from torch import Tensor
 
 from shd_diffusion.analysis.squeezed_model import squeezed_attention
 from shd_diffusion.analysis.strategies import STRATEGIES, by_teacher_head
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
+from shd_diffusion.models.denoiser import freeze, predict
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.squeezing import plan_merges
 

@@ -207,9 +207,9 @@ def test_the_divergence_is_a_curve_a_block_in_the_colours_of_depth(
     deep = fresh_run("kd-shd")
     log = [json.loads(line) for line in (deep / "metrics.jsonl").read_text().splitlines()]
     for entry in log[1::2]:  # the term counts at every other logged step
-        del entry["divergence"]
+        del entry["shd_by_block"]
     for entry in log[::2]:
-        entry["divergence"] = {f"blocks.{i}": (1 + i) / entry["step"] for i in range(28)}
+        entry["shd_by_block"] = {f"blocks.{i}": (1 + i) / entry["step"] for i in range(28)}
     (deep / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
     (plot,) = shd_by_block(read_runs([deep]))
     for colour in DEPTH_COLOURS:
