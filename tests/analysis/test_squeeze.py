@@ -18,6 +18,10 @@ from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess
 PLAN = MeasurementPlan(samples=3, timesteps=2, calibration=4)
 
 
+def process() -> ForwardProcess:
+    return ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig()))
+
+
 @pytest.fixture(scope="module")
 def model() -> ModelMixin:
     return randomised(dit())
@@ -28,7 +32,7 @@ def found(model: ModelMixin) -> dict:
     return measure(
         model,
         build_source(DataConfig()),
-        ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig())),
+        process(),
         [4, 2, 1],
         PLAN,
     )
@@ -89,7 +93,7 @@ def test_the_same_seed_measures_the_same(model: ModelMixin, found: dict) -> None
     again = measure(
         model,
         build_source(DataConfig()),
-        ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig())),
+        process(),
         [1],
         PLAN,
     )
@@ -99,9 +103,9 @@ def test_the_same_seed_measures_the_same(model: ModelMixin, found: dict) -> None
 def test_blocks_of_one_head_are_left_as_they_are() -> None:
     data, process = (
         build_source(DataConfig()),
-        ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig())),
+        process(),
     )
-    found = measure(randomised(dit(heads=1)), data, process, [1], PLAN)
+    found = measure(randomised(dit(heads=1)), data, process(), [1], PLAN)
     assert all(block["pairs"] == [] for block in found["blocks"].values())
     assert all(case["output_error"]["mean"] < 1e-9 for case in found["squeezings"])
 
