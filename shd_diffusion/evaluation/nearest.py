@@ -29,7 +29,7 @@ def write_nearest(
     Args:
         path: of the .json; the .png, a row a sample with its neighbours, lies beside it.
         samples: the generated images.
-        features: theirs, (N, D).
+        features: of the samples, (N, D).
         labels: the classes asked for, (N,), where they are known.
         reference: without its images only a note is written that says so.
     """

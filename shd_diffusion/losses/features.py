@@ -23,7 +23,9 @@ from shd_diffusion.losses.term import (
 )
 from shd_diffusion.models.trace import Trace
 
-_OTHER_TOKENS = "{} has {} tokens, the teacher's {} {}: features are compared token by token; choose models of one grid"
+_OTHER_TOKENS = (
+    "{} has {} tokens, the teacher's {} {}: features are compared token by token; choose models of one grid"
+)
 
 
 class FeatureDistillation(Term):

@@ -179,7 +179,7 @@ def make_batch(
         source: of the raw items.
         process: the forward process.
         items: B raw items, as `source.batches` gives them.
-        noise: theirs.
+        noise: of these items.
         null: what a dropped condition is replaced by, (1, ...) by argument; an entry of the items that it lacks and
             that is no mask of tokens is the model's no concern.
         device: where the batch goes.
