@@ -231,18 +231,18 @@ def evaluate(
     overrides += [f"evaluate.metrics=[{metrics}]"] if metrics else []
     if output is not None and (len(targets) > 1 or not is_pipeline(str(targets[0]))):
         raise UserError(f"--output {output}: is for the samples of one pipeline; remove it")
-    metrics_of = {}
+    found = {}
     for target in targets:
         run = RunFolder(target)
         if run.config_file.exists():
             config = override_config(run.read_config(), overrides, str(run.config_file))
-            metrics_of[str(target)] = evaluate_run(run, config)
+            found[str(target)] = evaluate_run(run, config)
         elif is_pipeline(str(target)):
-            metrics_of[str(target)] = evaluate_pipeline(str(target), overrides, output)
+            found[str(target)] = evaluate_pipeline(str(target), overrides, output)
         else:
-            metrics_of[str(target)] = evaluate_images(target, overrides)
+            found[str(target)] = evaluate_images(target, overrides)
     if processes().is_main_process:
-        typer.echo(json.dumps(metrics_of if len(targets) > 1 else metrics_of[str(targets[0])], indent=2))
+        typer.echo(json.dumps(found if len(targets) > 1 else found[str(targets[0])], indent=2))
 
 
 @app.command()

@@ -111,11 +111,6 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
 
     Every process of a launch calls this, and takes every so many-th shard.
 
-    Args:
-        config: which images, through which VAE.
-        output: the folder of the cache.
-        source: where the config stands, for messages.
-
     Raises:
         UserError: the images or the VAE cannot be had, too many images are unreadable, or the folder holds a
             cache of other images, another VAE or another size.
@@ -244,11 +239,7 @@ def encode_shards(shards: list[Shard], images: Images, space: LatentSpace, confi
 
 
 def encode_shard(
-    shard: Shard,
-    images: Images,
-    space: LatentSpace,
-    config: PrepareConfig,
-    advance: Callable[[int], Any],
+    shard: Shard, images: Images, space: LatentSpace, config: PrepareConfig, advance: Callable[[int], Any]
 ) -> None:
     """Encode the images of a shard, as they are and mirrored, and write it with its record.
 

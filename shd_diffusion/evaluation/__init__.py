@@ -5,10 +5,4 @@ from shd_diffusion.evaluation.evaluate import compute_metrics
 from shd_diffusion.evaluation.extractors import extractor_name, load_extractor
 from shd_diffusion.evaluation.metrics import check_settings
 
-__all__ = [
-    "check_settings",
-    "compare_metrics",
-    "compute_metrics",
-    "extractor_name",
-    "load_extractor",
-]
+__all__ = ["check_settings", "compare_metrics", "compute_metrics", "extractor_name", "load_extractor"]

@@ -108,11 +108,9 @@ def generate_images(
 
     Args:
         pipeline: its scheduler is the one to sample with.
-        config: how many, how, and from which seed.
         folder: gets `000000.png` … and `sampling.json`.
         protocol: what the images depend on beside `config`, the weights above all; recorded, and compared before files
             are reused.
-        name: shown in the progress bar and in messages.
 
     Returns:
         The content of `sampling.json`, see `Summary`.

@@ -60,8 +60,6 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, comm
     """Run what is missing, within the budget; an interrupted run goes on from its last checkpoint.
 
     Args:
-        study: names the teacher, the budget, and how many processes.
-        planned: all runs, in the order in which they are begun.
         output: the study's folder, which gets `logs/`.
         command_line: the module whose `app` carries out the commands.
 

@@ -27,9 +27,8 @@ Records = dict[str, AttentionRecord]
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 STUDY_IMAGES = 32
-MAPS_AT_ONCE = (
-    2**27
-)  # elements of the teacher's maps of one block; as many again are squeezed, and the student's
+# elements of the teacher's maps of one block; as many again are squeezed, and the student's
+MAPS_AT_ONCE = 2**27
 
 
 def probe_batches(
