@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, dump_config, read_run_config
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import read_json, write_json, write_text
+from shd_diffusion.files import holds_files, json_sha256, read_json, write_json, write_text
 from shd_diffusion.progress import announce
 from shd_diffusion.protocol import flatten
 
@@ -97,10 +96,7 @@ class RunFolder:
             UserError: the folder belongs to another config, or is no run folder.
         """
         if not self.config_file.exists():
-            # what has a dot before its name is ours, of a call that was killed
-            if self.path.exists() and (
-                not self.path.is_dir() or any(not path.name.startswith(".") for path in self.path.iterdir())
-            ):
+            if holds_files(self.path):
                 raise UserError(
                     f"{self.path}: holds files but no config.yaml of a run; give another --output"
                 )
@@ -144,7 +140,7 @@ class RunFolder:
 
     def identity(self, config: RunConfig) -> str:
         """A hash of all that a run's weights follow from."""
-        return hashlib.sha256(json.dumps(_training_keys(config), sort_keys=True).encode()).hexdigest()
+        return json_sha256(_training_keys(config))
 
     def create(self, config: RunConfig, inputs: dict[str, str]) -> None:
         """Write the config, what identifies the inputs, and the environment, before a training."""

@@ -68,9 +68,8 @@ def kernel_calls(module: Any) -> tuple[tuple[str, Streams], ...]:
     if _attends_to_an_image_too(module):
         calls: tuple[tuple[str, Streams], ...] = ((IMAGE, (MAIN,)), (MAIN, (MAIN,)))
         apart = "encoder_hidden_states_image" in inspect.signature(module.processor.__call__).parameters
-        return (
-            calls[::-1] if apart else calls
-        )  # WanAnimate2, which is given both apart, attends to the text first
+        # WanAnimate2, which is given both apart, attends to the text first
+        return calls[::-1] if apart else calls
     try:
         return tuple(("", streams) for streams in probe(module))
     except Exception:

@@ -31,9 +31,8 @@ SDPA_BACKENDS = {
     AttentionBackendName._NATIVE_FLASH,
     AttentionBackendName._NATIVE_MATH,
 }
-UNSEEN = (
-    -9000.0
-)  # diffusers adds -10000 or less (float16's -65504, float32's smallest) to keys not to be seen
+# diffusers adds -10000 or less (float16's -65504, float32's smallest) to keys not to be seen
+UNSEEN = -9000.0
 MASKED = -1e30  # finite, so that 0 · log q stays 0 in a divergence; no float32 softmax tells it from -inf
 
 

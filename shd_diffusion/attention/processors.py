@@ -96,14 +96,9 @@ def _noting_class(own: Any) -> Any:
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         return _noted(attn, super(noting, self).__call__, (attn, *args), kwargs)
 
-    names = {
-        "__call__": call,
-        "__module__": __name__,
-        "__qualname__": f"NotingProcessor[{own.__qualname__}]",
-    }
-    noting: Any = type(
-        own.__name__, (NotingProcessor, own), names
-    )  # some code tells processors by their name
+    names = {"__call__": call, "__module__": __name__, "__qualname__": f"NotingProcessor[{own.__qualname__}]"}
+    # some code tells processors by their name
+    noting: Any = type(own.__name__, (NotingProcessor, own), names)
     return noting
 
 

@@ -25,7 +25,7 @@ from shd_diffusion.data.images import from_bytes, to_rgb
 from shd_diffusion.data.latent_space import LatentSpace, hash_model, load_vae
 from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import read_json, save_tensors, sha256, write_json, write_text
+from shd_diffusion.files import holds_files, read_json, save_tensors, sha256, write_json, write_text
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
 from shd_diffusion.section import Section
@@ -110,11 +110,6 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     """Encode all images of a data set; an interrupted call is continued by the same call.
 
     Every process of a launch calls this, and takes every so many-th shard.
-
-    Args:
-        config: which images, through which VAE.
-        output: the folder of the cache.
-        source: where the config stands, for messages.
 
     Raises:
         UserError: the images or the VAE cannot be had, too many images are unreadable, or the folder holds a
@@ -208,7 +203,7 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
         UserError: it does not; what differs is named.
     """
     if not (output / MANIFEST).exists():
-        if output.exists() and not (output / "shards").is_dir() and _holds_files(output):
+        if not (output / "shards").is_dir() and holds_files(output):
             raise UserError(f"{output}: holds files but no {MANIFEST} of a cache; give another --output")
         return
     present = read_manifest(output, complete=False)["identity"]
@@ -218,10 +213,6 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
                 f"{output / MANIFEST}: this cache was made with another {name} ({present.get(key)} there, "
                 f"{identity[key]} now); give another --output or delete the folder"
             )
-
-
-def _holds_files(path: Path) -> bool:
-    return not path.is_dir() or any(not inside.name.startswith(".") for inside in path.iterdir())
 
 
 def plan_shards(output: Path, count: int, size: int, identity: str) -> list[Shard]:
@@ -248,11 +239,7 @@ def encode_shards(shards: list[Shard], images: Images, space: LatentSpace, confi
 
 
 def encode_shard(
-    shard: Shard,
-    images: Images,
-    space: LatentSpace,
-    config: PrepareConfig,
-    advance: Callable[[int], Any],
+    shard: Shard, images: Images, space: LatentSpace, config: PrepareConfig, advance: Callable[[int], Any]
 ) -> None:
     """Encode the images of a shard, as they are and mirrored, and write it with its record.
 
@@ -322,7 +309,7 @@ def check_share(unreadable: list[dict[str, Any]], count: int, settings: EncodeCo
         raise UserError(
             f"{output}: {len(unreadable)} of {count} images are unreadable, more than the share of "
             f"{settings.max_corrupt_share} that `prepare.max_corrupt_share` allows; "
-            f"mend those that {UNREADABLE} names, or raise it"
+            f"fix those that {UNREADABLE} names, or raise it"
         )
 
 

@@ -95,11 +95,7 @@ class _MapDivergence(torch.autograd.Function):
 
 
 def _sums(
-    student: AttentionRecord,
-    targets: Targets,
-    divergence: DivergenceFunction,
-    temperature: float,
-    pool: Pool,
+    student: AttentionRecord, targets: Targets, divergence: DivergenceFunction, temperature: float, pool: Pool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The divergences (B, H) of some samples, summed over their rows, and the gradients by query and key.
 
@@ -226,10 +222,7 @@ class SqueezedTeacher:
 
 
 def map_stream(
-    record: AttentionRecord,
-    temperature: float = 1.0,
-    chunk_rows: int | None = None,
-    multiple: int = 1,
+    record: AttentionRecord, temperature: float = 1.0, chunk_rows: int | None = None, multiple: int = 1
 ) -> MapStream:
     """The maps of a record at a temperature, chunk by chunk; see `stream`."""
     batch, heads, rows, _ = record.query.shape

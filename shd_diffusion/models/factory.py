@@ -115,9 +115,8 @@ def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
         return _load(model_class(index[part][1]), path, part, dtype)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # diffusers, transformers and safetensors raise errors of any kind on damaged files
+    # diffusers, transformers and safetensors raise errors of any kind on damaged files
+    except Exception as error:
         raise UserError(
             f"{path}: cannot be loaded as a model ({one_line(error)}); give a run or model folder"
         ) from error

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from shd_diffusion.data.images import to_bytes
 from shd_diffusion.reporting.pictures import Pixels, data_uri, enlarge, mosaic, picture_plot
 from shd_diffusion.reporting.plot_style import LIGHT, Line, Plot, PlotStyle, Styles, finish, line_plot, panel
 from shd_diffusion.reporting.runs import Array, Attention, BlockAttention, Run
@@ -130,7 +132,7 @@ def by_block(
 def _input_image(image: Array) -> Pixels:
     """(C, H, W) in [-1, 1] as RGB; of a latent the first three channels."""
     channels = image[:3] if image.shape[0] >= 3 else image[:1].repeat(3, axis=0)
-    return ((channels.transpose(1, 2, 0).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+    return to_bytes(torch.from_numpy(channels.transpose(1, 2, 0))).numpy()
 
 
 # --- the maps of one image ----------------------------------------------------------------------------------

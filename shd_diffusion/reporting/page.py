@@ -80,10 +80,10 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
     Both may replace earlier ones.
 
     Raises:
-        UserError: what is there is not of an earlier page of ours, or cannot be replaced.
+        UserError: what is there is not of an earlier page, or cannot be replaced.
     """
     folder = output.with_name(f"{output.stem}-figures")
-    if output.exists() and not _is_ours(output):
+    if output.exists() and not _is_report(output):
         raise UserError(
             f"{output}: would be replaced, but is no page of shd-diffusion; give another --output"
         )
@@ -110,7 +110,7 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
 
 
-def _is_ours(page: Path) -> bool:
+def _is_report(page: Path) -> bool:
     try:
         with page.open(encoding="utf-8") as file:
             return GENERATOR in file.read(4096)

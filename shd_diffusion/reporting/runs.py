@@ -64,10 +64,9 @@ class Samples(Result):
 
 
 class Metrics(Result):
-    """Metrics of one evaluation: `values` by name, if finite, 95 % `intervals` of some, and all that they depend on."""
+    """Metrics of one evaluation: `values` by name, if finite, and all that they depend on."""
 
     values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
     per_class_fid: dict[str, float] = {}
     protocol: dict[str, Any] = {}
     warnings: list[str] = []
@@ -75,12 +74,11 @@ class Metrics(Result):
     @model_validator(mode="before")
     @classmethod
     def _by_kind(cls, content: Any) -> Any:
-        """In the file all stand side by side; `fid_interval` is the interval of `fid`."""
+        """In the file all stand side by side."""
         if not isinstance(content, dict):
             return content
         numbers = {k: v for k, v in content.items() if isinstance(v, int | float) and -1e300 < v < 1e300}
-        intervals = {k.removesuffix("_interval"): v for k, v in content.items() if k.endswith("_interval")}
-        return content | {"values": numbers, "intervals": intervals}
+        return content | {"values": numbers}
 
     @property
     def features(self) -> str | None:

@@ -34,11 +34,8 @@ class Parts:
     """What a run is made of.
 
     Attributes:
-        config: of the run.
         model: to be trained, on the CPU.
         teacher: None where nobody teaches.
-        data: what to train on.
-        process: the forward process.
         terms: of the loss, by name.
         null: what a dropped condition is replaced by.
         student_trace: what a pass of the model looks like.
@@ -81,9 +78,6 @@ def build(
     """Build what a config names, on the CPU.
 
     Args:
-        config: of either stage.
-        source: where the config stands, for messages.
-        data: what to train on.
         teacher: of a distillation; None loads the config's.
 
     Raises:

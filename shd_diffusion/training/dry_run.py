@@ -10,6 +10,8 @@ import resource
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +53,6 @@ def dry_run(config: Config, source: str) -> dict[str, Any]:
     `teacher.path` may also be a config of `train-teacher`, for a teacher that is not on disk: its sizes count,
     its weights are random.
 
-    Args:
-        config: of either stage.
-        source: where it stands, for messages.
-
     Raises:
         UserError: the config cannot be carried out.
     """
@@ -68,7 +66,8 @@ def dry_run(config: Config, source: str) -> dict[str, Any]:
     if parts.teacher is not None and isinstance(small, DistillConfig):
         place_teacher(parts.teacher.model, small, accelerator)
     parts.model.to(accelerator.device)
-    share = _share(config.train)
+    train = config.train
+    share = BatchLayout(train.batch_size, train.micro_batch_size, train.num_processes or 1).passes[0].stop
     measured = measure(parts, share, accelerator)
     counted = {"forward": count_forward(parts, parts.model)}
     if parts.teacher is not None:
@@ -117,21 +116,14 @@ def _open_teacher(config: DistillConfig, source: str) -> Teacher:
 
 def _alone(train: TrainConfig, images: int) -> TrainConfig:
     """The optimisation of so many images a step as one process does it, without what only a long run wants."""
-    return train.model_copy(
-        update={
-            "batch_size": images,
-            "micro_batch_size": None,
-            "num_processes": None,
-            "shard": False,
-            "compile": False,
-            "trackers": [],
-        }
-    )
-
-
-def _share(train: TrainConfig) -> int:
-    """Images of a forward pass in one process."""
-    return BatchLayout(train.batch_size, train.micro_batch_size, train.num_processes or 1).passes[0].stop
+    alone = {
+        "micro_batch_size": None,
+        "num_processes": None,
+        "shard": False,
+        "compile": False,
+        "trackers": [],
+    }
+    return train.model_copy(update={"batch_size": images, **alone})
 
 
 class MadeUpSamples(Source):
@@ -154,8 +146,8 @@ class MadeUpSamples(Source):
 
     def of(self, count: int) -> MadeUpSamples:
         """The same with so many samples."""
-        other = object.__new__(type(self))
-        other.__dict__ |= {**self.__dict__, "dataset": _Samples(self.shape, self.num_classes, count)}
+        other = copy(self)
+        other.dataset = _Samples(self.shape, self.num_classes, count)
         return other
 
 
@@ -178,9 +170,7 @@ def measure(parts: Parts, most: int, accelerator: Accelerator) -> dict[str, Any]
     """Three optimiser steps: one image to warm up, one to count, and as many as this machine can soon take to time.
 
     Args:
-        parts: of a config for one process.
         most: images of the last step.
-        accelerator: of this process alone.
     """
     teacher = None if parts.teacher is None else parts.teacher.model
     for term in parts.terms.values():
@@ -218,9 +208,8 @@ def _step(
     """Seconds of one optimiser step on so many images, and the terms of its loss."""
     assert isinstance(parts.data, MadeUpSamples)
     train = _alone(parts.config.train, images)
-    made_up = Parts(**{**vars(parts), "data": parts.data.of(images)})
     layout = BatchLayout(images)
-    batches = made_up.loader(accelerator.device)(layout, 0).step(0)
+    batches = replace(parts, data=parts.data.of(images)).loader(accelerator.device)(layout, 0).step(0)
     began = time.perf_counter()
     terms, _ = take_step(state, loss, batches, layout.num_passes, 0, train, accelerator)
     values = {name: float(term) for name, term in terms.items()}  # waits for the device
@@ -268,10 +257,13 @@ def describe_plan(parts: Parts) -> list[dict[str, Any]]:
     described = []
     for name, heads in _heads(parts).items():
         plan = plan_merges(*heads)
-        merged = [list(group) for group in members(plan, heads[0])]
-        teacher = parts.terms["shd"].pairs[name]
         described.append(
-            {"student": name, "teacher": teacher, "heads": [heads[0], *map(len, plan)], "merged": merged}
+            {
+                "student": name,
+                "teacher": parts.terms["shd"].pairs[name],
+                "heads": [heads[0], *map(len, plan)],
+                "merged": [list(group) for group in members(plan, heads[0])],
+            }
         )
     return described
 

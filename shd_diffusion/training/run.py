@@ -41,12 +41,9 @@ class Run:
     """A run that is about to train.
 
     Attributes:
-        folder: where everything goes.
-        parts: what it is made of, checked.
         sampler: the scheduler that its pipeline is saved with.
         vae: that latents are decoded by; None for pixels.
         validation: while it trains; None where none is wanted.
-        accelerator: of its processes.
         inputs: hashes of what the run begins with, by the key of the config that names it.
     """
 
@@ -63,9 +60,7 @@ def train(config: TrainTeacherConfig | DistillConfig, output: Path, source: str)
     """Train a model, from a teacher where the config names one, and save it as a pipeline.
 
     Args:
-        config: what to train, on what.
         output: the run folder; a run of the same config in it is continued.
-        source: where the config stands, for messages.
 
     Raises:
         UserError: the config cannot be carried out, or the folder belongs to another run.
@@ -185,13 +180,7 @@ def _fit(run: Run, loss: TrainingLoss) -> ModelMixin:
     parts, device = run.parts, run.accelerator.device
     try:
         return fit(
-            parts.model,
-            loss,
-            parts.loader(device),
-            run.folder,
-            parts.config,
-            run.accelerator,
-            run.validation,
+            parts.model, loss, parts.loader(device), run.folder, parts.config, run.accelerator, run.validation
         )
     except BackendCompilerFailed as error:
         raise UserError(

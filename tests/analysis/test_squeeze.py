@@ -101,10 +101,7 @@ def test_the_same_seed_measures_the_same(model: ModelMixin, found: dict) -> None
 
 
 def test_blocks_of_one_head_are_left_as_they_are() -> None:
-    data, process = (
-        build_source(DataConfig()),
-        process(),
-    )
+    data = build_source(DataConfig())
     found = measure(randomised(dit(heads=1)), data, process(), [1], PLAN)
     assert all(block["pairs"] == [] for block in found["blocks"].values())
     assert all(case["output_error"]["mean"] < 1e-9 for case in found["squeezings"])

@@ -114,7 +114,6 @@ def test_no_run_at_all() -> None:
         ("evaluation/metrics.json", "[]", "metrics.json: Input should be"),
         ("evaluation/metrics.json", "5", "metrics.json: Input should be"),
         ("evaluation/metrics.json", '{"per_class_fid": [1]}', "metrics.json: key `per_class_fid`"),
-        ("evaluation/metrics.json", '{"fid": 1, "fid_interval": 2}', "metrics.json: key `intervals.fid`"),
         ("evaluation/metrics.json", '{"protocol": 5}', "metrics.json: key `protocol`"),
         ("metrics.jsonl", '{}\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
         ("metrics.jsonl", '5\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
