@@ -52,7 +52,7 @@ def sample_gallery(runs: Sequence[Run]) -> Gallery | None:
     if not sampled:
         return None
     common = min(len(labels) for _, labels, _ in sampled)
-    first = sampled[0][1].labels[:common]
+    first = sampled[0][1][:common]
     present = sorted(set(first))
     chosen = [present[i] for i in np.unique(np.linspace(0, len(present) - 1, MAX_ROWS).round().astype(int))]
     indices = [[j for j, label in enumerate(first) if label == row][:PER_ROW] for row in chosen]
