@@ -40,7 +40,9 @@ def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
 
 
 def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
-    """Evaluate a folder of images or an .npz of the ADM suite that no run has made; a `sampling.json` beside them is heeded.
+    """Evaluate a folder of images or an .npz of the ADM suite that no run has made.
+
+    A `sampling.json` beside them is heeded.
 
     Raises:
         UserError: there are no images, no reference was given, or they cannot be evaluated.

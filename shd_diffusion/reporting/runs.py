@@ -55,10 +55,10 @@ class Environment(Result):
 
 
 class Samples(Result):
-    """Images `000000.png` ... with their labels, made with `protocol`."""
+    """Images `000000.png` ... with their labels, if they are made by class, made with `protocol`."""
 
     num_images: int
-    labels: list[int]
+    labels: list[int] | None
     seconds_per_image: float
     protocol: dict[str, Any] = {}
 

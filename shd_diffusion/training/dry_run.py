@@ -116,14 +116,8 @@ def _open_teacher(config: DistillConfig, source: str) -> Teacher:
 
 def _alone(train: TrainConfig, images: int) -> TrainConfig:
     """The optimisation of so many images a step as one process does it, without what only a long run wants."""
-    alone = {
-        "micro_batch_size": None,
-        "num_processes": None,
-        "shard": False,
-        "compile": False,
-        "trackers": [],
-    }
-    return train.model_copy(update={"batch_size": images, **alone})
+    alone = {"micro_batch_size": None, "num_processes": None, "shard": False, "compile": False}
+    return train.model_copy(update={"batch_size": images, "trackers": [], **alone})
 
 
 class MadeUpSamples(Source):

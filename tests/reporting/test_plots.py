@@ -233,7 +233,7 @@ def test_figures_do_without_numbers_that_are_not_there(fresh_run: Callable[[str]
         '{"step": 2, "terms": {"denoise": {"value": 0.0, "share": 1.0}}}\n'
     )
     (folder / "evaluation" / "metrics.json").write_text('{"fid": NaN, "precision": Infinity, "protocol": {}}')
-    sampling = json.loads((folder / "samples" / "sampling.json").read_text()) | {"labels": []}
+    sampling = json.loads((folder / "samples" / "sampling.json").read_text()) | {"labels": None}
     (folder / "samples" / "sampling.json").write_text(json.dumps(sampling))
     runs = read_runs([folder])
     styles = run_styles(runs)
