@@ -50,6 +50,10 @@ class FeatureDistillation(Term):
         }
         self.pairs = {name: by for name, (_, by, _) in modules.items()}
         for name, by in map_traces(student, teacher, config.layer_map).items():
+            if student.records[name].kind == "joint":
+                raise ValueError(
+                    f"{name} puts out two streams, image and text: they have no features to match yet"
+                )
             counts = student.records[name].query.shape[2], teacher.records[by].query.shape[2]
             if counts[0] != counts[1]:
                 raise ValueError(_OTHER_TOKENS.format(name, counts[0], by, counts[1]))

@@ -125,8 +125,7 @@ def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> di
 def num_classes(model: nn.Module) -> int | None:
     """Classes of a model that is conditional by label, whose null class is the next number; None for any other.
 
-    Raises:
-        ValueError: a UNet2DConditionModel that takes labels in a way that is not known here.
+    A UNet2DModel has no null class of its own: its `num_class_embeds` counts one more than there are classes.
     """
     model = unwrap(model)
     config: Any = model.config

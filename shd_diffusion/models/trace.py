@@ -65,7 +65,9 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
             if not any(block.capturable for block in attention_blocks(twin).values()):
                 output, records = predict(twin, noised, timesteps, moved), {}
             else:
-                with AttentionCapture(twin) as capture:
+                blocks = {name: block.capturable for name, block in attention_blocks(twin).items()}
+                wanted = None if all(blocks.values()) else [name for name, can in blocks.items() if can]
+                with AttentionCapture(twin, wanted) as capture:
                     output = predict(twin, noised, timesteps, moved)
                     records = {name: record.detached() for name, record in capture.records.items()}
             output.sum().backward()

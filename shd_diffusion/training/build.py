@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -90,6 +91,7 @@ def build(
             teacher = load_teacher(config.teacher)
     with check(key):
         model = new_model(config, model_config)
+        data = copy(data)
         data.condition_names = _conditions_of(model, data)
         student_trace = _trace(model, data)
         _check_classes(model, data)
@@ -103,9 +105,10 @@ def build(
         scheduler = scheduler_for(config.diffusion, teacher, student_trace.predicts_variance)
         process = ForwardProcess.from_scheduler(scheduler)
     with check(f"{key}.arguments"):
-        if student_trace.predicts_variance and process.objective == "flow":
+        if student_trace.predicts_variance and not _has_a_bound(process):
             raise ValueError(
-                "a variance is predicted, which a flow has none of; set `out_channels` to `in_channels`"
+                "a variance is predicted, which a flow, or noise without any signal, has no bound for; set "
+                "`out_channels` to `in_channels`"
             )
     with check("student.init"):
         if (
@@ -126,6 +129,9 @@ def build(
             raise ValueError(f"key {error}{of_teacher}") from error
     with check("train.mask_ratio"):
         _check_masking(model, teacher, config.train.mask_ratio)
+        if config.train.mask_ratio:
+            masked = None if teacher is None else _trace_masked(teacher.model, data)
+            build_terms(config.losses, _trace_masked(model, data), masked, config.seed)
         if not config.train.mask_ratio:
             # DistributedDataParallel waits for the gradient of every parameter that is not frozen
             for name in student_trace.unreached:
@@ -201,6 +207,19 @@ def _trace(model: ModelMixin, data: Source) -> Trace:
             "what it takes, or twice as many channels"
         )
     return found
+
+
+def _has_a_bound(process: ForwardProcess) -> bool:
+    """Whether the variational bound of a predicted variance is finite at every timestep."""
+    if process.table is None:
+        return False
+    return process.objective != "epsilon" or bool(process.table[0].min() > 0)
+
+
+def _trace_masked(model: ModelMixin, data: Source) -> Trace:
+    """What a masked pass looks like, with one token left out: a number of which no grid can be made."""
+    kept = {"ids_keep": torch.zeros(1, num_tokens(model) - 1, dtype=torch.long)}
+    return trace(model, data.shape, {**data.example(), **kept})
 
 
 def _check_classes(model: ModelMixin, data: Source) -> None:

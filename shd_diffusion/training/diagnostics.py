@@ -13,17 +13,15 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from shd_diffusion.attention import AttentionCapture, AttentionRecord
+from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.data import Source
 from shd_diffusion.files import save_tensors
 from shd_diffusion.losses.shd import SHD
-from shd_diffusion.losses.term import Batch
+from shd_diffusion.losses.term import Batch, Records
 from shd_diffusion.models.denoiser import Condition, predict_frozen
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.processes import processes
 from shd_diffusion.training.batches import BatchLayout, NoiseSettings, StepSampler, draw_noise, make_batch
-
-Records = dict[str, AttentionRecord]
 
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 STUDY_IMAGES = 32

@@ -54,7 +54,7 @@ def randomised(model: ModelMixin) -> ModelMixin:
 
 def run(model: ModelMixin) -> Tensor:
     noised = torch.randn(2, model.config["in_channels"], 8, 8, generator=torch.Generator().manual_seed(1))
-    return predict(model, noised, torch.tensor([30, 700]), torch.tensor([1, 9]))
+    return predict(model, noised, torch.tensor([30, 700]), {"class_labels": torch.tensor([1, 9])})
 
 
 def squeeze(record: AttentionRecord) -> Tensor:

@@ -51,7 +51,10 @@ def test_a_model_trained_on_latents_samples_images(images: Path, vae: Path, tmp_
     assert math.isfinite(entry["validation"]["fid"])
 
     # where the reference is given, the images that the latents come from are not needed
-    config["evaluate"]["reference"] = str(run / "samples")
+    config["evaluate"]["reference"] = str(tmp_path / "reference")
+    (tmp_path / "reference").mkdir()
+    for index in range(12):
+        Image.new("RGB", (8, 8), (20 * index, 10, 0)).save(tmp_path / "reference" / f"{index}.png")
     (tmp_path / "alone.yaml").write_text(yaml.safe_dump(config))
     moved = images.rename(tmp_path / "moved")
     code, _, errors = command("train-teacher", tmp_path / "alone.yaml", "--output", tmp_path / "alone")

@@ -156,7 +156,7 @@ def test_the_gradient_stays_with_the_student():
     assert all(block.value.grad is None for block in student.values())
 
 
-@pytest.mark.parametrize("shape", [(9,), (1, 1, 1, 9), (2, 1, 1, 9), (2, 1, 9, 9)])
+@pytest.mark.parametrize("shape", [(1, 1, 1, 9), (2, 1, 1, 9), (2, 1, 9, 9)])
 @pytest.mark.parametrize("low", [-torch.inf, torch.finfo(torch.float32).min, -2.0])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_masks(shape, low, divergence):
@@ -180,6 +180,21 @@ def test_masks(shape, low, divergence):
                 torch.where(p > 0, p * (p.clamp_min(1e-300) / q.clamp_min(1e-300)).log(), 0.0).sum(-1).mean()
             )
         torch.testing.assert_close(loss, torch.stack(expected).mean() * 4)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 9, 9), (2, 2, 9, 9), (1, 1, 9, 9), (1, 2, 1, 9)])
+@pytest.mark.parametrize("options", [{}, {"chunk_rows": 4}, {"rows": 0.5}])
+def test_the_gradient_reaches_a_learned_mask(shape, options):
+    """Such as MDTv2's position bias: without it the maps of its blocks are not all that is learned."""
+    teacher, student = pair()
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
+    student = {name: replace(block, mask=bias.clone().requires_grad_()) for name, block in student.items()}
+    found = torch.autograd.grad(shd(**options)(teacher, student), [block.mask for block in student.values()])
+    if not options.get("rows"):
+        wanted = torch.autograd.grad(literal(teacher, student), [block.mask for block in student.values()])
+        for gradient, expected in zip(found, wanted, strict=True):
+            torch.testing.assert_close(gradient, expected)
+    assert all(gradient.abs().sum() > 0 for gradient in found)
 
 
 @pytest.mark.parametrize(
