@@ -305,5 +305,5 @@ def test_token_grids_that_do_not_divide_are_refused_before_anything_is_written(t
     student = [f"student.arguments.{part}" for part in [*arguments, "patch_size=3"]]
     overrides = sets(*data, *student, f"teacher.path={tmp_path / 'teacher'}")
     code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *overrides)
-    assert code == 2 and "losses.shd" in errors and "9 and 16 tokens" in errors, errors
+    assert code == 2 and "losses.shd" in errors and "16 and 9 tokens" in errors, errors
     assert not (tmp_path / "run").exists()

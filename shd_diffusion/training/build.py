@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -130,8 +130,10 @@ def build(
     with check("train.mask_ratio"):
         _check_masking(model, teacher, config.train.mask_ratio)
         if config.train.mask_ratio:
-            masked = None if teacher is None else _trace_masked(teacher.model, data)
-            build_terms(config.losses, _trace_masked(model, data), masked, config.seed)
+            of_teacher = None
+            if teacher is not None and teacher_trace is not None:
+                of_teacher = _trace_masked(teacher.model, data, teacher_trace)
+            build_terms(config.losses, _trace_masked(model, data, student_trace), of_teacher, config.seed)
         if not config.train.mask_ratio:
             # DistributedDataParallel waits for the gradient of every parameter that is not frozen
             for name in student_trace.unreached:
@@ -216,10 +218,11 @@ def _has_a_bound(process: ForwardProcess) -> bool:
     return process.objective != "epsilon" or bool(process.table[0].min() > 0)
 
 
-def _trace_masked(model: ModelMixin, data: Source) -> Trace:
-    """What a masked pass looks like, with one token left out: a number of which no grid can be made."""
+def _trace_masked(model: ModelMixin, data: Source, plain: Trace) -> Trace:
+    """What a masked pass looks like in a plain one's blocks, with one token left out: so many make no grid."""
     kept = {"ids_keep": torch.zeros(1, num_tokens(model) - 1, dtype=torch.long)}
-    return trace(model, data.shape, {**data.example(), **kept})
+    masked = trace(model, data.shape, {**data.example(), **kept})
+    return replace(masked, records={name: masked.records[name] for name in plain.records})
 
 
 def _check_classes(model: ModelMixin, data: Source) -> None:

@@ -183,7 +183,7 @@ def test_two_commands_do_not_train_in_one_folder(uninterrupted: Path, tmp_path: 
     assert_same_run(run, uninterrupted)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
     signum: signal.Signals, uninterrupted: Path, tmp_path: Path
 ) -> None:

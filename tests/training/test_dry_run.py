@@ -119,6 +119,6 @@ def test_a_student_that_starts_from_its_teacher_says_how_much_it_takes() -> None
 def test_a_start_that_is_no_start() -> None:
     arguments = ("distill", DISTILL_CONFIG, "--dry-run")
     code, _, errors = command(*arguments, *sets(*SMALL, "student.init=teacher", "student.pretrained=x"))
-    assert code == 2 and "both give the weights to start from" in errors
+    assert code == 2 and "`pretrained` gives class and arguments too" in errors
     code, _, errors = command(*arguments, *sets(*SMALL, "student.init=best"))
     assert code == 2 and "student.init" in errors

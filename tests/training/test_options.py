@@ -251,7 +251,7 @@ def test_a_learned_variance_is_the_students_own_affair(
 @pytest.mark.parametrize(
     ("override", "says"),
     [
-        ("losses.shd.layer_map=[0, 2, 2, 3]", "15 and 16 tokens"),
+        ("losses.shd.layer_map=[0, 2, 2, 3]", "16 and 15 tokens"),
         ("losses.aligner.weight=1", "token grids differ"),
     ],
 )
