@@ -130,10 +130,10 @@ def build(
     with check("train.mask_ratio"):
         _check_masking(model, teacher, config.train.mask_ratio)
         if config.train.mask_ratio:
-            of_teacher = None
+            masked = None
             if teacher is not None and teacher_trace is not None:
-                of_teacher = _trace_masked(teacher.model, data, teacher_trace)
-            build_terms(config.losses, _trace_masked(model, data, student_trace), of_teacher, config.seed)
+                masked = _trace_masked(teacher.model, data, teacher_trace)
+            build_terms(config.losses, _trace_masked(model, data, student_trace), masked, config.seed)
         if not config.train.mask_ratio:
             # DistributedDataParallel waits for the gradient of every parameter that is not frozen
             for name in student_trace.unreached:
