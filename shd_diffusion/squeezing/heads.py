@@ -84,23 +84,27 @@ def factor_queries_keys(
 
 
 def merge_values(
-    values: Tensor, outputs: Tensor, groups: Sequence[Group], gram: Tensor, width: int
+    values: Tensor, outputs: Tensor, groups: Sequence[Group], grams: Tensor, width: int
 ) -> tuple[Tensor, Tensor]:
-    """Where the refit starts: rank-d factors of Σ_h W^V_h W^O_h over each group, closest in the inputs' metric.
+    """Where the refit starts: rank-d factors of Σ_h W^V_h W^O_h over each group, closest in a metric of its own.
 
-    The minimiser of |R (M - V O)|: O spans the first eigenvectors of Mᵀ G M (SVD of R M).
+    The minimiser of |R_j (M_j - V_j O_j)|, R_j the root of the Gram matrix: O_j spans the first right singular vectors
+    of R_j M_j.
 
     Args:
         values: W^V of the teacher's heads as they multiply from the right, (M, c, d).
         outputs: W^O, (M, d, C).
         groups: N groups of heads.
-        gram: G of the values' inputs, (c, c).
+        grams: of what each merged head's values are made from, F_j = A'_j H, (N, c, c).
         width: d of the merged heads.
 
     Returns:
         V (N, c, width) and O (N, width, C), float64.
     """
-    merged = [reduced(sum_of_circuits(values, outputs, group), gram, width) for group in groups]
+    merged = [
+        reduced(sum_of_circuits(values, outputs, group), gram, width)
+        for group, gram in zip(groups, grams, strict=True)
+    ]
     return torch.stack([v for v, _ in merged]), torch.stack([o for _, o in merged])
 
 

@@ -148,15 +148,15 @@ def test_reduced_is_the_truncated_svd_in_the_metric(rank):
 def test_values_merge_to_the_closest_of_their_rank():
     random = np.random.default_rng(4)
     values, outputs = random.normal(size=(4, 5, 2)), random.normal(size=(4, 2, 6))
-    inputs = random.normal(size=(30, 5))
-    gram = torch.from_numpy(inputs.T @ inputs)
+    inputs = random.normal(size=(3, 30, 5))
+    grams = torch.from_numpy(inputs.transpose(0, 2, 1) @ inputs)
     merged_values, merged_outputs = merge_values(
-        torch.from_numpy(values), torch.from_numpy(outputs), [(0, 2), (1,), (3,)], gram, 2
+        torch.from_numpy(values), torch.from_numpy(outputs), [(0, 2), (1,), (3,)], grams, 2
     )
     pair = values[0] @ outputs[0] + values[2] @ outputs[2]
-    left, sizes, right = np.linalg.svd(inputs @ pair)
+    left, sizes, right = np.linalg.svd(inputs[0] @ pair)
     circuits = (merged_values @ merged_outputs).numpy()
-    np.testing.assert_allclose(inputs @ circuits[0], (left[:, :2] * sizes[:2]) @ right[:2], atol=1e-10)
+    np.testing.assert_allclose(inputs[0] @ circuits[0], (left[:, :2] * sizes[:2]) @ right[:2], atol=1e-10)
     np.testing.assert_allclose(circuits[1:], [values[h] @ outputs[h] for h in (1, 3)], atol=1e-12)
 
 
