@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
-from shd_diffusion.attention.blocks import MAIN, streams
+from shd_diffusion.attention.blocks import CONTEXT, MAIN, passes, streams
 from shd_diffusion.compression.lockstep import Call
-from shd_diffusion.models.squeezed import check_heads_can_be_cut, cut_heads, output_layers
+from shd_diffusion.models.squeezed import (
+    check_heads_can_be_cut,
+    cut_heads,
+    input_layers,
+    output_layers,
+)
 from shd_diffusion.squeezing import match_merges, plan_merges
 from shd_diffusion.squeezing.chunks import MapStream, cut, stream
 from shd_diffusion.squeezing.heads import (
+    RIDGE,
     factor_queries_keys,
     head_movements,
     merge_values,
     refit_heads,
     select_heads,
 )
-from shd_diffusion.squeezing.moments import Moments
-from shd_diffusion.squeezing.plan import Plan, members
+from shd_diffusion.squeezing.moments import Moments, ridge, solve
+from shd_diffusion.squeezing.plan import Plan, Round, members
 
 Pairing = Literal["adjacent", "matched"]
 Queries = Literal["select", "factor"]
 
-_LAYERS = ("to_q", "to_k", "to_v")
+Features: TypeAlias = Callable[[], Iterator[tuple[str, Tensor, Tensor]]]
+"""Of each output layer its path, rows of features F_j = A'_j H (rows, N, c), and what it should put out (rows, C)."""
+
 _AT_ONCE = 2**24  # elements of features that exist at once
 _MATCHED_ON = 64  # samples on which pairs are found
 
@@ -52,15 +60,28 @@ class HeadOptions:
     rows: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which layers of an attention block belong together.
+
+    Attributes:
+        values: the layers that make the values, in the order of their keys.
+        outputs: by path of each output layer, the suffixes of the records whose query rows it projects, in their order.
+    """
+
+    values: tuple[str, ...]
+    outputs: dict[str, tuple[str, ...]]
+
+
 @dataclass(slots=True)
 class Sights:
     """What the block with all its heads showed on the calls.
 
     Attributes:
-        movements: `head_movements`, (M,).
-        records: of the first samples.
-        query_inputs: moments of [H_Q, 1] (targets unused), for `factor`.
-        key_inputs: moments of H_K.
+        movements: `head_movements` over all streams, (M,).
+        records: of the main stream, of the first samples.
+        query_inputs: moments of the queries' inputs (targets unused), for `factor`.
+        key_inputs: moments of the keys' inputs.
     """
 
     movements: Tensor
@@ -74,33 +95,38 @@ def squeeze_attention(
     name: str,
     heads: int,
     calls: Sequence[Call],
-    targets: Sequence[Tensor],
+    targets: Mapping[str, Sequence[Tensor]],
     options: HeadOptions,
 ) -> tuple[float, float]:
     """Leave an attention block so many heads, as close to the targets as least squares brings them, in place.
 
+    Values and output weights are refitted in turn where the block has one output layer. Where two streams share the
+    maps and each has an output layer of its own, the merged values stay and both output layers are fitted.
+
     Args:
         model: the model around the block.
-        name: module path of the block, which is self- or cross-attention.
+        name: module path of the block.
         heads: N, fewer than the block's M.
         calls: the block's calls with the calibration batches; a mask by head is cut with the heads.
-        targets: what the output projection should put out in each call, (B, Q, C).
+        targets: by path of each output layer, what it should put out in each call, (B, Q, C).
         options: how.
 
     Returns:
-        |error|² / |target|², about the means, where the refit starts and where it ends.
+        |error|² / |target|², about the means, of the merged heads and of the fitted ones.
 
     Raises:
         ValueError: the block is of a kind that cannot be squeezed.
     """
     check_can_be_squeezed(model, name, options.queries)
     module: Any = model.get_submodule(name)
-    (output,) = output_layers(module).values()
-    before, width = module.heads, module.inner_dim // module.heads
-    query, key, value = (_by_head(getattr(module, layer), before) for layer in _LAYERS)
-    outputs = output.weight.detach().T.unflatten(0, (before, -1)).double()  # W^O, (M, d, C)
+    layout, before, width = layout_of(module), module.heads, module.inner_dim // module.heads
+    projections = list(output_layers(module).values())
+    query, key = (_by_head(layer, before) for layer in (module.to_q, module.to_k))
+    value = torch.cat([_by_head(getattr(module, layer), before) for layer in layout.values], 1)
+    # W^O of all streams side by side, (M, d, C)
+    outputs = torch.cat([p.weight.detach().T.unflatten(0, (before, width)) for p in projections], 2).double()
 
-    seen = _look(model, name, calls, outputs, options.queries == "factor")
+    seen = _look(model, name, calls, options.queries == "factor")
     groups = members(_plan(seen.records, heads, options.pairing), before)
     selected = select_heads(groups, seen.movements)
     cut_heads(model, name, torch.tensor(selected))
@@ -110,40 +136,100 @@ def squeeze_attention(
         grams = seen.query_inputs.gram, seen.key_inputs.centred().gram
         for j, group in enumerate(groups):
             shares = seen.movements[list(group)] / seen.movements[list(group)].sum()
-            merged = factor_queries_keys(query[list(group)], key[list(group), :-1], shares, *grams, width)
-            _write_head(module.to_q, j, merged[0])
-            _write_head(module.to_k, j, torch.cat([merged[1], merged[1].new_zeros(1, width)]))
+            merged_query, merged_key = factor_queries_keys(
+                query[list(group)], key[list(group)], shares, *grams, width
+            )
+            _write_head(module.to_q, j, merged_query)
+            _write_head(module.to_k, j, merged_key)
 
-    moments = _moments(model, name, calls, targets, options.rows)
-    fitted = moments if output.bias is None else moments.centred()
-    inputs = value.shape[1] - 1
-    blocks = fitted.gram.unflatten(0, (heads, inputs)).unflatten(2, (heads, inputs))
-    own = torch.stack([blocks[j, :, j] for j in range(heads)])
-    values, outputs = merge_values(value[:, :-1], outputs, groups, own, width)
-    started = fitted.loss((values @ outputs).flatten(0, 1))
-    values, outputs, _ = refit_heads(fitted, values, outputs, options.rounds)
+    seen_again = partial(_features, model, name, calls, targets, options.rows)
+    if len(projections) == 1:
+        return _fit_values_and_output(module, seen_again, value, outputs, groups, options.rounds)
+    return _fit_outputs(module, seen_again, value, outputs, groups)
 
-    circuits = (values @ outputs).flatten(0, 1)
-    for j in range(heads):
-        _write_head(module.to_v, j, torch.cat([values[j], values.new_zeros(1, width)]))
-    output.weight.data.copy_(outputs.flatten(0, 1).T)
-    if output.bias is not None:
-        # What the values' biases add is the same for every query: it is in here.
-        output.bias.data.copy_(moments.constant(circuits))
-    energy = float(fitted.energy)
-    return started / energy, fitted.loss(circuits) / energy
+
+def layout_of(module: Any) -> Layout:
+    """The layers of an attention block by stream."""
+    order, paths = streams(module), list(output_layers(module))
+    names = {MAIN: "to_v", CONTEXT: "add_v_proj"}
+    if getattr(module, "add_q_proj", None) is not None:  # two streams with projections of their own
+        return Layout(
+            tuple(names[stream] for stream in order), dict(zip(paths, ((MAIN,), (CONTEXT,)), strict=False))
+        )
+    return Layout(("to_v",), {paths[0]: order})
 
 
 def check_can_be_squeezed(model: nn.Module, name: str, queries: Queries = "select") -> None:
     """Raise ValueError unless the heads of that block can be squeezed so."""
     check_heads_can_be_cut(model, name)
     module: Any = model.get_submodule(name)
-    if streams(module) != (MAIN,) or getattr(module, "add_k_proj", None) is not None:
-        raise ValueError(f"attention block `{name}` joins two streams, whose heads cannot be squeezed yet")
-    if queries == "factor" and getattr(module, "norm_q", None) is not None:
+    if passes(module) != (MAIN,):
+        raise ValueError(f"attention block `{name}` attends twice, to text and image: it cannot be squeezed")
+    if queries == "factor" and (
+        getattr(module, "norm_q", None) is not None
+        or layout_of(module) != Layout(("to_v",), {"to_out.0": (MAIN,)})
+    ):
         raise ValueError(
-            f"attention block `{name}` normalises its queries; take `select` instead of `factor`"
+            f"attention block `{name}` normalises its queries or joins two streams; "
+            "take `select` instead of `factor`"
         )
+
+
+# --- fitting ------------------------------------------------------------------------------------------------
+
+
+def _fit_values_and_output(
+    module: Any, seen: Features, value: Tensor, outputs: Tensor, groups: Round, rounds: int
+) -> tuple[float, float]:
+    """Fit values and the one output layer of a block whose queries and keys are there already."""
+    (projection,) = output_layers(module).values()
+    heads, inputs, width = len(groups), value.shape[1], value.shape[2]
+    moments = Moments.zeros(heads * inputs, projection.out_features, value.device)
+    for _, features, target in seen():
+        moments.add(features.flatten(1), target)
+    fitted = moments if projection.bias is None else moments.centred()
+    blocks = fitted.gram.unflatten(0, (heads, inputs)).unflatten(2, (heads, inputs))
+    own = torch.stack([blocks[j, :, j] for j in range(heads)])
+    values, merged = merge_values(value, outputs, groups, own, width)
+    started = fitted.loss((values @ merged).flatten(0, 1))
+    values, merged, _ = refit_heads(fitted, values, merged, rounds)
+    circuits = (values @ merged).flatten(0, 1)
+    _write_values(module, values)
+    _write_output(projection, merged.flatten(0, 1), moments.constant(circuits))
+    return started / float(fitted.energy), fitted.loss(circuits) / float(fitted.energy)
+
+
+def _fit_outputs(
+    module: Any, seen: Features, value: Tensor, outputs: Tensor, groups: Round
+) -> tuple[float, float]:
+    """Merge the values of a block whose queries and keys are there already, and fit each of its output layers."""
+    heads, inputs, width = len(groups), value.shape[1], value.shape[2]
+    own = value.new_zeros(heads, inputs, inputs)
+    for _, features, _ in seen():
+        by_head = features.transpose(0, 1).double()
+        own += by_head.mT @ by_head
+    values, merged = merge_values(value, outputs, groups, own, width)
+    _write_values(module, values)
+
+    projections = output_layers(module)
+    moments = {
+        path: Moments.zeros(heads * width, layer.out_features, value.device)
+        for path, layer in projections.items()
+    }
+    for path, features, target in seen():
+        mixed = torch.einsum("rjc,jcd->rjd", features.double(), values)
+        moments[path].add(mixed.flatten(1), target)
+    started = lost = energy = 0.0
+    parts = merged.flatten(0, 1).split([layer.out_features for layer in projections.values()], 1)
+    for (path, layer), before in zip(projections.items(), parts, strict=True):
+        fitted = moments[path] if layer.bias is None else moments[path].centred()
+        gram = fitted.gram.clone()
+        gram.diagonal().add_(ridge(gram, RIDGE))
+        weight = solve(gram, fitted.cross)
+        _write_output(layer, weight, moments[path].constant(weight))
+        started, lost = started + fitted.loss(before), lost + fitted.loss(weight)
+        energy += float(fitted.energy)
+    return started / energy, lost / energy
 
 
 # --- passes over the calls ----------------------------------------------------------------------------------
@@ -151,8 +237,8 @@ def check_can_be_squeezed(model: nn.Module, name: str, queries: Queries = "selec
 
 def _runs(
     model: nn.Module, name: str, calls: Sequence[Call]
-) -> Iterator[tuple[AttentionRecord, dict[str, Tensor]]]:
-    """The block's record of each call, and the inputs (B, tokens, c) of its projections by their names."""
+) -> Iterator[tuple[dict[str, AttentionRecord], dict[str, Tensor]]]:
+    """The block's records of each call by suffix, and the inputs (B, tokens, c) of its layers by their names."""
     module: Any = model.get_submodule(name)
     inputs: dict[str, Tensor] = {}
 
@@ -161,34 +247,37 @@ def _runs(
 
     with ExitStack() as stack:
         capture = stack.enter_context(AttentionCapture(model, [name]))
-        for layer in _LAYERS:
-            handle = getattr(module, layer).register_forward_pre_hook(partial(keep, layer))
-            stack.enter_context(handle)
+        for layer, linear in input_layers(module).items():
+            stack.enter_context(linear.register_forward_pre_hook(partial(keep, layer)))
         for call in calls:
             module(*call.args, **call.kwargs)
-            yield capture.records[name], dict(inputs)
+            yield {key.removeprefix(name): record for key, record in capture.records.items()}, dict(inputs)
 
 
-def _look(model: nn.Module, name: str, calls: Sequence[Call], outputs: Tensor, factor: bool) -> Sights:
+def _look(model: nn.Module, name: str, calls: Sequence[Call], factor: bool) -> Sights:
     """Run the block with all its heads."""
     module: Any = model.get_submodule(name)
-    grams = outputs @ outputs.mT
-    seen = Sights(torch.zeros(len(outputs), dtype=torch.float64, device=outputs.device), [])
-    for record, inputs in _runs(model, name, calls):
-        for samples in _samples(record, record.key.shape[2]):
-            part = record.of_samples(samples)
-            seen.movements += head_movements(part.maps(), part.value.to(part.maps().dtype), grams)
-        have = sum(len(each.query) for each in seen.records)
+    device = module.to_q.weight.device
+    seen = Sights(torch.zeros(module.heads, dtype=torch.float64, device=device), [])
+    for records, inputs in _runs(model, name, calls):
+        for record in records.values():
+            weight = record.output_weight.detach().double().T.unflatten(0, (record.heads, -1))  # (M, d, C)
+            grams = weight @ weight.mT
+            for samples in _samples(record, record.key.shape[2]):
+                maps = record.of_samples(samples).maps()
+                seen.movements += head_movements(maps, record.value[samples].to(maps.dtype), grams)
+        have = sum(len(record.query) for record in seen.records)
         if have < _MATCHED_ON:
-            seen.records.append(record.of_samples(slice(_MATCHED_ON - have)))
+            seen.records.append(records[MAIN].of_samples(slice(_MATCHED_ON - have)))
         if factor:
             if seen.query_inputs is None or seen.key_inputs is None:
-                width = module.to_q.in_features, module.to_k.in_features
-                seen.query_inputs = Moments.zeros(width[0] + 1, 1, outputs.device)
-                seen.key_inputs = Moments.zeros(width[1], 1, outputs.device)
-            queries, keys = inputs["to_q"].flatten(0, 1), inputs["to_k"].flatten(0, 1)
-            seen.query_inputs.add(_with_one(queries), queries[:, :1])
-            seen.key_inputs.add(keys, keys[:, :1])
+                seen.query_inputs, seen.key_inputs = (
+                    Moments.zeros(layer.in_features + (layer.bias is not None), 1, device)
+                    for layer in (module.to_q, module.to_k)
+                )
+            for layer, moments in (("to_q", seen.query_inputs), ("to_k", seen.key_inputs)):
+                rows = _with_one(getattr(module, layer), inputs[layer]).flatten(0, 1)
+                moments.add(rows, rows[:, :1])
     return seen
 
 
@@ -205,50 +294,78 @@ def _map_stream(record: AttentionRecord) -> MapStream:
     return stream(shape, lambda part: record.of_samples(part[0]).logits(rows=part[1]), record.query.device)
 
 
-def _moments(
-    model: nn.Module, name: str, calls: Sequence[Call], targets: Sequence[Tensor], rows: int | None
-) -> Moments:
-    """Moments of the features F_j = A'_j H of all heads side by side, and the targets."""
+def _features(
+    model: nn.Module,
+    name: str,
+    calls: Sequence[Call],
+    targets: Mapping[str, Sequence[Tensor]],
+    rows: int | None,
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """See `Features`; H has a 1 appended where the values have a bias."""
     module: Any = model.get_submodule(name)
-    moments = Moments.zeros(module.heads * module.to_v.in_features, targets[0].shape[-1], targets[0].device)
-    drawn = torch.Generator().manual_seed(0)
-    for (record, inputs), target in zip(_runs(model, name, calls), targets, strict=True):
-        count = record.query.shape[2]
-        index = None if rows is None or rows >= count else torch.randperm(count, generator=drawn)[:rows]
-        wanted = target if index is None else target[:, index.to(target.device)]
-        for samples in _samples(record, max(record.key.shape[2], module.to_v.in_features)):
-            maps = record.of_samples(samples).maps(rows=None if index is None else index.to(target.device))
-            features = maps @ inputs["to_v"][samples, None].to(maps.dtype)  # (B, N, Q, c)
-            moments.add(features.transpose(1, 2).flatten(2).flatten(0, 1), wanted[samples].flatten(0, 1))
-    return moments
+    layout, drawn = layout_of(module), torch.Generator().manual_seed(0)
+    for number, (records, inputs) in enumerate(_runs(model, name, calls)):
+        made_from = [_with_one(getattr(module, layer), inputs[layer]) for layer in layout.values]
+        for path, suffixes in layout.outputs.items():
+            of_stream = [records[suffix] for suffix in suffixes]
+            parts = targets[path][number].split([record.query.shape[2] for record in of_stream], 1)
+            for record, target in zip(of_stream, parts, strict=True):
+                count = target.shape[1]
+                index = torch.randperm(count, generator=drawn)[: rows or count].to(target.device)
+                widest = max(record.key.shape[2], sum(each.shape[2] for each in made_from))
+                for samples in _samples(record, widest, len(index)):
+                    maps = record.of_samples(samples).maps(rows=index)
+                    split = maps.split([each.shape[1] for each in made_from], 3)
+                    features = [
+                        a @ h[samples, None].to(a.dtype) for a, h in zip(split, made_from, strict=True)
+                    ]
+                    joined = torch.cat(features, 3).transpose(1, 2)  # (samples, rows, N, c)
+                    yield path, joined.flatten(0, 1), target[samples][:, index].flatten(0, 1)
 
 
-def _samples(record: AttentionRecord, width: int) -> list[slice]:
-    """Samples that fit into memory together, with tensors of (heads, Q, width) each."""
-    batch, heads, rows, _ = record.query.shape
-    return cut(batch, max(1, _AT_ONCE // (heads * rows * width)))
+def _samples(record: AttentionRecord, width: int, rows: int | None = None) -> list[slice]:
+    """Samples that fit into memory together, with tensors of (heads, rows, width) each."""
+    batch, heads, count, _ = record.query.shape
+    return cut(batch, max(1, _AT_ONCE // (heads * (rows or count) * width)))
 
 
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def _with_one(rows: Tensor) -> Tensor:
-    return torch.cat([rows, rows.new_ones(len(rows), 1)], 1)
+def _with_one(linear: nn.Linear, inputs: Tensor) -> Tensor:
+    """What a layer's weight and bias multiply: its inputs, with a 1 where it has a bias."""
+    if linear.bias is None:
+        return inputs
+    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], -1)
 
 
 def _by_head(linear: nn.Linear, heads: int) -> Tensor:
-    """A projection's weight and bias as they multiply [H, 1] from the right, (heads, c + 1, d), float64."""
-    bias = linear.weight.new_zeros(linear.out_features) if linear.bias is None else linear.bias
-    both = torch.cat([linear.weight, bias[:, None]], 1).detach().double()
-    return both.unflatten(0, (heads, -1)).mT
+    """A layer's weight and bias as they multiply `_with_one` from the right, (heads, c, d), float64."""
+    parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
+    return torch.cat(parts, 1).detach().double().unflatten(0, (heads, -1)).mT
 
 
 def _write_head(linear: nn.Linear, head: int, weight: Tensor) -> None:
-    """Set the rows of one head from (c + 1, d)."""
+    """The rows of one head from what `_by_head` gives of it."""
     rows = slice(head * weight.shape[1], (head + 1) * weight.shape[1])
-    linear.weight.data[rows] = weight[:-1].T.to(linear.weight)
+    linear.weight.data[rows] = weight[: linear.in_features].T.to(linear.weight)
     if linear.bias is not None:
         linear.bias.data[rows] = weight[-1].to(linear.bias)
+
+
+def _write_values(module: Any, values: Tensor) -> None:
+    """Values of all heads (N, c, d), of all layers that make them one after the other."""
+    layers = [getattr(module, layer) for layer in layout_of(module).values]
+    sizes = [layer.in_features + (layer.bias is not None) for layer in layers]
+    for head, of_head in enumerate(values):
+        for layer, weight in zip(layers, of_head.split(sizes), strict=True):
+            _write_head(layer, head, weight)
+
+
+def _write_output(linear: nn.Linear, weight: Tensor, constant: Tensor) -> None:
+    linear.weight.data.copy_(weight.T)
+    if linear.bias is not None:
+        linear.bias.data.copy_(constant)
 
 
 def _cut_mask(call: Call, heads: int, kept: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -128,23 +129,28 @@ def compress(
 
     predicted: tuple[list[Tensor], list[Tensor]] = [], []
     sites = {_student_site(student, name): name for name in wanted}
-    teacher_sites = [_teacher_site(teacher, _origin(name, origins)) for name in wanted]
+    sources = {name: _teacher_sites(teacher, _origin(name, origins)) for name in wanted}
     with (
-        Lockstep(teacher, teacher_sites, _passes(teacher, held, predict, predicted[0])) as teacher_walk,
+        Lockstep(
+            teacher, chain(*sources.values()), _passes(teacher, held, predict, predicted[0])
+        ) as teacher_walk,
         Lockstep(student, sites, _passes(student, held, predict, predicted[1])) as walk,
     ):
         while calls := walk.advance():
-            teacher_calls = teacher_walk.advance()
             name = sites[calls[0].name]
+            targets: dict[str, list[Tensor]] = {}
+            for _ in sources[name]:  # the layers that put out what the module does, one of each stream
+                teacher_calls = teacher_walk.advance()
+                layer = teacher_calls[0].name
+                outputs = [teacher.get_submodule(layer)(*call.args) for call in teacher_calls]
+                targets[layer.removeprefix(f"{_origin(name, origins)}.")] = outputs
             if shape(student)[name] == wanted[name]:
                 continue  # a module that runs twice
-            projection = teacher.get_submodule(teacher_calls[0].name)
-            targets = [projection(*call.args) for call in teacher_calls]
             what: Literal["heads", "neurons"]
             if name in feed_forwards(student):
                 what, fit = (
                     "neurons",
-                    squeeze_feed_forward(student.get_submodule(name), wanted[name], calls, targets),
+                    squeeze_feed_forward(student.get_submodule(name), wanted[name], calls, *targets.values()),
                 )
             else:
                 what, fit = "heads", squeeze_attention(student, name, wanted[name], calls, targets, options)
@@ -229,12 +235,11 @@ def _student_site(model: nn.Module, name: str) -> str:
     return f"{name}.net.2" if name in feed_forwards(model) else name
 
 
-def _teacher_site(model: nn.Module, name: str) -> str:
-    """The layer that puts out what the squeezed module should put out."""
+def _teacher_sites(model: nn.Module, name: str) -> list[str]:
+    """The layers that put out what the squeezed module should put out, one of each stream."""
     if name in feed_forwards(model):
-        return f"{name}.net.2"
-    (path,) = output_layers(model.get_submodule(name))
-    return f"{name}.{path}"
+        return [f"{name}.net.2"]
+    return [f"{name}.{path}" for path in output_layers(model.get_submodule(name))]
 
 
 def _origin(name: str, origins: Mapping[str, str]) -> str:

@@ -19,6 +19,7 @@ from diffusers.models.modeling_utils import LegacyModelMixin
 from torch import Tensor, nn
 
 from shd_diffusion.attention import attention_blocks
+from shd_diffusion.attention.blocks import processor_name
 from shd_diffusion.models import dit, mdtv2
 
 PREFIX = "Squeezed"
@@ -127,6 +128,10 @@ def check_heads_can_be_cut(model: nn.Module, name: str) -> None:
         raise ValueError(f"attention block `{name}` is a {kind} of a layout whose heads cannot be squeezed")
     if getattr(module, "fused_projections", False):
         raise ValueError(f"attention block `{name}` has fused projections; call unfuse_qkv_projections()")
+    if "AddedKV" in processor_name(module):
+        raise ValueError(
+            f"attention block `{name}` has a processor of fixed width: its heads cannot be squeezed"
+        )
     if module.to_k.out_features != module.to_q.out_features:
         raise ValueError(f"attention block `{name}` shares keys among heads, which cannot be squeezed")
     for norm in ("norm_q", "norm_k"):
