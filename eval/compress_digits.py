@@ -15,7 +15,7 @@ import typer
 
 from shd_diffusion.compression import compress
 from shd_diffusion.compression.attention import HeadOptions
-from shd_diffusion.compression.compress import Batch, Counts
+from shd_diffusion.compression.compress import Batch
 from shd_diffusion.config import TrainTeacherConfig, read_run_config
 from shd_diffusion.data import build_source, reference_images
 from shd_diffusion.environment import describe_environment
@@ -28,7 +28,7 @@ from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 from shd_diffusion.sampling.stage import sample_pipeline
 
-# heads, share of the neurons, blocks; what is left out stays as it is
+# Arguments of `compress`.
 CASES: dict[str, dict[str, Any]] = {
     "teacher": {},
     "6 heads": {"heads": 6},
@@ -40,6 +40,7 @@ CASES: dict[str, dict[str, Any]] = {
     "1 head": {"heads": 1},
     "a quarter of the neurons": {"neurons": 0.25},
     "4 heads, a quarter of the neurons": {"heads": 4, "neurons": 0.25},
+    "6 wider heads, plain": {"heads": 6, "plain": True},
     "5 blocks": {"blocks": 5},
     "4 blocks": {"blocks": 4},
 }
@@ -77,11 +78,10 @@ def main(
     for name in case or list(CASES):
         pipeline = ClassConditionalPipeline.from_pretrained(RunFolder(run).pipeline)
         teacher = pipeline.denoiser
-        counts: dict[str, Counts] = CASES[name]
         batches = calibration(config, images, batch, seed, null_label(teacher))
         began = time.perf_counter()
         options = HeadOptions(pairing=pairing, queries=queries)  # type: ignore[arg-type]
-        found = compress(teacher, batches, predict, **counts, options=options)  # type: ignore[arg-type]
+        found = compress(teacher, batches, predict, options=options, **CASES[name])
         seconds = time.perf_counter() - began
         pipeline.register_modules(denoiser=found.model)
         with TemporaryDirectory() as folder:

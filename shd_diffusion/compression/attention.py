@@ -16,9 +16,11 @@ from shd_diffusion.attention.blocks import CONTEXT, MAIN, passes, streams
 from shd_diffusion.compression.lockstep import Call
 from shd_diffusion.models.squeezed import (
     check_heads_can_be_cut,
+    check_heads_can_be_widened,
     cut_heads,
     input_layers,
     output_layers,
+    widen_heads,
 )
 from shd_diffusion.squeezing import match_merges, plan_merges
 from shd_diffusion.squeezing.chunks import MapStream, cut, stream
@@ -52,12 +54,14 @@ class HeadOptions:
         queries: `select` (`select_heads`) or `factor` (`factor_queries_keys`).
         rounds: of the refit.
         rows: query rows of each sample that the refit sees, drawn at random; None for all.
+        head_dim: of the heads that stay; None: as the teacher's.
     """
 
     pairing: Pairing = "matched"
     queries: Queries = "select"
     rounds: int = 4
     rows: int | None = None
+    head_dim: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +121,7 @@ def squeeze_attention(
     Raises:
         ValueError: the block is of a kind that cannot be squeezed.
     """
-    check_can_be_squeezed(model, name, options.queries)
+    check_can_be_squeezed(model, name, options)
     module: Any = model.get_submodule(name)
     layout, before, width = layout_of(module), module.heads, module.inner_dim // module.heads
     projections = list(output_layers(module).values())
@@ -130,6 +134,9 @@ def squeeze_attention(
     groups = members(_plan(seen.records, heads, options.pairing), before)
     selected = select_heads(groups, seen.movements)
     cut_heads(model, name, torch.tensor(selected))
+    wider = options.head_dim or width
+    if wider != width:
+        widen_heads(model, name, wider)
     for call in calls:
         _cut_mask(call, before, selected)
     if seen.query_inputs is not None and seen.key_inputs is not None:
@@ -137,15 +144,16 @@ def squeeze_attention(
         for j, group in enumerate(groups):
             shares = seen.movements[list(group)] / seen.movements[list(group)].sum()
             merged_query, merged_key = factor_queries_keys(
-                query[list(group)], key[list(group)], shares, *grams, width
+                query[list(group)], key[list(group)], shares, *grams, wider
             )
-            _write_head(module.to_q, j, merged_query)
+            # attention divides the logits by the root of the width
+            _write_head(module.to_q, j, merged_query * (wider / width) ** 0.5)
             _write_head(module.to_k, j, merged_key)
 
     seen_again = partial(_features, model, name, calls, targets, options.rows)
     if len(projections) == 1:
-        return _fit_values_and_output(module, seen_again, value, outputs, groups, options.rounds)
-    return _fit_outputs(module, seen_again, value, outputs, groups)
+        return _fit_values_and_output(module, seen_again, value, outputs, groups, wider, options.rounds)
+    return _fit_outputs(module, seen_again, value, outputs, groups, wider)
 
 
 def layout_of(module: Any) -> Layout:
@@ -159,13 +167,20 @@ def layout_of(module: Any) -> Layout:
     return Layout(("to_v",), {paths[0]: order})
 
 
-def check_can_be_squeezed(model: nn.Module, name: str, queries: Queries = "select") -> None:
+def check_can_be_squeezed(model: nn.Module, name: str, options: HeadOptions) -> None:
     """Raise ValueError unless the heads of that block can be squeezed so."""
     check_heads_can_be_cut(model, name)
     module: Any = model.get_submodule(name)
     if passes(module) != (MAIN,):
         raise ValueError(f"attention block `{name}` attends twice, to text and image: it cannot be squeezed")
-    if queries == "factor" and (
+    width = module.inner_dim // module.heads
+    if options.head_dim is not None and options.head_dim != width:
+        check_heads_can_be_widened(model, name)
+        if options.head_dim < width:
+            raise ValueError(
+                f"attention block `{name}` has heads of width {width}, not to become {options.head_dim}"
+            )
+    if options.queries == "factor" and (
         getattr(module, "norm_q", None) is not None
         or layout_of(module) != Layout(("to_v",), {"to_out.0": (MAIN,)})
     ):
@@ -179,11 +194,11 @@ def check_can_be_squeezed(model: nn.Module, name: str, queries: Queries = "selec
 
 
 def _fit_values_and_output(
-    module: Any, seen: Features, value: Tensor, outputs: Tensor, groups: Round, rounds: int
+    module: Any, seen: Features, value: Tensor, outputs: Tensor, groups: Round, width: int, rounds: int
 ) -> tuple[float, float]:
     """Fit values and the one output layer of a block whose queries and keys are there already."""
     (projection,) = output_layers(module).values()
-    heads, inputs, width = len(groups), value.shape[1], value.shape[2]
+    heads, inputs = len(groups), value.shape[1]
     moments = Moments.zeros(heads * inputs, projection.out_features, value.device)
     for _, features, target in seen():
         moments.add(features.flatten(1), target)
@@ -200,10 +215,10 @@ def _fit_values_and_output(
 
 
 def _fit_outputs(
-    module: Any, seen: Features, value: Tensor, outputs: Tensor, groups: Round
+    module: Any, seen: Features, value: Tensor, outputs: Tensor, groups: Round, width: int
 ) -> tuple[float, float]:
     """Merge the values of a block whose queries and keys are there already, and fit each of its output layers."""
-    heads, inputs, width = len(groups), value.shape[1], value.shape[2]
+    heads, inputs = len(groups), value.shape[1]
     own = value.new_zeros(heads, inputs, inputs)
     for _, features, _ in seen():
         by_head = features.transpose(0, 1).double()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any, Literal, TypeAlias
 
@@ -84,6 +84,7 @@ def compress(
     neurons: Counts = None,
     blocks: int | None = None,
     options: HeadOptions | None = None,
+    plain: bool = False,
     report: Callable[[Part], object] = lambda part: None,
 ) -> CompressedModel:
     """Make a model of fewer blocks, heads and neurons from a teacher's weights, without training.
@@ -101,12 +102,17 @@ def compress(
         neurons: of the feed-forward layers.
         blocks: how many stay; None for all.
         options: how heads are squeezed.
+        plain: the result is of the teacher's own class. Its heads are then as much wider as there are fewer, their
+            queries and keys factored; neurons stay.
         report: is told of every part when it is done.
 
     Raises:
         ValueError: counts that are not there, blocks that cannot be squeezed, or no batches.
     """
     options = options or HeadOptions()
+    plain_shape = _plain_shape(teacher, heads, neurons) if plain else {}
+    if plain_shape:
+        options = replace(options, queries="factor", head_dim=plain_shape["attention_head_dim"])
     held = list(batches)
     if not held:
         raise ValueError("there are no calibration batches")
@@ -123,7 +129,7 @@ def compress(
         origins = _squeeze_depth(student, blocks, _passes(student, held, predict, []), tell)
     stock = shape(student)
     wanted = wanted_heads(student, heads, options) | wanted_neurons(student, neurons)
-    if wanted:
+    if wanted and not plain:
         kind: Any = type(student)
         squeezed_class(kind)  # refuses a class that cannot be saved, before anything is computed
 
@@ -156,7 +162,14 @@ def compress(
                 what, fit = "heads", squeeze_attention(student, name, wanted[name], calls, targets, options)
             tell(Part(_origin(name, origins), what, stock[name], wanted[name], *fit))
         teacher_walk.advance()
-    declare_shape(student, stock)
+    if plain_shape:
+        if idle := [name for name, count in wanted.items() if shape(student)[name] != count]:
+            raise ValueError(
+                f"`{idle[0]}` runs with no calibration batch, so the class cannot stay; leave `plain` out"
+            )
+        student.register_to_config(**plain_shape)
+    else:
+        declare_shape(student, stock)
     error = sum(float((a - b).double().square().sum()) for a, b in zip(*predicted, strict=True))
     energy = sum(float(a.double().square().sum()) for a in predicted[0])
     return CompressedModel(student, tuple(parts), error / energy)
@@ -180,7 +193,7 @@ def wanted_heads(model: nn.Module, heads: Counts, options: HeadOptions) -> dict[
     for name in found:
         if (reason := blocks[name].reason) is not None:
             raise ValueError(f"attention block `{name}`: {reason}")
-        check_can_be_squeezed(model, name, options.queries)
+        check_can_be_squeezed(model, name, options)
     return found
 
 
@@ -191,6 +204,28 @@ def wanted_neurons(model: nn.Module, counts: Counts) -> dict[str, int]:
         ValueError: counts that are not there.
     """
     return _wanted({name: neurons(layer) for name, layer in feed_forwards(model).items()}, counts, "neurons")
+
+
+def _plain_shape(model: ModelMixin, heads: Counts, neurons: Counts) -> dict[str, int]:
+    """The config entries of a model of the same class with fewer, wider heads; none where heads stay.
+
+    Raises:
+        ValueError: no config of the class says it.
+    """
+    if neurons is not None:
+        raise ValueError("no config of the class has fewer neurons; leave `neurons` out or `plain`")
+    if heads is None:
+        return {}
+    keys = ("num_attention_heads", "attention_head_dim")
+    count, width = (model.config.get(key) for key in keys)
+    blocks = attention_blocks(model).values()
+    equal = all((block.heads, block.head_dim) == (count, width) for block in blocks)
+    if not isinstance(heads, int) or not equal or count * width % heads:
+        raise ValueError(
+            f"no config of {type(model).__name__} has {heads} heads in its width; "
+            "give one number that divides it, or leave `plain` out"
+        )
+    return dict(zip(keys, (heads, count * width // heads), strict=True))
 
 
 def _wanted(have: Mapping[str, int], counts: Counts, what: str) -> dict[str, int]:

@@ -170,6 +170,56 @@ def cut_heads(model: nn.Module, name: str, kept: Tensor) -> None:
         module.sliceable_head_dim = len(kept)
 
 
+def widen_heads(model: nn.Module, name: str, width: int) -> None:
+    """Give the heads of an attention block more channels, all 0, in place: it computes the same function.
+
+    Queries grow by √(new width / old width), since attention divides logits by the root of the width.
+
+    Args:
+        model: the model around the block.
+        name: module path of the block.
+        width: channels of a head, at least as many as it has.
+
+    Raises:
+        ValueError: its queries are normalised or rotated, so that the function would be another one.
+    """
+    check_heads_can_be_widened(model, name)
+    module: Any = model.get_submodule(name)
+    heads, before = module.heads, module.inner_dim // module.heads
+    missing = width - before
+    for layer, linear in input_layers(module).items():
+        factor = (width / before) ** 0.5 if layer in ("to_q", "add_q_proj") else 1.0
+        for key, parameter in linear.named_parameters():
+            by_head = parameter.detach().unflatten(0, (heads, before)) * factor
+            shape = by_head.shape[0], missing, *by_head.shape[2:]
+            wider = torch.cat([by_head, by_head.new_zeros(shape)], 1).flatten(0, 1)
+            setattr(linear, key, nn.Parameter(wider, requires_grad=parameter.requires_grad))
+        linear.out_features = heads * width
+    for linear in output_layers(module).values():
+        by_head = nn.functional.pad(linear.weight.detach().unflatten(1, (heads, before)), (0, missing))
+        linear.weight = nn.Parameter(by_head.flatten(1), requires_grad=linear.weight.requires_grad)
+        linear.in_features = heads * width
+    module.inner_dim = heads * width
+    if hasattr(module, "inner_kv_dim"):
+        module.inner_kv_dim = heads * width
+    if hasattr(module, "scale"):
+        module.scale = width**-0.5
+
+
+def check_heads_can_be_widened(model: nn.Module, name: str) -> None:
+    """Raise ValueError unless the heads of that block can have another width."""
+    check_heads_can_be_cut(model, name)
+    module: Any = model.get_submodule(name)
+    rotates = any(
+        "rotary" in parameter for parameter in inspect.signature(module.processor.__call__).parameters
+    )
+    if rotates or getattr(module, "norm_q", None) is not None or not getattr(module, "scale_qk", True):
+        raise ValueError(
+            f"attention block `{name}` normalises, rotates or does not scale its queries: heads of another width "
+            "compute something else"
+        )
+
+
 def cut_neurons(layer: FeedForward, kept: Tensor) -> None:
     """Leave a feed-forward layer only some of its neurons, with their weights, in place.
 

@@ -228,6 +228,41 @@ def test_the_blocks_that_matter_least_leave_and_the_class_stays(tmp_path):
     assert shape(both.model)["transformer_blocks.1.attn1"] == 2
 
 
+@pytest.mark.parametrize("name", ["dit", "mdtv2 masked", "pixart"])
+def test_plain_models_are_of_the_teachers_class(name, tmp_path):
+    family = FAMILIES[name]
+    teacher = family.build()
+    found = compress(teacher, batches_of(family), run_family, heads=2, plain=True)
+    assert type(found.model) is type(teacher)
+    assert (found.model.config["num_attention_heads"], found.model.config["attention_head_dim"]) == (2, 12)
+    found.model.save_pretrained(tmp_path)
+    loaded = type(teacher).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(
+        output(loaded(**family.draw(9))), output(found.model(**family.draw(9))), rtol=0, atol=0
+    )
+    assert found.lost < 0.1
+
+
+def test_a_plain_model_needs_every_block_to_run():
+    family = FAMILIES["mdtv2"]  # whose side block runs in masked passes only
+    with pytest.raises(ValueError, match=r"`side_block.attn` runs with no calibration batch"):
+        compress(family.build(), batches_of(family), run_family, heads=2, plain=True)
+    found = compress(family.build(), batches_of(family), run_family, heads=2)
+    assert shape(found.model)["side_block.attn"] == 3
+
+
+def test_a_merge_in_wide_heads_of_heads_with_the_same_maps_loses_nothing():
+    teacher = random_dit(4)
+    for block in teacher.transformer_blocks:
+        for layer in (block.attn1.to_q, block.attn1.to_k):
+            for each in (layer.weight, layer.bias):
+                by_head = each.data.unflatten(0, (4, 8))
+                by_head[1::2] = by_head[::2].clone()
+    options = HeadOptions(pairing="adjacent")
+    found = compress(teacher, dit_batches(8, 16), run_dit, heads=2, plain=True, options=options)
+    assert max(part.lost for part in found.parts) < 1e-6 and found.lost < 1e-6
+
+
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
@@ -236,6 +271,8 @@ def test_the_blocks_that_matter_least_leave_and_the_class_stays(tmp_path):
         ({"neurons": 1.5}, "a share of 1.5 neurons"),
         ({"neurons": 0}, "cannot become 0"),
         ({"blocks": 3}, "has 2 blocks, which cannot become 3"),
+        ({"heads": 3, "plain": True}, "no config of DiTTransformer2DModel has 3 heads in its width"),
+        ({"neurons": 0.5, "plain": True}, "no config of the class has fewer neurons"),
     ],
 )
 def test_wrong_counts_are_named(wrong, message):

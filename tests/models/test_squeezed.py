@@ -20,6 +20,7 @@ from shd_diffusion.models.squeezed import (
     feed_forwards,
     shape,
     squeezed_class,
+    widen_heads,
 )
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 
@@ -46,6 +47,25 @@ def test_all_heads_in_another_order_are_the_same_function(name):
     assert cut
     # sums in another order, in float32
     torch.testing.assert_close(output(model(**family.draw())), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["dit", "mdtv2", "pixart", "unet2d-condition"])
+def test_wider_heads_are_the_same_function(name):
+    family = FAMILIES[name]
+    model = family.build()
+    expected = output(model(**family.draw()))
+    for block in attention_blocks(model).values():
+        widen_heads(model, block.name, block.head_dim + 3)
+    assert all(block.head_dim in (11, 19) for block in attention_blocks(model).values())
+    torch.testing.assert_close(output(model(**family.draw())), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("name", "block"), [("hunyuan-dit", "blocks.0.attn1"), ("flux", "transformer_blocks.0.attn")]
+)
+def test_rotated_or_normalised_heads_are_not_widened(name, block):
+    with pytest.raises(ValueError, match="heads of another width"):
+        widen_heads(FAMILIES[name].build(), block, 16)
 
 
 def test_a_squeezed_model_is_built_by_its_config_alone():
