@@ -35,7 +35,7 @@ Predict: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
 """What a model predicts for a batch."""
 
 Counts: TypeAlias = int | float | Mapping[str, int] | None
-"""A count for every module, a share of what each has, counts by module path (others stay), or None: all."""
+"""A count for every module, a share of what each has, counts by module path in the teacher, or None: all of them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +116,10 @@ def compress(
     held = list(batches)
     if not held:
         raise ValueError("there are no calibration batches")
+    asked = wanted_heads(teacher, heads, options) | wanted_neurons(teacher, neurons)
+    if asked and not plain:
+        kind: Any = type(teacher)
+        squeezed_class(kind)  # refuses a class that cannot be saved, before anything is computed
     teacher.eval()
     student = copy.deepcopy(teacher)
     parts: list[Part] = []
@@ -128,10 +132,7 @@ def compress(
     if blocks is not None:
         origins = _squeeze_depth(student, blocks, _passes(student, held, predict, []), tell)
     stock = shape(student)
-    wanted = wanted_heads(student, heads, options) | wanted_neurons(student, neurons)
-    if wanted and not plain:
-        kind: Any = type(student)
-        squeezed_class(kind)  # refuses a class that cannot be saved, before anything is computed
+    wanted = {name: asked[_origin(name, origins)] for name in stock if _origin(name, origins) in asked}
 
     predicted: tuple[list[Tensor], list[Tensor]] = [], []
     sites = {_student_site(student, name): name for name in wanted}
