@@ -30,28 +30,28 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
-from torch.utils.data import default_collate
 from torch_fidelity import feature_extractor_inceptionv3
 from torch_fidelity.datasets import ImagesPathDataset
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
-from shd_diffusion.config import DataConfig, DistillConfig, ModelConfig, read_config
+from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.data import build_source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.evaluation.extractors import load_extractor
 from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.images import FolderImages
-from shd_diffusion.losses import SHDLoss
-from shd_diffusion.losses.denoising import forward_process
-from shd_diffusion.models.adapter import freeze
-from shd_diffusion.models.factory import build_model
+from shd_diffusion.losses import SHDConfig, SHDLoss
+from shd_diffusion.losses.term import Batch
+from shd_diffusion.models.denoiser import freeze
+from shd_diffusion.models.factory import ModelConfig, build_model
+from shd_diffusion.models.teacher import Teacher
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.squeezing import plan_merges, prepare, squeeze_heads
+from shd_diffusion.squeezing import plan_merges, prepare_squeezer, squeeze_heads
+from shd_diffusion.training.build import build
 from shd_diffusion.training.launch import make_accelerator
 from shd_diffusion.training.loop import fit
-from shd_diffusion.training.methods import Batch, Method
-from shd_diffusion.training.stages import distillation
+from shd_diffusion.training.objectives import TrainingLoss
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -176,7 +176,7 @@ def squeeze(
         maps = (2 * torch.randn(batch, heads, tokens, tokens)).softmax(-1)
         values = torch.randn(batch, tokens, heads, head_dim).transpose(1, 2)
         weight = torch.randn(width, width) / width**0.5
-        squeezer = prepare(plan_merges(heads, target), weight, heads)
+        squeezer = prepare_squeezer(plan_merges(heads, target), weight, heads)
         candidates: dict[str, Callable[[], Tensor]] = {
             "literal": lambda m=maps, v=values, w=weight, n=target: literal_squeeze(m, v, w, n),  # type: ignore[misc]
             "value space": lambda m=maps, v=values, w=weight, n=target, s=squeezer: squeeze_heads(
@@ -328,14 +328,16 @@ def step(
 
     candidates = {
         "SHD, all rows": with_shd(SHDLoss()),
-        "SHD, all rows, compiled": with_shd(SHDLoss(compile=True)),
+        "SHD, all rows, compiled": with_shd(SHDLoss(SHDConfig(compile=True))),
         "SHD, all rows, products and softmaxes alone": with_least_work(256),
-        "SHD, a quarter of the rows": with_shd(SHDLoss(rows=0.25)),
-        "SHD, a quarter of the rows, compiled": with_shd(SHDLoss(rows=0.25, compile=True)),
+        "SHD, a quarter of the rows": with_shd(SHDLoss(SHDConfig(rows=0.25))),
+        "SHD, a quarter of the rows, compiled": with_shd(SHDLoss(SHDConfig(rows=0.25, compile=True))),
         "SHD, a quarter of the rows, products and softmaxes alone": with_least_work(64),
-        "SHD, a quarter, sampled coefficients": with_shd(SHDLoss(rows=0.25, coefficient_rows="sampled")),
+        "SHD, a quarter, sampled coefficients": with_shd(
+            SHDLoss(SHDConfig(rows=0.25, coefficient_rows="sampled"))
+        ),
         "SHD, a quarter, sampled coefficients, compiled": with_shd(
-            SHDLoss(rows=0.25, coefficient_rows="sampled", compile=True)
+            SHDLoss(SHDConfig(rows=0.25, coefficient_rows="sampled", compile=True))
         ),
         "FD": with_features,
     }
@@ -414,7 +416,7 @@ def memory(chunk_rows: int = 64, output: Output = None) -> None:
     """Peak extra memory of the map loss and its gradient, 12 heads to 6, one sample, by number of tokens."""
     figures: dict[str, Any] = {"chunk_rows": chunk_rows, "megabytes": {}, "megabytes of all maps": {}}
     for tokens in (256, 512, 1024, 2048, 4096):
-        run = loss_and_gradient(SHDLoss(chunk_rows=chunk_rows), 1, tokens)
+        run = loss_and_gradient(SHDLoss(SHDConfig(chunk_rows=chunk_rows)), 1, tokens)
         with LiveMemory() as seen:
             run()
         figures["megabytes"][tokens] = round(seen.peak / 2**20, 2)
@@ -439,54 +441,57 @@ class ByHand:
         self.optimizer = torch.optim.AdamW(
             student.parameters(), lr=train.learning_rate, weight_decay=train.weight_decay
         )
-        self.rate = get_cosine_schedule_with_warmup(self.optimizer, train.warmup_steps, train.max_steps)
-        self.scheduler = DDPMScheduler(config.diffusion.num_train_timesteps)
-        data = build_source(DataConfig())
-        images, labels = default_collate([data.dataset[index] for index in range(len(data))])
-        self.images, self.labels = images.float() / 8 - 1, labels
+        self.lr_scheduler = get_cosine_schedule_with_warmup(
+            self.optimizer, train.warmup_steps, train.max_steps
+        )
+        self.scheduler = DDPMScheduler(1000)
+        data = build_source(config.data)
+        self.images, condition = data.first(len(data))
+        self.labels = condition["class_labels"]
         self.shd, self.captures = None, [AttentionCapture(model) for model in (teacher, student)]
-        if config.losses.shd.weight:
+        self.weight = config.losses["shd"].weight
+        if self.weight:
             self.shd = SHDLoss()
             for capture in self.captures:
                 capture.__enter__()
 
     def step(self) -> None:
-        train, losses = self.config.train, self.config.losses
+        train = self.config.train
         chosen = torch.randint(len(self.images), (train.batch_size,))
         clean, labels = self.images[chosen], self.labels[chosen]
-        labels = torch.where(torch.rand(len(labels)) < train.label_drop, 10, labels)
+        labels = torch.where(torch.rand(len(labels)) < train.condition_dropout, 10, labels)
         noise, timesteps = torch.randn_like(clean), torch.randint(1000, (len(clean),))
         noised = self.scheduler.add_noise(clean, noise, timesteps)
         with torch.no_grad():
-            taught = self.teacher(noised, timestep=timesteps, class_labels=labels).sample
+            target = self.teacher(noised, timestep=timesteps, class_labels=labels).sample
         prediction = self.student(noised, timestep=timesteps, class_labels=labels).sample
-        loss = F.mse_loss(prediction, noise) + F.mse_loss(prediction, taught)
+        loss = F.mse_loss(prediction, noise) + F.mse_loss(prediction, target)
         if self.shd is not None:
-            loss = loss + losses.shd.weight * self.shd(*(capture.records for capture in self.captures))
+            loss = loss + self.weight * self.shd(*(capture.records for capture in self.captures))
         loss.backward()
         nn.utils.clip_grad_norm_(self.student.parameters(), train.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        self.rate.step()
+        self.lr_scheduler.step()
         with torch.no_grad():
             averages, weights = tuple(self.average.parameters()), tuple(self.student.parameters())
             torch._foreach_lerp_(averages, weights, 1 - train.ema_decay)
 
 
 class TakingTurns:
-    """A method that, whenever the loop begins a step, first lets another step be taken, and times both."""
+    """A loss that, whenever the loop begins a step, first lets another step be taken, and times both."""
 
-    def __init__(self, method: Method, other: Callable[[], None], clock: Clock) -> None:
-        self.method, self.other = method, other
+    def __init__(self, loss: TrainingLoss, other: Callable[[], None], clock: Clock) -> None:
+        self.loss, self.other = loss, other
         self.read = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
         self.seconds: dict[str, list[float]] = {"loop": [], "by hand": []}
         self.began: float | None = None
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.method, name)
+        return getattr(self.loss, name)
 
     def __call__(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        return self.method(model, batch, step)
+        return self.loss(model, batch, step)
 
     def weights(self, step: int) -> dict[str, float]:
         now = self.read()
@@ -496,7 +501,7 @@ class TakingTurns:
         self.other()
         self.began = self.read()
         self.seconds["by hand"].append(self.began - started)
-        return self.method.weights(step)
+        return self.loss.weights(step)
 
 
 @app.command()
@@ -512,23 +517,15 @@ def loop(threads: Threads = 2, steps: int = 60, clock: ClockOption = "wall", out
         student = build_model(config.student)
         teacher = build_model(ModelConfig(arguments={**arguments, "num_attention_heads": 12}))
         by_hand = ByHand(config, deepcopy(freeze(teacher)), deepcopy(student))
-        process, shd = forward_process(config.diffusion), SHDLoss.from_config(config.losses.shd)
-        with (
-            TemporaryDirectory() as folder,
-            distillation(config, teacher, student, process, shd) as method,
-        ):
-            run, turns = RunFolder(Path(folder) / "run"), TakingTurns(method, by_hand.step, clock)
+        parts = build(config, str(DISTILL_CONFIG), build_source(config.data), Teacher(teacher))
+        with TemporaryDirectory() as folder:
+            run = RunFolder(Path(folder) / "run")
             run.create(config)
-            fit(
-                student,
-                turns,
-                build_source(DataConfig()),
-                process,
-                run,
-                config,
-                make_accelerator(config.train, run.path),
-                None,
-            )
+            accelerator = make_accelerator(config.train, run.path)
+            loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, steps)
+            turns: Any = TakingTurns(loss, by_hand.step, clock)
+            with loss:
+                fit(parts.model, turns, parts.loader(accelerator.device), run, config, accelerator)
         seconds = {candidate: taken[5 : steps - 1] for candidate, taken in turns.seconds.items()}
         figures[name] = {
             "milliseconds": {which: round(1e3 * median(taken), 2) for which, taken in seconds.items()},

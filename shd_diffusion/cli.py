@@ -1,26 +1,22 @@
-"""The command line: one command a stage, each also a launch file in pipelines/ or eval/."""
+"""The command line: one command a stage, each also a launch file in pipelines/ or eval/.
+
+What takes seconds to import is imported where it is used, inside the guard against Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import functools
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal, ParamSpec
+from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
 
-from shd_diffusion.config import (
-    DistillConfig,
-    PrepareConfig,
-    RunConfig,
-    TrainTeacherConfig,
-    override_config,
-    read_config,
-)
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json
-from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.progress import printable
 
 app = typer.Typer(
     name="shd-diffusion",
@@ -47,14 +43,14 @@ Arguments = ParamSpec("Arguments")
 
 
 def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """Errors that a person can mend end a command with one line and their exit code, Ctrl-C with 130."""
+    """Errors that a person can fix end a command with one line and their exit code, Ctrl-C with 130."""
 
     @functools.wraps(function)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         try:
             function(*args, **kwargs)
         except UserError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {printable(str(error))}", err=True)
             raise typer.Exit(error.exit_code) from None
         except KeyboardInterrupt:
             typer.echo(
@@ -72,6 +68,7 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 @stage
 def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
     """Encode images through a VAE into a cache of latents."""
+    from shd_diffusion.config import PrepareConfig, read_config
     from shd_diffusion.data.prepare import prepare as run_stage
 
     parsed = read_config(config, PrepareConfig, set_ or [])
@@ -91,14 +88,21 @@ def inspect(
     """List a model's attention blocks; with --student also the layer map and the merges that SHD would use."""
     from rich.console import Console
 
-    from shd_diffusion.models.factory import open_model
-    from shd_diffusion.models.inspect import render
+    from shd_diffusion.training.build import open_model
+    from shd_diffusion.training.inspect_models import inspect_model, pair_rows, render, render_pair
 
+    teacher = open_model(model)
+    rows = inspect_model(teacher)
+    Console().print(render(teacher, rows))
+    if student is None:
+        return
+    other = open_model(student)
+    student_rows = inspect_model(other)
+    Console().print(render(other, student_rows))
     try:
-        tables = render(open_model(model), open_model(student) if student else None)
+        Console().print(render_pair(rows, student_rows, pair_rows(rows, student_rows)))
     except ValueError as error:
         raise UserError(f"{model} and {student}: {error}") from error
-    Console().print(tables)
 
 
 @app.command()
@@ -124,12 +128,9 @@ def train_teacher(
     config: ConfigFile, set_: Overrides = None, output: Output = None, dry_run: DryRun = False
 ) -> None:
     """Train a teacher on the denoising loss alone."""
-    from shd_diffusion.training.stages import train_teacher as run_stage
+    from shd_diffusion.config import TrainTeacherConfig
 
-    parsed = read_config(config, TrainTeacherConfig, set_ or [])
-    if dry_run:
-        return _dry_run(parsed, config)
-    run_stage(parsed, _output(parsed, output, config), str(config))
+    _train(config, TrainTeacherConfig, set_, output, dry_run)
 
 
 @app.command()
@@ -138,12 +139,23 @@ def distill(
     config: ConfigFile, set_: Overrides = None, output: Output = None, dry_run: DryRun = False
 ) -> None:
     """Train a student from a teacher."""
-    from shd_diffusion.training.stages import distill as run_stage
+    from shd_diffusion.config import DistillConfig
 
-    parsed = read_config(config, DistillConfig, set_ or [])
-    if dry_run:
-        return _dry_run(parsed, config)
-    run_stage(parsed, _output(parsed, output, config), str(config))
+    _train(config, DistillConfig, set_, output, dry_run)
+
+
+def _train(
+    config: Path, kind: Any, overrides: list[str] | None, output: Path | None, only_costs: bool
+) -> None:
+    from shd_diffusion.config import read_config
+    from shd_diffusion.training.dry_run import dry_run
+    from shd_diffusion.training.run import train
+
+    parsed = read_config(config, kind, overrides or [])
+    if only_costs:
+        typer.echo(json.dumps(dry_run(parsed, str(config)), indent=2))
+    else:
+        train(parsed, _output(parsed, output, config), str(config))
 
 
 # --- after training ------------------------------------------------------------------------------------------
@@ -163,7 +175,9 @@ def sample(
     ] = False,
 ) -> None:
     """Sample images from finished runs into their `samples/`."""
-    from shd_diffusion.sampling.stage import sample_run
+    from shd_diffusion.config import override_config
+    from shd_diffusion.run_folder import RunFolder
+    from shd_diffusion.sampling.sample_run import sample_run
 
     if output is not None and len(runs) > 1:
         raise UserError(
@@ -201,13 +215,15 @@ def evaluate(
     ] = None,
 ) -> None:
     """Compute figures; JSON on standard output, and for a run or pipeline also in `evaluation/metrics.json`."""
-    from shd_diffusion.evaluation.stage import (
+    from shd_diffusion.config import override_config
+    from shd_diffusion.evaluation.evaluate_run import (
         evaluate_images,
         evaluate_pipeline,
-        evaluate_samples,
+        evaluate_run,
         is_pipeline,
     )
     from shd_diffusion.processes import processes
+    from shd_diffusion.run_folder import RunFolder
 
     options = {"reference": reference, "extractor": extractor, "extractor_weights": extractor_weights}
     overrides = [*(set_ or []), *(f"evaluate.{key}={value}" for key, value in options.items() if value)]
@@ -219,7 +235,7 @@ def evaluate(
         run = RunFolder(target)
         if run.config_file.exists():
             config = override_config(run.read_config(), overrides, str(run.config_file))
-            figures[str(target)] = evaluate_samples(run, config)
+            figures[str(target)] = evaluate_run(run, config)
         elif is_pipeline(str(target)):
             figures[str(target)] = evaluate_pipeline(str(target), overrides, output)
         else:
@@ -236,9 +252,9 @@ def compare(
     anyway: Annotated[bool, typer.Option("--anyway", help="Though the protocols differ.")] = False,
 ) -> None:
     """Compare two evaluations, if their protocols allow it."""
-    from shd_diffusion.evaluation.compare import compare as compare_figures
+    from shd_diffusion.evaluation import compare_metrics
 
-    typer.echo(json.dumps(compare_figures(read_json(first), read_json(second), anyway), indent=2))
+    typer.echo(json.dumps(compare_metrics(read_json(first), read_json(second), anyway), indent=2))
 
 
 @app.command()
@@ -255,7 +271,7 @@ def report(
 
     place = output or (runs[0] if len(runs) == 1 else runs[0].parent)
     page = write_report(runs, place if place.suffix == ".html" else place / "report.html")
-    typer.echo(f"report: {page}")
+    typer.echo(f"report: {printable(str(page))}")
     print_table(runs)
 
 
@@ -275,16 +291,17 @@ def squeeze(
     """Measure what a teacher loses when its heads are squeezed, by each way to do so, without a student."""
     from rich.console import Console
 
-    from shd_diffusion.analysis.measure import Protocol
-    from shd_diffusion.analysis.stage import squeeze_teacher, table
+    from shd_diffusion.analysis.measure import MeasurementPlan
+    from shd_diffusion.analysis.measure_teacher import squeeze_teacher, table
+    from shd_diffusion.run_folder import RunFolder
 
     try:
         counts = list(dict.fromkeys(int(count) for count in heads.split(",")))
     except ValueError:
         raise UserError(f"--heads {heads}: give numbers of heads, e.g. --heads 6,5") from None
     place = output or run / "squeezing"
-    protocol = Protocol(samples=samples, timesteps=timesteps)
-    Console().print(table(squeeze_teacher(RunFolder(run), counts, place, protocol)))
+    plan = MeasurementPlan(samples=samples, timesteps=timesteps)
+    Console().print(table(squeeze_teacher(RunFolder(run), counts, place, plan)))
     typer.echo(f"squeezing: {place / 'squeezing.json'}")
 
 
@@ -299,22 +316,17 @@ def study(
     ] = None,
 ) -> None:
     """Run what is missing of a study with paired seeds, and write up what it says."""
+    from shd_diffusion.config import read_config
     from shd_diffusion.study.config import StudyConfig
-    from shd_diffusion.study.stage import run_study
+    from shd_diffusion.study.run_study import run_study
 
     parsed = read_config(config, StudyConfig, set_ or [])
-    page = run_study(parsed, output or Path(parsed.output))
+    page = run_study(parsed, output or Path(parsed.output), command_line="shd_diffusion.cli")
     typer.echo(page.with_suffix(".md").read_text(encoding="utf-8"))
     typer.echo(f"study: {page}")
 
 
-def _dry_run(config: TrainTeacherConfig | DistillConfig, source: Path) -> None:
-    from shd_diffusion.training.dry_run import dry_run
-
-    typer.echo(json.dumps(dry_run(config, str(source)), indent=2))
-
-
-def _output(config: RunConfig | PrepareConfig, output: Path | None, source: Path) -> Path:
+def _output(config: Any, output: Path | None, source: Path) -> Path:
     if output is None and config.output is None:
         raise UserError(f"{source}: key `output` is missing; add it or give --output DIR")
     return output or Path(str(config.output))
@@ -322,6 +334,8 @@ def _output(config: RunConfig | PrepareConfig, output: Path | None, source: Path
 
 def main() -> None:
     """Entry point of the installed command."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may know ASCII only
     app()
 
 

@@ -1,7 +1,7 @@
 """The configuration of a run: YAML read into strict, typed models.
 
-Every key that a command or a document names is a field here; an unknown key or a wrong type is a
-`UserError` of one line that names the file, the key and the fix. Imports nothing of the project but the error.
+Every key that a command or a document names is a field, here or in the room that it belongs to; an unknown key or a
+wrong type is a `UserError` of one line that names the file, the key and the fix.
 """
 
 from __future__ import annotations
@@ -13,194 +13,17 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError
 
-from shd_diffusion.errors import UserError
-
-
-class Section(BaseModel):
-    """A section of a config: unknown keys are refused, and so are values of another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
-
-
-class DataConfig(Section):
-    """What the models are trained on; `DATA_KEYS` says which keys a data set needs, and which it takes."""
-
-    name: Literal["digits", "fashion_mnist", "cifar10", "image_folder", "huggingface", "latents"] = "digits"
-    path: str | None = None
-    image_size: int | None = Field(None, ge=1)
-    split: str | None = None
-    image_column: str = "image"
-    label_column: str = "label"
-    horizontal_flip: bool = False
-    verify: bool = True
-    num_workers: int = Field(0, ge=0)
-
-    @model_validator(mode="after")
-    def _keys_belong_to_the_data_set(self) -> DataConfig:
-        needed, taken = DATA_KEYS[self.name]
-        for key in needed:
-            if getattr(self, key) is None:
-                raise ValueError(f"`{self.name}` needs the key `{key}`; add it")
-        for key, field in type(self).model_fields.items():
-            if key not in {"name", "num_workers", *needed, *taken} and getattr(self, key) != field.default:
-                raise ValueError(f"`{self.name}` takes no key `{key}`; remove it")
-        return self
+from shd_diffusion.data.datasets import DataConfig
+from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.losses import LossesConfig, TeacherLossesConfig
+from shd_diffusion.models.factory import ModelConfig, StudentConfig, TeacherConfig
+from shd_diffusion.models.forward_process import DiffusionConfig
+from shd_diffusion.section import Section
 
 
-# By data set: keys that it needs, and keys that it also takes.
-DATA_KEYS: dict[str, tuple[set[str], set[str]]] = {
-    "digits": (set(), set()),
-    "fashion_mnist": (set(), {"path", "split", "horizontal_flip"}),
-    "cifar10": ({"path"}, {"split", "horizontal_flip"}),
-    "image_folder": ({"path", "image_size"}, {"horizontal_flip"}),
-    "huggingface": ({"path", "image_size"}, {"split", "image_column", "label_column", "horizontal_flip"}),
-    "latents": ({"path"}, {"horizontal_flip", "verify"}),
-}
-
-
-class ModelConfig(Section):
-    """A model by its diffusers class (or one of the project's) and the arguments of its constructor."""
-
-    class_name: str = Field("DiTTransformer2DModel", alias="class")
-    arguments: dict[str, Any] = {}
-    pretrained: str | None = None
-
-
-class StudentConfig(ModelConfig):
-    """The model that is distilled into; `init: teacher` starts it from the teacher's weights where shapes allow."""
-
-    init: Literal["random", "teacher"] = "random"
-
-    @model_validator(mode="after")
-    def _starts_from_one_model(self) -> StudentConfig:
-        if self.init == "teacher" and self.pretrained is not None:
-            raise ValueError(
-                "`pretrained` and `init: teacher` both give the weights to start from; choose one"
-            )
-        return self
-
-
-class TeacherConfig(Section):
-    """The trained model to distil from: a run folder, a pipeline or model folder, or a hub name.
-
-    It is never trained, so `dtype` may be half as wide as the student's.
-    """
-
-    path: str
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    device: Literal["accelerator", "cpu"] = "accelerator"
-
-
-Objective = Literal["epsilon", "v_prediction", "sample", "flow"]
-
-
-class DiffusionConfig(Section):
-    """The forward process, what the denoiser predicts, and how its timesteps are drawn and weighed.
-
-    `flow` is rectified flow: straight paths from image to noise, without a `beta_schedule`. With
-    `learned_variance` the model predicts twice the channels, the second half trained by the variational bound.
-    """
-
-    objective: Objective = "epsilon"
-    num_train_timesteps: int = Field(1000, ge=2)
-    beta_schedule: Literal["linear", "scaled_linear", "squaredcos_cap_v2"] = "linear"
-    learned_variance: bool = False
-    min_snr_gamma: float | None = Field(None, gt=0)
-    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
-
-    @model_validator(mode="after")
-    def _variance_has_a_bound(self) -> DiffusionConfig:
-        if self.learned_variance and self.objective == "flow":
-            raise ValueError(
-                "a variance cannot be learned with the objective `flow`; set learned_variance: false"
-            )
-        return self
-
-
-class TermConfig(Section):
-    """One summand of the loss. Weight 0 leaves the term out: it is neither computed nor logged."""
-
-    weight: float = Field(1.0, ge=0)
-
-
-class SHDConfig(TermConfig):
-    """The SHD term (docs/method.md sections 3 to 6)."""
-
-    temperature: float = Field(1.0, gt=0)
-    layer_map: Literal["uniform", "last", "first"] | list[int | None] | dict[str, str] = "uniform"
-    divergence: Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "adaptive_kl", "mse"] = (
-        "forward_kl"
-    )
-    pairing: Literal["adjacent", "matched"] | list[list[list[int]]] = "adjacent"
-    granularity: Literal["sample", "row"] = "sample"
-    merge: Literal["progressive", "joint"] = "progressive"
-    coefficient: Literal["closed_form", "mean", "select"] = "closed_form"
-    assignment: Literal["order", "optimal"] = "order"
-    calibration_batches: int = Field(4, ge=1)
-    rows: float = Field(1.0, gt=0, le=1)
-    coefficient_rows: Literal["all", "sampled"] = "all"
-    timesteps: list[int] | None = Field(None, min_length=2, max_length=2)
-    decay: Literal["constant", "linear", "cosine"] = "constant"
-    every: int = Field(1, ge=1)
-    chunk_rows: int | None = Field(None, ge=1)
-    compile: bool = False
-
-    @model_validator(mode="after")
-    def _timesteps_are_a_range(self) -> SHDConfig:
-        if self.timesteps is not None and self.timesteps[0] > self.timesteps[1]:
-            raise ValueError(
-                f"`timesteps` {self.timesteps} end before they begin; give the first and the last"
-            )
-        return self
-
-
-class MappedTermConfig(TermConfig):
-    """A term on pairs of blocks."""
-
-    layer_map: Literal["uniform", "last", "first"] | list[int | None] | dict[str, str] = "uniform"
-
-
-class VkDConfig(MappedTermConfig):
-    """VkD: features of the teacher are whitened (for generation) or standardised (for classification)."""
-
-    normalisation: Literal["whiten", "standardise"] = "whiten"
-
-
-class AttentionMSEConfig(MappedTermConfig):
-    """Squared error between attention logits: of `equal` head counts head by head, or of the heads' `average`."""
-
-    heads: Literal["equal", "average"] = "average"
-
-
-class LossesConfig(Section):
-    """The terms of the loss, each with its weight; `variance` counts with a learned variance only.
-
-    L = w_denoise · L_denoise + w_output · L_output + w_shd · L_SHD + the baselines that SHD is compared with.
-    With `balance` a term's weight is a multiple of the denoising term's gradient on the model's last block.
-    """
-
-    denoise: TermConfig = TermConfig(weight=1.0)
-    variance: TermConfig = TermConfig(weight=1.0)
-    output: TermConfig = TermConfig(weight=1.0)
-    shd: SHDConfig = SHDConfig(weight=1.0)
-    features: MappedTermConfig = MappedTermConfig(weight=0.0)
-    vkd: VkDConfig = VkDConfig(weight=0.0)
-    attention_output: MappedTermConfig = MappedTermConfig(weight=0.0)
-    attention_mse: AttentionMSEConfig = AttentionMSEConfig(weight=0.0)
-    aligner: TermConfig = TermConfig(weight=0.0)
-    balance: bool = False
-
-    @model_validator(mode="after")
-    def _every_step_has_a_loss(self) -> LossesConfig:
-        always = (term.weight for name, term in self if name not in ("balance", "variance", "shd"))
-        if not any(always) and not (self.shd.weight and self.shd.every == 1):
-            raise ValueError("there are steps without any term; give `denoise` a weight above 0")
-        return self
-
-
-class WatchConfig(Section):
+class ValidationConfig(Section):
     """A few samples and their Fréchet distance every so many steps while training; 0 switches it off."""
 
     every: int = Field(0, ge=0)
@@ -209,21 +32,24 @@ class WatchConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation. `batch_size` is per process and forward pass, as accelerate counts.
+    """The optimisation. `batch_size` counts the images of a step, over all processes.
 
-    With a `mask_ratio` every batch is seen twice, once with at least that share of its tokens dropped (MDTv2).
+    `micro_batch_size` is how many of them go through the models at once, in one process; None for all of its share.
+    Timesteps are drawn `uniform`, or `logit_normal` (Esser et al. 2024, section 3.1). With a `mask_ratio` every batch
+    is seen twice, once with at least that share of its tokens dropped (MDTv2).
     """
 
     max_steps: int = Field(..., ge=1)
     batch_size: int = Field(..., ge=1)
-    gradient_accumulation_steps: int = Field(1, ge=1)
-    learning_rate: float = Field(1e-4, gt=0)
+    micro_batch_size: int | None = Field(None, ge=1)
+    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.9999, ge=0, lt=1)
-    label_drop: float = Field(0.1, ge=0, lt=1)
+    condition_dropout: float = Field(0.1, ge=0, lt=1)
+    timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     mask_ratio: float = Field(0.0, ge=0, lt=0.8)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     allow_tf32: bool = False
@@ -236,8 +62,8 @@ class TrainConfig(Section):
     gradient_checkpointing: bool = False
     compile: bool = False
     shard: bool = False
-    trackers: list[Literal["tensorboard", "wandb"]] = []
-    watch: WatchConfig = WatchConfig()
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
+    validation: ValidationConfig = ValidationConfig()
 
 
 class SampleConfig(Section):
@@ -251,28 +77,27 @@ class SampleConfig(Section):
     labels: Literal["balanced", "random"] = "balanced"
     num_inference_steps: int = Field(25, ge=1)
     scheduler: str = "DDIMScheduler"
-    scheduler_arguments: dict[str, Any] = {}
-    guidance_scale: float = Field(1.0, ge=0)
+    scheduler_arguments: dict[str, Any] = Field(default_factory=dict)
+    guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
     guidance_power: float | None = Field(None, gt=0)
     guidance_interval: list[int] | None = Field(None, min_length=2, max_length=2)
     guidance_channels: int | None = Field(None, ge=1)
     pass_size: int = Field(32, ge=1)
     batch_size: int = Field(100, ge=1)
-    seed: int = Field(0, ge=0)
-
-
-Metric = Literal["fid", "sfid", "is", "kid", "prc", "prc-adm", "dc", "fid-infinity", "per-class"]
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 class EvaluateConfig(Section):
-    """The figures, the features that they are computed on, and what the images are compared with."""
+    """The metrics, the features that they are computed on, and what the images are compared with.
 
-    extractor: str = "digits-classifier"
+    Without an `extractor` the data set decides; without `metrics` all usual ones are computed that can be.
+    """
+
+    extractor: str | None = None
     extractor_weights: str | None = None
     reference: str | None = None
-    metrics: list[Metric] | None = None
+    metrics: list[str] | None = None
     resize: Literal["none", "box", "bilinear", "bicubic", "lanczos"] = "none"
-    bootstrap: int = Field(default=0, ge=0)
     batch_size: int = Field(default=100, ge=1)
 
 
@@ -280,13 +105,13 @@ class EvaluationConfig(Section):
     """`evaluate` of what is no run: images, or a pipeline that is sampled first."""
 
     sample: SampleConfig = SampleConfig()
-    evaluate: EvaluateConfig = EvaluateConfig(extractor="inception-v3-compat")
+    evaluate: EvaluateConfig = EvaluateConfig()
 
 
 class RunConfig(Section):
     """What the training of a teacher and a distillation share."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     output: str | None = None
     data: DataConfig = DataConfig()
     diffusion: DiffusionConfig = DiffusionConfig()
@@ -299,10 +124,11 @@ class TrainTeacherConfig(RunConfig):
     """`train-teacher`: a model on the denoising loss alone."""
 
     model: ModelConfig
+    losses: TeacherLossesConfig = TeacherLossesConfig()
 
 
 class DistillConfig(RunConfig):
-    """`distill`: a student from a teacher."""
+    """`distill`: a student from a teacher. `diffusion` is the teacher's; a key that says otherwise is an error."""
 
     teacher: TeacherConfig
     student: StudentConfig
@@ -348,6 +174,18 @@ _Loader.add_implicit_resolver(
     re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
     list("-+.0123456789"),
 )
+
+
+def _mapping_of_single_keys(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+    """PyYAML takes a key that is given twice, and forgets the first: a second `train:` would drop all of the first."""
+    keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode) and key.value != "<<"]
+    if twice := next((key for key in keys if keys.count(key) > 1), None):
+        raise yaml.constructor.ConstructorError(None, None, f"key `{twice}` is given twice", node.start_mark)
+    loader.flatten_mapping(node)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Loader.add_constructor("tag:yaml.org,2002:map", _mapping_of_single_keys)
 
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
@@ -403,18 +241,33 @@ def dump_config(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
 
 
-def _read_tree(path: Path) -> dict[str, Any]:
+def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A file's tree of plain values, on top of that of the file that its `base` names, beside it."""
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); give the path of a config file"
         ) from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: not a YAML file ({one_line(error)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values, see configs/ for examples")
-    return tree
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    if not isinstance(base, str) or path in above:
+        raise UserError(f"{path}: key `base` is {base!r}: give another config file, beside this one")
+    return _merged(_read_tree(path.parent / base, (*above, path)), tree)
+
+
+def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Sections key by key, all else replaced."""
+    both = {key: (below.get(key), value) for key, value in above.items()}
+    return below | {
+        key: _merged(old, new) if isinstance(old, dict) and isinstance(new, dict) else new
+        for key, (old, new) in both.items()
+    }
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

@@ -1,4 +1,9 @@
-"""Exceptions that a person is meant to read."""
+"""Exceptions that a person is meant to read, and what their messages are made of."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
 
 
 class UserError(Exception):
@@ -15,3 +20,15 @@ class DivergedError(UserError):
     """A training that was ended since its numbers were not finite; its checkpoints are kept."""
 
     exit_code = 3
+
+
+def one_line(error: object) -> str:
+    """What an error of another library says, in one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint at what an unknown name was meant to be: the closest of the known ones, or all of them."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 from shd_diffusion.errors import UserError
 
@@ -74,6 +78,18 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a .safetensors file, whole or not at all.
+
+    It may be read by whom the umask says, as any other file; safetensors itself lets its owner alone.
+    """
+    with replacing_file(path) as temporary:
+        temporary.touch()
+        mode = temporary.stat().st_mode
+        save_file(tensors, temporary, metadata)
+        temporary.chmod(mode)
+
+
 def read_json(path: Path) -> Any:
     """Read a JSON file.
 
@@ -88,6 +104,12 @@ def read_json(path: Path) -> Any:
         raise UserError(
             f"{path}: not a JSON file; delete it and run the command that wrote it again"
         ) from None
+
+
+def sha256(path: Path) -> str:
+    """The checksum of a file, hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -25,4 +25,9 @@ def progress_bar(total: int, description: str, unit: str, done: int = 0, visible
 
 def announce(message: str) -> None:
     """Tell a person something that is not a result."""
-    print(message, file=sys.stderr, flush=True)
+    print(printable(message), file=sys.stderr, flush=True)
+
+
+def printable(text: str) -> str:
+    """Text with control characters, line breaks and stray bytes of file names written out: `\\x1b` for an escape."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

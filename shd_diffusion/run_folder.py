@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, dump_config, read_run_config
 from shd_diffusion.environment import describe_environment
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json, write_json, write_text
+from shd_diffusion.progress import announce
 from shd_diffusion.protocol import flatten
 
-# What a run may be given anew without becoming another run: where it is, how its data are read, and what
-# happens after training.
-NOT_TRAINING = ("output", "data.num_workers", "data.verify", "sample", "evaluate")
+# What a run may be given anew without becoming another run, since its weights do not follow from it: where it is, how
+# its work is shared and watched, and what happens after training.
+FREE = (
+    "output",
+    "data.num_workers",
+    "data.verify",
+    "sample",
+    "evaluate",
+    "teacher.device",
+    "train.max_steps",  # it may grow
+    "train.micro_batch_size",
+    "train.num_processes",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep_last",
+    "train.keep_every",
+    "train.max_skipped_steps",
+    "train.trackers",
+    "train.validation",
+)
 
 
 @dataclass(frozen=True)
@@ -56,9 +78,13 @@ class RunFolder:
     def evaluation_file(self) -> Path:
         return self.path / "evaluation" / "metrics.json"
 
-    def watched(self, step: int) -> Path:
+    @property
+    def merge_plans_file(self) -> Path:
+        return self.path / "merge_plans.json"
+
+    def validation_picture(self, step: int) -> Path:
         """The picture of samples that was taken while training, after so many steps."""
-        return self.path / "watch" / f"step-{step:08d}.png"
+        return self.path / "validation" / f"step-{step:08d}.png"
 
     def check(self, config: RunConfig) -> None:
         """See that the folder is free or holds a run of this config; nothing is written.
@@ -67,28 +93,70 @@ class RunFolder:
             UserError: the folder belongs to another config, or is no run folder.
         """
         if not self.config_file.exists():
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            # what has a dot before its name is ours, of a call that was killed
+            if self.path.exists() and (
+                not self.path.is_dir() or any(not path.name.startswith(".") for path in self.path.iterdir())
+            ):
                 raise UserError(
                     f"{self.path}: holds files but no config.yaml of a run; give another --output"
                 )
             return
-        present, wanted = (
-            flatten(self.read_config().model_dump(mode="json", by_alias=True)),
-            flatten(config.model_dump(mode="json", by_alias=True)),
-        )
-        for key in sorted(present.keys() | wanted.keys()):
-            if _concerns_training(key) and present.get(key) != wanted.get(key):
+        present = self.read_config()
+        there, now = _training_keys(present), _training_keys(config)
+        for key in sorted(there.keys() | now.keys()):
+            if there.get(key) != now.get(key):
                 raise UserError(
-                    f"{self.config_file}: this run belongs to another config (`{key}` is {present.get(key)!r} "
-                    f"there, {wanted.get(key)!r} now); give another --output or delete the folder"
+                    f"{self.config_file}: this run belongs to another config (`{key}` is {there.get(key)!r} "
+                    f"there, {now.get(key)!r} now); give another --output or delete the folder"
                 )
+        if config.train.max_steps < present.train.max_steps:
+            raise UserError(
+                f"{self.config_file}: this run goes on to step {present.train.max_steps}, so `train.max_steps` cannot "
+                f"be {config.train.max_steps}; it may grow only"
+            )
+
+    def is_complete(self, config: RunConfig) -> bool:
+        """Whether a run has taken all the steps that a config wants."""
+        return self.summary_file.exists() and self.read_summary().get("steps") == config.train.max_steps
+
+    def identity(self, config: RunConfig) -> str:
+        """A hash of all that a run's weights follow from."""
+        return hashlib.sha256(json.dumps(_training_keys(config), sort_keys=True).encode()).hexdigest()
 
     def create(self, config: RunConfig) -> None:
-        """Write the config and the environment, if they are not there yet."""
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        if not self.config_file.exists():
+        """Write the config and the environment, before a training."""
+        self.write_config(config)
+        self.summary_file.unlink(missing_ok=True)  # of a run that was complete, and is extended
+        if not (self.path / "environment.json").exists():
             write_json(self.path / "environment.json", describe_environment())
-            write_text(self.config_file, dump_config(config))
+        self.checkpoints.mkdir(exist_ok=True)
+
+    def write_config(self, config: RunConfig) -> None:
+        """Write the config, the first file of a folder; it may have other free keys than the one that is there."""
+        text = dump_config(config)
+        if not self.config_file.exists() or self.config_file.read_text(encoding="utf-8") != text:
+            write_text(self.config_file, text)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Nobody else trains in this folder for as long as the context lasts; the lock of a dead process is gone.
+
+        Raises:
+            UserError: somebody else does.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{self.path}: another command is training in this folder; wait for it, or give another --output"
+                ) from None
+            except OSError as error:  # a file system without locks
+                announce(
+                    f"{self.path}: cannot be locked ({one_line(error)}); see that no other command uses it"
+                )
+            yield
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append a line to the metrics."""
@@ -131,5 +199,11 @@ class RunFolder:
         return read_json(self.summary_file)
 
 
-def _concerns_training(key: str) -> bool:
-    return not any(key == part or key.startswith(f"{part}.") for part in NOT_TRAINING)
+def _training_keys(config: RunConfig) -> dict[str, Any]:
+    """All that a run's weights follow from, by dotted key."""
+    flat = flatten(config.model_dump(mode="json", by_alias=True))
+    return {
+        key: value
+        for key, value in flat.items()
+        if not any(key == f or key.startswith(f"{f}.") for f in FREE)
+    }

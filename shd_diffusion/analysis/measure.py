@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -16,19 +16,20 @@ from shd_diffusion.analysis.squeezed_model import squeezed_attention
 from shd_diffusion.analysis.strategies import STRATEGIES, Strategy, by_teacher_head
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
 from shd_diffusion.data import Source
-from shd_diffusion.losses.denoising import ForwardProcess
+from shd_diffusion.losses.term import Batch
+from shd_diffusion.models.denoiser import predict_frozen
+from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.squeezing import Plan
 from shd_diffusion.squeezing.plan import members
-from shd_diffusion.study.statistics import estimate
-from shd_diffusion.training.methods import Batch, predict_frozen
-from shd_diffusion.training.probe import probe_batches
+from shd_diffusion.statistics import estimate
+from shd_diffusion.training.diagnostics import probe_batches
 
 Records = Mapping[str, AttentionRecord]
 
 
 @dataclass(frozen=True, slots=True)
-class Protocol:
+class MeasurementPlan:
     """Every one of `samples` images, with its noise, is seen at each of `timesteps` evenly spaced timesteps.
 
     Plans of matched pairs are found on `calibration` other images, each at a timestep of its own.
@@ -71,7 +72,7 @@ class Case:
 
 @torch.no_grad()
 def measure(
-    model: ModelMixin, source: Source, process: ForwardProcess, heads: Sequence[int], protocol: Protocol
+    model: ModelMixin, source: Source, process: ForwardProcess, heads: Sequence[int], plan: MeasurementPlan
 ) -> dict[str, Any]:
     """How a frozen teacher squeezes to each number of heads, by each of `STRATEGIES`.
 
@@ -82,9 +83,9 @@ def measure(
         with its blocks), the teacher's own `denoising` error, and for scale `uniform_output_error`, where all
         heads of all blocks look everywhere alike.
     """
-    first, *batches = _batches(model, source, process, protocol)
+    first, *batches = _batches(model, source, process, plan)
     with AttentionCapture(model) as capture:
-        predict_frozen(model, first)
+        predict_frozen(model, first.noised, first.timesteps, first.condition)
         calibration = capture.records
     cases = [
         Case(count, name, way, {b: way.plan(r, _target(r, count)) for b, r in calibration.items()})
@@ -125,28 +126,29 @@ def measure(
 
 
 def _batches(
-    model: ModelMixin, source: Source, process: ForwardProcess, protocol: Protocol
+    model: ModelMixin, source: Source, process: ForwardProcess, plan: MeasurementPlan
 ) -> Iterator[Batch]:
     """The calibration batch, and then the same samples at each timestep."""
-    total = protocol.calibration + protocol.samples
-    (drawn,) = probe_batches(source, model, process, 1, total, protocol.seed)
-    yield _take(drawn, slice(protocol.calibration))
-    samples = _take(drawn, slice(protocol.calibration, None))
-    for step in range(protocol.timesteps):
-        place = (2 * step + 1) * process.num_timesteps // (2 * protocol.timesteps)
-        timesteps = torch.full_like(samples.timesteps, place)
+    total = plan.calibration + plan.samples
+    (drawn,) = probe_batches(source, process, {}, model.device, 1, total, plan.seed)
+    yield _take(drawn, slice(plan.calibration))
+    samples = _take(drawn, slice(plan.calibration, None))
+    for step in range(plan.timesteps):
+        shares = torch.full((len(samples.clean),), (2 * step + 1) / (2 * plan.timesteps), dtype=torch.float64)
+        timesteps = process.timesteps(shares.to(model.device))
         noised = process.noised(samples.clean, samples.noise, timesteps)
-        yield replace(samples, noised=noised, timesteps=timesteps, times=process.times(timesteps))
+        yield replace(samples, noised=noised, timesteps=timesteps)
 
 
 def _take(batch: Batch, part: slice) -> Batch:
-    values = ((entry.name, getattr(batch, entry.name)) for entry in fields(batch))
-    return replace(batch, **{name: value[part] for name, value in values if value is not None})
+    condition = {name: value[part] for name, value in batch.condition.items()}
+    return Batch(batch.clean[part], batch.noise[part], batch.noised[part], batch.timesteps[part], condition)
 
 
 def _prediction(model: ModelMixin, batch: Batch) -> Tensor:
     """Without the channels of a learned variance."""
-    return predict_frozen(model, batch)[:, : batch.clean.shape[1]].float()
+    prediction = predict_frozen(model, batch.noised, batch.timesteps, batch.condition)
+    return prediction[:, : batch.clean.shape[1]].float()
 
 
 def _per_sample(error: Tensor) -> Tensor:
@@ -206,20 +208,16 @@ def _describe_pairs(heads: int, found: Sequence[tuple[PairDifferences, Tensor]])
     """
     if heads == 1:
         return {"heads": 1, "total_variation": None, "pairs": []}
+    strength = torch.cat([each.strength for each, _ in found]).log()  # (T·B, pairs)
+    means = {
+        "total_variation": _means(each.total_variation for each, _ in found),
+        "cosine": _means(each.cosine for each, _ in found),
+        "strength": strength.mean(0).exp().tolist(),
+        "imbalance": strength.abs().mean(0).exp().tolist(),
+        "saved": _means(each.saved for each, _ in found),
+    }
     merging = [
-        {
-            "heads": list(pair),
-            "total_variation": _mean(each.total_variation[:, index] for each, _ in found),
-            "cosine": _mean(each.cosine[:, index] for each, _ in found),
-            "strength": torch.cat([each.strength[:, index] for each, _ in found]).log().mean().exp().item(),
-            "imbalance": torch.cat([each.strength[:, index] for each, _ in found])
-            .log()
-            .abs()
-            .mean()
-            .exp()
-            .item(),
-            "saved": _mean(each.saved[:, index] for each, _ in found),
-        }
+        {"heads": list(pair), **{name: values[index] for name, values in means.items()}}
         for index, pair in enumerate(_first_pairs(heads))
     ]
     distance = torch.cat([all_pairs for _, all_pairs in found]).mean(0)
@@ -256,5 +254,10 @@ def _describe_block(case: Case, name: str) -> dict[str, Any]:
     return described
 
 
-def _mean(parts: Iterator[Tensor] | Sequence[Tensor]) -> float:
-    return torch.stack(list(parts)).cpu().double().mean().item()
+def _mean(parts: Sequence[Tensor]) -> float:
+    return torch.stack([*parts]).cpu().double().mean().item()
+
+
+def _means(parts: Iterator[Tensor]) -> list[float]:
+    """Of each column of (B, P) tensors."""
+    return torch.cat([*parts]).cpu().double().mean(0).tolist()

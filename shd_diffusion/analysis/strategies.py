@@ -9,10 +9,10 @@ from torch import Tensor
 
 from shd_diffusion.attention import AttentionRecord
 from shd_diffusion.squeezing import Plan, SqueezeDetails, match_merges, plan_merges, squeeze_heads
-from shd_diffusion.squeezing.chunks import whole
 from shd_diffusion.squeezing.coefficients import Coefficient
+from shd_diffusion.squeezing.map_stream import whole
+from shd_diffusion.squeezing.merge_weights import Granularity
 from shd_diffusion.squeezing.plan import Merge, members
-from shd_diffusion.squeezing.weights import Granularity
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,26 +8,13 @@ from typing import Any
 from diffusers.utils import is_xformers_available
 from torch import Tensor, nn
 
+from shd_diffusion.attention.probe import CONTEXT, MAIN, Streams, probe
 from shd_diffusion.attention.records import Kind
 
 LINEAR = "linear attention has no softmax, hence no map"
 
-# Suffixes of the records of one module. An image-to-video block attends once to the text, once to the image.
-MAIN, CONTEXT, IMAGE = "", ":context", ":image"
-
-# Processors that join two streams in one sequence: which rows come first.
-_JOINED = {
-    "JointAttnProcessor2_0": (MAIN, CONTEXT),
-    "FusedJointAttnProcessor2_0": (MAIN, CONTEXT),
-    "XFormersJointAttnProcessor": (MAIN, CONTEXT),
-    "AuraFlowAttnProcessor2_0": (CONTEXT, MAIN),
-    "FusedAuraFlowAttnProcessor2_0": (CONTEXT, MAIN),
-    "FluxAttnProcessor": (CONTEXT, MAIN),
-    "Flux2AttnProcessor": (CONTEXT, MAIN),
-    "QwenDoubleStreamAttnProcessor2_0": (CONTEXT, MAIN),
-    "CogView4AttnProcessor": (CONTEXT, MAIN),
-}
-_JOINED_BY_ONE_PROJECTION = ("CogView4AttnProcessor",)
+# Suffixes of the records of a module that attends twice: an image-to-video block to the text and to the image.
+IMAGE = ":image"
 
 # Processors that multiply out the maps themselves, and the one of the same function that calls a kernel.
 _KERNEL_INSTEAD = {
@@ -66,64 +53,102 @@ class AttentionBlock:
 
 
 def attention_blocks(model: nn.Module) -> dict[str, AttentionBlock]:
-    """The attention blocks of a model by module path, in order of depth; runs nothing.
+    """The attention blocks of a model by module path, in order of depth; runs no layer.
 
-    Every module with diffusers' attention interface (`set_processor`) counts.
+    Every module with diffusers' attention interface (`processor`) counts.
     """
-    found = {name: module for name, module in model.named_modules() if hasattr(module, "set_processor")}
+    found = {name: module for name, module in model.named_modules() if _attends(module)}
     ordered = sorted(found.items(), key=lambda item: _unet_stage(item[0]))
     return {name: _describe(model, name, module) for name, module in ordered}
 
 
-def streams(module: nn.Module) -> tuple[str, ...]:
-    """Suffixes of the records that share the query rows of one kernel call, in the order of the rows."""
-    name = processor_name(module)
-    two_streams = _present(module, "add_q_proj") or name in _JOINED_BY_ONE_PROJECTION
-    return _JOINED.get(name, (MAIN,)) if two_streams else (MAIN,)
-
-
-def passes(module: nn.Module) -> tuple[str, ...]:
-    """Suffixes of the records of a module's kernel calls, in the order of the calls."""
-    return (IMAGE, MAIN) if _attends_to_an_image_too(module) else (MAIN,)
+def kernel_calls(module: nn.Module) -> tuple[tuple[str, Streams], ...]:
+    """A module's kernel calls: the suffix of its records, and the streams that share its query rows in order."""
+    if _attends_to_an_image_too(module):
+        return ((IMAGE, (MAIN,)), (MAIN, (MAIN,)))
+    try:
+        return tuple(("", streams) for streams in probe(module))
+    except Exception:
+        if _two_queries(module):
+            raise
+        return (("", (MAIN,)),)
 
 
 def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | None:
     """Weight (C, H·d) of the projection behind the heads; None where the stream ends in the block."""
     module: Any = model.get_submodule(name)
-    projection: Any = getattr(module, "to_out", None)
-    if stream == CONTEXT and processor_name(module) not in _JOINED_BY_ONE_PROJECTION:
-        projection = getattr(module, "to_add_out", None)
+    if stream == CONTEXT and _two_queries(module):
+        projection = _first(module, "to_add_out", "txt_attn_proj")
         return None if projection is None else projection.weight
+    projection = _first(module, "to_out", "img_attn_proj")
+    parent = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(
+        projection, nn.Identity
+    ):  # LuminaNextDiT adds both of a block's attentions before it projects
+        projection = parent.attn2.to_out
     if projection is None:  # Flux's single blocks project attention and MLP at once, behind the module
-        projection = getattr(model.get_submodule(name.rpartition(".")[0]), "proj_out", None)
-    weight = projection.weight if isinstance(projection, nn.Linear) else projection[0].weight
-    return weight[:, : module.inner_dim] if weight.shape[1] > module.inner_dim else weight
+        projection = getattr(parent, "proj_out", None)
+    weight = (
+        projection[0].weight if isinstance(projection, (nn.ModuleList, nn.Sequential)) else projection.weight
+    )
+    width = _heads(module) * _head_dim(module)
+    return weight[:, :width] if weight.shape[1] > width else weight
 
 
 def processor_name(module: nn.Module) -> str:
     return type(getattr(module, "processor", None)).__name__
 
 
+def _attends(module: nn.Module) -> bool:
+    return hasattr(module, "set_processor") or callable(getattr(module, "processor", None))
+
+
 def _describe(model: nn.Module, name: str, module: Any) -> AttentionBlock:
     try:
-        heads = module.heads
-        head_dim = module.inner_dim // heads
+        heads, head_dim = _heads(module), _head_dim(module)
         output_weight(model, name)
-    except (AttributeError, TypeError):
-        return AttentionBlock(name, "self", 0, 0, 0, f"{type(module).__name__} is of an unknown layout")
-    key_value_heads = getattr(module, "inner_kv_dim", module.inner_dim) // head_dim
-    return AttentionBlock(name, _kind(module), heads, key_value_heads, head_dim, _reason(module))
+    except (AttributeError, TypeError, IndexError) as error:
+        reason = f"{type(module).__name__} is of an unknown layout: {error}"
+        return AttentionBlock(name, "self", 0, 0, 0, reason)
+    reason = _reason(module)
+    kind = _kind(module) if reason is None else "self"
+    return AttentionBlock(name, kind, heads, _key_value_heads(module, heads, head_dim), head_dim, reason)
+
+
+def _heads(module: Any) -> int:
+    heads: int = _first(module, "heads", "num_heads", "num_attention_heads")
+    if heads is None:
+        raise AttributeError("it has none of `heads`, `num_heads` and `num_attention_heads`")
+    return heads
+
+
+def _head_dim(module: Any) -> int:
+    if (inner := _first(module, "inner_dim")) is not None:
+        return int(inner // _heads(module))
+    head_dim: int | None = _first(module, "head_dim", "dim_heads")
+    return module.to_q.out_features // _heads(module) if head_dim is None else head_dim
+
+
+def _key_value_heads(module: Any, heads: int, head_dim: int) -> int:
+    if (inner := _first(module, "inner_kv_dim")) is not None:
+        return int(inner // head_dim)
+    return _first(module, "num_kv_heads", "kv_heads", "num_key_value_heads") or heads
 
 
 def _kind(module: Any) -> Kind:
-    if streams(module) != (MAIN,) or _present(module, "add_q_proj") or hasattr(module, "txt_kv_proj"):
+    calls = kernel_calls(module)
+    if (
+        any(streams != (MAIN,) for _, streams in calls)
+        or _two_queries(module)
+        or hasattr(module, "txt_kv_proj")
+    ):
         return "joint"
-    if _present(module, "add_k_proj") and not _attends_to_an_image_too(module):
+    if _first(module, "add_k_proj") is not None and not _attends_to_an_image_too(module):
         return "cross" if module.only_cross_attention else "joint"
-    return "cross" if getattr(module, "is_cross_attention", False) else "self"
+    return "cross" if getattr(module, "is_cross_attention", hasattr(module, "to_kv")) else "self"
 
 
-def _reason(module: nn.Module) -> str | None:
+def _reason(module: Any) -> str | None:
     name = processor_name(module)
     if "Linear" in name or "Multiscale" in name:
         return LINEAR
@@ -131,19 +156,29 @@ def _reason(module: nn.Module) -> str | None:
         return f"{name} calls no attention kernel; call set_processor({_KERNEL_INSTEAD[name]}()) on it"
     if name.startswith("XFormers") and not is_xformers_available():
         return f"{name} needs xformers; pip install 'shd-diffusion[xformers]'"
-    if _present(module, "add_q_proj") and name not in _JOINED:
-        return f"{name} joins image and text in an order not known here"
+    if getattr(module, "use_differential", False):
+        return "differential attention subtracts two maps, and the difference is no distribution"
+    try:
+        kernel_calls(module)
+    except Exception as error:
+        return f"{name} joins image and text in an order that a trial run does not tell: {error}"
     return None
+
+
+def _two_queries(module: Any) -> bool:
+    """Whether text tokens have projections of their own, up to the output's."""
+    return _first(module, "add_q_proj", "to_added_qkv", "txt_attn_qkv") is not None
 
 
 def _attends_to_an_image_too(module: Any) -> bool:
     """Wan's image-to-video cross-attention; diffusers' older `Attention` joins such keys to its own."""
-    added_keys = _present(module, "add_k_proj") and not _present(module, "add_q_proj")
+    added_keys = _first(module, "add_k_proj") is not None and not _two_queries(module)
     return added_keys and not hasattr(module, "only_cross_attention")
 
 
-def _present(module: nn.Module, name: str) -> bool:
-    return getattr(module, name, None) is not None
+def _first(module: Any, *names: str) -> Any:
+    """The first of these attributes that the module has; None where it has none."""
+    return next((value for n in names if (value := getattr(module, n, None)) is not None), None)
 
 
 def _unet_stage(name: str) -> int:

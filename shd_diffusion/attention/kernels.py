@@ -7,7 +7,7 @@ picks a backend of its registry (flash, sage, flex, xformers, or SDPA again); an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,7 +16,8 @@ import torch
 from diffusers.models import attention_processor
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.attention.flex_attention import BlockMask, create_mask
+from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 # What is noted: how to read the arguments, and the arguments; nothing is computed before a record is wanted.
@@ -30,12 +31,18 @@ SDPA_BACKENDS = {
     AttentionBackendName._NATIVE_FLASH,
     AttentionBackendName._NATIVE_MATH,
 }
+UNSEEN = (
+    -9000.0
+)  # diffusers adds -10000 or less (float16's -65504, float32's smallest) to keys not to be seen
 MASKED = -1e30  # finite, so that 0 · log q stays 0 in a divergence; no float32 softmax tells it from -inf
 
 
 @dataclass(frozen=True, slots=True)
 class KernelCall:
-    """Arguments of one attention kernel: query (B, H, Q, d), key and value (B, H, K, d), additive mask."""
+    """Arguments of one attention kernel: query (B, H, Q, d), key and value (B, H, K, d).
+
+    The mask is added, (B or 1, H or 1, Q or 1, K).
+    """
 
     query: Tensor
     key: Tensor
@@ -118,9 +125,31 @@ def _read_sdpa(
         key, value = key.repeat_interleave(group, dim=1), value.repeat_interleave(group, dim=1)
     if is_causal:
         attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
-    if attn_mask is not None and attn_mask.dtype == torch.bool:
-        attn_mask = torch.zeros_like(attn_mask, dtype=torch.float32).masked_fill(~attn_mask, MASKED)
+    if attn_mask is not None:
+        attn_mask = _additive(attn_mask)
     return KernelCall(query, key, value, attn_mask, query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _additive(mask: Tensor) -> Tensor:
+    """Four dimensions, and one finite number at every key that is not to be seen."""
+    if mask.dtype == torch.bool:
+        mask = torch.zeros_like(mask, dtype=torch.float32).masked_fill(~mask, MASKED)
+    else:
+        mask = mask.to(torch.promote_types(mask.dtype, torch.float32)).masked_fill(mask <= UNSEEN, MASKED)
+    return mask[(None,) * (4 - mask.ndim)]
+
+
+def stack(calls: Sequence[KernelCall], rows: int) -> KernelCall:
+    """One call of all samples out of one each. They share their first `rows` query rows; keys are padded, masked."""
+    keys = max(call.key.shape[2] for call in calls)
+    query = torch.cat([call.query[:, :, :rows] for call in calls])
+    key, value = (
+        torch.cat([pad(tensor, (0, 0, 0, keys - tensor.shape[2])) for tensor in tensors])
+        for tensors in ([call.key for call in calls], [call.value for call in calls])
+    )
+    lengths = torch.tensor([call.key.shape[2] for call in calls], device=key.device)
+    seen = torch.arange(keys, device=key.device) < lengths[:, None, None, None]  # (B, 1, 1, K)
+    return KernelCall(query, key, value, _additive(seen), calls[0].scale)
 
 
 def _read_backend(
@@ -133,7 +162,10 @@ def _read_backend(
     enable_gqa: bool = False,
     **_: Any,
 ) -> KernelCall:
-    """The registry's layout, (B, N, H, d), and masks of (B, K) as well."""
+    """The registry's layout, (B, N, H, d), and masks of (B, K) or flex attention's BlockMask as well."""
+    if isinstance(attn_mask, BlockMask):
+        sizes = (*attn_mask.shape[:2], query.shape[1], key.shape[1])
+        attn_mask = create_mask(attn_mask.mask_mod, *sizes, device=query.device)
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise RuntimeError(
             f"a {type(attn_mask).__name__} cannot be read as a mask; use a backend that takes tensors"

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from shd_diffusion.attention.capture import _in_backward, _unwrap
+from shd_diffusion.attention.capture import unwrap
+from shd_diffusion.attention.processors import in_backward
 
 
 class OutputCapture:
@@ -34,7 +35,7 @@ class OutputCapture:
     """
 
     def __init__(self, model: nn.Module, modules: Iterable[str]) -> None:
-        self._model = _unwrap(model)
+        self._model = unwrap(model)
         self._modules = {name: self._model.get_submodule(name) for name in modules}
         self._hooks: list[Any] = []
         self._with_gradients = False
@@ -56,7 +57,7 @@ class OutputCapture:
         self.outputs, self._with_gradients = {}, torch.is_grad_enabled()
 
     def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
-        if _in_backward():
+        if in_backward():
             return
         if self._with_gradients and not torch.is_grad_enabled():
             raise RuntimeError(

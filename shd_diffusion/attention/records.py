@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 Kind = Literal["self", "cross", "joint"]
+Index: TypeAlias = Tensor | slice
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,7 +27,8 @@ class AttentionRecord:
         value: (B, H, K, d).
         output_weight: (C, H·d), as in `nn.Linear.weight` of the output projection.
         scale: factor on the logits, usually d ** -0.5.
-        mask: added to the logits, broadcastable to (B, H, Q, K); None where there is none.
+        mask: added to the logits, (B or 1, H or 1, Q or 1, K); None where there is none. A key that a query must
+            not see has `MASKED` or less.
     """
 
     name: str
@@ -44,11 +46,12 @@ class AttentionRecord:
 
     def of_samples(self, samples: slice) -> AttentionRecord:
         """The record of some samples, on the same memory."""
-        mask = self.mask
-        if mask is not None and mask.ndim == 4 and mask.shape[0] > 1:
-            mask = mask[samples]
         return replace(
-            self, query=self.query[samples], key=self.key[samples], value=self.value[samples], mask=mask
+            self,
+            query=self.query[samples],
+            key=self.key[samples],
+            value=self.value[samples],
+            mask=taken(self.mask, samples),
         )
 
     def to(self, device: torch.device) -> AttentionRecord:
@@ -58,25 +61,37 @@ class AttentionRecord:
         moved = {name: getattr(self, name).to(device) for name in ("query", "key", "value")}
         return replace(self, **moved, mask=None if self.mask is None else self.mask.to(device))
 
-    def logits(self, temperature: float = 1.0, rows: Tensor | slice | None = None) -> Tensor:
-        """Logits before the softmax, divided by the temperature: (B, H, rows, K), float32 or better.
+    def logits(
+        self, temperature: float = 1.0, samples: Index | None = None, rows: Index | None = None
+    ) -> Tensor:
+        """Logits before the softmax, divided by the temperature: (samples, H, rows, K), float32 or better.
 
         Args:
             temperature: τ > 0; above 1 softens the maps (docs/method.md section 6).
+            samples: indices or slice of the samples that are wanted; None for all.
             rows: indices or slice of the query rows that are wanted; None for all.
         """
-        query = self.query if rows is None else self.query[:, :, rows]
-        dtype = torch.promote_types(query.dtype, torch.float32)
-        logits = (query.to(dtype) * self.scale) @ self.key.to(dtype).transpose(-1, -2)
-        if self.mask is not None:
-            logits = logits + (self.mask if rows is None else mask_rows(self.mask, rows))
-        return logits if temperature == 1.0 else logits / temperature
+        dtype = torch.promote_types(self.query.dtype, torch.float32)
+        query = _at(_at(self.query, 0, samples), 2, rows).to(dtype)
+        key = _at(self.key, 0, samples).to(dtype)
+        logits = (query * (self.scale / temperature)) @ key.mT  # (samples, H, rows, d) @ (samples, H, d, K)
+        mask = taken(self.mask, samples, rows)
+        return logits if mask is None else logits + mask.to(dtype) / temperature
 
-    def maps(self, temperature: float = 1.0, rows: Tensor | slice | None = None) -> Tensor:
-        """Attention maps softmax(logits / τ): (B, H, rows, K); each row is a distribution over the keys."""
-        return self.logits(temperature, rows).softmax(dim=-1)
+    def maps(
+        self, temperature: float = 1.0, samples: Index | None = None, rows: Index | None = None
+    ) -> Tensor:
+        """Attention maps softmax(logits / τ): (samples, H, rows, K); each row is a distribution over the keys."""
+        return self.logits(temperature, samples, rows).softmax(dim=-1)
 
 
-def mask_rows(mask: Tensor, rows: Tensor | slice) -> Tensor:
-    """The mask of some query rows; one that is the same for all rows stays as it is."""
-    return mask if mask.ndim < 2 or mask.shape[-2] == 1 else mask[..., rows, :]
+def taken(mask: Tensor | None, samples: Index | None = None, rows: Index | None = None) -> Tensor | None:
+    """A mask (B or 1, H or 1, Q or 1, K) for some samples and query rows; what is the same for all stays."""
+    if mask is None:
+        return None
+    mask = mask if mask.shape[0] == 1 else _at(mask, 0, samples)
+    return mask if mask.shape[2] == 1 else _at(mask, 2, rows)
+
+
+def _at(tensor: Tensor, dim: int, index: Index | None) -> Tensor:
+    return tensor if index is None else tensor[(slice(None),) * dim + (index,)]

@@ -1,57 +1,105 @@
-"""A folder of image files, a sub-folder a class."""
+"""A folder of image files, a sub-folder a class; or a flat one, without classes."""
 
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, make_dataset
 
 from shd_diffusion.data.decoding import decode
-from shd_diffusion.data.labelled import LabelledImages
+from shd_diffusion.data.image_sets import Images
 from shd_diffusion.errors import UserError
 
 
-class ImageFolder(LabelledImages):
+class ImageFolder(Images):
     """Image files below `folder/<class>/`, classes numbered in the order of their names, as in torchvision.
 
-    Files are read when they are asked for: to look through 1.2 million of them at the start would take hours.
+    A folder without sub-folders has no classes: its images are unconditional. Files are read when they are asked
+    for: to look through 1.2 million of them at the start would take hours.
 
     Args:
-        folder: holds a sub-folder a class.
+        folder: holds a sub-folder a class, or the images.
         size: images become (3, size, size); see `decode`.
 
     Raises:
-        UserError: no such folder, no classes, or a class without images.
+        UserError: no such folder, no images, a class without any, or a link that leads round in a circle.
     """
 
     def __init__(self, folder: Path, size: int) -> None:
+        self.folder, self.shape = folder, (3, size, size)
         try:
-            _, labels = find_classes(folder)
-            files = make_dataset(str(folder), labels, extensions=IMG_EXTENSIONS)
+            self.paths = _image_files(folder)
+            classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
         except OSError as error:
             raise UserError(
-                f"data.path: {folder}: not a folder with a sub-folder of images a class ({error})"
+                f"data.path: {_printable(folder)}: not a readable folder ({error.strerror}); "
+                "give one of images, or with a sub-folder of them a class"
             ) from None
-        self.folder, self.shape, self.num_classes = folder, (3, size, size), len(labels)
-        self.paths = [path for path, _ in files]
-        self.labels = torch.tensor([label for _, label in files])
+        if classes:
+            numbers = {name: number for number, name in enumerate(classes)}
+            groups = [os.path.relpath(path, folder).partition(os.sep) for path in self.paths]
+            self.paths = [path for path, (_, inside, _) in zip(self.paths, groups, strict=True) if inside]
+            self.labels = torch.tensor([numbers[name] for name, inside, _ in groups if inside])
+            self.num_classes, self.class_names = len(classes), list(map(_printable, classes))
+            if empty := set(range(len(classes))) - set(self.labels.tolist()):
+                names = ", ".join(self.class_names[number] for number in sorted(empty))
+                raise UserError(
+                    f"data.path: {_printable(folder)}: no images of {names}; add some, or remove it"
+                )
+        elif not self.paths:
+            raise UserError(f"data.path: {_printable(folder)}: no images in it; give another folder")
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        path = Path(self.paths[index])
-        return decode(path, str(path), self.shape[1]), int(self.labels[index])
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def image(self, index: int) -> Tensor:
+        return decode(Path(self.paths[index]), self.name(index), self.shape[1])
 
     def name(self, index: int) -> str:
-        return self.paths[index]
+        return _printable(self.paths[index])
 
     def fingerprint(self) -> str:
         """Names, sizes in bytes and times of modification of all files."""
         digest = hashlib.sha256()
-        for path in map(Path, self.paths):
-            status = path.stat()
-            digest.update(
-                f"{path.relative_to(self.folder)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode()
-            )
+        for path in self.paths:
+            digest.update(os.fsencode(os.path.relpath(path, self.folder)))
+            try:
+                status = Path(path).stat()
+                digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            except OSError:  # a link that leads nowhere is an image that cannot be read
+                digest.update(b"\0unreadable\0")
         return digest.hexdigest()
+
+
+def _image_files(folder: Path) -> list[str]:
+    """All image files below a folder in torchvision's order, links followed.
+
+    Raises:
+        OSError: a folder cannot be read.
+        UserError: a link leads back to a folder that it lies in.
+    """
+    from torchvision.datasets.folder import IMG_EXTENSIONS  # slow to import
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    files = []
+    above = {os.fspath(folder): [os.path.realpath(folder)]}  # real paths down to each folder
+    for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        for path in (f"{root}{os.sep}{name}" for name in folders):
+            real = os.path.realpath(path)
+            if real in above[root]:
+                raise UserError(
+                    f"data.path: {_printable(path)}: links to a folder that it lies in; remove it"
+                )
+            above[path] = [*above[root], real]
+        files += [f"{root}{os.sep}{name}" for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+    return sorted(files, key=os.path.split)
+
+
+def _printable(path: str | Path) -> str:
+    """A path in one line of UTF-8, which file names need not be."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from shd_diffusion.data.decoding import UnreadableImage, decode
-from shd_diffusion.data.labelled import LabelledImages
-from shd_diffusion.errors import UserError
+from shd_diffusion.data.image_sets import Images
+from shd_diffusion.errors import UserError, one_line
 
 
-class HubImages(LabelledImages):
+class HubImages(Images):
     """The images of a data set of the `datasets` library.
 
     Args:
@@ -37,9 +37,8 @@ class HubImages(LabelledImages):
         try:
             table: Any = datasets.load_dataset(path, split=split)
         except Exception as error:  # the builders of data sets raise errors of any kind
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"data.path: {path}: split `{split}` cannot be loaded as a data set ({reason}); "
+                f"data.path: {path}: split `{split}` cannot be loaded as a data set ({one_line(error)}); "
                 "give the name of one on the hub or a local folder of images, Parquet or Arrow files"
             ) from None
         for key, column in (("image_column", image_column), ("label_column", label_column)):
@@ -58,18 +57,23 @@ class HubImages(LabelledImages):
             )
         self.path, self.shape = path, (3, size, size)
         self.labels = torch.tensor(labels, dtype=torch.int64)
-        self.num_classes = getattr(table.features[label_column], "num_classes", None) or max(labels) + 1
+        classes = table.features[label_column]
+        self.num_classes = getattr(classes, "num_classes", None) or max(labels) + 1
+        self.class_names = getattr(classes, "names", None)
         self.images = table.select_columns(image_column).cast_column(
             image_column, datasets.Image(decode=False)
         )
         self.image_column, self.split = image_column, split
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def image(self, index: int) -> Tensor:
         stored = self.images[index][self.image_column]
         file = stored["bytes"] or (Path(stored["path"]) if stored["path"] else None)
         if file is None:
             raise UnreadableImage(f"{self.name(index)}: is empty")
-        return decode(file, self.name(index), self.shape[1]), int(self.labels[index])
+        return decode(file, self.name(index), self.shape[1])
 
     def name(self, index: int) -> str:
         return f"{self.path}: image {index} of split {self.split}"

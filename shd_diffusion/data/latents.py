@@ -1,35 +1,43 @@
-"""Latents that `shd-diffusion prepare` has cached: a manifest, and shards of moments and labels.
+"""Latents that `shd-diffusion prepare` has cached: a manifest, and shards of moments and conditions.
 
-    manifest.json                       what the latents were made from, and the shards with their checksums
-    shards/latents-00000.safetensors    "labels" (n,), "moments" (n, 2, 2C, h, w) where n > 0
+    manifest.json                       what the latents are and were made from, and the shards with their checksums
+    null.safetensors                    the condition that stands for none, (1, ...), where the data have one
+    shards/latents-00000.safetensors    "moments" (n, 2, k·C, h, w) and each condition (n, ...) by its name
 
-Axis 1 of the moments is the image as it is and mirrored; axis 2 is C means, then C log-variances, unscaled.
+Axis 1 of the moments is the image as it is and mirrored; axis 2 is as `LatentSpace.encode` gives it, unscaled.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
+from diffusers import ModelMixin
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shd_diffusion.data.source import Source
+from shd_diffusion.data.latent_space import LatentScaling, hash_model, load_vae, sample_latents
+from shd_diffusion.data.source import Source, mirrored_where
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import read_json
+from shd_diffusion.files import read_json, sha256
+from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 
 MANIFEST = "manifest.json"
 READERS = 8
 
 
-class LatentCache(Dataset[tuple[Tensor, int]]):
-    """Item i is the moments of a latent, (copies, 2C, h, w), and its label; read from memory-mapped shards.
+class LatentCache(Dataset[dict[str, Tensor]]):
+    """Item i is {"moments": (copies, k·C, h, w), **condition}, read from memory-mapped shards.
 
     Args:
         folder: written by `prepare`.
@@ -37,82 +45,111 @@ class LatentCache(Dataset[tuple[Tensor, int]]):
         verify: compare every shard with its checksum first.
 
     Raises:
-        UserError: the cache is not complete, or a shard is missing or damaged.
+        UserError: the cache is not complete, or a file is missing or damaged.
     """
 
     def __init__(self, folder: Path, copies: int, verify: bool) -> None:
-        self.folder, self.copies = folder, copies
-        self.manifest = read_manifest(folder)
+        self.copies, self.manifest = copies, read_manifest(folder)
         shards = self.manifest["shards"]
-        self.paths = [folder / shard["file"] for shard in shards]
         check_shards(folder, shards, verify)
+        self.paths = [folder / shard["file"] for shard in shards]
         self.ends = np.cumsum([shard["images"] for shard in shards])
-        self.open_shards: dict[int, Any] = {}
+        self.open_shards: dict[int, dict[str, Any]] = {}
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
         number = int(np.searchsorted(self.ends, index, side="right"))
         row = index - (int(self.ends[number - 1]) if number else 0)
         if number not in self.open_shards:
             self.open_shards[number] = self._open(number)
-        moments, labels = self.open_shards[number]
-        return moments[row, : self.copies], int(labels[row])
+        item = {name: torch.as_tensor(part[row]) for name, part in self.open_shards[number].items()}
+        return item | {"moments": item["moments"][: self.copies]}
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay in the process that opened them."""
         return {**self.__dict__, "open_shards": {}}
 
-    def _open(self, number: int) -> tuple[Any, Tensor]:
-        """The moments, not yet read, and the labels of a shard."""
+    def _open(self, number: int) -> dict[str, Any]:
+        """The tensors of a shard, not yet read."""
         path = self.paths[number]
         try:
             shard = safe_open(path, framework="pt")
-            return shard.get_slice("moments"), shard.get_tensor("labels")
+            return {name: shard.get_slice(name) for name in ("moments", *self.manifest["conditions"])}
         except (OSError, SafetensorError) as error:
             raise damaged(path, str(error)) from None
 
 
 class LatentSource(Source):
-    """Latents, sampled from cached moments and scaled as the VAE's config says."""
+    """Latents, sampled from cached moments and scaled as their VAE's are.
 
-    needs_noise = True
+    Attributes:
+        vae: path or hub name of the VAE that encoded them.
+        vae_sha256: of its config and weights, see `hash_model`.
+        scaling: of the latents.
+    """
 
     def __init__(
         self, folder: Path, horizontal_flip: bool = False, num_workers: int = 0, verify: bool = True
     ) -> None:
         self.dataset: LatentCache = LatentCache(folder, copies=2 if horizontal_flip else 1, verify=verify)
         manifest = self.dataset.manifest
-        channels, height, width = manifest["shape"]
-        self.shape, self.num_classes = (channels, height, width), manifest["num_classes"]
+        self.shape, self.num_classes = tuple(manifest["shape"]), manifest["num_classes"]
+        self.image_size = tuple(manifest["identity"]["image_shape"][-2:])
+        self.condition_names = list(manifest["conditions"])
+        self.null = load_file(folder / manifest["null"]) if manifest["null"] else {}
+        self.needs_noise = manifest["has_variance"]
         self.vae: str = manifest["vae"]["path"]
-        self.scaling_factor: float = manifest["vae"]["scaling_factor"]
-        self.shift_factor: float = manifest["vae"]["shift_factor"]
+        self.vae_sha256: str = manifest["identity"]["vae"]
+        self.scaling = LatentScaling(**manifest["vae"]["scaling"])
         self.horizontal_flip, self.num_workers = horizontal_flip, num_workers
 
-    def clean(self, items: Tensor, flipped: Tensor, noise: Tensor | None) -> Tensor:
-        if noise is None:
+    def clean(self, items: Mapping[str, Tensor], flipped: Tensor, noise: Tensor | None) -> Tensor:
+        if self.needs_noise and noise is None:
             raise ValueError("latents are sampled with noise")
-        moments = items[:, 0].float()
-        if self.horizontal_flip:
-            moments = torch.where(flipped[:, None, None, None], items[:, 1].float(), moments)
-        mean, log_variance = moments.chunk(2, dim=1)
-        return (mean + (log_variance / 2).exp() * noise - self.shift_factor) * self.scaling_factor
+        both = items["moments"].float()
+        moments = mirrored_where(flipped, both[:, 0], both[:, 1]) if self.horizontal_flip else both[:, 0]
+        return self.scaling.normalise(sample_latents(moments, noise))
+
+    def load_vae(self) -> ModelMixin:
+        """The VAE that the latents were encoded by.
+
+        Raises:
+            UserError: it cannot be loaded, or is another by now.
+        """
+        vae = load_vae(self.vae)
+        if hash_model(vae) != self.vae_sha256:
+            raise UserError(
+                f"{self.vae}: is not the VAE that encoded these latents any more; bring that one back, "
+                "or run `shd-diffusion prepare` with another --output"
+            )
+        return vae
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a complete cache.
+def checksum(manifest: dict[str, Any]) -> str:
+    """SHA-256 of all that a manifest says beside it."""
+    rest = {key: value for key, value in manifest.items() if key != "checksum"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_manifest(folder: Path, complete: bool = True) -> dict[str, Any]:
+    """The manifest of a cache, as `prepare` wrote it.
 
     Raises:
-        UserError: there is none, or `prepare` has not ended.
+        UserError: there is none, it was changed or cut off, or `prepare` has not ended though it should be `complete`.
     """
-    if not (folder / MANIFEST).is_file():
+    path = folder / MANIFEST
+    if not path.is_file():
         raise UserError(
             f"data.path: {folder}: no {MANIFEST} in it; give the output of `shd-diffusion prepare`"
         )
-    manifest = read_json(folder / MANIFEST)
-    if not manifest.get("shards"):
+    manifest = read_json(path)
+    if not isinstance(manifest, dict) or manifest.get("checksum") != checksum(manifest):
+        raise UserError(
+            f"{path}: was changed since; delete it and run `shd-diffusion prepare` again to mend it"
+        )
+    if complete and not manifest["shards"]:
         raise UserError(
             f"data.path: {folder}: not complete; run its `shd-diffusion prepare` again to continue it"
         )
@@ -122,11 +159,25 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def check_shards(folder: Path, shards: list[dict[str, Any]], verify: bool) -> None:
     """See that all shards are there in their size and, with `verify`, in their checksum.
 
+    One process a machine looks, the others wait; what it finds wrong is raised in all.
+
     Raises:
         UserError: one is not; it is named.
     """
-    for shard in shards:
-        path = folder / shard["file"]
+    found: list[str | None] = [None]
+    if processes().is_local_main_process:
+        try:
+            _check_shards(folder, shards, verify)
+        except UserError as error:
+            found = [str(error)]
+    for message in gather_object(found):
+        if message is not None:
+            raise UserError(message)
+
+
+def _check_shards(folder: Path, shards: list[dict[str, Any]], verify: bool) -> None:
+    paths = [folder / shard["file"] for shard in shards]
+    for path, shard in zip(paths, shards, strict=True):
         size = path.stat().st_size if path.is_file() else 0
         if size != shard["bytes"]:
             raise damaged(path, f"{size} bytes instead of {shard['bytes']}")
@@ -136,20 +187,12 @@ def check_shards(folder: Path, shards: list[dict[str, Any]], verify: bool) -> No
         ThreadPoolExecutor(READERS) as readers,
         progress_bar(len(shards), f"verify {folder.name}", "shard") as bar,
     ):
-        for shard, found in zip(
-            shards, readers.map(lambda one: sha256(folder / one["file"]), shards), strict=True
-        ):
+        for path, shard, found in zip(paths, shards, readers.map(sha256, paths), strict=True):
             if found != shard["sha256"]:
-                raise damaged(folder / shard["file"], "its checksum is not that of the manifest")
+                raise damaged(path, "its checksum is not that of the manifest")
             bar.update()
 
 
 def damaged(path: Path, reason: str) -> UserError:
     """What to say of a damaged shard."""
     return UserError(f"{path}: damaged ({reason}); run `shd-diffusion prepare` again to write it anew")
-
-
-def sha256(path: Path) -> str:
-    """The checksum of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,30 +8,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import ModelMixin
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from shd_diffusion.config import EncodeConfig, PrepareConfig
-from shd_diffusion.data import open_images
+from shd_diffusion.data.datasets import open_dataset
 from shd_diffusion.data.decoding import UnreadableImage
-from shd_diffusion.data.labelled import LabelledImages
-from shd_diffusion.data.latents import MANIFEST, sha256
-from shd_diffusion.data.vae import encode_moments, hash_model, load_vae
-from shd_diffusion.errors import UserError
-from shd_diffusion.files import read_json, replacing_file, write_json, write_text
+from shd_diffusion.data.image_sets import Images
+from shd_diffusion.data.images import from_bytes, to_rgb
+from shd_diffusion.data.latent_space import LatentSpace, hash_model, load_vae
+from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
+from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.files import read_json, save_tensors, sha256, write_json, write_text
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
-UNREADABLE = "unreadable.txt"
+UNREADABLE, NULL = "unreadable.txt", "null.safetensors"
 
 # What a cache is made from, as its manifest has it, and what to call it in a message.
 IDENTITY = {
@@ -39,6 +38,7 @@ IDENTITY = {
     "num_source_images": "number of images",
     "image_shape": "image size (`data.image_size`)",
     "vae": "VAE (`prepare.vae`)",
+    "conditions": "conditions (by `data`)",
     "dtype": "`prepare.dtype`",
     "shard_size": "`prepare.shard_size`",
 }
@@ -46,12 +46,16 @@ IDENTITY = {
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the cache: the images from `start` up to `stop` of the source."""
+    """One file of the cache: the images from `start` up to `stop` of the source.
+
+    `identity` stands for all that it follows from.
+    """
 
     folder: Path
     number: int
     start: int
     stop: int
+    identity: str
 
     def __len__(self) -> int:
         return self.stop - self.start
@@ -72,11 +76,12 @@ class Shard:
         if not (self.record_file.is_file() and self.path.is_file()):
             return False
         try:
-            whole = self.read_record()["sha256"] == sha256(self.path)
-        except UserError:
+            record = self.read_record()
+            whole = record["identity"] == self.identity and record["sha256"] == sha256(self.path)
+        except (UserError, KeyError, TypeError):
             whole = False
         if not whole:
-            announce(f"{self.path}: damaged; it is written anew")
+            announce(f"{self.path}: damaged, or of another cache; it is written anew")
         return whole
 
 
@@ -99,29 +104,32 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
             f"{source}: key `data.name`: latents are what prepare writes; give a data set of images"
         )
     state = processes()
-    images = open_images(config.data)
+    images = open_dataset(config.data)
     try:
-        vae = load_vae(config.prepare.vae).to(state.device)
+        space = LatentSpace(load_vae(config.prepare.vae).to(state.device))
     except UserError as error:
         raise UserError(f"{source}: key `prepare.vae`: {error}") from error
-    manifest = describe(config, images, vae, source)
+    manifest = describe(config, images, space, source)
     check_identity(output, manifest["identity"])
-    shards = plan_shards(output, len(images), config.prepare.shard_size)
+    shards = plan_shards(output, len(images), config.prepare.shard_size, checksum(manifest["identity"]))
+    state.wait_for_everyone()  # until all have looked at the folder
     if state.is_main_process:
-        for leftover in output.glob("shards/.*.tmp-*"):  # of a call that was killed
+        for leftover in output.glob("shards/.*"):  # of a call that was killed
             leftover.unlink()
+        if images.null:
+            save_tensors(images.null, output / NULL)
         if not (output / MANIFEST).exists():
-            write_json(output / MANIFEST, manifest)
+            write_manifest(output, manifest)
     state.wait_for_everyone()
 
-    encode_shards(shards[state.process_index :: state.num_processes], images, vae, config)
+    encode_shards(shards[state.process_index :: state.num_processes], images, space, config)
     state.wait_for_everyone()
     records = [shard.read_record() for shard in shards]
     unreadable = [image for record in records for image in record["unreadable"]]
     check_share(unreadable, len(images), config.prepare, output)
     if state.is_main_process:
         write_report(output, unreadable)
-        write_json(output / MANIFEST, {**manifest, "shards": records})
+        write_manifest(output, {**manifest, "shards": records})
         announce(
             f"{output}: {len(images) - len(unreadable)} images in {len(shards)} shards; "
             f"{len(unreadable)} unreadable ones are left out ({UNREADABLE})"
@@ -129,38 +137,48 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     state.wait_for_everyone()
 
 
-def describe(config: PrepareConfig, images: LabelledImages, vae: ModelMixin, source: str) -> dict[str, Any]:
+def describe(config: PrepareConfig, images: Images, space: LatentSpace, source: str) -> dict[str, Any]:
     """The manifest of a cache before any shard is written.
 
     Raises:
         UserError: the VAE does not take images of this shape.
     """
     try:
-        probe = encode_moments(vae, as_input(torch.zeros(1, *images.shape, dtype=torch.uint8), vae))
+        parts = space.parts(as_input(torch.zeros(1, *images.shape, dtype=torch.uint8).to(space.vae.device)))
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{source}: key `prepare.vae`: {config.prepare.vae} takes no images {images.shape} ({error}); "
+            f"{source}: key `prepare.vae`: {config.prepare.vae} takes no images {images.shape} ({one_line(error)}); "
             "give another VAE or `data.image_size`"
         ) from None
+    conditions = {
+        name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
+        for name, value in images.condition(0).items()
+    }
     return {
         "identity": {
             "source": images.fingerprint(),
             "num_source_images": len(images),
             "image_shape": list(images.shape),
-            "vae": hash_model(vae),
+            "vae": hash_model(space.vae),  # with its scaling
+            "conditions": conditions,
             "dtype": config.prepare.dtype,
             "shard_size": config.prepare.shard_size,
         },
         "data": config.data.model_dump(),
-        "vae": {
-            "path": config.prepare.vae,
-            "scaling_factor": vae.config.scaling_factor,
-            "shift_factor": vae.config.get("shift_factor") or 0.0,
-        },
-        "shape": [probe.shape[1] // 2, *probe.shape[2:]],
+        "vae": {"path": config.prepare.vae, "scaling": asdict(space.scaling)},
+        "shape": list(parts[0].shape[1:]),
+        "has_variance": len(parts) == 2,
+        "conditions": conditions,
         "num_classes": images.num_classes,
+        "class_names": images.class_names,
+        "null": NULL if images.null else None,
         "shards": [],
     }
+
+
+def write_manifest(output: Path, manifest: dict[str, Any]) -> None:
+    """Write a manifest with its checksum."""
+    write_json(output / MANIFEST, {**manifest, "checksum": checksum(manifest)})
 
 
 def check_identity(output: Path, identity: dict[str, Any]) -> None:
@@ -170,12 +188,10 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
         UserError: it does not; what differs is named.
     """
     if not (output / MANIFEST).exists():
-        if output.exists() and (
-            not output.is_dir() or any(not path.name.startswith(".") for path in output.iterdir())
-        ):
+        if output.exists() and not (output / "shards").is_dir() and _holds_files(output):
             raise UserError(f"{output}: holds files but no {MANIFEST} of a cache; give another --output")
         return
-    present = read_json(output / MANIFEST).get("identity", {})
+    present = read_manifest(output, complete=False)["identity"]
     for key, name in IDENTITY.items():
         if present.get(key) != identity[key]:
             raise UserError(
@@ -184,17 +200,19 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
             )
 
 
-def plan_shards(output: Path, count: int, size: int) -> list[Shard]:
+def _holds_files(path: Path) -> bool:
+    return not path.is_dir() or any(not inside.name.startswith(".") for inside in path.iterdir())
+
+
+def plan_shards(output: Path, count: int, size: int, identity: str) -> list[Shard]:
     """The shards of `count` images, `size` in each but the last."""
     return [
-        Shard(output, number, number * size, min((number + 1) * size, count))
+        Shard(output, number, number * size, min((number + 1) * size, count), identity)
         for number in range(math.ceil(count / size))
     ]
 
 
-def encode_shards(
-    shards: list[Shard], images: LabelledImages, vae: ModelMixin, config: PrepareConfig
-) -> None:
+def encode_shards(shards: list[Shard], images: Images, space: LatentSpace, config: PrepareConfig) -> None:
     """Encode the shards that are not done yet; end as soon as it is certain that too many are unreadable."""
     state = processes()
     name = f"prepare, process {state.process_index + 1} of {state.num_processes}"
@@ -204,22 +222,22 @@ def encode_shards(
             if shard.is_done():
                 bar.update(len(shard))
             else:
-                encode_shard(shard, images, vae, config, bar.update)
+                encode_shard(shard, images, space, config, bar.update)
             unreadable += shard.read_record()["unreadable"]
             check_share(unreadable, len(images), config.prepare, shard.folder)
 
 
 def encode_shard(
     shard: Shard,
-    images: LabelledImages,
-    vae: ModelMixin,
+    images: Images,
+    space: LatentSpace,
     config: PrepareConfig,
     advance: Callable[[int], Any],
 ) -> None:
     """Encode the images of a shard, as they are and mirrored, and write it with its record.
 
     Raises:
-        UserError: it cannot be written.
+        UserError: latents are not finite, or the shard cannot be written.
     """
     settings = config.prepare
     attempts: DataLoader[Any] = DataLoader(
@@ -228,31 +246,34 @@ def encode_shard(
         num_workers=config.data.num_workers,
         collate_fn=list,
     )
-    moments: list[Tensor] = []
-    labels: list[int] = []
+    encoded: list[dict[str, Tensor]] = []
     unreadable: list[dict[str, Any]] = []
     for batch in attempts:
-        unreadable += [attempt for attempt in batch if isinstance(attempt, dict)]
-        read = [attempt for attempt in batch if isinstance(attempt, tuple)]
-        if read:
-            pixels = as_input(torch.stack([image for image, _ in read]).to(vae.device), vae)
-            both = torch.stack([encode_moments(vae, pixels), encode_moments(vae, pixels.flip(-1))], dim=1)
-            moments.append(both.to(DTYPES[settings.dtype]).cpu())
-            labels += [label for _, label in read]
+        unreadable += [attempt for attempt in batch if "reason" in attempt]
+        if read := [attempt for attempt in batch if "image" in attempt]:
+            items = default_collate(read)
+            pixels = as_input(items.pop("image").to(space.vae.device))
+            both = torch.stack([space.encode(pixels), space.encode(pixels.flip(-1))], dim=1)
+            moments = both.to(DTYPES[settings.dtype]).cpu()
+            for row in (~moments.flatten(1).isfinite().all(dim=1)).nonzero():
+                raise UserError(
+                    f"{images.name(int(items['index'][row]))}: its latents are not finite in {settings.dtype}; "
+                    "remove the image, or set `prepare.dtype` to float32"
+                )
+            del items["index"]
+            encoded.append({"moments": moments, **items})
         advance(len(batch))
-    content = {"labels": torch.tensor(labels, dtype=torch.int64)}
-    if moments:
-        content["moments"] = torch.cat(moments)
+    content = {name: torch.cat([part[name] for part in encoded]) for name in (encoded[0] if encoded else ())}
     try:
-        with replacing_file(shard.path) as temporary:
-            save_file(content, temporary)
-            record = {
-                "file": str(shard.path.relative_to(shard.folder)),
-                "bytes": temporary.stat().st_size,
-                "sha256": sha256(temporary),
-                "images": len(labels),
-                "unreadable": unreadable,
-            }
+        save_tensors(content, shard.path)
+        record = {
+            "file": str(shard.path.relative_to(shard.folder)),
+            "bytes": shard.path.stat().st_size,
+            "sha256": sha256(shard.path),
+            "images": len(shard) - len(unreadable),
+            "unreadable": unreadable,
+            "identity": shard.identity,
+        }
         write_json(shard.record_file, record)
     except (OSError, SafetensorError) as error:
         raise UserError(
@@ -260,10 +281,9 @@ def encode_shard(
         ) from None
 
 
-def as_input(images: Tensor, vae: ModelMixin) -> Tensor:
-    """8-bit images (B, C, H, W) in [-1, 1], as the VAE sees them: grey ones with three equal channels."""
-    scaled = images.float() / 127.5 - 1
-    return scaled.expand(-1, vae.config.in_channels, -1, -1) if scaled.shape[1] == 1 else scaled
+def as_input(images: Tensor) -> Tensor:
+    """8-bit images (B, C, H, W) as a VAE sees them: RGB in [-1, 1]."""
+    return to_rgb(from_bytes(images))
 
 
 def write_report(output: Path, unreadable: list[dict[str, Any]]) -> None:
@@ -277,7 +297,7 @@ def check_share(unreadable: list[dict[str, Any]], count: int, settings: EncodeCo
     Raises:
         UserError: there are too many.
     """
-    if len(unreadable) > settings.max_corrupt_share * count:
+    if len(unreadable) > settings.max_corrupt_share * count or len(unreadable) == count:
         write_report(output, unreadable)
         raise UserError(
             f"{output}: {len(unreadable)} of {count} images are unreadable, more than the share of "
@@ -286,18 +306,18 @@ def check_share(unreadable: list[dict[str, Any]], count: int, settings: EncodeCo
         )
 
 
-class _Attempts(Dataset[Any]):
-    """Attempts at reading images: the pair that there is, or which one cannot be read, and why."""
+class _Attempts(Dataset[dict[str, Any]]):
+    """Attempts at reading images: items with their index, or which image cannot be read, and why."""
 
-    def __init__(self, images: LabelledImages, indices: range) -> None:
+    def __init__(self, images: Images, indices: range) -> None:
         self.images, self.indices = images, indices
 
     def __len__(self) -> int:
         return len(self.indices)
 
-    def __getitem__(self, position: int) -> tuple[Tensor, int] | dict[str, Any]:
+    def __getitem__(self, position: int) -> dict[str, Any]:
         index = self.indices[position]
         try:
-            return self.images[index]
+            return {**self.images[index], "index": index}
         except UnreadableImage as error:
             return {"index": index, "name": self.images.name(index), "reason": str(error)}

@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shd_diffusion.data.labelled import ImagesInMemory
-from shd_diffusion.errors import UserError
+from shd_diffusion.data.image_sets import ImagesInMemory
+from shd_diffusion.errors import UserError, one_line
 
 NUM_CLASSES = 10  # of both
+MOST_IMAGES = 60_000
 
 Files = TypeVar("Files")
 
@@ -43,49 +44,52 @@ def fashion_mnist(folder: Path | None, split: str) -> ImagesInMemory:
     """
     folder = folder or DEBIAN_FASHION_MNIST
     prefix = _split(FASHION_MNIST_FILES, split)
-    images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", 3, FASHION_MNIST_SOURCE)
-    labels = read_idx(folder / f"{prefix}-labels-idx1-ubyte.gz", 1, FASHION_MNIST_SOURCE)
-    if images.shape[1:] != (28, 28) or len(images) != len(labels):
-        raise UserError(
-            f"data.path: {folder}: holds {len(labels)} labels and images {tuple(images.shape)}, "
-            f"which is not Fashion-MNIST; get both files from {FASHION_MNIST_SOURCE}"
-        )
+    images = read_idx(folder / f"{prefix}-images-idx3-ubyte.gz", (28, 28), FASHION_MNIST_SOURCE)
+    path = folder / f"{prefix}-labels-idx1-ubyte.gz"
+    labels = read_idx(path, (), FASHION_MNIST_SOURCE)
+    if len(images) != len(labels):
+        raise _damaged(path, FASHION_MNIST_SOURCE, f"{len(labels)} labels of {len(images)} images")
+    _check_labels(labels, path, FASHION_MNIST_SOURCE)
     return ImagesInMemory(
         F.pad(images[:, None], (2, 2, 2, 2)), labels.long(), NUM_CLASSES, f"Fashion-MNIST ({split})"
     )
 
 
-def read_idx(path: Path, axes: int, source: str) -> Tensor:
+def read_idx(path: Path, item: tuple[int, ...], source: str) -> Tensor:
     """A gzipped IDX file: two zero bytes, 8 for unsigned bytes, the number of axes, big-endian sizes, data.
+
+    torchvision's reader takes no gzipped file. No more is unpacked than Fashion-MNIST has.
 
     Args:
         path: the file.
-        axes: how many there should be.
+        item: shape of an item, (28, 28) of images, () of labels.
         source: where the file is published, for messages.
+
+    Returns:
+        (N, *item), uint8, 0 < N <= 60,000.
 
     Raises:
         UserError: the file is missing or damaged.
     """
+    header = 8 + 4 * len(item)
     try:
         with gzip.open(path) as file:
-            content = file.read()
+            content = file.read(header + MOST_IMAGES * math.prod(item) + 1)
     except FileNotFoundError:
         raise _missing(path, source) from None
     except (OSError, EOFError, zlib.error) as error:
-        raise _damaged(path, source, str(error)) from None
-    header = 4 + 4 * axes
-    if len(content) < header or content[:4] != bytes((0, 0, 8, axes)):
-        raise _damaged(path, source, f"no IDX header of bytes with {axes} axes")
-    sizes = np.frombuffer(content, ">u4", axes, offset=4).astype(int).tolist()
-    if len(content) != header + math.prod(sizes):
-        raise _damaged(
-            path, source, f"{len(content)} bytes, not the {header + math.prod(sizes)} of its header"
-        )
-    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(sizes).copy())
+        raise _damaged(path, source, one_line(error)) from None
+    count = int.from_bytes(content[4:8])
+    start = bytes((0, 0, 8, 1 + len(item))) + np.array([count, *item], ">u4").tobytes()
+    if not content.startswith(start):
+        raise _damaged(path, source, f"no IDX header of bytes {('N', *item)}")
+    if not 0 < count <= MOST_IMAGES or len(content) != header + count * math.prod(item):
+        raise _damaged(path, source, f"it does not hold the {count} items of its header")
+    return torch.from_numpy(np.frombuffer(content, np.uint8, offset=header).reshape(count, *item).copy())
 
 
 def cifar10(folder: Path, split: str) -> ImagesInMemory:
-    """CIFAR-10 (Krizhevsky 2009), (3, 32, 32), from its binary version.
+    """CIFAR-10 (Krizhevsky 2009), (3, 32, 32), from its binary version: torchvision's reader unpickles the other.
 
     Args:
         folder: holds the `.bin` files, or `cifar-10-batches-bin` with them.
@@ -108,13 +112,17 @@ def _read_cifar10(path: Path) -> Tensor:
     except FileNotFoundError:
         raise _missing(path, CIFAR10_SOURCE) from None
     except OSError as error:
-        raise _damaged(path, CIFAR10_SOURCE, str(error)) from None
+        raise _damaged(path, CIFAR10_SOURCE, one_line(error)) from None
     if not len(content) or len(content) % CIFAR10_RECORD:
         raise _damaged(path, CIFAR10_SOURCE, f"{len(content)} bytes are no multiple of {CIFAR10_RECORD}")
     records = torch.from_numpy(content.reshape(-1, CIFAR10_RECORD))
-    if records[:, 0].max() >= NUM_CLASSES:
-        raise _damaged(path, CIFAR10_SOURCE, f"a label of {records[:, 0].max()}; they go from 0 to 9")
+    _check_labels(records[:, 0], path, CIFAR10_SOURCE)
     return records
+
+
+def _check_labels(labels: Tensor, path: Path, source: str) -> None:
+    if labels.max() >= NUM_CLASSES:
+        raise _damaged(path, source, f"a label of {labels.max()}; they go from 0 to 9")
 
 
 def _split(files: dict[str, Files], split: str) -> Files:

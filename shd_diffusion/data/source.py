@@ -3,34 +3,41 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
+from torch.utils.data import DataLoader, Dataset, default_collate
 
 from shd_diffusion.data.decoding import UnreadableImage
-from shd_diffusion.data.labelled import LabelledImages
+from shd_diffusion.data.image_sets import Images
+from shd_diffusion.data.images import from_bytes
 from shd_diffusion.errors import UserError
 
 
 class Source(ABC):
-    """Raw items with labels, and the way from a batch of them to what the model sees.
+    """Raw items with their conditions, and the way from a batch of them to what the model sees.
 
     Nothing here is random: which items are flipped and the noise that a latent is sampled with are given.
 
     Attributes:
-        dataset: item i is a tensor and its label.
-        shape: (C, H, W) of what the model sees.
-        num_classes: labels go from 0 to `num_classes` - 1.
+        dataset: item i is a dict of tensors, among them the condition by argument of the denoiser.
+        shape: of what the model sees, (C, H, W), or (C, F, H, W) of videos.
+        image_size: (H, W) of the images in pixels.
+        num_classes: labels go from 0 to `num_classes` - 1; None without classes.
+        condition_names: which entries of an item are the condition.
+        null: the condition that stands for none, (1, ...) by argument, as far as the data know it.
         needs_noise: `clean` samples, and so needs standard normal noise of `shape`.
         num_workers: processes that read ahead; 0 reads in this one.
     """
 
-    dataset: Dataset[tuple[Tensor, int]]
-    shape: tuple[int, int, int]
-    num_classes: int
+    dataset: Dataset[dict[str, Tensor]]
+    shape: tuple[int, ...]
+    image_size: tuple[int, int]
+    num_classes: int | None
+    condition_names: list[str]
+    null: dict[str, Tensor]
     needs_noise: bool
     num_workers: int
 
@@ -38,29 +45,37 @@ class Source(ABC):
         return len(self.dataset)  # type: ignore[arg-type]
 
     @abstractmethod
-    def clean(self, items: Tensor, flipped: Tensor, noise: Tensor | None) -> Tensor:
+    def clean(self, items: Mapping[str, Tensor], flipped: Tensor, noise: Tensor | None) -> Tensor:
         """What the model sees, before any noise of the forward process.
 
         Args:
             items: B raw items.
             flipped: (B,) bool, which of them to mirror left to right, where the config allows it.
-            noise: (B, C, H, W) standard normal; None where `needs_noise` is false.
+            noise: (B, *shape) standard normal; None where `needs_noise` is false.
 
         Returns:
-            (B, C, H, W), float32.
+            (B, *shape), float32.
         """
 
-    def first(self, count: int) -> tuple[Tensor, Tensor]:
-        """The first items as the model sees them, (count, C, H, W), and their labels (count,).
+    def condition(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What the model is told of raw items, by argument of the denoiser; empty without a condition."""
+        return {name: items[name] for name in self.condition_names}
+
+    def example(self) -> dict[str, Tensor]:
+        """The condition of one sample, (1, ...) by argument, to see what shapes it has."""
+        return self.condition(default_collate([self.dataset[0]]))
+
+    def first(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """The first items as the model sees them, (count, *shape), and their condition.
 
         Nothing is flipped, and latents are at their mean.
         """
-        items, labels = default_collate([self.dataset[index] for index in range(count)])
+        items = default_collate([self.dataset[index] for index in range(count)])
         noise = torch.zeros(count, *self.shape) if self.needs_noise else None
-        return self.clean(items, torch.zeros(count, dtype=torch.bool), noise), labels
+        return self.clean(items, torch.zeros(count, dtype=torch.bool), noise), self.condition(items)
 
-    def batches(self, sampler: Sampler[list[int]]) -> Iterator[tuple[Tensor, Tensor]]:
-        """Raw items and labels (B,) in the sampler's order.
+    def batches(self, sampler: Iterable[list[int]]) -> Iterator[dict[str, Tensor]]:
+        """Raw items in the sampler's order, stacked by name.
 
         Raises:
             UserError: an item cannot be read.
@@ -70,6 +85,8 @@ class Source(ABC):
             batch_sampler=sampler,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
+            # Without one the loader draws from torch's own generator, and dropout after it is another.
+            generator=torch.Generator(),
         )
         try:
             yield from loader
@@ -87,39 +104,21 @@ class ImageSource(Source):
 
     needs_noise = False
 
-    def __init__(self, images: LabelledImages, horizontal_flip: bool = False, num_workers: int = 0) -> None:
-        self.dataset: LabelledImages = images
-        self.shape, self.num_classes = images.shape, images.num_classes
+    def __init__(self, images: Images, horizontal_flip: bool = False, num_workers: int = 0) -> None:
+        self.dataset: Images = images
+        self.shape, self.image_size = images.shape, images.shape[1:]
+        self.num_classes, self.null = images.num_classes, images.null
+        self.condition_names = list(images.condition(0))
         self.horizontal_flip, self.num_workers = horizontal_flip, num_workers
 
-    def clean(self, items: Tensor, flipped: Tensor, noise: Tensor | None = None) -> Tensor:
-        images = items.float() / 127.5 - 1
-        if not self.horizontal_flip:
-            return images
-        return torch.where(flipped[:, None, None, None], images.flip(-1), images)
+    def clean(self, items: Mapping[str, Tensor], flipped: Tensor, noise: Tensor | None = None) -> Tensor:
+        images = from_bytes(items["image"])
+        return mirrored_where(flipped, images, images.flip(-1)) if self.horizontal_flip else images
 
 
-def check_source(source: Source, shape: tuple[int, int, int], num_classes: int, place: str) -> None:
-    """See that a model can be trained on a source.
-
-    Args:
-        shape: (C, H, W) of the model's input.
-        num_classes: the model's.
-        place: the config file and the key of the model, for the message.
-
-    Raises:
-        UserError: shapes or classes differ.
-    """
-    if shape != source.shape:
-        raise UserError(
-            f"{place} makes a model of {shape} inputs (channels, height, width), "
-            f"but `data` gives {source.shape}; make them equal"
-        )
-    if num_classes != source.num_classes:
-        raise UserError(
-            f"{place} makes a model of {num_classes} classes, "
-            f"but `data` has {source.num_classes}; make them equal"
-        )
+def mirrored_where(flipped: Tensor, straight: Tensor, mirrored: Tensor) -> Tensor:
+    """(B, ...): samples of `mirrored` where `flipped`, (B,), and of `straight` elsewhere."""
+    return torch.where(flipped.view(-1, *[1] * (straight.ndim - 1)), mirrored, straight)
 
 
 def _last_line(error: UserError) -> str:

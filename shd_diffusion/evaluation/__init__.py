@@ -1,8 +1,16 @@
-"""Figures of merit of generated images: features, then statistics, then a metric."""
+"""Metrics of generated images: features, then statistics, then a metric."""
 
-from shd_diffusion.evaluation.compare import compare
-from shd_diffusion.evaluation.evaluate import evaluate_run
-from shd_diffusion.evaluation.extractors import load_extractor
-from shd_diffusion.evaluation.watch import watch_fid
+from shd_diffusion.evaluation.compare import compare_metrics
+from shd_diffusion.evaluation.evaluate import compute_metrics
+from shd_diffusion.evaluation.extractors import extractor_name, load_extractor
+from shd_diffusion.evaluation.features import watch_fid
+from shd_diffusion.evaluation.metrics import check_settings
 
-__all__ = ["compare", "evaluate_run", "load_extractor", "watch_fid"]
+__all__ = [
+    "check_settings",
+    "compare_metrics",
+    "compute_metrics",
+    "extractor_name",
+    "load_extractor",
+    "watch_fid",
+]

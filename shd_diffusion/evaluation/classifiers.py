@@ -2,7 +2,7 @@
 
 A classifier is trained on the spot from a fixed seed, digits in seconds and Fashion-MNIST in minutes on a
 CPU, and kept in the user's cache folder. The recipe is deterministic: one thread, its own random numbers, a
-fixed order of examples. So the weights, and with them the hash that every figure carries, are the same each
+fixed order of examples. So the weights, and with them the hash that the protocol carries, are the same each
 time on a machine.
 """
 
@@ -15,16 +15,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
-from torch_fidelity.registry import register_feature_extractor
 
 from shd_diffusion.data.digits import digits_uint8
+from shd_diffusion.data.images import from_bytes
 from shd_diffusion.data.published import fashion_mnist
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_file
@@ -73,44 +71,22 @@ class Classifier(nn.Module):
         return features, self.head(features)
 
 
-class ClassifierExtractor(FeatureExtractorBase):
-    """A classifier as torch-fidelity wants it: 8-bit images (N, 3, size, size) to features and logits.
+class ClassifierExtractor(nn.Module):
+    """A classifier for 8-bit images (N, 3, size, size), whose channels are averaged; gives what `Classifier` does."""
 
-    Args:
-        name: key of `RECIPES`.
-        feature_extractor_weights_path: safetensors file of the `Classifier`, see `trained_classifier`.
-    """
-
-    def __init__(
-        self, name: str, features_list: list[str], feature_extractor_weights_path: str, **_: Any
-    ) -> None:
-        super().__init__(name, features_list)
-        self.size = RECIPES[name].size
+    def __init__(self, name: str, state: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.name, self.size = name, RECIPES[name].size
         self.classifier = Classifier(self.size)
-        self.classifier.load_state_dict(load_file(feature_extractor_weights_path))
+        self.classifier.load_state_dict(state)
 
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         if images.dtype != torch.uint8 or images.shape[1:] != (3, self.size, self.size):
             raise ValueError(
                 f"{self.name} takes uint8 images (N, 3, {self.size}, {self.size}), "
                 f"not {images.dtype} {tuple(images.shape)}"
             )
-        grey = images.float().mean(dim=1, keepdim=True)
-        features, logits = self.classifier(grey / 127.5 - 1)
-        by_name = {"features": features, "logits": logits}
-        return tuple(by_name[name] for name in self.features_list)
-
-    @staticmethod
-    def get_provided_features_list() -> tuple[str, ...]:
-        return "features", "logits"
-
-    @staticmethod
-    def get_default_feature_layer_for_metric(metric: str) -> str:
-        return "logits" if metric == "isc" else "features"
-
-    @staticmethod
-    def can_be_compiled() -> bool:
-        return False
+        return self.classifier(from_bytes(images.float().mean(dim=1, keepdim=True)))
 
 
 def trained_classifier(name: str) -> Path:
@@ -162,17 +138,15 @@ def _train(name: str, recipe: Recipe) -> tuple[Classifier, float]:
         for _ in range(recipe.epochs):
             for batch in torch.randperm(len(images)).split(BATCH_SIZE):
                 optimizer.zero_grad()
-                _, logits = classifier(_scaled(images[batch]))
+                _, logits = classifier(from_bytes(images[batch]))
                 F.cross_entropy(logits, labels[batch]).backward()
                 optimizer.step()
                 bar.update()
         with torch.no_grad():
-            guesses = torch.cat([classifier(_scaled(part))[1].argmax(dim=1) for part in held_out.split(500)])
+            guesses = torch.cat(
+                [classifier(from_bytes(part))[1].argmax(dim=1) for part in held_out.split(500)]
+            )
     return classifier, (guesses == held_out_labels).double().mean().item()
-
-
-def _scaled(images: Tensor) -> Tensor:
-    return images.float() / 127.5 - 1
 
 
 @contextmanager
@@ -203,5 +177,3 @@ RECIPES = {
     "digits-classifier": Recipe(size=8, epochs=12, load=_digits),
     "fashion-mnist-classifier": Recipe(size=32, epochs=3, load=_fashion_mnist),
 }
-for _name in RECIPES:
-    register_feature_extractor(_name, ClassifierExtractor)

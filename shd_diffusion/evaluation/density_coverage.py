@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from shd_diffusion.evaluation.metric import Column, Metric, Need
+
 BLOCK = 10_000
 
 
@@ -28,3 +30,14 @@ def density_coverage(generated: Tensor, reference: Tensor, neighbours: int = 5) 
         hits += sum(int(part.sum()) for part in inside)
         covered += int(torch.stack([part.any(dim=1) for part in inside]).any(dim=0).sum())
     return hits / (neighbours * len(generated)), covered / len(reference)
+
+
+DENSITY_COVERAGE = Metric(
+    "dc",
+    lambda inputs: density_coverage(inputs.features, inputs.reference),
+    (
+        Column("density", "Density", "Dens", "higher", ".3f"),
+        Column("coverage", "Coverage", "Cov", "higher", ".3f"),
+    ),
+    needs=(Need.REFERENCE_IMAGES,),
+)

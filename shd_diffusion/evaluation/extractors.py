@@ -1,40 +1,42 @@
-"""Feature extractors by name, all through torch-fidelity's registry, with weights from a file or a cache."""
+"""Feature extractors by name, with weights from a file, trained on the spot, or cached."""
 
 from __future__ import annotations
 
-import hashlib
 import io
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch_fidelity.feature_extractor_base import FeatureExtractorBase
 from torch_fidelity.feature_extractor_clip import MODEL_URLS as CLIP_URLS
 from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
-from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation.classifiers import RECIPES, trained_classifier
+from shd_diffusion.errors import UserError, did_you_mean, one_line
+from shd_diffusion.evaluation.classifiers import RECIPES, ClassifierExtractor, trained_classifier
 from shd_diffusion.evaluation.dinov2 import URLS as DINOV2_URLS
 from shd_diffusion.evaluation.dinov2 import DinoV2Extractor
+from shd_diffusion.evaluation.metric import Need
+from shd_diffusion.files import sha256
 from shd_diffusion.processes import processes
 
 SPATIAL_CHANNELS = 7  # × 17 × 17 = 2,023 numbers, about as many as the 2,048 pooled ones
+OF_DATA = {"digits": "digits-classifier", "fashion_mnist": "fashion-mnist-classifier"}
+"""The extractors of small data sets; all others have photographs, for which Inception is usual."""
 
 
 @dataclass(frozen=True)
-class Kind:
-    """A kind of extractor: its layers by role, where its weights are published, how their file is read."""
+class ExtractorSpec:
+    """An extractor: the roles of its outputs, how a file of weights is read, where one is published, what it allows."""
 
-    layers: dict[str, str]
-    url: str | None
-    build: Callable[[str, list[str], Path], FeatureExtractorBase]
+    roles: tuple[str, ...]
+    build: Callable[[str, Path], nn.Module]
+    url: str | None = None
+    provides: tuple[Need, ...] = ()
 
 
 class Extractor(nn.Module):
@@ -52,26 +54,25 @@ class Extractor(nn.Module):
 
     def __init__(self, name: str, weights: Path) -> None:
         super().__init__()
-        self.name = name
-        self.sha256 = _sha256(weights)
-        self.layers = KINDS[name].layers
-        self.network: FeatureExtractorBase = _open(name, weights)
-        self.accuracy = _recorded_accuracy(weights)  # of a file that can be read, as is known by now
+        self.name, self.spec, self.sha256 = name, EXTRACTORS[name], sha256(weights)
+        try:
+            self.network = self.spec.build(name, weights)
+            self.accuracy = _recorded_accuracy(weights)
+        except UserError:
+            raise
+        except (
+            Exception
+        ) as error:  # the readers of weights raise errors of any kind on files of something else
+            raise UserError(
+                f"evaluate.extractor_weights: {weights} does not hold weights of `{name}` ({one_line(error)[:200]})"
+            ) from None
         self._spatial: Tensor | None = None
-        if self.has_spatial:
-            self.network.Mixed_6d.branch1x1.register_forward_hook(self._keep_spatial)
-
-    @property
-    def has_spatial(self) -> bool:
-        return self.name == "inception-v3-compat"
-
-    @property
-    def has_logits(self) -> bool:
-        return "logits" in self.layers
+        if Need.SPATIAL in self.spec.provides:
+            self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
 
     def roles(self, images: Tensor) -> dict[str, Tensor]:
         """All features of the images, (N, D) for each role."""
-        found = dict(zip(self.layers, self.network(images), strict=True))
+        found = dict(zip(self.spec.roles, self.network(images), strict=True))
         if self._spatial is not None:
             found["spatial"], self._spatial = self._spatial.permute(0, 2, 3, 1).flatten(1), None
         return found
@@ -84,9 +85,32 @@ class Extractor(nn.Module):
         self._spatial = output[:, :SPATIAL_CHANNELS].clone()
 
 
+def extractor_name(name: str | None, data: str | None) -> str:
+    """The extractor of `evaluate.extractor`; without one, that of a data set by its name, else Inception."""
+    return name or OF_DATA.get(data or "", "inception-v3-compat")
+
+
 def image_size_of(name: str) -> int | None:
     """Width and height of the only images that an extractor takes; None where it resizes them itself."""
     return RECIPES[name].size if name in RECIPES else None
+
+
+def find_extractor(name: str, weights: Path | str | None = None) -> tuple[ExtractorSpec, Path | None]:
+    """What is known of an extractor, and the file that holds its weights; None if that must be had first.
+
+    Raises:
+        UserError: an unknown name, or a missing file.
+    """
+    if name not in EXTRACTORS:
+        raise UserError(f"evaluate.extractor: `{name}` is unknown; {did_you_mean(name, EXTRACTORS)}")
+    spec = EXTRACTORS[name]
+    if weights is not None:
+        if not Path(weights).is_file():
+            published = f"; {Path(spec.url).name} is published at {spec.url}" if spec.url else ""
+            raise UserError(f"evaluate.extractor_weights: {weights} is missing{published}")
+        return spec, Path(weights)
+    cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(spec.url or "").name
+    return spec, cached if cached.is_file() else None
 
 
 def load_extractor(name: str, weights: Path | str | None = None) -> Extractor:
@@ -95,69 +119,43 @@ def load_extractor(name: str, weights: Path | str | None = None) -> Extractor:
     Raises:
         UserError: an unknown name, or weights that cannot be had; the message says which file to supply.
     """
-    if name not in KINDS:
-        raise UserError(f"evaluate.extractor: `{name}` is unknown; known here: {', '.join(KINDS)}")
-    path = None if weights is None else Path(weights)
-    if path is not None and not path.is_file():
-        published = f"; {Path(url).name} is published at {url}" if (url := KINDS[name].url) else ""
-        raise UserError(f"evaluate.extractor_weights: {path} is missing{published}")
+    spec, path = find_extractor(name, weights)
     with processes().local_main_process_first():
-        return Extractor(name, path or _default_weights(name))
+        if path is None:
+            path = trained_classifier(name) if spec.url is None else _download(name, spec.url)
+        return Extractor(name, path)
 
 
-def _default_weights(name: str) -> Path:
-    if name in RECIPES:
-        return trained_classifier(name)
-    url = str(KINDS[name].url)
+def _download(name: str, url: str) -> Path:
     path = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if not path.exists():
+    if not path.exists():  # another process may have been first
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             torch.hub.download_url_to_file(url, str(path))
         except OSError as error:
             raise UserError(
-                f"evaluate.extractor: the weights of `{name}` cannot be downloaded ({error}); "
+                f"evaluate.extractor: the weights of `{name}` cannot be downloaded ({one_line(error)}); "
                 f"fetch {url} elsewhere and set `evaluate.extractor_weights` to the file {path.name}"
             ) from None
     return path
 
 
-def _open(name: str, weights: Path) -> FeatureExtractorBase:
-    kind = KINDS[name]
-    try:
-        return kind.build(name, list(kind.layers.values()), weights)
-    except (RuntimeError, KeyError, SafetensorError, pickle.UnpicklingError, EOFError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(
-            f"evaluate.extractor_weights: {weights} does not hold weights of `{name}` ({reason})"
-        ) from None
+def _inception(name: str, weights: Path) -> nn.Module:
+    """torch-fidelity would run pickled code: it gets a file in memory with nothing but the tensors."""
+    buffer = io.BytesIO()
+    torch.save(_state_dict(weights), buffer)
+    buffer.seek(0)
+    return _from_torch_fidelity(name, ["2048", "logits_unbiased"], buffer)
 
 
-def _from_file(name: str, layers: list[str], weights: Path | io.BytesIO) -> FeatureExtractorBase:
+def _from_torch_fidelity(name: str, layers: list[str], weights: Path | io.BytesIO) -> nn.Module:
     return create_feature_extractor(
         name, layers, cuda=False, feature_extractor_weights_path=weights, verbose=False
     )
 
 
-def _from_tensors(name: str, layers: list[str], weights: Path) -> FeatureExtractorBase:
-    """For a reader that would run pickled code: it gets a file in memory with nothing but the tensors."""
-    buffer = io.BytesIO()
-    torch.save(_state_dict(weights), buffer)
-    buffer.seek(0)
-    return _from_file(name, layers, buffer)
-
-
-def _dinov2(name: str, _layers: list[str], weights: Path) -> FeatureExtractorBase:
-    return DinoV2Extractor(name, _state_dict(weights))
-
-
 def _state_dict(path: Path) -> dict[str, Tensor]:
     return load_file(path) if path.suffix == ".safetensors" else torch.load(path, "cpu", weights_only=True)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _recorded_accuracy(path: Path) -> float | None:
@@ -168,11 +166,23 @@ def _recorded_accuracy(path: Path) -> float | None:
     return None if accuracy is None else float(accuracy)
 
 
-KINDS = {
-    **{name: Kind({"features": "features", "logits": "logits"}, None, _from_file) for name in RECIPES},
-    "inception-v3-compat": Kind(
-        {"features": "2048", "logits": "logits_unbiased"}, URL_INCEPTION_V3, _from_tensors
-    ),
-    **{name: Kind({"features": "dinov2"}, url, _dinov2) for name, url in DINOV2_URLS.items()},
-    **{name: Kind({"features": "clip"}, url, _from_file) for name, url in CLIP_URLS.items()},
+_WITH_LOGITS = ("features", "logits")
+EXTRACTORS = {
+    name: ExtractorSpec(
+        _WITH_LOGITS,
+        lambda name, weights: ClassifierExtractor(name, load_file(weights)),
+        provides=(Need.LOGITS, Need.OWN_CLASSES),
+    )
+    for name in RECIPES
 }
+EXTRACTORS["inception-v3-compat"] = ExtractorSpec(
+    _WITH_LOGITS, _inception, URL_INCEPTION_V3, (Need.LOGITS, Need.SPATIAL)
+)
+for _name, _url in DINOV2_URLS.items():
+    EXTRACTORS[_name] = ExtractorSpec(
+        ("features",), lambda name, weights: DinoV2Extractor(name, _state_dict(weights)), _url
+    )
+for _name, _url in CLIP_URLS.items():
+    EXTRACTORS[_name] = ExtractorSpec(
+        ("features",), lambda name, weights: _from_torch_fidelity(name, ["clip"], weights), _url, (Need.CLIP,)
+    )

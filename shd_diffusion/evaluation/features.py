@@ -12,6 +12,7 @@ from torch import Tensor
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.extractors import Extractor, image_size_of
+from shd_diffusion.evaluation.frechet import Statistics, feature_statistics, frechet_distance
 from shd_diffusion.evaluation.images import ImageSet
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
@@ -30,7 +31,7 @@ def extract_features(images: ImageSet, extractor: Extractor, batch_size: int, na
         name: shown in the progress bar, which is on standard error.
 
     Raises:
-        UserError: an image that cannot be read, or one of another size.
+        UserError: an image that cannot be read, one of another size, or features that are not finite.
     """
     size = image_size_of(extractor.name)
     if size is not None and images[0].shape[1:] != (size, size):
@@ -48,7 +49,29 @@ def extract_features(images: ImageSet, extractor: Extractor, batch_size: int, na
                 parts.append({role: values.cpu() for role, values in roles.items()})
                 bar.update(len(batch))
     parts = gather_object(parts)
-    return {role: torch.cat([part[role] for part in parts]) for role in parts[0]}
+    features = {role: torch.cat([part[role] for part in parts]) for role in parts[0]}
+    for role, values in features.items():
+        finite = values.isfinite().all(dim=1)
+        if not finite.all():
+            raise UserError(
+                f"{images.name(int(finite.int().argmin()))}: its {role} by `{extractor.name}` are not finite, as of "
+                f"{int((~finite).sum())} images in all; see to the weights, `evaluate.extractor_weights`"
+            )
+    return features
+
+
+@torch.no_grad()
+def watch_fid(samples: Tensor, reference: Statistics, extractor: Extractor, batch_size: int = 100) -> float:
+    """Fréchet distance of 8-bit samples (N, 3, H, W) from the statistics of the reference's features.
+
+    For a training to watch: the same distance as the evaluation's, by this process alone.
+
+    Args:
+        extractor: from `load_extractor`, on the device where it shall run.
+    """
+    device = next(extractor.parameters()).device
+    features = [extractor(batch.to(device)).cpu() for batch in samples.split(batch_size)]
+    return frechet_distance(feature_statistics(torch.cat(features)), reference)
 
 
 def _batches(images: ImageSet, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
@@ -71,7 +94,7 @@ def _read(images: ImageSet, indices: Sequence[int], shape: torch.Size) -> Tensor
         if image.shape != shape:
             raise UserError(
                 f"{images.name(index)}: is {_size(image.shape)}, but {images.name(0)} is {_size(shape)}; "
-                "figures need images of one size (a reference is resized by `evaluate.resize`)"
+                "metrics need images of one size (a reference is resized by `evaluate.resize`)"
             )
     return torch.stack(batch)
 

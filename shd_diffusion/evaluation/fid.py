@@ -1,57 +1,20 @@
-"""Fréchet distance between Gaussians fitted to two sets of features (Heusel et al. 2017, arXiv 1706.08500).
+"""FID on Inception's pooled features, sFID on its spatial ones, FD on those of another network.
 
-FID on Inception's pooled features, sFID (Nash et al. 2021, arXiv 2103.03841) on its spatial ones, FD on
-those of another network: the same function of other features.
+The same function of other features: Heusel et al. 2017, arXiv 1706.08500; Nash et al. 2021, arXiv 2103.03841.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
-
-import torch
-from torch import Tensor
+from shd_diffusion.evaluation.frechet import feature_statistics, frechet_distance
+from shd_diffusion.evaluation.metric import Column, Metric, MetricInputs, Need
 
 
-@dataclass(frozen=True)
-class Statistics:
-    """Mean (D,) and unbiased covariance (D, D) of a set of features, in float64."""
-
-    mean: Tensor
-    covariance: Tensor
-
-    @cached_property
-    def root(self) -> Tensor:
-        """Factor R (D, rank) of the covariance, R Rᵀ = Σ; kept, as one reference meets many sets of samples."""
-        values, vectors = torch.linalg.eigh(self.covariance)
-        noise = len(values) * torch.finfo(values.dtype).eps * values[-1]
-        return vectors[:, values > noise] * values[values > noise].sqrt()
+def _distance(inputs: MetricInputs, role: str) -> float:
+    return frechet_distance(feature_statistics(inputs.roles[role]), inputs.statistics[role])
 
 
-def feature_statistics(features: Tensor) -> Statistics:
-    """Statistics of features (N, D) of any floating type.
-
-    Raises:
-        ValueError: fewer than 2 samples, which have no covariance.
-    """
-    if len(features) < 2:
-        raise ValueError(f"a covariance needs 2 samples or more, not {len(features)}")
-    exact = features.double()
-    return Statistics(exact.mean(dim=0), torch.cov(exact.T).reshape(exact.shape[1], exact.shape[1]))
-
-
-def frechet_distance(first: Statistics, second: Statistics) -> float:
-    """|μ₁ - μ₂|² + tr(Σ₁ + Σ₂ - 2 (Σ₁ Σ₂)^½), symmetric and never below 0 but for rounding.
-
-    The trace of the root is the sum of the roots of the eigenvalues of Σ₁ Σ₂. Those roots are the singular
-    values of R₁ᵀ R₂, which keep their digits where Σ₁ Σ₂ is singular, as it is with fewer samples than
-    features.
-
-    Raises:
-        ValueError: the two sets have features of different width.
-    """
-    if first.mean.shape != second.mean.shape:
-        raise ValueError(f"features of different width: {len(first.mean)} and {len(second.mean)}")
-    means = (first.mean - second.mean).square().sum()
-    cross = torch.linalg.svdvals(first.root.T @ second.root).sum()
-    return (means + first.covariance.trace() + second.covariance.trace() - 2 * cross).item()
+_COLUMN, _SPATIAL_COLUMN = (Column(name.lower(), name, name, "lower", ".2f") for name in ("FID", "sFID"))
+FID = Metric("fid", lambda inputs: _distance(inputs, "features"), (_COLUMN,), usual=True)
+SFID = Metric(
+    "sfid", lambda inputs: _distance(inputs, "spatial"), (_SPATIAL_COLUMN,), (Need.SPATIAL,), usual=True
+)

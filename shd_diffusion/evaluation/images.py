@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import zipfile
 from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
-from shd_diffusion.errors import UserError
+from shd_diffusion.data.decoding import centre_square, decode
+from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.files import sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
+LARGEST_IN_MEMORY = 2**34  # bytes of a compressed array; ImageNet's 50,000 at 256×256 are 0.6 of it
 
 
 class ImageSet(Protocol):
@@ -65,14 +71,17 @@ class ArrayImages(ImageSet):
 
 
 class FolderImages(ImageSet):
-    """The image files of a folder and its subfolders in the order of their paths; grey ones become RGB.
+    """Image files; grey ones become RGB.
 
     Where every file lies in a subfolder, the subfolders are the classes, numbered in their order.
+
+    Args:
+        paths: of the files; by default all of the folder and its subfolders, in the order of their paths.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, paths: Sequence[Path] | None = None) -> None:
         self.folder = folder
-        self.paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        self.paths = paths or sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
         if not self.paths:
             raise UserError(f"{folder}: no PNG or JPEG files here; sample first, or give another folder")
         groups = [path.relative_to(folder).parts[0] for path in self.paths]
@@ -84,13 +93,7 @@ class FolderImages(ImageSet):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        try:
-            with Image.open(self.paths[index]) as image:
-                return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1)
-        except (OSError, UnidentifiedImageError, SyntaxError, ValueError):
-            raise UserError(
-                f"{self.paths[index]}: not a readable image; delete the file and make it anew"
-            ) from None
+        return decode(self.paths[index], str(self.paths[index]))
 
     def name(self, index: int) -> str:
         return str(self.paths[index])
@@ -99,31 +102,24 @@ class FolderImages(ImageSet):
         digest = hashlib.sha256()
         for path in self.paths:
             digest.update(f"{path.relative_to(self.folder)}\0".encode())
-            digest.update(hashlib.sha256(path.read_bytes()).digest())
+            digest.update(bytes.fromhex(sha256(path)))
         return digest.hexdigest()
 
 
 class ResizedImages(ImageSet):
-    """Images with their shorter side resized to `size` by a filter of Pillow and the centre cut out."""
+    """The centre squares of images, `size` wide, resized by a filter of Pillow."""
 
     def __init__(self, images: ImageSet, size: int, resize: str) -> None:
-        self.images, self.size, self.labels = images, size, images.labels
-        self.resize = resize
-        self.filter = Image.Resampling[resize.upper()]
+        self.images, self.size, self.resize, self.labels = images, size, resize, images.labels
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, index: int) -> Tensor:
-        image = self.images[index]
-        _, height, width = image.shape
-        scale = self.size / min(height, width)
-        resized = Image.fromarray(image.permute(1, 2, 0).numpy()).resize(
-            (round(width * scale), round(height * scale)), self.filter
+        resample = Image.Resampling[self.resize.upper()]
+        return pil_to_tensor(
+            centre_square(to_pil_image(self.images[index]), self.size, resample, halve=False)
         )
-        left, top = (resized.width - self.size) // 2, (resized.height - self.size) // 2
-        cut = resized.crop((left, top, left + self.size, top + self.size))
-        return torch.from_numpy(np.array(cut)).permute(2, 0, 1)
 
     def name(self, index: int) -> str:
         return self.images.name(index)
@@ -143,7 +139,7 @@ def tensor_images(images: Tensor, source: str, labels: Tensor | None = None) -> 
     return ArrayImages(images.permute(0, 2, 3, 1).cpu().numpy(), source, labels)
 
 
-def open_images(path: Path) -> ImageSet:
+def open_image_files(path: Path) -> ImageSet:
     """The images of a folder, or of `arr_0` (N, H, W, 3) in an .npz; `arr_1` holds their labels, if present.
 
     Raises:
@@ -154,17 +150,20 @@ def open_images(path: Path) -> ImageSet:
     if path.suffix != ".npz":
         raise UserError(f"{path}: neither a folder of images nor an .npz file")
     arrays = open_npz(path)
-    images = arrays.get("arr_0")
+    images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None:
         raise UserError(
             f"{path}: has no images `arr_0` (keys: {', '.join(arrays)}); write it with np.savez(images)"
         )
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not len(images):
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise UserError(f"{path}: `arr_0` is {images.dtype} {images.shape}; images are uint8 (N, H, W, 3)")
-    labels = arrays.get("arr_1")
-    return ArrayImages(
-        images, str(path), None if labels is None else torch.from_numpy(labels.astype(np.int64))
-    )
+    if labels is None:
+        return ArrayImages(images, str(path))
+    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
+        raise UserError(
+            f"{path}: `arr_1` is {labels.dtype} {labels.shape}; labels are integers ({len(images)},)"
+        )
+    return ArrayImages(images, str(path), torch.from_numpy(labels.astype(np.int64)))
 
 
 def open_npz(path: Path) -> dict[str, np.ndarray]:
@@ -178,24 +177,31 @@ def open_npz(path: Path) -> dict[str, np.ndarray]:
             members = {Path(member.filename).stem: member for member in archive.infolist()}
             return {key: _open_array(path, file, archive, member) for key, member in members.items()}
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except (zipfile.BadZipFile, ValueError) as error:
-        raise UserError(f"{path}: not an .npz of plain arrays ({error})") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or one_line(error)})") from None
+    except Exception as error:  # zipfile, zlib and NumPy's headers raise errors of any kind on damaged files
+        raise UserError(f"{path}: not an .npz of plain arrays ({one_line(error)})") from None
 
 
 def _open_array(path: Path, file: BinaryIO, archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
     with archive.open(member) as stream:
-        if member.compress_type != zipfile.ZIP_STORED:
-            return np.lib.format.read_array(stream, allow_pickle=False)
+        version = np.lib.format.read_magic(stream)
+        read_header: Any = (
+            np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        )
+        shape, fortran, dtype = read_header(stream)
+        start = stream.tell()
+        order: Any = "F" if fortran else "C"
+        if dtype.hasobject:
+            raise ValueError(f"`{member.filename}` holds pickled objects")
+        if min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != member.file_size - start:
+            raise ValueError(f"`{member.filename}` is not as long as its header says")
+        if member.compress_type != zipfile.ZIP_STORED and member.file_size <= LARGEST_IN_MEMORY:
+            return np.frombuffer(stream.read(), dtype).reshape(shape, order=order)
+    if member.compress_type != zipfile.ZIP_STORED:
+        raise ValueError(
+            f"`{member.filename}` is too large to unpack, {member.file_size} bytes; save it by np.savez"
+        )
     # The member's own header: 30 bytes, of which the last 4 are the lengths of the name and the extra field.
     file.seek(member.header_offset + 26)
     name, extra = np.frombuffer(file.read(4), "<u2").astype(int)
-    file.seek(member.header_offset + 30 + name + extra)
-    version = np.lib.format.read_magic(file)
-    read_header: Any = (
-        np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-    )
-    shape, fortran, dtype = read_header(file)
-    if dtype.hasobject:
-        raise ValueError(f"`{member.filename}` holds pickled objects")
-    return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+    return np.memmap(path, dtype, "r", member.header_offset + 30 + name + extra + start, shape, order)

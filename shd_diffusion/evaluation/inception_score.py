@@ -5,8 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
 
+from shd_diffusion.evaluation.metric import Column, Metric, Need
 
-def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
+SPLITS = 10
+
+
+def inception_score(logits: Tensor, splits: int = SPLITS) -> tuple[float, float]:
     """Mean and standard deviation over splits of exp E KL(p(y|x) ‖ p(y)), as torch-fidelity computes it.
 
     Args:
@@ -21,3 +25,13 @@ def inception_score(logits: Tensor, splits: int = 10) -> tuple[float, float]:
         raise ValueError(f"{len(logits)} images are too few for {splits} splits")
     score = isc_features_to_metric(logits, splits)
     return score[KEY_METRIC_ISC_MEAN], score[KEY_METRIC_ISC_STD]
+
+
+INCEPTION_SCORE = Metric(
+    "is",
+    lambda inputs: inception_score(inputs.roles["logits"]),
+    (Column("inception_score_mean", "IS", "IS", "higher", ".2f", "inception_score_std"),),
+    needs=(Need.LOGITS,),
+    usual=True,
+    protocol=lambda _: f"{SPLITS} splits, shuffled",
+)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 from torch_fidelity.metric_kid import KEY_METRIC_KID_MEAN, KEY_METRIC_KID_STD, kid_features_to_metric
 
+from shd_diffusion.evaluation.metric import Column, Metric, MetricInputs, Need
+
 SUBSETS = 100
 
 
@@ -31,3 +33,17 @@ def kernel_distance(generated: Tensor, reference: Tensor, size: int | None = Non
         generated, reference, kid_subsets=SUBSETS, kid_subset_size=size, verbose=False
     )
     return distance[KEY_METRIC_KID_MEAN], distance[KEY_METRIC_KID_STD]
+
+
+def _protocol(inputs: MetricInputs) -> str:
+    return f"{SUBSETS} subsets of {subset_size(len(inputs.features), len(inputs.reference))}"
+
+
+KID = Metric(
+    "kid",
+    lambda inputs: kernel_distance(inputs.features, inputs.reference),
+    (Column("kid_mean", "KID", "KID", "lower", deviation="kid_std"),),
+    needs=(Need.REFERENCE_IMAGES,),
+    usual=True,
+    protocol=_protocol,
+)

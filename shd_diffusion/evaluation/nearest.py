@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
 
 from shd_diffusion.evaluation.images import ImageSet
 from shd_diffusion.evaluation.references import Reference
@@ -90,12 +91,12 @@ def _label(labels: Tensor | None, index: int) -> Any:
 
 def _picture(rows: list[list[Tensor]]) -> Image.Image:
     """Images (3, h, w) as one picture without gaps; those of another size than the first are brought to it."""
-    _, height, width = rows[0][0].shape
-    picture = Image.new("RGB", (width * len(rows[0]), height * len(rows)))
+    first = to_pil_image(rows[0][0])
+    picture = Image.new("RGB", (first.width * len(rows[0]), first.height * len(rows)))
     for i, row in enumerate(rows):
         for j, pixels in enumerate(row):
-            image = Image.fromarray(pixels.permute(1, 2, 0).numpy())
-            if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.LANCZOS)
-            picture.paste(image, (j * width, i * height))
+            image = to_pil_image(pixels).resize(
+                first.size, Image.Resampling.LANCZOS
+            )  # as it is if of that size
+            picture.paste(image, (j * first.width, i * first.height))
     return picture

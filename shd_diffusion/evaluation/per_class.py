@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from shd_diffusion.evaluation.fid import feature_statistics, frechet_distance
+from shd_diffusion.evaluation.frechet import feature_statistics, frechet_distance
+from shd_diffusion.evaluation.metric import Metric, MetricInputs, Need
 
 
 def per_class_distance(
@@ -22,3 +23,16 @@ def per_class_distance(
         if min(map(len, sides)) >= 2:
             distances[label] = frechet_distance(*map(feature_statistics, sides))
     return distances
+
+
+def _compute(inputs: MetricInputs) -> dict[str, dict[str, float]]:
+    sides = inputs.features, inputs.labels, inputs.reference, inputs.reference_labels
+    return {"per_class_fid": {str(label): distance for label, distance in per_class_distance(*sides).items()}}
+
+
+PER_CLASS = Metric(
+    "per-class",
+    _compute,
+    needs=(Need.LABELS, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS),
+    caution="per-class FIDs are of few images each: compare them between models, not with the FID",
+)

@@ -16,14 +16,25 @@ from torch import Tensor
 
 from shd_diffusion.config import DataConfig
 from shd_diffusion.data import ReferenceImages, reference_images
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.evaluation.classifiers import cache_folder
-from shd_diffusion.evaluation.extractors import Extractor
+from shd_diffusion.evaluation.extractors import Extractor, image_size_of
 from shd_diffusion.evaluation.features import extract_features
-from shd_diffusion.evaluation.fid import Statistics, feature_statistics
-from shd_diffusion.evaluation.images import ImageSet, ResizedImages, open_images, open_npz, tensor_images
-from shd_diffusion.files import replacing_file
+from shd_diffusion.evaluation.frechet import Statistics, feature_statistics
+from shd_diffusion.evaluation.images import (
+    ImageSet,
+    ResizedImages,
+    open_image_files,
+    open_npz,
+    tensor_images,
+)
+from shd_diffusion.evaluation.metric import Need
+from shd_diffusion.files import replacing_file, sha256
 from shd_diffusion.processes import processes
+from shd_diffusion.progress import announce
+
+DESCRIBED = ("source", "sha256", "count", "image_size")
+FEWEST_IMAGES = 10  # on either side: one for each split of the Inception Score
 
 
 @dataclass(frozen=True)
@@ -68,7 +79,7 @@ def open_reference(
         resize: filter by which images are brought to `size`; `none` leaves them as they are.
 
     Raises:
-        UserError: it cannot be read, or holds statistics of another extractor.
+        UserError: it cannot be read, has too few images or numbers that are not finite, or is of another extractor.
     """
     if isinstance(source, Tensor):
         return _from_images(tensor_images(source, "reference"), "images", extractor, batch_size)
@@ -79,19 +90,21 @@ def open_reference(
     check_reference(str(source))
     path = Path(source)
     if path.suffix == ".safetensors":
-        return load_reference(path, extractor)
+        return _checked(load_reference(path, extractor), extractor, path)
     published = _published_statistics(path, extractor) if path.suffix == ".npz" else {}
-    if published and "arr_0" not in open_npz(path):
-        return Reference(str(path), _file_hash(path), None, published)
-    files = open_images(path)
-    reference = _from_images(
-        files if resize == "none" else ResizedImages(files, size, resize), str(path), extractor, batch_size
+    alone = (
+        _checked(Reference(str(path), sha256(path), None, published), extractor, path) if published else None
     )
+    if alone is not None and "arr_0" not in open_npz(path):
+        return alone
+    files = open_image_files(path)
+    files = files if resize == "none" else ResizedImages(files, size, resize)
+    reference = _from_images(files, str(path), extractor, batch_size)
     # The suite's statistics are of the whole data set, its images a sample of it for precision and recall.
     return (
-        replace(reference, sha256=_file_hash(path), count=None, statistics=published)
-        if published
-        else reference
+        reference
+        if alone is None
+        else replace(reference, sha256=alone.sha256, count=None, statistics=published)
     )
 
 
@@ -114,16 +127,11 @@ def save_reference(reference: Reference, extractor: Extractor, path: Path) -> No
         tensors |= {f"{role}/mean": statistics.mean, f"{role}/covariance": statistics.covariance}
     tensors |= {"features": reference.features} if reference.features is not None else {}
     tensors |= {"labels": reference.labels} if reference.labels is not None else {}
-    about = {
-        "source": reference.source,
-        "sha256": reference.sha256,
-        "count": reference.count,
-        "image_size": reference.image_size,
-        "extractor": extractor.name,
-        "extractor_sha256": extractor.sha256,
-    }
+    about = {key: getattr(reference, key) for key in DESCRIBED}
+    about |= {"extractor": extractor.name, "extractor_sha256": extractor.sha256}
+    metadata = {"reference": json.dumps(about), "checksum": _checksum(about, tensors)}
     with replacing_file(path) as temporary:
-        save_file(tensors, temporary, {"reference": json.dumps(about)})
+        save_file(tensors, temporary, metadata)
 
 
 def load_reference(path: Path, extractor: Extractor) -> Reference:
@@ -134,47 +142,58 @@ def load_reference(path: Path, extractor: Extractor) -> Reference:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            about = json.loads((file.metadata() or {})["reference"])
+            metadata = file.metadata() or {}
+            about = json.loads(metadata["reference"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 -- not a mapping
-    except (OSError, SafetensorError, KeyError, ValueError):
-        raise UserError(
-            f"{path}: not a file of reference statistics; delete it and have it made anew"
-        ) from None
+        if _checksum(about, tensors) != metadata["checksum"]:
+            raise ValueError("other numbers than were written")
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        reason = f"not a file of reference statistics, or damaged ({one_line(error)})"
+        raise UserError(f"{path}: {reason}; delete it and have it made anew") from None
     if about["extractor_sha256"] != extractor.sha256:
         raise UserError(
             f"{path}: statistics of `{about['extractor']}` (weights {about['extractor_sha256'][:12]}), but "
             f"images go through `{extractor.name}` ({extractor.sha256[:12]}); give the reference as images"
         )
-    roles = {key.split("/")[0] for key in tensors if "/" in key}
     statistics = {
-        role: Statistics(tensors[f"{role}/mean"], tensors[f"{role}/covariance"]) for role in sorted(roles)
+        role: Statistics(tensors[f"{role}/mean"], tensors[f"{role}/covariance"])
+        for role in ("features", "spatial")
+        if f"{role}/mean" in tensors
     }
+    described = {key: about[key] for key in DESCRIBED}
     return Reference(
-        about["source"],
-        about["sha256"],
-        about["count"],
-        statistics,
-        tensors.get("features"),
-        tensors.get("labels"),
-        about["image_size"],
+        **described, statistics=statistics, features=tensors.get("features"), labels=tensors.get("labels")
     )
+
+
+def _checksum(about: dict[str, Any], tensors: dict[str, Tensor]) -> str:
+    """A hash of all that a file of `save_reference` holds."""
+    digest = hashlib.sha256(json.dumps(about, sort_keys=True).encode())
+    for key, tensor in sorted(tensors.items()):
+        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
 
 
 def _from_images(images: ImageSet, source: str, extractor: Extractor, batch_size: int) -> Reference:
     """The reference of a set of images, from the cache if these images went through this extractor before."""
-    sha256 = images.sha256()
+    if len(images) < FEWEST_IMAGES:
+        raise UserError(f"{source}: {len(images)} reference images are too few; give {FEWEST_IMAGES} or more")
+    fingerprint = images.sha256()
     labels = None if images.labels is None else images.labels.tolist()
-    key = hashlib.sha256(
-        f"{source} {sha256} {labels} {extractor.name} {extractor.sha256}".encode()
-    ).hexdigest()
-    cached = cache_folder() / "references" / f"{key[:32]}.safetensors"
+    key = f"{source} {fingerprint} {labels} {extractor.name} {extractor.sha256}".encode()
+    cached = cache_folder() / "references" / f"{hashlib.sha256(key).hexdigest()[:32]}.safetensors"
     if cached.exists():
-        return replace(load_reference(cached, extractor), images=images)
+        try:
+            return replace(load_reference(cached, extractor), images=images)
+        except UserError:
+            announce(f"{cached}: damaged, and computed anew")
     found = extract_features(images, extractor, batch_size, source)
     statistics = {role: feature_statistics(found[role]) for role in found if role in ("features", "spatial")}
     _, height, width = images[0].shape
+    image_size = f"{width}×{height}"
     reference = Reference(
-        source, sha256, len(images), statistics, found["features"], images.labels, f"{width}×{height}", images
+        source, fingerprint, len(images), statistics, found["features"], images.labels, image_size, images
     )
     if processes().is_main_process:
         save_reference(reference, extractor, cached)
@@ -182,35 +201,45 @@ def _from_images(images: ImageSet, source: str, extractor: Extractor, batch_size
 
 
 def _published_statistics(path: Path, extractor: Extractor) -> dict[str, Statistics]:
-    """`mu`, `sigma` and their spatial kin of an .npz; none if it has no `mu`."""
+    """`mu`, `sigma` and their spatial kin of an .npz; none if it has images alone."""
     arrays = open_npz(path)
     found = {}
     for role, suffix in (("features", ""), ("spatial", "_s")):
-        mean, covariance = arrays.get(f"mu{suffix}"), arrays.get(f"sigma{suffix}")
-        if mean is None and covariance is None:
+        both = [arrays[key] for key in (f"mu{suffix}", f"sigma{suffix}") if key in arrays]
+        if not both:
             continue
-        if mean is None or covariance is None or covariance.shape != mean.shape * 2:
+        numbers = len(both) == 2 and all(array.dtype.kind in "fiu" for array in both)
+        if not numbers or both[0].ndim != 1 or both[1].shape != both[0].shape * 2:
             raise UserError(
-                f"{path}: `mu{suffix}` and `sigma{suffix}` do not belong together; statistics need both"
+                f"{path}: `mu{suffix}` (D,) and `sigma{suffix}` (D, D) do not belong together; statistics need both"
             )
-        found[role] = Statistics(_exact(mean), _exact(covariance))
-    if found and not extractor.has_spatial:
+        found[role] = Statistics(*(torch.from_numpy(np.array(array, dtype=np.float64)) for array in both))
+    if found and Need.SPATIAL not in extractor.spec.provides:
         raise UserError(
             f"{path}: statistics of Inception features, but the images go through `{extractor.name}`; "
             "set `evaluate.extractor` to inception-v3-compat or give the reference as images"
         )
-    if not found and "arr_0" not in arrays:
-        keys: Any = ", ".join(arrays) or "none"
+    if "features" not in found and (found or "arr_0" not in arrays):
+        keys = ", ".join(arrays) or "none"
         raise UserError(
             f"{path}: holds neither images `arr_0` nor statistics `mu` and `sigma` (keys: {keys})"
         )
     return found
 
 
-def _exact(array: np.ndarray) -> Tensor:
-    return torch.from_numpy(np.array(array, dtype=np.float64))
-
-
-def _file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+@torch.no_grad()
+def _checked(reference: Reference, extractor: Extractor, path: Path) -> Reference:
+    """The reference from a file, whose numbers are finite and as many as the extractor's."""
+    side = image_size_of(extractor.name) or 32
+    device = next(extractor.parameters()).device
+    of_one_image = extractor.roles(torch.zeros(1, 3, side, side, dtype=torch.uint8, device=device))
+    for role, statistics in reference.statistics.items():
+        width = of_one_image[role].shape[1]
+        if len(statistics.mean) != width:
+            raise UserError(
+                f"{path}: statistics of {len(statistics.mean)} {role}, but `{extractor.name}` has "
+                f"{width}; give those of the same extractor, or the images"
+            )
+        if not (statistics.mean.isfinite().all() and statistics.covariance.isfinite().all()):
+            raise UserError(f"{path}: its statistics are not finite; have them computed anew")
+    return reference

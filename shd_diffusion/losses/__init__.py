@@ -1,8 +1,97 @@
-"""What a student is trained on: denoising, output KD, SHD."""
+"""The loss: its terms, each a file of this room, and what several of them need beside them."""
 
-from shd_diffusion.losses.blocks import map_blocks
-from shd_diffusion.losses.explanation import Explanation
-from shd_diffusion.losses.schedule import schedule_weight
-from shd_diffusion.losses.shd import NonFiniteError, SHDLoss
+from __future__ import annotations
 
-__all__ = ["Explanation", "NonFiniteError", "SHDLoss", "map_blocks", "schedule_weight"]
+from typing import Any
+
+import torch
+from pydantic import create_model, model_validator
+
+from shd_diffusion.losses.aligner import HeadAligner
+from shd_diffusion.losses.attention_mse import AttentionMSE
+from shd_diffusion.losses.attention_output import AttentionOutput
+from shd_diffusion.losses.denoise import Denoise
+from shd_diffusion.losses.features import FeatureDistillation
+from shd_diffusion.losses.output import OutputDistillation
+from shd_diffusion.losses.shd import SHD, SHDConfig, SHDLoss
+from shd_diffusion.losses.term import Term, TermConfig
+from shd_diffusion.losses.variance import Variance
+from shd_diffusion.losses.vkd import VkD
+from shd_diffusion.models.trace import Trace
+from shd_diffusion.section import Section
+
+TERMS: dict[str, type[Term]] = {
+    "denoise": Denoise,
+    "variance": Variance,
+    "output": OutputDistillation,
+    "shd": SHD,
+    "features": FeatureDistillation,
+    "vkd": VkD,
+    "attention_output": AttentionOutput,
+    "attention_mse": AttentionMSE,
+    "aligner": HeadAligner,
+}
+"""Every term of the loss, by its section in `losses`."""
+
+
+class Losses(Section):
+    """The terms of the loss, each with its weight: L = Σ w · L_term."""
+
+    def __getitem__(self, name: str) -> TermConfig:
+        """The options of a term."""
+        return getattr(self, name)
+
+    @model_validator(mode="after")
+    def _every_step_has_a_loss(self) -> Losses:
+        always = [section.weight for name, section in self if name not in ("variance", "shd")]
+        shd = getattr(self, "shd", None)
+        if not any(always) and not (shd and shd.weight and shd.every == 1):
+            raise ValueError("there are steps without any term; give `denoise` a weight above 0")
+        return self
+
+
+def _sections(terms: dict[str, type[Term]]) -> dict[str, Any]:
+    return {name: (term.Config, term.Config(weight=term.default_weight)) for name, term in terms.items()}
+
+
+LossesConfig: Any = create_model("LossesConfig", __base__=Losses, **_sections(TERMS))
+"""`losses` of a distillation."""
+
+TeacherLossesConfig: Any = create_model(
+    "TeacherLossesConfig",
+    __base__=Losses,
+    **_sections({name: term for name, term in TERMS.items() if not term.needs_teacher}),
+)
+"""`losses` of a model that is trained without a teacher."""
+
+
+def build_terms(losses: Losses, student: Trace, teacher: Trace | None, seed: int) -> dict[str, Term]:
+    """The terms whose weight is not 0, with parameters that follow from the seed.
+
+    Raises:
+        ValueError: one cannot be computed for these models; the message begins with its section.
+    """
+    built: dict[str, Term] = {}
+    for name, options in losses:
+        kind = TERMS[name]
+        if not options.weight or not kind.applies(student):
+            continue
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                built[name] = kind(options, student, teacher, seed)
+            except ValueError as error:
+                raise ValueError(f"losses.{name}: {error}") from error
+    return built
+
+
+__all__ = [
+    "TERMS",
+    "Losses",
+    "LossesConfig",
+    "SHDConfig",
+    "SHDLoss",
+    "TeacherLossesConfig",
+    "Term",
+    "build_terms",
+]

@@ -1,95 +1,104 @@
-"""The Squeezing-Heads Distillation loss (docs/method.md section 6)."""
+"""The Squeezing-Heads Distillation loss (docs/method.md sections 3 to 6; Bing et al., arXiv 2502.07436)."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Literal
+from collections.abc import Iterable
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from shd_diffusion.attention.records import AttentionRecord
-from shd_diffusion.config import SHDConfig
-from shd_diffusion.losses.assignment import assignment_costs, best_assignment
-from shd_diffusion.losses.blocks import LayerMap, map_blocks
 from shd_diffusion.losses.divergence import DIVERGENCES, Divergence
-from shd_diffusion.losses.explanation import Explanation, explain
-from shd_diffusion.losses.grids import common_grid, on_grid, sample_rows, take
-from shd_diffusion.losses.schedule import within
-from shd_diffusion.losses.streaming import Pool, map_divergence
-from shd_diffusion.losses.targets import SqueezedTeacher, map_stream
+from shd_diffusion.losses.inspect_loss import Inspection, inspect_block
+from shd_diffusion.losses.layer_map import map_blocks
+from shd_diffusion.losses.map_divergence import SqueezedTeacher, map_divergence, map_stream
+from shd_diffusion.losses.term import (
+    MappedTermConfig,
+    NonFiniteError,
+    Records,
+    StepOutputs,
+    Term,
+    TermConfig,
+    map_traces,
+)
+from shd_diffusion.losses.token_grid import Pool, common_grid, on_grid, sample_rows, take
+from shd_diffusion.losses.weight_schedule import Decay, schedule_weight, within
+from shd_diffusion.models.trace import Trace
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.matching import match_merges
-from shd_diffusion.squeezing.plan import Merge, Plan, check_plan, parse_plan, plan_merges
-from shd_diffusion.squeezing.weights import Granularity, Squeezer, prepare
-
-Records = Mapping[str, AttentionRecord]
+from shd_diffusion.squeezing.merge_weights import Granularity, Squeezer, prepare_squeezer
+from shd_diffusion.squeezing.plan import Merge, Plan, check_merge, check_plan, parse_plan, plan_merges
 
 
-class NonFiniteError(ValueError):
-    """Attention maps or values that are not finite; the message names the block."""
+class SHDConfig(MappedTermConfig):
+    """Options of SHD; the defaults are the paper's method.
 
-
-@dataclass
-class SHDLoss:
-    """Mean over blocks, samples, heads and query rows of τ² · divergence(squeezed teacher map, student map).
-
-    The defaults are the paper's method. Nothing about the teacher receives a gradient; the student's queries
-    and keys do. Maps are computed in float32 or better, chunk by chunk.
-
-    Args:
+    Attributes:
         temperature: τ, softens both maps.
         layer_map: which teacher block each student block learns from, see `map_blocks`.
-        divergence: a key of `DIVERGENCES`.
+        divergence: of the squeezed map and the student's.
         pairing: `adjacent`, `matched` (call `calibrate` first, or set `plans`), or one plan for all blocks.
-        granularity, merge, coefficient: see `squeeze_heads`.
-        assignment: student head j learns squeezed map j (`order`), or the heads are assigned to the maps with
-            the least running mean of divergences (`optimal`).
+        granularity: one coefficient a `sample`, or one a query `row`.
+        merge: `progressive`, pair by pair, or `joint`, a final group at once.
+        coefficient: `closed_form`, or for ablations `mean` or `select`.
+        calibration_batches: on which matched pairs are found.
         rows: share of query rows taken, drawn by step and block.
         coefficient_rows: with rows < 1, take sample-wise coefficients from `all` rows, which leaves the loss an
             unbiased estimate, or from the `sampled` ones, which is cheaper.
         timesteps: first and last timestep at which the term counts; samples outside add 0 to the mean.
+        decay: of the weight, over the run.
+        every: the term counts at every so many steps only.
         chunk_rows: query rows, counted over samples, whose maps may exist at once; None leaves it to the device.
         compile: have `torch.compile` fuse the work on the maps. On a CPU that takes a C++ compiler; where maps come
             in many chunks, it takes long.
-        seed: of the rows.
+    """
+
+    temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
+    divergence: Divergence = "forward_kl"
+    pairing: Literal["adjacent", "matched"] | list[list[list[int]]] = "adjacent"
+    granularity: Granularity = "sample"
+    merge: Merge = "progressive"
+    coefficient: Coefficient = "closed_form"
+    calibration_batches: int = Field(4, ge=1)
+    rows: float = Field(1.0, gt=0, le=1)
+    coefficient_rows: Literal["all", "sampled"] = "all"
+    timesteps: list[int] | None = Field(None, min_length=2, max_length=2)
+    decay: Decay = "constant"
+    every: int = Field(1, ge=1)
+    chunk_rows: int | None = Field(None, ge=1)
+    compile: bool = False
+
+    @model_validator(mode="after")
+    def _timesteps_are_a_range(self) -> SHDConfig:
+        if self.timesteps is not None and self.timesteps[0] > self.timesteps[1]:
+            raise ValueError(
+                f"`timesteps` {self.timesteps} end before they begin; give the first and the last"
+            )
+        return self
+
+
+class SHDLoss:
+    """Mean over blocks, samples, heads and query rows of τ² · divergence(squeezed teacher map, student map).
+
+    Nothing about the teacher receives a gradient; the student's queries and keys do. Maps are computed in float32 or
+    better, chunk by chunk.
+
+    Args:
+        config: the options; its weight, and when it counts, are the caller's affair.
+        seed: of the sampled rows.
 
     Attributes:
         plans: calibrated plans by student block.
         last: the last call's student blocks and their terms (L,), detached, whose mean is the loss.
     """
 
-    temperature: float = 1.0
-    layer_map: LayerMap = "uniform"
-    divergence: Divergence = "forward_kl"
-    pairing: Literal["adjacent", "matched"] | Plan = "adjacent"
-    granularity: Granularity = "sample"
-    merge: Merge = "progressive"
-    coefficient: Coefficient = "closed_form"
-    assignment: Literal["order", "optimal"] = "order"
-    rows: float = 1.0
-    coefficient_rows: Literal["all", "sampled"] = "all"
-    timesteps: Sequence[int] | None = None
-    chunk_rows: int | None = None
-    compile: bool = False
-    seed: int = 0
-    plans: dict[str, Plan] = field(default_factory=dict, init=False)
-    last: tuple[tuple[str, ...], Tensor] | None = field(default=None, init=False, repr=False, compare=False)
-    _costs: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False)
-    _squeezers: dict[str, tuple[Tensor, int, Plan, Squeezer]] = field(
-        default_factory=dict, init=False, repr=False
-    )
-
-    @classmethod
-    def from_config(cls, config: SHDConfig, seed: int = 0) -> SHDLoss:
-        """The loss of a config; its weight and when it counts are `schedule_weight`'s."""
-        options = config.model_dump(exclude={"weight", "decay", "every", "calibration_batches"})
-        if config.pairing not in ("adjacent", "matched"):
-            options["pairing"] = parse_plan(options["pairing"])
-        return cls(**options, seed=seed)
-
-    # --- the loss ----------------------------------------------------------------------------------------------
+    def __init__(self, config: SHDConfig | None = None, seed: int = 0) -> None:
+        self.config, self.seed = config or SHDConfig(), seed
+        self.plans: dict[str, Plan] = {}
+        self.last: tuple[tuple[str, ...], Tensor] | None = None
+        self._squeezers: dict[str, tuple[Tensor, int, Plan, Squeezer]] = {}
 
     def __call__(
         self,
@@ -98,6 +107,7 @@ class SHDLoss:
         *,
         step: int = 0,
         timesteps: Tensor | None = None,
+        size: tuple[int, ...] | None = None,
     ) -> Tensor:
         """The loss of one forward pass of both models, a scalar.
 
@@ -106,6 +116,8 @@ class SHDLoss:
             student_records: of the student's, with the same samples.
             step: the training step, by which rows are drawn.
             timesteps: of the samples, (B,); needed where the term is limited to a range.
+            size: height and width of what was denoised; needed where it is not square, and the models have other
+                token grids.
 
         Raises:
             ValueError: blocks that cannot be mapped, heads that cannot be squeezed, token grids that cannot be
@@ -114,26 +126,16 @@ class SHDLoss:
         pairs = self.pairs(teacher_records, student_records)
         first = student_records[next(iter(pairs))]
         device, batch = first.query.device, first.query.shape[0]
-        active = None
-        if self.timesteps is not None:
-            if timesteps is None:
-                raise ValueError(
-                    "a loss that is limited to a range of timesteps needs the timesteps of the samples"
-                )
-            active = within(timesteps, self.timesteps).to(device)
-            if len(active) == batch:
-                active = None
+        active = self._active(timesteps, device, batch)
         terms = []
         with torch.autocast(device.type, enabled=False):
-            for ours, theirs in pairs.items():
-                teacher, student = (take(r, active) for r in (teacher_records[theirs], student_records[ours]))
-                terms.append(self._term(ours, teacher, student, step).mean(1).sum() / batch)
-        loss = torch.stack(terms) * self.temperature**2
+            for name, by in pairs.items():
+                teacher, student = take(teacher_records[by], active), take(student_records[name], active)
+                terms.append(self._divergences(name, teacher, student, step, size).mean(1).sum() / batch)
+        loss = torch.stack(terms) * self.config.temperature**2
         if not torch.compiler.is_compiling() and not torch.isfinite(loss).all():
-            ours, theirs = list(pairs.items())[int((~torch.isfinite(loss)).nonzero()[0])]
-            raise NonFiniteError(
-                f"attention maps or values of block {ours} (teacher's {theirs}) are not finite"
-            )
+            name, by = list(pairs.items())[int((~torch.isfinite(loss)).nonzero()[0])]
+            raise NonFiniteError(f"attention maps or values of block {name} (teacher's {by}) are not finite")
         self.last = tuple(pairs), loss.detach()
         return loss.mean()
 
@@ -141,42 +143,65 @@ class SHDLoss:
         """The teacher block of each student block that learns from one."""
         teacher = {name: record.kind for name, record in teacher_records.items()}
         student = {name: record.kind for name, record in student_records.items()}
-        pairs = map_blocks(teacher, student, self.layer_map)
+        pairs = map_blocks(teacher, student, self.config.layer_map)
         if not pairs:
             raise ValueError(
                 "no student block learns from a teacher block: nothing was captured, or the layer map is empty"
             )
         return pairs
 
-    def _term(self, name: str, teacher: AttentionRecord, student: AttentionRecord, step: int) -> Tensor:
-        """Divergences of one student block, (B, N)."""
-        theirs, student, pool = self._prepare(name, teacher, student, step)
-        divergence = DIVERGENCES[self.divergence]
-        if self.assignment == "optimal":
-            costs = assignment_costs(theirs.by_samples(), student, divergence, self.temperature, pool)
-            theirs = replace(theirs, order=best_assignment(self._running(name, costs)))
-        return map_divergence(student, theirs.by_samples(), divergence, self.temperature, pool, self.compile)
+    def _active(self, timesteps: Tensor | None, device: torch.device, batch: int) -> Tensor | None:
+        """Indices of the samples that count; None where all do."""
+        if self.config.timesteps is None:
+            return None
+        if timesteps is None:
+            raise ValueError(
+                "a loss that is limited to a range of timesteps needs the timesteps of the samples"
+            )
+        active = within(timesteps, self.config.timesteps).to(device)
+        return None if len(active) == batch else active
+
+    def _divergences(
+        self,
+        name: str,
+        teacher: AttentionRecord,
+        student: AttentionRecord,
+        step: int,
+        size: tuple[int, ...] | None,
+    ) -> Tensor:
+        """Of one student block, (B, N)."""
+        targets, student, pool = self._prepare(name, teacher, student, step, size)
+        divergence, config = DIVERGENCES[self.config.divergence], self.config
+        return map_divergence(
+            student, targets.by_samples(), divergence, config.temperature, pool, config.compile
+        )
 
     def _prepare(
-        self, name: str, teacher: AttentionRecord, student: AttentionRecord, step: int | None
+        self,
+        name: str,
+        teacher: AttentionRecord,
+        student: AttentionRecord,
+        step: int | None,
+        size: tuple[int, ...] | None = None,
     ) -> tuple[SqueezedTeacher, AttentionRecord, Pool]:
         """The teacher's squeezed maps and the student's record on a common grid; all rows where step is None."""
-        of_teacher, of_student = common_grid(teacher, student)
-        share = self.rows if step is not None else 1.0
+        config = self.config
+        of_teacher, of_student = common_grid(teacher, student, size)
+        share = config.rows if step is not None else 1.0
         rows = sample_rows(len(of_student[0]), share, self.seed, step or 0, name)
         record, teacher_pool = on_grid(teacher, of_teacher, rows)
-        estimated = rows is not None and self.granularity == "sample" and self.coefficient_rows == "all"
-        theirs = SqueezedTeacher(
+        estimated = rows is not None and config.granularity == "sample" and config.coefficient_rows == "all"
+        targets = SqueezedTeacher(
             record=record,
             source=teacher if estimated else record,
             squeezer=self._squeezer(name, teacher, student.heads),
-            temperature=self.temperature,
-            granularity=self.granularity,
-            coefficient=self.coefficient,
+            temperature=config.temperature,
+            granularity=config.granularity,
+            coefficient=config.coefficient,
             pool=teacher_pool,
-            chunk_rows=self.chunk_rows,
+            chunk_rows=config.chunk_rows,
         )
-        return theirs, *on_grid(student, of_student, rows)
+        return targets, *on_grid(student, of_student, rows)
 
     def _squeezer(self, name: str, teacher: AttentionRecord, target: int) -> Squeezer:
         """The block's plan with the Gram matrices of its output weight, computed once for a frozen teacher.
@@ -190,29 +215,20 @@ class SHDLoss:
             if of.data_ptr() == weight.data_ptr() and version == weight._version and plan == of_plan:
                 return squeezer
         check_plan(plan, teacher.heads, target)
-        squeezer = prepare(plan, weight.to(teacher.query.device), teacher.heads, self.merge)
+        squeezer = prepare_squeezer(plan, weight.to(teacher.query.device), teacher.heads, self.config.merge)
         self._squeezers[name] = weight, weight._version, plan, squeezer
         return squeezer
 
     def plan(self, name: str, heads: int, target: int) -> Plan:
         """The plan by which the teacher's heads are squeezed for a student block."""
-        if self.pairing == "matched":
+        pairing = self.config.pairing
+        if pairing == "matched":
             if name not in self.plans:
                 raise ValueError(f"no matched plan for block {name}: calibrate the loss, or load its plans")
             return self.plans[name]
-        return plan_merges(heads, target) if self.pairing == "adjacent" else self.pairing
+        return plan_merges(heads, target) if pairing == "adjacent" else parse_plan(pairing)
 
-    def _running(self, name: str, costs: Tensor) -> Tensor:
-        """The running mean of a block's assignment costs, these included unless they are not finite."""
-        if not costs.isfinite().all():
-            return self._costs.get(name, torch.zeros_like(costs))
-        mean = costs / costs.mean().clamp_min(torch.finfo(costs.dtype).tiny)  # heads compare, not steps
-        if name in self._costs:
-            mean = torch.lerp(self._costs[name].to(mean), mean, 0.1)
-        self._costs[name] = mean
-        return mean
-
-    # --- matched plans, state, explanation ---------------------------------------------------------------------
+    # --- matched plans, and what the loss compares -------------------------------------------------------------
 
     @torch.no_grad()
     def calibrate(self, batches: Iterable[tuple[Records, Records]]) -> dict[str, Plan]:
@@ -224,36 +240,68 @@ class SHDLoss:
         seen: dict[str, list[AttentionRecord]] = {}
         heads: dict[str, int] = {}
         for teacher_records, student_records in batches:
-            for ours, theirs in self.pairs(teacher_records, student_records).items():
-                seen.setdefault(ours, []).append(teacher_records[theirs])
-                heads[ours] = student_records[ours].heads
+            for name, by in self.pairs(teacher_records, student_records).items():
+                seen.setdefault(name, []).append(teacher_records[by])
+                heads[name] = student_records[name].heads
         for name, records in seen.items():
             batches_of_block = [(map_stream(record), _float(record.value)) for record in records]
             weight = records[0].output_weight.to(records[0].query.device)
-            strategy = self.granularity, self.merge, self.coefficient
+            strategy = self.config.granularity, self.config.merge, self.config.coefficient
             try:
                 self.plans[name] = match_merges(batches_of_block, weight, heads[name], *strategy)
             except ValueError as error:
                 raise ValueError(f"block {name}: {error}") from error
         return self.plans
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Running means of the optimal assignment by student block; empty where heads keep their order."""
-        return dict(self._costs)
-
-    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        self._costs = dict(state)
-
     @torch.no_grad()
-    def explain(self, teacher_records: Records, student_records: Records) -> dict[str, Explanation]:
+    def inspect(
+        self, teacher_records: Records, student_records: Records, size: tuple[int, ...] | None = None
+    ) -> dict[str, Inspection]:
         """What the loss compares in each student block, on all query rows and samples: for the report."""
         found = {}
-        for ours, theirs in self.pairs(teacher_records, student_records).items():
-            teacher, student, pool = self._prepare(ours, teacher_records[theirs], student_records[ours], None)
-            if self.assignment == "optimal" and ours in self._costs:
-                teacher = replace(teacher, order=best_assignment(self._costs[ours]))
-            found[ours] = explain(teacher, student, DIVERGENCES[self.divergence], pool)
+        for name, by in self.pairs(teacher_records, student_records).items():
+            teacher, student, pool = self._prepare(
+                name, teacher_records[by], student_records[name], None, size
+            )
+            found[name] = inspect_block(teacher, student, DIVERGENCES[self.config.divergence], pool)
         return found
+
+
+class SHD(Term):
+    """SHDLoss as a term: on the records of the mapped blocks, with a weight that may decay."""
+
+    Config: ClassVar[type[TermConfig]] = SHDConfig
+    default_weight = 1.0
+    captures = "records"
+    config: SHDConfig
+
+    def __init__(self, config: SHDConfig, student: Trace, teacher: Trace | None, seed: int = 0) -> None:
+        super().__init__(config, student, teacher, seed)
+        self.pairs = map_traces(student, teacher, config.layer_map)
+        self.loss = SHDLoss(config.model_copy(update={"layer_map": self.pairs}), seed)
+        assert teacher is not None
+        for name, by in self.pairs.items():
+            heads = teacher.records[by].heads, student.records[name].heads
+            try:
+                plan = plan_merges(*heads) if config.pairing == "matched" else self.loss.plan(name, *heads)
+                check_plan(plan, *heads)
+                check_merge(plan, config.merge)
+                common_grid(teacher.records[by], student.records[name], student.shape[-2:])
+            except ValueError as error:
+                raise ValueError(f"block {name}: {error}") from error
+
+    def weight(self, step: int, max_steps: int) -> float:
+        return schedule_weight(self.config.weight, step, max_steps, self.config.decay, self.config.every)
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        batch = outputs.batch
+        return self.loss(
+            outputs.teacher.records,
+            outputs.student.records,
+            step=outputs.step,
+            timesteps=batch.timesteps,
+            size=tuple(batch.clean.shape[-2:]),
+        )
 
 
 def _float(tensor: Tensor) -> Tensor:

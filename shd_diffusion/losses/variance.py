@@ -6,11 +6,32 @@ With L_simple it makes their hybrid loss. The mean is a constant here: the bound
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
-from shd_diffusion.losses.denoising import ForwardProcess
+from shd_diffusion.losses.term import StepOutputs, Term
+from shd_diffusion.models.forward_process import ForwardProcess
+from shd_diffusion.models.trace import Trace
+
+
+class Variance(Term):
+    """The variational bound, where the model predicts a variance beside its objective."""
+
+    default_weight = 1.0
+    needs_teacher = False
+    reaches_output = True
+
+    @classmethod
+    def applies(cls, student: Trace) -> bool:
+        return student.predicts_variance
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        batch = outputs.batch
+        return variational_bound(
+            outputs.process, outputs.prediction, batch.clean, batch.noised, batch.timesteps
+        )
 
 
 def variational_bound(
@@ -30,8 +51,9 @@ def variational_bound(
     """
     mean, fraction = prediction.float().chunk(2, dim=1)
     mean, clean, noised = mean.detach(), clean.float(), noised.float()
+    by_sample = (-1, *[1] * (noised.ndim - 1))
     of_clean, of_noised, smallest, largest = (
-        part[timesteps.cpu()].to(noised).view(-1, 1, 1, 1) for part in _posterior(process)
+        part.to(noised.device)[timesteps].to(noised).view(by_sample) for part in _posterior(process)
     )
     estimate = process.clean(noised, mean, timesteps)
     log_variance = torch.lerp(smallest, largest, (fraction + 1) / 2)
@@ -40,13 +62,15 @@ def variational_bound(
     kl = 0.5 * (log_variance - smallest - 1 + (smallest - log_variance).exp())
     kl = kl + 0.5 * (q_mean - p_mean) ** 2 * (-log_variance).exp()
     first = -_log_likelihood_of_levels(clean, p_mean, 0.5 * log_variance)
-    return torch.where(timesteps.view(-1, 1, 1, 1) == 0, first, kl).mean() / math.log(2)
+    return torch.where(timesteps.view(by_sample) == 0, first, kl).mean() / math.log(2)
 
 
+@lru_cache(maxsize=8)
 def _posterior(process: ForwardProcess) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of q(x_{t-1} | x_t, x_0) (eq. 10, 11), by timestep: factors of x_0 and x_t in the mean, log variance; and
     the log variance of the forward process. At the first timestep the posterior is a point: the next one serves."""
-    cumulative = process.signal**2
+    assert process.table is not None, "a flow has no posterior variance"
+    cumulative = process.table[0] ** 2  # ᾱ_t
     previous = torch.cat([cumulative.new_ones(1), cumulative[:-1]])
     beta = 1 - cumulative / previous
     variance = beta * (1 - previous) / (1 - cumulative)

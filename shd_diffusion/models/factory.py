@@ -2,18 +2,58 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import diffusers
+import torch
 from diffusers import ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
+from pydantic import Field, model_validator
 
-from shd_diffusion.config import DistillConfig, ModelConfig, read_run_config
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
+from shd_diffusion.section import Section
+
+
+class ModelConfig(Section):
+    """A model by its diffusers class (or one of the project's) and the arguments of its constructor."""
+
+    class_name: str = Field("DiTTransformer2DModel", alias="class")
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    pretrained: str | None = None
+
+
+class StudentConfig(ModelConfig):
+    """The model that is distilled into; `init: teacher` starts it from the teacher's weights where shapes allow."""
+
+    init: Literal["random", "teacher"] = "random"
+
+    @model_validator(mode="after")
+    def _starts_from_one_model(self) -> StudentConfig:
+        if self.init == "teacher" and self.pretrained is not None:
+            raise ValueError(
+                "`pretrained` and `init: teacher` both give the weights to start from; choose one"
+            )
+        return self
+
+
+class TeacherConfig(Section):
+    """The trained model to distil from: a run folder, a pipeline or model folder, or a hub name.
+
+    It is never trained, so `dtype` may be half as wide as the student's.
+    """
+
+    path: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    device: Literal["accelerator", "cpu"] = "accelerator"
+
+
+DENOISERS = ("denoiser", "transformer", "unet")
+"""What pipelines call the part that is distilled."""
 
 OWN_CLASSES = {kind.__name__: kind for kind in (MDTv2Transformer2DModel, OriginalDiTTransformer2DModel)}
 
@@ -45,66 +85,74 @@ def build_model(config: ModelConfig) -> ModelMixin:
         raise ValueError(f"`{config.class_name}` takes no argument `{unknown[0]}`")
     try:
         return _without_label_dropout(kind(**config.arguments))
-    except (TypeError, ValueError, AssertionError, NotImplementedError) as error:
-        raise ValueError(f"`{config.class_name}` refuses its arguments: {error}") from error
+    except Exception as error:  # constructors check little, and fail where the argument is used
+        raise ValueError(f"`{config.class_name}` refuses its arguments: {one_line(error)}") from error
 
 
-def load_model(path: str) -> ModelMixin:
+def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
     """Load a denoiser from a run folder, a pipeline folder, a model folder, or by its hub name.
 
+    Args:
+        path: the folder or name.
+        dtype: of its weights; None for float32. Parts that the class keeps in float32 stay so.
+
     Raises:
-        UserError: there is no such model, its class is unknown, or its weights are missing.
+        UserError: there is no such model, its class is unknown, or its weights are missing or damaged.
     """
     folder = find_model_folder(Path(path))
-    if folder is None and Path(path).exists():
+    if folder is None and not is_hub_name(path):
         raise UserError(
-            f"{path}: no model in this folder; expected a run, a diffusers pipeline or a diffusers model"
+            f"{path}: no model here; give a run, a diffusers pipeline or model folder, or a hub name"
         )
     try:
         if folder is not None:
             kind = model_class(read_json(folder / "config.json").get("_class_name", ""))
-            return _without_label_dropout(kind.from_pretrained(folder, use_safetensors=True))
-        return _without_label_dropout(_load_from_hub(path))
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
+            return _load(kind, str(folder), None, dtype)
+        index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(path)
+        part = next((part for part in DENOISERS if part in index), None)
+        if part is None:
+            raise ValueError(f"a pipeline without {' or '.join(DENOISERS)}")
+        return _load(model_class(index[part][1]), path, part, dtype)
+    except UserError:
+        raise
+    except (
+        Exception
+    ) as error:  # diffusers, transformers and safetensors raise errors of any kind on damaged files
         raise UserError(
-            f"{path}: cannot be loaded as a model ({reason}); give a run or model folder"
+            f"{path}: cannot be loaded as a model ({one_line(error)}); give a run or model folder"
         ) from error
 
 
-def open_model(name: str) -> ModelMixin:
-    """As `load_model`, or the new model of a config file of `train-teacher` or `distill`.
+def _load(kind: type[ModelMixin], path: str, subfolder: str | None, dtype: torch.dtype | None) -> ModelMixin:
+    """A model with all its weights.
 
     Raises:
-        UserError: there is no such model or config, or it cannot be built.
+        ValueError: weights are missing, or are not finite.
     """
-    path = Path(name)
-    if path.suffix not in (".yaml", ".yml"):
-        return load_model(name)
-    config = read_run_config(path)
-    model = config.student if isinstance(config, DistillConfig) else config.model
-    try:
-        return build_model(model)
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from error
+    model, report = kind.from_pretrained(
+        path, subfolder=subfolder, use_safetensors=True, torch_dtype=dtype, output_loading_info=True
+    )
+    if missing := report["missing_keys"]:
+        raise ValueError(f"weights are missing: {sorted(missing)[0]}")
+    if broken := next((n for n, p in model.named_parameters() if not p.isfinite().all()), None):
+        raise ValueError(f"weights are not finite: {broken}")
+    return _without_label_dropout(model)
 
 
 def find_model_folder(path: Path) -> Path | None:
     """The folder of the denoiser inside a run, a pipeline or a model folder; None if there is none."""
-    candidates = (
-        path / "pipeline" / "denoiser",
-        path / "denoiser",
-        path / "transformer",
-        path / "unet",
-        path,
-    )
+    candidates = (path / "pipeline" / "denoiser", *(path / part for part in DENOISERS), path)
     return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 
-def _load_from_hub(name: str) -> ModelMixin:
-    index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(name)
-    part = next(part for part in ("transformer", "unet", "denoiser") if part in index)
-    return model_class(index[part][1]).from_pretrained(name, subfolder=part)
+def is_hub_name(name: str) -> bool:
+    """Whether this may be asked of the hub: `owner/name`, and not a path into a folder that is here."""
+    parent = Path(name).parent
+    return (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+        and not parent.is_dir()
+        and str(parent) not in (".", "..")
+    )
 
 
 def _without_label_dropout(model: ModelMixin) -> ModelMixin:

@@ -33,32 +33,21 @@ MDTV2_SIZES: dict[str, dict[str, int]] = {
 }
 
 
-def draw_ids_keep(
-    batch_size: int, num_tokens: int, mask_ratio: float, generator: torch.Generator | None = None
-) -> Tensor:
-    """Which tokens each sample of a masked training step keeps.
-
-    As the authors train: one ratio a batch, uniform in [mask_ratio, mask_ratio + 0.2], and other tokens for
-    each sample. Teacher and student of a distillation are given the same result.
+def num_kept_tokens(num_tokens: int, mask_ratio: float, generator: torch.Generator) -> int:
+    """How many tokens a masked training step keeps: as the authors train, one ratio a batch, uniform in
+    [mask_ratio, mask_ratio + 0.2].
 
     Args:
-        batch_size: B.
         num_tokens: N, all tokens of an image; `model.num_tokens`.
         mask_ratio: least share of tokens that are dropped; 0.3 in the paper.
-        generator: source of the draws; the result is on its device.
-
-    Returns:
-        (B, K) token indices, int64.
+        generator: source of the draw.
 
     Raises:
         ValueError: the ratio is negative, or could leave no token.
     """
     if mask_ratio < 0 or int(num_tokens * (0.8 - mask_ratio)) < 1:
         raise ValueError(f"mask_ratio {mask_ratio} must be at least 0 and leave some of {num_tokens} tokens")
-    device = "cpu" if generator is None else generator.device
-    ratio = mask_ratio + 0.2 * torch.rand(1, generator=generator, device=device).item()
-    order = torch.rand(batch_size, num_tokens, generator=generator, device=device).argsort(dim=1)
-    return order[:, : int(num_tokens * (1 - ratio))]
+    return int(num_tokens * (1 - mask_ratio - 0.2 * torch.rand(1, generator=generator).item()))
 
 
 class BiasedAttnProcessor:
@@ -255,7 +244,7 @@ class MDTv2Transformer2DModel(ModelMixin, ConfigMixin):
             hidden_states: (B, in_channels, sample_size, sample_size), the noised latent.
             timestep: (B,), in training timesteps.
             class_labels: (B,), int64; `num_embeds_ada_norm` where the label is dropped.
-            ids_keep: (B, K) distinct tokens that the encoder sees, as by `draw_ids_keep`; None for all.
+            ids_keep: (B, K) distinct tokens that the encoder sees, in any order; None for all.
             return_dict: False returns a tuple instead of a `Transformer2DModelOutput`.
 
         Returns:

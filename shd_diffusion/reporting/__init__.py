@@ -1,6 +1,6 @@
-"""Reads result files only and writes them up: one self-contained page, a Markdown table, a terminal table."""
+"""Reads result files only and writes them up: one self-contained page, and a table on the terminal."""
 
+from shd_diffusion.reporting.metrics_table import print_table
 from shd_diffusion.reporting.page import write_report
-from shd_diffusion.reporting.table import markdown_table, print_table
 
-__all__ = ["markdown_table", "print_table", "write_report"]
+__all__ = ["print_table", "write_report"]

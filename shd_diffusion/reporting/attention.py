@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
-from matplotlib.ticker import MaxNLocator
-from numpy.typing import NDArray
 from PIL import Image
 
-from shd_diffusion.reporting.drawing import (
-    LIGHT,
-    Drawing,
-    Look,
-    data_uri,
-    enlarge,
-    finish,
-    legend_above,
-    mosaic,
-    panel,
-    panels,
-)
+from shd_diffusion.reporting.pictures import Pixels, data_uri, enlarge, mosaic, picture_plot
+from shd_diffusion.reporting.plot_style import LIGHT, Line, Plot, PlotStyle, finish, line_plot, panel
 from shd_diffusion.reporting.runs import Array, Attention, BlockAttention, Run
 
 MAX_SIDE = 64
@@ -35,7 +22,7 @@ COLOURS = LinearSegmentedColormap.from_list(
 )
 """From nothing (white) to much (indigo); the page inverts it in the dark."""
 
-SQUEEZE_LOOK = Look("ink", "o")
+SQUEEZE_STYLE = PlotStyle("ink", "o")
 """What belongs to the squeezing alone, and so to no run."""
 
 SPREAD = "mean over samples and heads, the middle 80 % shaded"
@@ -43,7 +30,7 @@ SPREAD = "mean over samples and heads, the middle 80 % shaded"
 
 @dataclass(frozen=True, slots=True)
 class Head:
-    """A map as the page shows it: of head `number`, from 1, with the figure that is told beside it."""
+    """A map as the page shows it: of head `number`, from 1, with the number that is told beside it."""
 
     number: int
     uri: str
@@ -66,8 +53,8 @@ class BlockView:
     name: str
     groups: list[Group]
     brightest: float
-    weights: Drawing
-    maps: Drawing
+    weights: Plot
+    maps: Plot
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,25 +65,25 @@ class AttentionView:
     image: str
     attention: Attention
     blocks: list[BlockView]
-    statistics: list[Drawing]
+    statistics: list[Plot]
 
     @property
-    def drawings(self) -> list[Drawing]:
-        return [*self.statistics, *(d for block in self.blocks for d in (block.weights, block.maps))]
+    def plots(self) -> list[Plot]:
+        return [*self.statistics, *(plot for block in self.blocks for plot in (block.weights, block.maps))]
 
 
-def attention_views(runs: Sequence[Run], looks: dict[str, Look]) -> list[AttentionView]:
+def attention_views(runs: Sequence[Run], styles: Mapping[str, PlotStyle]) -> list[AttentionView]:
     """The runs that kept attention maps, those together that saw the same squeezed maps."""
     views: list[list[tuple[Run, Attention]]] = []
     for run in runs:
         if run.attention is None:
             continue
-        kin = next((view for view in views if _same_maps(view[0][1], run.attention)), None)
-        if kin is None:
-            views.append(kin := [])
-        kin.append((run, run.attention))
+        view = next((view for view in views if _same_maps(view[0][1], run.attention)), None)
+        if view is None:
+            views.append(view := [])
+        view.append((run, run.attention))
     return [
-        _view(members, looks, "attention" if number == 1 else f"attention-{number}")
+        _view(members, styles, "attention" if number == 1 else f"attention-{number}")
         for number, members in enumerate(views, start=1)
     ]
 
@@ -110,11 +97,17 @@ def _same_maps(a: Attention, b: Attention) -> bool:
     )
 
 
-def _view(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look], prefix: str) -> AttentionView:
-    """One view; `prefix` begins the names of its figures."""
+def _view(
+    members: Sequence[tuple[Run, Attention]], styles: Mapping[str, PlotStyle], prefix: str
+) -> AttentionView:
+    """One view; `prefix` begins the names of its plots."""
     attention = members[0][1]
     blocks = attention.blocks
-    has_merges = any(block.coefficients.size for block in blocks)
+    divergences = [
+        _by_block(run.name, styles[run.name], [block.divergence for block in kept.blocks])
+        for run, kept in members
+    ]
+    residuals = [_by_block("residual", SQUEEZE_STYLE, [block.residual for block in blocks])]
     return AttentionView(
         runs=[run for run, _ in members],
         image=data_uri(enlarge(_input_image(attention.image), 96)),
@@ -124,14 +117,30 @@ def _view(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look], pref
             for i in range(len(blocks))
         ],
         statistics=[
-            divergences(members, looks, prefix),
-            residuals(blocks, prefix),
-            *([coefficients(blocks, prefix)] if has_merges else []),
+            line_plot(
+                f"{prefix}-divergence",
+                f"Divergence of squeezed and student's maps after training, by block: {SPREAD}",
+                ("block", "divergence"),
+                divergences,
+            ),
+            line_plot(
+                f"{prefix}-residual",
+                f"Share of the heads' output that squeezing loses, by block: {SPREAD}",
+                ("block", "relative residual"),
+                residuals,
+            ),
+            *([coefficients(blocks, prefix)] if any(block.coefficients.size for block in blocks) else []),
         ],
     )
 
 
-def _input_image(image: Array) -> NDArray[np.uint8]:
+def _by_block(label: str, style: PlotStyle, values: Sequence[Array]) -> Line:
+    """Mean and middle 80 % of the values of each block."""
+    low, high = np.array([np.quantile(each, (0.1, 0.9)) for each in values]).T
+    return Line(label, style, np.arange(len(values)), [each.mean() for each in values], low, high)
+
+
+def _input_image(image: Array) -> Pixels:
     """(C, H, W) in [-1, 1] as RGB; of a latent the first three channels."""
     channels = image[:3] if image.shape[0] >= 3 else image[:1].repeat(3, axis=0)
     return ((channels.transpose(1, 2, 0).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
@@ -151,12 +160,15 @@ def _block(members: Sequence[tuple[Run, BlockAttention]], prefix: str) -> BlockV
     block = members[0][1]
     teacher, squeezed = reduced(block.teacher), reduced(block.squeezed)
     students = [(run, kept, reduced(kept.student)) for run, kept in members]
-    everything = [teacher, squeezed, *(maps for *_, maps in students)]
-    brightest = float(np.quantile(np.concatenate([maps.ravel() for maps in everything]), 0.995)) or 1.0
+    kinds = [("teacher", teacher), ("squeezed", squeezed), *((run.name, maps) for run, _, maps in students)]
+    brightest = float(np.quantile(np.concatenate([maps.ravel() for _, maps in kinds]), 0.995)) or 1.0
     weights = block.weights.mean(axis=0)
 
+    def pixels(attention_map: Array) -> Pixels:
+        return enlarge(map_pixels(attention_map, brightest), MAX_SIDE)
+
     def head(maps: Array, number: int, detail: str) -> Head:
-        return Head(number + 1, data_uri(enlarge(map_pixels(maps[number], brightest), MAX_SIDE)), detail)
+        return Head(number + 1, data_uri(pixels(maps[number])), detail)
 
     groups = [
         Group(
@@ -168,10 +180,9 @@ def _block(members: Sequence[tuple[Run, BlockAttention]], prefix: str) -> BlockV
         )
         for n, heads in enumerate(membership(block.weights))
     ]
-    rows = [("teacher", teacher), ("squeezed", squeezed), *((run.name, maps) for run, _, maps in students)]
-    return BlockView(
-        block.name, groups, brightest, head_weights(block, prefix), _draw_maps(rows, brightest, prefix)
-    )
+    rows = [(kind, mosaic([[pixels(each) for each in maps]], gap=6)) for kind, maps in kinds]
+    picture = picture_plot(f"{prefix}-maps", f"Attention maps: {prefix}", rows, width=7.5, below=True)
+    return BlockView(block.name, groups, brightest, head_weights(block, prefix), picture)
 
 
 def reduced(maps: Array) -> Array:
@@ -183,33 +194,22 @@ def reduced(maps: Array) -> Array:
     return np.stack([np.asarray(picture.resize(size, Image.Resampling.BOX), float) for picture in pictures])
 
 
-def map_pixels(values: Array, brightest: float) -> NDArray[np.uint8]:
+def map_pixels(values: Array, brightest: float) -> Pixels:
     """A map (Q, K) as RGB pixels, `brightest` and more being darkest."""
     return np.asarray(COLOURS(np.clip(values / brightest, 0, 1), bytes=True)[..., :3])
-
-
-def _draw_maps(rows: Sequence[tuple[str, Array]], brightest: float, prefix: str) -> Drawing:
-    """All maps of a block as one figure, for documents that are not the page: a row for each kind of map."""
-    with panels(len(rows), 1, 7.5, 1.0 * len(rows)) as (figure, axes):
-        for ax, (title, maps) in zip(axes, rows, strict=True):
-            pixels = [enlarge(map_pixels(each, brightest), MAX_SIDE) for each in maps]
-            ax.imshow(mosaic([pixels], gap=6), interpolation="nearest")
-            ax.set_title(title, loc="left")
-            ax.axis("off")
-        return finish(figure, f"{prefix}-maps", f"Attention maps: {prefix}", inline=False)
 
 
 # --- statistics over many images ----------------------------------------------------------------------------
 
 
-def head_weights(block: BlockAttention, prefix: str) -> Drawing:
+def head_weights(block: BlockAttention, prefix: str) -> Plot:
     """Heat map (N, M) of the teacher's heads in each squeezed head, mean over the samples."""
     weights = block.weights.mean(axis=0)
     squeezed, teacher = weights.shape
     with panel(height=0.7 + 0.26 * squeezed) as (figure, axes):
         for n, m in np.argwhere(weights > 0.005):
             weight = weights[n, m]
-            shade = {"color": SQUEEZE_LOOK.colour, "alpha": 0.5 * weight, "linewidth": 0}
+            shade = {"color": SQUEEZE_STYLE.colour, "alpha": 0.5 * weight, "linewidth": 0}
             axes.add_patch(Rectangle((m + 0.53, n + 0.53), 0.94, 0.94, **shade))
             if teacher <= 16:
                 text = "1" if weight > 0.995 else f"{weight:.2f}"[1:]
@@ -222,7 +222,7 @@ def head_weights(block: BlockAttention, prefix: str) -> Drawing:
         return finish(figure, f"{prefix}-weights", f"Weights of the teacher's heads in {block.name}")
 
 
-def coefficients(blocks: Sequence[BlockAttention], prefix: str) -> Drawing:
+def coefficients(blocks: Sequence[BlockAttention], prefix: str) -> Plot:
     """Histogram of α, a ridge a block: all merges, all samples."""
     edges = np.linspace(0, 1, 41)
     with panel(height=0.8 + min(0.34 * len(blocks), 4)) as (figure, axes):
@@ -230,8 +230,8 @@ def coefficients(blocks: Sequence[BlockAttention], prefix: str) -> Drawing:
             heights, _ = np.histogram(block.coefficients, edges)
             base = len(blocks) - 1 - row
             ridge = base + 0.92 * heights / max(1, heights.max())
-            axes.stairs(ridge, edges, baseline=base, fill=True, color=SQUEEZE_LOOK.colour, alpha=0.35)
-            axes.stairs(ridge, edges, baseline=base, color=SQUEEZE_LOOK.colour, linewidth=1)
+            axes.stairs(ridge, edges, baseline=base, fill=True, color=SQUEEZE_STYLE.colour, alpha=0.35)
+            axes.stairs(ridge, edges, baseline=base, color=SQUEEZE_STYLE.colour, linewidth=1)
         axes.set(xlim=(0, 1), ylim=(0, len(blocks)), xlabel="α", ylabel="block")
         axes.set_yticks(range(len(blocks)), [str(i) for i in reversed(range(len(blocks)))])
         axes.axvline(0.5, color=LIGHT["muted"], linewidth=0.8, linestyle=":")
@@ -239,35 +239,3 @@ def coefficients(blocks: Sequence[BlockAttention], prefix: str) -> Drawing:
             "α of every merge, by block: 0.5 is the plain mean of two heads, 0 and 1 are one of them alone"
         )
         return finish(figure, f"{prefix}-alpha", description)
-
-
-def residuals(blocks: Sequence[BlockAttention], prefix: str) -> Drawing:
-    """Residual of squeezing, block by block: mean over samples and heads, with the middle 80 %."""
-    with panel() as (figure, axes):
-        _by_block(axes, [block.residual for block in blocks], SQUEEZE_LOOK, "residual")
-        axes.set(xlabel="block", ylabel="relative residual")
-        axes.set_ylim(bottom=0)
-        description = f"Share of the heads' output that squeezing loses, by block: {SPREAD}"
-        return finish(figure, f"{prefix}-residual", description)
-
-
-def divergences(members: Sequence[tuple[Run, Attention]], looks: dict[str, Look], prefix: str) -> Drawing:
-    """Divergence of the squeezed maps to the student's, block by block and run by run."""
-    with panel() as (figure, axes):
-        for run, attention in members:
-            _by_block(axes, [b.divergence for b in attention.blocks], looks[run.name], run.name)
-        axes.set(xlabel="block", ylabel="divergence")
-        axes.set_ylim(bottom=0)
-        legend_above(figure, axes)
-        description = f"Divergence of squeezed and student's maps after training, by block: {SPREAD}"
-        return finish(figure, f"{prefix}-divergence", description)
-
-
-def _by_block(axes: Axes, values: Sequence[Array], look: Look, label: str) -> None:
-    """Mean and middle 80 % of the values of each block."""
-    places = np.arange(len(values))
-    low, high = np.array([np.quantile(each, (0.1, 0.9)) for each in values]).T
-    axes.fill_between(places, low, high, color=look.colour, alpha=0.12, linewidth=0)
-    means = [each.mean() for each in values]
-    axes.plot(places, means, color=look.colour, marker=look.marker, markersize=5, label=label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))

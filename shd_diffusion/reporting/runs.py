@@ -3,24 +3,137 @@
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from PIL import Image
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from safetensors import SafetensorError, safe_open
 
 from shd_diffusion.config import parse_yaml
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_json
+from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
 
+VALIDATION = "validation"
+"""The key of the validation's metrics in a line of metrics.jsonl."""
+
 Array = NDArray[np.float64]
+
+
+class Result(BaseModel):
+    """What a stage wrote as JSON. Keys that are not named here are left alone."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+ResultT = TypeVar("ResultT", bound=Result)
+PartT = TypeVar("PartT")
+
+
+class Summary(Result):
+    """What a training leaves behind; heads are the most that any block has."""
+
+    stage: str
+    parameters: int
+    heads: int
+    teacher_heads: int | None = None
+    extra_parameters: int = 0
+
+
+class Environment(Result):
+    """Where and how a run took place, with whatever else was noted."""
+
+    model_config = ConfigDict(extra="allow")
+    command: str | None = None
+    commit: str | None = None
+
+
+class Samples(Result):
+    """Images `000000.png` ... with their labels, made with `protocol`."""
+
+    num_images: int
+    labels: list[int]
+    seconds_per_image: float
+    protocol: dict[str, Any] = {}
+
+
+class Metrics(Result):
+    """Metrics of one evaluation: `values` by name, if finite, 95 % `intervals` of some, and all that they depend on."""
+
+    values: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+    per_class_fid: dict[str, float] = {}
+    protocol: dict[str, Any] = {}
+    warnings: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_kind(cls, content: Any) -> Any:
+        """In the file all stand side by side; `fid_interval` is the interval of `fid`."""
+        if not isinstance(content, dict):
+            return content
+        numbers = {k: v for k, v in content.items() if isinstance(v, int | float) and -1e300 < v < 1e300}
+        intervals = {k.removesuffix("_interval"): v for k, v in content.items() if k.endswith("_interval")}
+        return content | {"values": numbers, "intervals": intervals}
+
+    @property
+    def features(self) -> str | None:
+        """Name of the features that the metrics are computed on."""
+        return self.protocol.get("features")
+
+
+class Neighbour(Result):
+    """A real image and its distance from a sample."""
+
+    name: str
+    distance: float
+
+
+class NearSample(Result):
+    """A sample and the real images nearest to it; `spacing` is the distance from the first of these to the next one."""
+
+    index: int
+    label: int | None
+    spacing: float
+    nearest: list[Neighbour] = Field(min_length=1)
+
+
+class Nearest(Result):
+    """A few samples with their neighbours among the images of `reference`; or a `note` why there are none."""
+
+    reference: str
+    note: str | None = None
+    samples: list[NearSample] = Field([], min_length=1)
+
+
+class Term(Result):
+    """A term of the loss at one step, before its weight, and its part of the total, 0 to 1."""
+
+    value: float
+    share: float
+
+
+class Validation(Result):
+    """Fréchet distance on a few samples while training."""
+
+    fid: float
+
+
+class LogEntry(Result):
+    """A line of metrics.jsonl. `shd_by_block` is the SHD term of a student block; `skipped` steps changed nothing."""
+
+    step: int
+    seconds_per_step: float = 0.0
+    terms: dict[str, Term] = {}
+    shd_by_block: dict[str, float] = {}
+    validation: Validation | None = Field(None, alias=VALIDATION)
+    skipped: list[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,77 +142,16 @@ class Log:
 
     Attributes:
         steps: (L,), optimiser steps.
-        values: by term, the unweighted value: (L,).
-        shares: by term, its part of the total loss, 0 to 1: (L,).
+        values, shares: by term, (L,).
         divergences: by student block, the SHD term of this block alone: (L,).
-        watched: (W, 2), step and Fréchet distance where it was watched.
+        validation: (V, 2), step and Fréchet distance.
     """
 
     steps: Array
     values: dict[str, Array]
     shares: dict[str, Array]
     divergences: dict[str, Array]
-    watched: Array
-
-
-@dataclass(frozen=True, slots=True)
-class Samples:
-    """Images `000000.png` … with their labels, made with `protocol`."""
-
-    folder: Path
-    labels: list[int]
-    seconds_per_image: float
-    protocol: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Metrics:
-    """Figures of one evaluation by their names, 95 % intervals of some, and all that they depend on."""
-
-    figures: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
-    per_class_fid: dict[str, float]
-    protocol: dict[str, Any]
-    warnings: list[str]
-
-    @property
-    def features(self) -> str | None:
-        """Name of the features that the figures are computed on."""
-        return self.protocol.get("features")
-
-
-@dataclass(frozen=True, slots=True)
-class Neighbours:
-    """A sample and the real images nearest to it, the nearest first.
-
-    Attributes:
-        index: of the sample.
-        label: that was asked for, where it is known.
-        names: of the real images.
-        relative: their distances, in units of that from the nearest real image to the next real one; None where
-            that is 0.
-    """
-
-    index: int
-    label: int | None
-    names: list[str]
-    relative: list[float | None]
-
-
-@dataclass(frozen=True, slots=True)
-class Nearest:
-    """A few samples with their neighbours; or a `note` why there are none.
-
-    Attributes:
-        reference: where the real images are from.
-        rows: one for each sample.
-        picture: (rows · H, columns · W, 3), a row a sample: the sample itself, then its neighbours.
-    """
-
-    reference: str
-    rows: list[Neighbours]
-    picture: NDArray[np.uint8]
-    note: str | None
+    validation: Array
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,11 +161,9 @@ class BlockAttention:
     Attributes:
         name: the student's block.
         teacher: (M, Q, K) maps of the teacher's heads on the image.
-        squeezed: (N, Q, K).
-        student: (N, Q, K).
+        squeezed, student: (N, Q, K).
         coefficients: (S, merges), α of every merge.
-        weights: (S, N, M), parts of the teacher's heads in each squeezed map; where they differ from row to
-            row, their mean.
+        weights: (S, N, M), parts of the teacher's heads in each squeezed map, the mean over rows.
         residual: (S, N), error that squeezing leaves.
         divergence: (S, N), of the squeezed map to the student's.
     """
@@ -144,9 +194,9 @@ class Run:
 
     path: Path
     name: str
-    summary: dict[str, Any]
+    summary: Summary
     config: dict[str, Any]
-    environment: dict[str, Any] | None
+    environment: Environment | None
     log: Log | None
     samples: Samples | None
     metrics: Metrics | None
@@ -155,17 +205,17 @@ class Run:
 
     @property
     def is_teacher(self) -> bool:
-        return self.summary["stage"] == "train-teacher"
+        return self.summary.stage == "train-teacher"
 
     @property
     def command(self) -> str:
         """The command that trained it."""
-        recorded = (self.environment or {}).get("command")
-        return recorded or f"shd-diffusion {self.summary['stage']} {self.path / 'config.yaml'}"
+        recorded = self.environment and self.environment.command
+        return recorded or f"shd-diffusion {self.summary.stage} {self.path / 'config.yaml'}"
 
-    def figure(self, name: str) -> float | None:
+    def metric(self, name: str) -> float | None:
         """A metric by its name in metrics.json; None where it was not computed or is no finite number."""
-        return self.metrics.figures.get(name) if self.metrics else None
+        return self.metrics.values.get(name) if self.metrics else None
 
     @property
     def seconds_per_image(self) -> float | None:
@@ -182,8 +232,9 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         raise UserError("report: give at least one run folder, e.g. shd-diffusion report runs/digits/*")
     unique = list(dict.fromkeys(Path(path) for path in paths))
     names = [path.resolve().name for path in unique]
-    clash = len(set(names)) < len(names)
-    runs = [read_run(path, str(path) if clash else name) for path, name in zip(unique, names, strict=True)]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in unique]
+    runs = [read_run(path, printable(name)) for path, name in zip(unique, names, strict=True)]
     return sorted(runs, key=lambda run: not run.is_teacher)
 
 
@@ -199,61 +250,75 @@ def read_run(path: Path, name: str) -> Run:
                 f"{path / required}: missing, so {path} is not a finished run; "
                 "give the folder that train-teacher or distill wrote, or let that command finish"
             )
+
+    def part(file: str, read: Callable[[Path], PartT]) -> PartT | None:
+        return read(path / file) if (path / file).exists() else None
+
     return Run(
         path=path,
         name=name,
-        summary=_mapping(path / "summary.json", ("stage", "parameters", "heads")),
+        summary=read_result(path / "summary.json", Summary),
         config=_read_config(path / "config.yaml"),
-        environment=_mapping(path / "environment.json") if (path / "environment.json").exists() else None,
-        log=read_log(path / "metrics.jsonl") if (path / "metrics.jsonl").exists() else None,
-        samples=_read_samples(path / "samples") if (path / "samples/sampling.json").exists() else None,
-        metrics=(
-            _read_metrics(path / "evaluation/metrics.json")
-            if (path / "evaluation/metrics.json").exists()
-            else None
-        ),
-        nearest=(
-            read_nearest(path / "evaluation/nearest.json")
-            if (path / "evaluation/nearest.json").exists()
-            else None
-        ),
-        attention=(
-            read_attention(path / "attention.safetensors")
-            if (path / "attention.safetensors").exists()
-            else None
-        ),
+        environment=part("environment.json", lambda file: read_result(file, Environment)),
+        log=part("metrics.jsonl", read_log),
+        samples=part("samples/sampling.json", lambda file: read_result(file, Samples)),
+        metrics=part("evaluation/metrics.json", lambda file: read_result(file, Metrics)),
+        nearest=part("evaluation/nearest.json", lambda file: read_result(file, Nearest)),
+        attention=part("attention.safetensors", read_attention),
     )
 
 
-def read_log(path: Path) -> Log:
-    """Read metrics.jsonl; steps that were skipped, and a last line that an interruption cut off, are left out.
+def read_result(path: Path, kind: type[ResultT]) -> ResultT:
+    """Read a JSON file that a stage wrote.
+
+    Raises:
+        UserError: it is missing or damaged, or a value in it is not what it should be.
+    """
+    try:
+        return kind.model_validate(read_json(path))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = f"key `{'.'.join(map(str, wrong['loc']))}`: " if wrong["loc"] else ""
+        raise UserError(f"{path}: {place}{wrong['msg']}; run the command that wrote the file again") from None
+
+
+def read_entries(path: Path) -> list[LogEntry]:
+    """The steps of metrics.jsonl in their order, without those that were skipped and a last line that was cut off.
 
     Raises:
         UserError: another line is damaged.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
-    by_step: dict[int, dict[str, Any]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); repeat the training's command") from None
+    by_step: dict[int, LogEntry] = {}
     for number, line in enumerate(lines, start=1):
         try:
-            entry = json.loads(line)
-            by_step[entry["step"]] = entry  # a resumed run logs a step again: the later line holds
-        except (ValueError, KeyError, TypeError):
+            entry = LogEntry.model_validate(json.loads(line))
+            by_step[entry.step] = entry  # a resumed run logs a step again: the later line holds
+        except (ValueError, RecursionError):
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is not a logged step; remove that line") from None
-    entries = [entry for _, entry in sorted(by_step.items()) if "skipped" not in entry]
-    terms = list(dict.fromkeys(term for entry in entries for term in entry.get("terms", {})))
-    blocks = list(dict.fromkeys(block for entry in entries for block in entry.get("divergence", {})))
-    flat = [flatten(entry) for entry in entries]
+    return [entry for _, entry in sorted(by_step.items()) if entry.skipped is None]
+
+
+def read_log(path: Path) -> Log:
+    """Read metrics.jsonl; see `read_entries`."""
+    entries = read_entries(path)
+    terms = list(dict.fromkeys(term for entry in entries for term in entry.terms))
+    blocks = list(dict.fromkeys(block for entry in entries for block in entry.shd_by_block))
+    flat = [flatten(entry.model_dump()) for entry in entries]
 
     def column(key: str) -> Array:
         return np.array([entry.get(key, np.nan) for entry in flat], float)
 
     return Log(
-        steps=np.array([entry["step"] for entry in entries], float),
+        steps=column("step"),
         values={term: column(f"terms.{term}.value") for term in terms},
         shares={term: column(f"terms.{term}.share") for term in terms},
-        divergences={block: column(f"divergence.{block}") for block in blocks},
-        watched=np.array([(e["step"], e["watch"]["fid"]) for e in entries if "watch" in e]).reshape(-1, 2),
+        divergences={block: column(f"shd_by_block.{block}") for block in blocks},
+        validation=np.array([(e.step, e.validation.fid) for e in entries if e.validation]).reshape(-1, 2),
     )
 
 
@@ -272,47 +337,15 @@ def read_attention(path: Path) -> Attention:
                 for name in (block["student"] for block in description["blocks"])
             ]
             image = file.get_tensor("image").astype(float)
-    except (SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{path}: damaged ({error}); delete it and repeat the distillation's command"
         ) from None
     return Attention(image, description.get("label"), description.get("timestep"), blocks)
 
 
-def read_nearest(path: Path) -> Nearest:
-    """Read evaluation/nearest.json and the picture beside it.
-
-    Raises:
-        UserError: either is damaged.
-    """
-    content = _mapping(path, ("reference",))
-    if note := content.get("note"):
-        return Nearest(content["reference"], [], np.empty((0, 0, 3), np.uint8), note)
-    try:
-        rows = [
-            Neighbours(
-                entry["index"],
-                entry["label"],
-                [each["name"] for each in entry["nearest"]],
-                [
-                    each["distance"] / entry["spacing"] if entry["spacing"] else None
-                    for each in entry["nearest"]
-                ],
-            )
-            for entry in content["samples"]
-        ]
-        with Image.open(path.with_suffix(".png")) as file:
-            picture = np.asarray(file.convert("RGB"))
-        if picture.shape[0] % len(rows) or picture.shape[1] % (1 + len(rows[0].names)):
-            raise ValueError("the picture has other rows or columns")
-    except (OSError, LookupError, TypeError, ValueError, ZeroDivisionError) as error:
-        run = path.parent.parent
-        raise UserError(f"{path}: damaged ({error}); run `shd-diffusion evaluate {run}` again") from None
-    return Nearest(content["reference"], rows, picture, None)
-
-
 def _block(name: str, tensors: dict[str, Array]) -> BlockAttention:
-    weights = tensors.pop("weights")
+    weights = tensors.pop("weights")  # by row (S, N, M, Q)
     return BlockAttention(name, weights=weights.mean(-1) if weights.ndim == 4 else weights, **tensors)
 
 
@@ -325,35 +358,3 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a YAML mapping; give the folder that train-teacher or distill wrote")
     return tree
-
-
-def _read_samples(folder: Path) -> Samples:
-    content = _mapping(folder / "sampling.json", ("labels", "seconds_per_image"))
-    return Samples(folder, content["labels"], content["seconds_per_image"], content.get("protocol", {}))
-
-
-def _read_metrics(path: Path) -> Metrics:
-    content = _mapping(path)
-    figures = {
-        key: float(value)
-        for key, value in content.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
-    per_class = {str(label): float(value) for label, value in content.get("per_class_fid", {}).items()}
-    intervals = {
-        key.removesuffix("_interval"): (float(value[0]), float(value[1]))
-        for key, value in content.items()
-        if key.endswith("_interval")
-    }
-    return Metrics(figures, intervals, per_class, content.get("protocol", {}), content.get("warnings", []))
-
-
-def _mapping(path: Path, required: Sequence[str] = ()) -> dict[str, Any]:
-    """A JSON object that has the required keys."""
-    content = read_json(path)
-    if not isinstance(content, dict):
-        raise UserError(f"{path}: not a JSON object; delete it and run the command that wrote it again")
-    for key in required:
-        if key not in content:
-            raise UserError(f"{path}: key `{key}` is missing; run the command that wrote the file again")
-    return content

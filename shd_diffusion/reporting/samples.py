@@ -6,12 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
-from shd_diffusion.errors import UserError
-from shd_diffusion.reporting.drawing import Drawing, data_uri, enlarge, finish, mosaic, panels
-from shd_diffusion.reporting.runs import Run, Samples
+from shd_diffusion.reporting.pictures import Pixels, data_uri, mosaic, picture_plot, read_picture, thumbnail
+from shd_diffusion.reporting.plot_style import Plot
+from shd_diffusion.reporting.runs import Run
 
 MAX_ROWS, PER_ROW = 10, 4
 MAX_SIDE = 128
@@ -29,11 +27,17 @@ class Gallery:
     """
 
     labels: list[int]
-    pictures: list[tuple[Run, NDArray[np.uint8]]]
+    pictures: list[tuple[Run, Pixels]]
     same_noise: bool
 
     def uris(self) -> list[tuple[Run, str]]:
         return [(run, data_uri(picture)) for run, picture in self.pictures]
+
+    def plot(self) -> Plot:
+        """The gallery as one figure."""
+        named = [(run.name, picture) for run, picture in self.pictures]
+        names = ", ".join(name for name, _ in named)
+        return picture_plot("samples", f"Samples side by side: {names}", named, width=1.9)
 
 
 def sample_gallery(runs: Sequence[Run]) -> Gallery | None:
@@ -52,7 +56,7 @@ def sample_gallery(runs: Sequence[Run]) -> Gallery | None:
     indices = [[j for j, label in enumerate(first) if label == row][:PER_ROW] for row in chosen]
     return Gallery(
         labels=chosen,
-        pictures=[(run, _picture(samples, indices)) for run, samples in sampled],
+        pictures=[(run, _picture(run, indices)) for run, _ in sampled],
         same_noise=all(
             samples.labels[:common] == first
             and samples.protocol.get("seed") == sampled[0][1].protocol.get("seed")
@@ -61,32 +65,10 @@ def sample_gallery(runs: Sequence[Run]) -> Gallery | None:
     )
 
 
-def draw_gallery(gallery: Gallery) -> Drawing:
-    """The gallery as one figure, for documents that are not the page."""
-    count = len(gallery.pictures)
-    height, width = gallery.pictures[0][1].shape[:2]
-    with panels(1, count, 1.9 * count, 1.9 * height / width + 0.3) as (figure, axes):
-        for ax, (run, picture) in zip(axes, gallery.pictures, strict=True):
-            ax.imshow(picture, interpolation="nearest")
-            ax.set_title(run.name)
-            ax.axis("off")
-        names = ", ".join(run.name for run, _ in gallery.pictures)
-        return finish(figure, "samples", f"Samples side by side: {names}", inline=False)
+def _picture(run: Run, indices: Sequence[Sequence[int]]) -> Pixels:
+    def sample(index: int) -> Pixels:
+        path = run.path / "samples" / f"{index:06d}.png"
+        return thumbnail(read_picture(path, f"shd-diffusion sample {run.path}"), MAX_SIDE)
 
-
-def _picture(samples: Samples, indices: Sequence[Sequence[int]]) -> NDArray[np.uint8]:
-    rows = [[_sample(samples, j) for j in row] for row in indices]
+    rows = [[sample(index) for index in row] for row in indices]
     return mosaic(rows, gap=max(2, rows[0][0].shape[0] // 16))
-
-
-def _sample(samples: Samples, index: int) -> NDArray[np.uint8]:
-    path = samples.folder / f"{index:06d}.png"
-    try:
-        with Image.open(path) as file:
-            image = file.convert("RGB")
-    except (OSError, UnidentifiedImageError):
-        raise UserError(
-            f"{path}: cannot be read; run `shd-diffusion sample {samples.folder.parent}` again"
-        ) from None
-    image.thumbnail((MAX_SIDE, MAX_SIDE), Image.Resampling.LANCZOS)
-    return enlarge(np.asarray(image), side=48)

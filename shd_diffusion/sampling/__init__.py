@@ -1,6 +1,13 @@
 """The diffusers pipeline, and N images by index."""
 
-from shd_diffusion.sampling.generate import generate, make_scheduler, sample_indices
+from shd_diffusion.sampling.generate import generate_images, sample_images
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
+from shd_diffusion.sampling.schedulers import check_sampling, make_scheduler
 
-__all__ = ["ClassConditionalPipeline", "generate", "make_scheduler", "sample_indices"]
+__all__ = [
+    "ClassConditionalPipeline",
+    "check_sampling",
+    "generate_images",
+    "make_scheduler",
+    "sample_images",
+]

@@ -7,81 +7,85 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
-from diffusers import DDPMScheduler
-from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from PIL import Image
+from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.data.images import to_rgb_bytes
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json, replacing_file, write_json
-from shd_diffusion.models.adapter import null_label, sample_shape
+from shd_diffusion.models.denoiser import num_classes
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
-from shd_diffusion.protocol import flatten
+from shd_diffusion.protocol import OF_THE_MODEL, flatten
 from shd_diffusion.randomness import generator
-from shd_diffusion.sampling.passes import deal_passes
+from shd_diffusion.sampling.batching import deal_passes
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 
 SUMMARY = "sampling.json"
 
 
-def make_scheduler(name: str, arguments: dict[str, Any], trained_with: SchedulerMixin) -> SchedulerMixin:
-    """A diffusers scheduler by its class name, on the noise schedule that the model was trained with.
+class Summary(BaseModel):
+    """What `sampling.json` says of the images beside it; those from `num_images` on are of a call that has not ended.
+
+    Attributes:
+        num_images: so many are finished.
+        labels: of these; None where they are not made by class.
+        seconds_per_image: of the last call, in one process.
+        protocol: what they depend on.
+    """
+
+    num_images: int = Field(0, ge=0)
+    labels: list[int] | None = None
+    seconds_per_image: float = 0.0
+    protocol: dict[str, Any] = {}
+
+
+def read_summary(folder: Path) -> Summary | None:
+    """What is known of the images in a folder; None where they are not of ours.
 
     Raises:
-        ValueError: diffusers has no scheduler of that name, it takes no such argument, or it samples models of another
-            objective.
+        UserError: its `sampling.json` is damaged.
     """
-    kind: Any = getattr(diffusers, name, None)
-    if not hasattr(kind, "set_timesteps"):
-        raise ValueError(f"`{name}` is no scheduler class of diffusers {diffusers.__version__}")
-    unknown = sorted(set(arguments) - set(kind._get_init_keys(kind)))
-    if unknown:
-        raise ValueError(f"`{name}` takes no argument `{unknown[0]}`")
-    if "variance_type" in kind._get_init_keys(kind) and not issubclass(kind, DDPMScheduler):
-        # only DDPM draws with the variance that a model has learned
-        arguments = {"variance_type": None, **arguments}
-    scheduler = kind.from_config(trained_with.config, **arguments)
-    flows = _samples_flows(trained_with)
-    if _samples_flows(scheduler) != flows:
-        wanted, other = "a flow" if flows else "noise", type(trained_with).__name__
-        raise ValueError(
-            f"the model predicts {wanted}, which `{name}` does not sample by; take {other} or its kin"
-        )
-    return scheduler
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    try:
+        return Summary.model_validate(read_json(path))
+    except ValidationError as error:
+        reason = one_line(ValueError(error.errors()[0]["msg"]))
+        raise UserError(
+            f"{path}: not what `sample` writes ({reason}); delete the folder and sample anew"
+        ) from None
 
 
-def _samples_flows(scheduler: SchedulerMixin) -> bool:
-    """Whether a scheduler is for flow matching: by its class, or as a solver that is set to it."""
-    return type(scheduler).__name__.startswith("FlowMatch") or bool(scheduler.config.get("use_flow_sigmas"))
+def labels_of(indices: Sequence[int], num_classes: int | None, config: SampleConfig) -> list[int] | None:
+    """The labels of these images: round the classes, so that every prefix is as balanced as it can be, or random.
 
-
-def labels_of(indices: Sequence[int], num_classes: int, config: SampleConfig) -> list[int]:
-    """The labels of these images: round the classes, so that every prefix is as balanced as it can be, or random."""
+    None where there are no classes.
+    """
+    if num_classes is None:
+        return None
     if config.labels == "balanced":
         return [index % num_classes for index in indices]
     drawn = (generator(config.seed, "label", index) for index in indices)
     return [int(torch.randint(num_classes, (), generator=each)) for each in drawn]
 
 
-def sample_indices(
-    pipeline: ClassConditionalPipeline, indices: Sequence[int], config: SampleConfig
-) -> Tensor:
+def sample_images(pipeline: ClassConditionalPipeline, indices: Sequence[int], config: SampleConfig) -> Tensor:
     """The images of these indices: (B, C, H, W) in [-1, 1]."""
     generators = [generator(config.seed, "sample", index) for index in indices]
-    shape = sample_shape(pipeline.denoiser)
-    noise = torch.stack([torch.randn(shape, generator=each) for each in generators])
+    noise = torch.stack([torch.randn(pipeline.noise_shape, generator=each) for each in generators])
     (images,) = pipeline(
-        labels_of(indices, null_label(pipeline.denoiser), config),
+        labels_of(indices, num_classes(pipeline.denoiser), config),
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         guidance_power=config.guidance_power,
         guidance_interval=config.guidance_interval,
         guidance_channels=config.guidance_channels,
+        num_images=len(indices),
         generator=generators,
         latents=noise,
         output_type="pt",
@@ -90,7 +94,7 @@ def sample_indices(
     return images * 2 - 1
 
 
-def generate(
+def generate_images(
     pipeline: ClassConditionalPipeline,
     config: SampleConfig,
     folder: Path,
@@ -106,22 +110,23 @@ def generate(
         pipeline: its scheduler is the one to sample with.
         config: how many, how, and from which seed.
         folder: gets `000000.png` … and `sampling.json`.
-        protocol: what the images depend on beside `config`; recorded, and compared before files are reused.
-        name: shown in the progress bar.
+        protocol: what the images depend on beside `config`, the weights above all; recorded, and compared before files
+            are reused.
+        name: shown in the progress bar and in messages.
 
     Returns:
-        The content of `sampling.json`.
+        The content of `sampling.json`, see `Summary`.
 
     Raises:
-        UserError: the folder holds images of another protocol, or of another origin.
+        UserError: the folder holds images of another protocol, or of another origin; or an image is not of numbers.
     """
     state = processes()
     protocol = {**protocol, **config.model_dump(exclude={"num_images", "batch_size"})}
-    summary = _open(folder, protocol)
-    if not summary:
-        summary = {"num_images": 0, "labels": [], "seconds_per_image": 0.0, "protocol": protocol}
-    if state.is_main_process and not summary["num_images"]:
-        write_json(folder / SUMMARY, summary)
+    classes = num_classes(pipeline.denoiser)
+    summary = _open(folder, protocol) or Summary(labels=labels_of([], classes, config), protocol=protocol)
+    state.wait_for_everyone()  # everyone has seen the folder as it was
+    if state.is_main_process and not summary.num_images:
+        write_json(folder / SUMMARY, summary.model_dump())
     pipeline.set_progress_bar_config(disable=True)
     computed, seconds = 0, 0.0
     state.wait_for_everyone()
@@ -131,22 +136,27 @@ def generate(
             missing = {index for index in wanted if not image_path(folder, index).exists()}
             if missing:
                 began = time.perf_counter()
-                images = to_rgb_bytes(sample_indices(pipeline, indices, config)).cpu()
+                images = sample_images(pipeline, indices, config)
+                if not images.isfinite().all():
+                    raise UserError(
+                        f"{name}: its images are not finite; its model has diverged, train it anew"
+                    )
+                pixels = to_rgb_bytes(images).cpu()
                 seconds, computed = seconds + time.perf_counter() - began, computed + len(indices)
-                for index, image in zip(indices, images, strict=True):
+                for index, image in zip(indices, pixels, strict=True):
                     if index in missing:
                         _write_png(image_path(folder, index), image)
             bar.update(min(len(wanted) * state.num_processes, config.num_images - bar.n))
     state.wait_for_everyone()
-    if state.is_main_process and (computed or summary["num_images"] < config.num_images):
-        there = max(config.num_images, summary["num_images"])
-        summary = {
-            "num_images": there,
-            "labels": labels_of(range(there), null_label(pipeline.denoiser), config),
-            "seconds_per_image": seconds / computed if computed else summary["seconds_per_image"],
-            "protocol": protocol,
-        }
-        write_json(folder / SUMMARY, summary)
+    if state.is_main_process and (computed or summary.num_images < config.num_images):
+        finished = max(config.num_images, summary.num_images)
+        summary = Summary(
+            num_images=finished,
+            labels=labels_of(range(finished), classes, config),
+            seconds_per_image=seconds / computed if computed else summary.seconds_per_image,
+            protocol=protocol,
+        )
+        write_json(folder / SUMMARY, summary.model_dump())
     state.wait_for_everyone()
     return read_json(folder / SUMMARY)
 
@@ -156,28 +166,24 @@ def image_path(folder: Path, index: int) -> Path:
     return folder / f"{index:06d}.png"
 
 
-def _open(folder: Path, protocol: dict[str, Any]) -> dict[str, Any]:
+def _open(folder: Path, protocol: dict[str, Any]) -> Summary | None:
     """What is known of the images in the folder, which must have been made under the same protocol."""
-    if not (folder / SUMMARY).exists():
+    summary = read_summary(folder)
+    if summary is None:
         if next(folder.glob("*.png"), None):
             raise UserError(
                 f"{folder}: has images of another origin, without a {SUMMARY}; sample into another folder"
             )
-        return {}
-    summary = read_json(folder / SUMMARY)
-    there, now = flatten(_protocol_of(summary)), flatten(protocol)
+        return None
+    there, now = flatten(summary.protocol), flatten(protocol)
     for key in sorted(there.keys() | now.keys()):
         if there.get(key) != now.get(key):
+            mend = "" if key in OF_THE_MODEL else "set it as it was, "
             raise UserError(
                 f"{folder / SUMMARY}: these samples were made with another `{key}` ({there.get(key)!r}, now "
-                f"{now.get(key)!r}); set it as it was, delete the folder, or sample into another (--output)"
+                f"{now.get(key)!r}); {mend}delete the folder, or sample into another (--output)"
             )
     return summary
-
-
-def _protocol_of(summary: dict[str, Any]) -> dict[str, Any]:
-    """The protocol of samples; those of before `pass_size` have balanced labels and passes of their `batch_size`."""
-    return {"pass_size": summary.get("batch_size"), "labels": "balanced", **summary["protocol"]}
 
 
 def _write_png(path: Path, image: Tensor) -> None:

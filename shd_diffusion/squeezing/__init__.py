@@ -1,9 +1,9 @@
 """The method: which heads merge when, with which weights, and M maps squeezed into N."""
 
 from shd_diffusion.squeezing.matching import match_merges
+from shd_diffusion.squeezing.merge_weights import Squeezer, prepare_squeezer
 from shd_diffusion.squeezing.plan import Plan, plan_merges, plans_from_json, plans_to_json
 from shd_diffusion.squeezing.squeeze import SqueezeDetails, squeeze_heads
-from shd_diffusion.squeezing.weights import Squeezer, prepare
 
 __all__ = [
     "Plan",
@@ -13,6 +13,6 @@ __all__ = [
     "plan_merges",
     "plans_from_json",
     "plans_to_json",
-    "prepare",
+    "prepare_squeezer",
     "squeeze_heads",
 ]

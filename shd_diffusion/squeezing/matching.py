@@ -11,20 +11,20 @@ import networkx
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.chunks import MapStream
 from shd_diffusion.squeezing.coefficients import Coefficient, closed_form, select
-from shd_diffusion.squeezing.plan import Group, Merge, Plan, Round, check_heads, num_merges, plan_merges
-from shd_diffusion.squeezing.residual import residual_energies
-from shd_diffusion.squeezing.weights import (
+from shd_diffusion.squeezing.map_stream import MapStream
+from shd_diffusion.squeezing.merge_weights import (
     Granularity,
     identity_weights,
     joined,
     merge_step,
     merge_sums,
     merge_weights,
-    prepare,
+    prepare_squeezer,
     squeeze_weights,
 )
+from shd_diffusion.squeezing.plan import Group, Merge, Plan, Round, check_heads, num_merges, plan_merges
+from shd_diffusion.squeezing.residual import residual_energies
 
 Batches: TypeAlias = Sequence[tuple[MapStream, Tensor]]
 """Calibration batches of one block: the teacher's maps (B, M, Q, K) and values (B, M, K, d)."""
@@ -72,7 +72,7 @@ def match_merges(
         plan.append(groups)
 
     def lost(candidate: Plan) -> float:
-        squeezer = prepare(candidate, output_weight, num_heads, merge)
+        squeezer = prepare_squeezer(candidate, output_weight, num_heads, merge)
         total = 0.0
         for maps, values in batches:
             found, _ = squeeze_weights(maps, values, squeezer, granularity, coefficient)

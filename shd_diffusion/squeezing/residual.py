@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.chunks import MapStream
+from shd_diffusion.squeezing.map_stream import MapStream
+from shd_diffusion.squeezing.merge_weights import mixture
 from shd_diffusion.squeezing.plan import Group
 from shd_diffusion.squeezing.value_space import output_gram
-from shd_diffusion.squeezing.weights import mixture
 
 
 def residual_energies(

@@ -8,18 +8,18 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.chunks import EVERYTHING, whole
 from shd_diffusion.squeezing.coefficients import Coefficient
+from shd_diffusion.squeezing.map_stream import EVERYTHING, whole
 from shd_diffusion.squeezing.matching import match_merges
-from shd_diffusion.squeezing.plan import Merge, Plan, check_heads, check_plan, plan_merges
-from shd_diffusion.squeezing.residual import relative_residual, residual_energies
-from shd_diffusion.squeezing.weights import (
+from shd_diffusion.squeezing.merge_weights import (
     Granularity,
     Squeezer,
     mixture,
-    prepare,
+    prepare_squeezer,
     squeeze_weights,
 )
+from shd_diffusion.squeezing.plan import Merge, Plan, check_heads, check_plan, plan_merges
+from shd_diffusion.squeezing.residual import relative_residual, residual_energies
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ def squeeze_heads(
         granularity: one α for each `sample` and merge (the paper), or for each `row`.
         merge: `progressive`, pair by pair (the paper), or `joint`, each final group at once.
         coefficient: `closed_form` (the paper), or for ablations `mean` (1/2) or `select` (0 or 1).
-        squeezer: what `prepare` made of the plan and the output weight of a frozen teacher, to save doing it
+        squeezer: what `prepare_squeezer` made of the plan and the output weight of a frozen teacher, to save doing it
             again; `pairing` and `merge` are then settled.
         return_details: also return `SqueezeDetails`.
 
@@ -120,7 +120,7 @@ def squeeze_heads(
             )
         assert not isinstance(plan, str)
         check_plan(plan, heads, num_heads)
-        squeezer = prepare(plan, output_weight, heads, merge)
+        squeezer = prepare_squeezer(plan, output_weight, heads, merge)
     elif len(squeezer.groups) != num_heads:
         raise ValueError(f"the squeezer leads to {len(squeezer.groups)} heads, not to {num_heads}")
 

@@ -1,10 +1,10 @@
-"""The configuration of a study: one base config, variants and conditions as overrides, seeds, a budget."""
+"""The configuration of a study: one distillation, variants and conditions as overrides, seeds, a budget."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,22 +31,22 @@ class StudyConfig(Section):
     Paths are as in other configs, relative to where the command runs.
 
     Attributes:
-        base: a `distill` config.
+        distill: the config of a distillation.
         output: the folder of the study.
-        teacher: a `train-teacher` config; its run goes to the base's `teacher.path`, if it is not there yet.
-        overrides: of the base, dotted key to value, for all runs.
+        teacher: a `train-teacher` config; its run goes to the `teacher.path` of `distill`, if it is not there yet.
+        overrides: of `distill`, dotted key to value, for all runs.
         variants: what is compared, by name; overrides on top.
         conditions: under which it is compared, by name, such as numbers of steps; overrides between the two.
             Only runs of the same condition are compared.
         reference: the variant that the others are compared with.
-        metrics: figures of `evaluation/metrics.json` to compare, the first one drawn.
-        targets: Fréchet distances; the table tells when the watched one falls to them (see `train.watch`).
-        after_seconds: times; the watched distance after so many seconds of training is compared like a metric.
+        metrics: of `evaluation/metrics.json`, to be compared; the first one is drawn.
+        targets: Fréchet distances; the table tells when the validation's falls to them.
+        after_seconds: times; the validation's distance after so many seconds of training is compared like a metric.
         processes: runs at a time.
     """
 
     title: str
-    base: str
+    distill: str
     output: str
     teacher: str | None = None
     overrides: Overrides = Field(default_factory=dict)
@@ -84,13 +84,13 @@ class StudyConfig(Section):
 
     @property
     def compared(self) -> list[str]:
-        """The figures that are compared: the metrics, and the watched distance after equal seconds."""
-        return [*self.metrics, *map(watched_after, self.after_seconds)]
+        """All that is compared: the metrics, and the validation's distance after equal seconds."""
+        return [*self.metrics, *map(validation_after, self.after_seconds)]
 
 
-def watched_after(seconds: float) -> str:
-    """What to call the watched Fréchet distance after so many seconds."""
-    return f"watched_fid_after_{seconds:g}_s"
+def validation_after(seconds: float) -> str:
+    """What to call the validation's Fréchet distance after so many seconds."""
+    return f"validation_fid_after_{seconds:g}_s"
 
 
 @dataclass(frozen=True)
@@ -116,21 +116,19 @@ def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
     noise and the noise that images are sampled from.
 
     Raises:
-        UserError: the base or an override is wrong, or a folder holds a run of another config.
+        UserError: the config or an override is wrong, or a folder holds a run of another config.
     """
-    return list(_planned(study, output))
-
-
-def _planned(study: StudyConfig, output: Path) -> Iterator[Planned]:
+    planned = []
     for seed in study.seeds:
         for condition, shared in study.conditions.items():
             for variant, own in study.variants.items():
                 tree = {**study.overrides, **shared, **own, "seed": seed, "sample.seed": seed}
                 overrides = tuple(f"{key}={json.dumps(value)}" for key, value in tree.items())
-                config = read_config(Path(study.base), DistillConfig, overrides)
+                config = read_config(Path(study.distill), DistillConfig, overrides)
                 run = RunFolder(output / "runs" / condition / variant / f"seed-{seed}")
                 check(run, config)
-                yield Planned(condition, variant, seed, run, config, overrides)
+                planned.append(Planned(condition, variant, seed, run, config, overrides))
+    return planned
 
 
 def check(run: RunFolder, config: DistillConfig) -> None:

@@ -1,66 +1,51 @@
-"""A study written up: one self-contained page, its figures as PNG, and the tables in Markdown."""
+"""A study written up: one self-contained page, its plots as PNG, and the tables in Markdown."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
 
 from shd_diffusion.files import write_text
-from shd_diffusion.reporting.drawing import DARK, LIGHT
-from shd_diffusion.reporting.page import template, write_page
-from shd_diffusion.reporting.table import count, duration, significant
-from shd_diffusion.study.drawings import (
-    differences,
-    figures_by_variant,
-    looks,
-    over_conditions,
-    watched_curves,
-)
+from shd_diffusion.reporting.page import write_page
+from shd_diffusion.reporting.plot_style import plot_styles
+from shd_diffusion.reporting.tables import Lines, count, duration, escape_markdown, markdown, significant
+from shd_diffusion.settings_table import settings_table
+from shd_diffusion.statistics import Estimate
+from shd_diffusion.study.plots import study_plots
 from shd_diffusion.study.results import Comparison, Results, Row
-from shd_diffusion.study.statistics import Estimate
-
-Lines = list[list[str]]
 
 # All else is a distance.
 HIGHER_IS_BETTER = ("inception", "precision", "recall", "density", "coverage", "label")
 
 
 def write_study(results: Results, output: Path) -> Path:
-    """Write `output` (HTML), a folder `<stem>-figures` beside it, and `<stem>.md` with the tables."""
-    metric = results.study.metrics[0]
-    overview = over_conditions(results, metric)
-    drawings = [
-        *([overview] if overview else []),
-        *figures_by_variant(results, metric),
-        *differences(results, metric),
-        *watched_curves(results),
-    ]
-    rows, comparisons = row_table(results), comparison_table(results)
-    page = template("study.html").render(
-        title=results.study.title,
-        lead=lead(results),
-        light=LIGHT,
-        dark=DARK,
-        looks=looks(list(results.study.variants)),
-        rows=rows,
-        comparisons=comparisons,
-        variants=[row.variant for row in results.rows],
-        compared=[comparison.variant for comparison in results.comparisons],
-        note=note(results),
-        drawings=drawings,
-        protocol=results.protocol,
-        environment={"commits": ", ".join(results.commits), **results.environment["machine"]},
-        config=yaml.safe_dump(results.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
-        command=results.environment["command"],
-    )
-    write_page(output, page, drawings)
+    """Write `output` (HTML), a folder `<stem>-figures` beside it, and `<stem>.md` with the tables.
+
+    Raises:
+        UserError: see `reporting.page.write_page`.
+    """
+    plots, rows, comparisons = study_plots(results), row_table(results), comparison_table(results)
+    environment = {"commits": ", ".join(results.commits), **results.environment["machine"]}
+    content = {
+        "title": results.study.title,
+        "lead": lead(results),
+        "styles": plot_styles(list(results.study.variants)),
+        "plots": plots,
+        "rows": rows,
+        "comparisons": comparisons,
+        "variants": [row.variant for row in results.rows],
+        "compared": [comparison.variant for comparison in results.comparisons],
+        "note": note(results),
+        "protocol": settings_table([results.protocol]),
+        "environment": settings_table([environment]),
+        "config": yaml.safe_dump(results.study.model_dump(mode="json"), sort_keys=False, allow_unicode=True),
+        "command": results.environment["command"],
+    }
+    write_page(output, "study.html", content, plots)
+    title, summary, tail = map(escape_markdown, (results.study.title, lead(results), note(results)))
     tables = "\n".join(markdown(table) for table in (rows, comparisons) if len(table) > 1)
-    write_text(
-        output.with_suffix(".md"),
-        f"# {results.study.title}\n\n{lead(results)}\n\n{tables}\n{note(results)}\n",
-    )
+    write_text(output.with_suffix(".md"), f"# {title}\n\n{summary}\n\n{tables}\n{tail}\n")
     return output
 
 
@@ -73,24 +58,23 @@ def lead(results: Results) -> str:
     condition = results.rows[-1].condition
     rows = {row.variant: row for row in results.rows if row.condition == condition}
     pick = max if metric.startswith(HIGHER_IS_BETTER) else min
-    best = pick(rows.values(), key=lambda row: row.figures[metric].mean)
+    best = pick(rows.values(), key=lambda row: row.metrics[metric].mean)
     under = f"Under {condition}, " if condition else ""
-    said = f"{under}{best.variant} has the best mean {metric}, {_with_interval(best.figures[metric])}"
+    said = f"{under}{best.variant} has the best mean {metric}, {_with_interval(best.metrics[metric])}"
     if reference in rows and best.variant != reference:
-        said += f"; the reference {reference} has {_with_interval(rows[reference].figures[metric])}"
+        said += f"; the reference {reference} has {_with_interval(rows[reference].metrics[metric])}"
     return f"{said}. {done}"
 
 
 def note(results: Results) -> str:
     """How to read the tables."""
     pairs = max((comparison.paired.difference.n for comparison in results.comparisons), default=0)
-    said = (
+    return (
         "Means over seeds; parentheses hold 95 % intervals by Student's t. Runs of one seed share initial weights, "
         "data order, noise, and the noise of the samples, so differences are paired seed by seed. "
-        "p-values are two-sided; p (Holm) is corrected over all comparisons in a figure. "
-    )
-    return said + (
-        f"With {pairs} pairs the Wilcoxon test cannot go below p = {2 ** (1 - pairs):.3g}."
+        "p-values are two-sided; p (Holm) is corrected over all comparisons in a metric."
+    ) + (
+        f" With {pairs} pairs the Wilcoxon test cannot go below p = {2 ** (1 - pairs):.3g}."
         if pairs > 1
         else ""
     )
@@ -98,10 +82,10 @@ def note(results: Results) -> str:
 
 def row_table(results: Results) -> Lines:
     """Variants by condition, headings first."""
-    conditions, targets = len(results.study.conditions) > 1, results.study.targets
+    conditions = len(results.study.conditions) > 1
     head = [
         *(["Condition"] * conditions), "Variant", "Seeds", *results.study.compared,
-        "Training", "Extra parameters", *(f"To FID {target:g}" for target in targets),
+        "Training", "Extra parameters", *(f"To FID {target:g}" for target in results.study.targets),
     ]  # fmt: skip
     return [head, *(_row(row, conditions) for row in results.rows)]
 
@@ -111,24 +95,20 @@ def _row(row: Row, conditions: bool) -> list[str]:
         f"{each.steps.mean:.0f} steps, {duration(each.seconds.mean)} ({each.n} of {each.of})"
         if each.steps and each.seconds
         else f"not reached (0 of {each.of})"
-        for each in row.reached
+        for each in row.reached.values()
     ]
     return [
-        *([row.condition] * conditions),
-        row.variant,
-        str(len(row.seeds)),
-        *(_with_interval(value) for value in row.figures.values()),
-        duration(row.seconds.mean),
-        count(row.extra_parameters),
-        *reached,
-    ]
+        *([row.condition] * conditions), row.variant, str(len(row.seeds)),
+        *(_with_interval(value) for value in row.metrics.values()),
+        duration(row.training_seconds.mean), count(row.extra_parameters), *reached,
+    ]  # fmt: skip
 
 
 def comparison_table(results: Results) -> Lines:
     """Paired differences from the reference, headings first."""
     conditions, metrics = len(results.study.conditions) > 1, len(results.study.compared) > 1
     head = [
-        *(["Condition"] * conditions), f"Minus {results.study.reference}", *(["Figure"] * metrics), "Pairs",
+        *(["Condition"] * conditions), f"Minus {results.study.reference}", *(["Metric"] * metrics), "Pairs",
         "Difference", "t-test p", "p (Holm)", "Wilcoxon p", "p (Holm)",
     ]  # fmt: skip
     return [head, *(_comparison(each, conditions, metrics) for each in results.comparisons)]
@@ -136,13 +116,10 @@ def comparison_table(results: Results) -> Lines:
 
 def _comparison(each: Comparison, conditions: bool, metrics: bool) -> list[str]:
     return [
-        *([each.condition] * conditions),
-        each.variant,
-        *([each.metric] * metrics),
-        str(each.paired.difference.n),
-        _with_interval(each.paired.difference),
+        *([each.condition] * conditions), each.variant, *([each.metric] * metrics),
+        str(each.paired.difference.n), _with_interval(each.paired.difference),
         *map(_p, (each.paired.t_test, each.t_test_holm, each.paired.wilcoxon, each.wilcoxon_holm)),
-    ]
+    ]  # fmt: skip
 
 
 def _with_interval(value: Estimate) -> str:
@@ -155,10 +132,3 @@ def _p(value: float | None) -> str:
     if value is None:
         return "–"
     return "< 0.001" if value < 0.001 else f"{value:.3f}"
-
-
-def markdown(table: Sequence[Sequence[str]]) -> str:
-    """A table in GitHub's Markdown."""
-    head, *rows = table
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

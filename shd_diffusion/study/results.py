@@ -1,12 +1,9 @@
-"""What came out of a study: figures of every run, means of every variant, paired comparisons."""
+"""What came out of a study: metrics of every run, means of every variant, paired comparisons."""
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,15 +12,18 @@ import numpy as np
 
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import read_json, write_json, write_text
+from shd_diffusion.files import write_json, write_text
+from shd_diffusion.protocol import flatten
+from shd_diffusion.reporting.runs import Environment, Metrics, Summary, read_entries, read_result
+from shd_diffusion.reporting.tables import csv_text
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.study.config import Planned, StudyConfig, watched_after
+from shd_diffusion.statistics import Estimate, Paired, estimate, holm, paired
+from shd_diffusion.study.config import Planned, StudyConfig, validation_after
 from shd_diffusion.study.runner import is_complete
-from shd_diffusion.study.statistics import Estimate, Paired, estimate, holm, paired
 
 
 @dataclass(frozen=True, slots=True)
-class Watched:
+class ValidationPoint:
     """A Fréchet distance on few samples, after so many steps and seconds of training."""
 
     step: int
@@ -33,23 +33,22 @@ class Watched:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """One complete run; `seconds` are those of its training steps, without what was watched in between."""
+    """One complete run; `training_seconds` are those of its training steps, without the validation between them."""
 
     condition: str
     variant: str
     seed: int
-    figures: dict[str, float]
-    seconds: float
+    training_seconds: float
     parameters: int
     extra_parameters: int
-    watched: list[Watched]
+    metrics: dict[str, float]
+    validation: list[ValidationPoint]
 
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """When the watched Fréchet distance fell to a target, over the `n` of `of` runs in which it did."""
+    """When the validation's Fréchet distance fell to a target, over the `n` of `of` runs in which it did."""
 
-    target: float
     n: int
     of: int
     steps: Estimate | None
@@ -58,21 +57,21 @@ class Reached:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One variant under one condition, over its seeds."""
+    """One variant under one condition, over its seeds; `reached` by target."""
 
     condition: str
     variant: str
     seeds: list[int]
-    figures: dict[str, Estimate]
-    seconds: Estimate
+    metrics: dict[str, Estimate]
+    training_seconds: Estimate
     parameters: int
     extra_parameters: int
-    reached: list[Reached]
+    reached: dict[str, Reached]
 
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """A variant minus the reference in one figure, over the seeds that both have; p-values also after Holm."""
+    """A variant minus the reference in one metric, over the seeds that both have; p-values also after Holm."""
 
     condition: str
     variant: str
@@ -85,7 +84,7 @@ class Comparison:
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """All of a study; `teacher` are its figures where it was evaluated."""
+    """All of a study; `teacher` are its metrics where it was evaluated."""
 
     study: StudyConfig
     planned: int
@@ -102,96 +101,95 @@ def collect(study: StudyConfig, planned: Sequence[Planned]) -> Results:
     """Read what is complete.
 
     Raises:
-        UserError: a figure that the study compares was not computed, or a file is damaged.
+        UserError: a metric that the study compares was not computed, or a file is damaged.
     """
     complete = [each for each in planned if is_complete(each.run)]
-    outcomes = [read_outcome(each) for each in complete]
-    for each, outcome in zip(complete, outcomes, strict=True):
-        for seconds in study.after_seconds:
-            if not outcome.watched or outcome.watched[0].seconds > seconds:
-                raise UserError(
-                    f"{each.run.metrics_file}: nothing was watched in {seconds:g} s; see `after_seconds`"
-                )
-            outcome.figures[watched_after(seconds)] = fid_after(outcome.watched, seconds)
-        if missing := [metric for metric in study.metrics if metric not in outcome.figures]:
-            raise UserError(f"{each.run.evaluation_file}: has no `{missing[0]}`; take it out of `metrics`")
+    outcomes = [read_outcome(each, study) for each in complete]
     teacher = RunFolder(Path(planned[0].config.teacher.path)).evaluation_file
-    commits = {read_json(each.run.path / "environment.json")["commit"] for each in complete}
+    commits = {read_result(each.run.path / "environment.json", Environment).commit for each in complete}
     return Results(
         study=study,
         planned=len(planned),
         outcomes=outcomes,
-        rows=[
-            _row(members, study)
-            for condition in study.conditions
-            for variant in study.variants
-            if (members := [o for o in outcomes if (o.condition, o.variant) == (condition, variant)])
-        ],
+        rows=make_rows(study, outcomes),
         comparisons=[each for metric in study.compared for each in compare_variants(study, outcomes, metric)],
-        teacher=_figures(read_json(teacher)) if teacher.exists() else {},
-        protocol=read_json(complete[0].run.evaluation_file)["protocol"] if complete else {},
+        teacher=read_result(teacher, Metrics).values if teacher.exists() else {},
+        protocol=read_result(complete[0].run.evaluation_file, Metrics).protocol if complete else {},
         commits=sorted(filter(None, commits)),
         environment=describe_environment(),
     )
 
 
-def read_outcome(planned: Planned) -> Outcome:
-    """What a complete run left behind."""
-    summary, seconds, last = planned.run.read_summary(), 0.0, 0
-    watched = []
-    for line in planned.run.metrics_file.read_text(encoding="utf-8").splitlines():
-        entry = json.loads(line)
-        if "skipped" in entry:  # its time is in the next entry's
-            continue
-        seconds += entry["seconds_per_step"] * (entry["step"] - last)
-        last = entry["step"]
-        if "watch" in entry:
-            watched.append(Watched(last, seconds, entry["watch"]["fid"]))
+def read_outcome(planned: Planned, study: StudyConfig) -> Outcome:
+    """What a complete run left behind.
+
+    Raises:
+        UserError: a metric that the study compares was not computed, or a file is damaged.
+    """
+    run, seconds, last = planned.run, 0.0, 0
+    validation = []
+    for entry in read_entries(run.metrics_file):
+        seconds += entry.seconds_per_step * (entry.step - last)
+        last = entry.step
+        if entry.validation:
+            validation.append(ValidationPoint(last, seconds, entry.validation.fid))
+    metrics = dict(read_result(run.evaluation_file, Metrics).values)
+    for after in study.after_seconds:
+        if not validation or validation[0].seconds > after:
+            raise UserError(f"{run.metrics_file}: no validation in {after:g} s; see `after_seconds`")
+        metrics[validation_after(after)] = fid_after(validation, after)
+    if lacking := [metric for metric in study.metrics if metric not in metrics]:
+        raise UserError(f"{run.evaluation_file}: has no `{lacking[0]}`; take it out of `metrics`")
+    summary = read_result(run.summary_file, Summary)
     return Outcome(
         condition=planned.condition,
         variant=planned.variant,
         seed=planned.seed,
-        figures=_figures(read_json(planned.run.evaluation_file)),
-        seconds=seconds,
-        parameters=summary["parameters"],
-        extra_parameters=summary.get("extra_parameters", 0),
-        watched=watched,
+        training_seconds=seconds,
+        parameters=summary.parameters,
+        extra_parameters=summary.extra_parameters,
+        metrics=metrics,
+        validation=validation,
     )
 
 
-def fid_after(watched: Sequence[Watched], seconds: float) -> float:
-    """The watched distance after so many seconds, between two looks on the line through their logarithms.
+def fid_after(validation: Sequence[ValidationPoint], seconds: float) -> float:
+    """The validation's distance after so many seconds, between two points on the line through their logarithms.
 
     A run that had ended by then keeps its last one.
     """
-    times, logarithms = [each.seconds for each in watched], [math.log(each.fid) for each in watched]
+    times, logarithms = [each.seconds for each in validation], [math.log(each.fid) for each in validation]
     return math.exp(np.interp(seconds, times, logarithms))
 
 
-def _figures(metrics: dict[str, Any]) -> dict[str, float]:
-    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+def make_rows(study: StudyConfig, outcomes: Sequence[Outcome]) -> list[Row]:
+    """Means over the seeds of each variant under each condition that has runs."""
+    return [
+        Row(
+            condition=condition,
+            variant=variant,
+            seeds=[outcome.seed for outcome in members],
+            metrics={m: estimate([outcome.metrics[m] for outcome in members]) for m in study.compared},
+            training_seconds=estimate([outcome.training_seconds for outcome in members]),
+            parameters=members[0].parameters,
+            extra_parameters=members[0].extra_parameters,
+            reached={f"fid_{target:g}": reach(members, target) for target in study.targets},
+        )
+        for condition in study.conditions
+        for variant in study.variants
+        if (members := _members(outcomes, condition, variant))
+    ]
 
 
-def _row(members: Sequence[Outcome], study: StudyConfig) -> Row:
-    first = members[0]
-    return Row(
-        condition=first.condition,
-        variant=first.variant,
-        seeds=[outcome.seed for outcome in members],
-        figures={m: estimate([outcome.figures[m] for outcome in members]) for m in study.compared},
-        seconds=estimate([outcome.seconds for outcome in members]),
-        parameters=first.parameters,
-        extra_parameters=first.extra_parameters,
-        reached=[reach(members, target) for target in study.targets],
-    )
+def _members(outcomes: Sequence[Outcome], condition: str, variant: str) -> list[Outcome]:
+    return [each for each in outcomes if (each.condition, each.variant) == (condition, variant)]
 
 
 def reach(members: Sequence[Outcome], target: float) -> Reached:
-    """When each run first watched a distance of at most `target`."""
-    first = [next((w for w in outcome.watched if w.fid <= target), None) for outcome in members]
-    hits = [watched for watched in first if watched is not None]
+    """When the validation of each run first gave a distance of at most `target`."""
+    first = [next((point for point in o.validation if point.fid <= target), None) for o in members]
+    hits = [point for point in first if point is not None]
     return Reached(
-        target=target,
         n=len(hits),
         of=len(members),
         steps=estimate([hit.step for hit in hits]) if hits else None,
@@ -201,84 +199,32 @@ def reach(members: Sequence[Outcome], target: float) -> Reached:
 
 def compare_variants(study: StudyConfig, outcomes: Sequence[Outcome], metric: str) -> list[Comparison]:
     """Every variant against the reference, condition by condition; Holm's correction is over all of these."""
-    found: list[tuple[str, str, Paired]] = []
+    pairs: dict[tuple[str, str], Paired] = {}
     for condition in study.conditions:
-        values = {
-            name: {
-                o.seed: o.figures[metric] for o in outcomes if (o.condition, o.variant) == (condition, name)
-            }
-            for name in study.variants
-        }
-        reference = values[study.reference]
-        for name, own in values.items():
-            seeds = [seed for seed in own if seed in reference]
-            if name != study.reference and seeds:
-                pair = paired([own[seed] for seed in seeds], [reference[seed] for seed in seeds])
-                found.append((condition, name, pair))
-    t_tests = holm([pair.t_test for *_, pair in found])
-    wilcoxons = holm([pair.wilcoxon for *_, pair in found])
+        reference = {o.seed: o.metrics[metric] for o in _members(outcomes, condition, study.reference)}
+        for variant in study.variants:
+            both = [o for o in _members(outcomes, condition, variant) if o.seed in reference]
+            if variant != study.reference and both:
+                values = [o.metrics[metric] for o in both]
+                pairs[condition, variant] = paired(values, [reference[o.seed] for o in both])
+    t_tests = holm([pair.t_test for pair in pairs.values()])
+    wilcoxons = holm([pair.wilcoxon for pair in pairs.values()])
     return [
-        Comparison(condition, name, study.reference, metric, pair, t, w)
-        for (condition, name, pair), t, w in zip(found, t_tests, wilcoxons, strict=True)
+        Comparison(condition, variant, study.reference, metric, pair, t_test, wilcoxon)
+        for ((condition, variant), pair), t_test, wilcoxon in zip(
+            pairs.items(), t_tests, wilcoxons, strict=True
+        )
     ]
 
 
-# --- files ---------------------------------------------------------------------------------------------------
-
-
 def write_results(results: Results, folder: Path) -> None:
-    """Write `study.json` with everything, and `runs.csv`, `results.csv` and `comparisons.csv`."""
-    tree = asdict(results) | {"study": results.study.model_dump(mode="json")}
-    write_json(folder / "study.json", tree)
-    write_text(folder / "runs.csv", _csv(results.outcomes, _run_line))
-    write_text(folder / "results.csv", _csv(results.rows, _row_line))
-    write_text(folder / "comparisons.csv", _csv(results.comparisons, _comparison_line))
-
-
-def _run_line(outcome: Outcome) -> dict[str, Any]:
-    line = {"condition": outcome.condition, "variant": outcome.variant, "seed": outcome.seed}
-    return line | {"training_seconds": outcome.seconds} | outcome.figures
-
-
-def _row_line(row: Row) -> dict[str, Any]:
-    line: dict[str, Any] = {"condition": row.condition, "variant": row.variant, "seeds": len(row.seeds)}
-    for metric, value in row.figures.items():
-        line |= {metric: value.mean, f"{metric}_low": value.low, f"{metric}_high": value.high}
-    line |= {"training_seconds": row.seconds.mean, "parameters": row.parameters}
-    line |= {"extra_parameters": row.extra_parameters}
-    for reached in row.reached:
-        name = f"to_fid_{reached.target:g}"
-        line |= {
-            f"steps_{name}": reached.steps and reached.steps.mean,
-            f"seconds_{name}": reached.seconds and reached.seconds.mean,
-            f"runs_{name}": reached.n,
-        }
-    return line
-
-
-def _comparison_line(comparison: Comparison) -> dict[str, Any]:
-    pair = comparison.paired
-    return {
-        "condition": comparison.condition,
-        "variant": comparison.variant,
-        "reference": comparison.reference,
-        "metric": comparison.metric,
-        "pairs": pair.difference.n,
-        "difference": pair.difference.mean,
-        "low": pair.difference.low,
-        "high": pair.difference.high,
-        "t_test": pair.t_test,
-        "t_test_holm": comparison.t_test_holm,
-        "wilcoxon": pair.wilcoxon,
-        "wilcoxon_holm": comparison.wilcoxon_holm,
-    }
-
-
-def _csv(items: Sequence[Any], line: Callable[[Any], dict[str, Any]]) -> str:
-    lines = [line(item) for item in items]
-    columns = dict.fromkeys(key for each in lines for key in each)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
-    return text.getvalue()
+    """Write `study.json` with everything, and `runs.csv`, `results.csv` and `comparisons.csv` with dotted columns."""
+    write_json(folder / "study.json", asdict(results) | {"study": results.study.model_dump(mode="json")})
+    for name, items in (
+        ("runs", results.outcomes),
+        ("results", results.rows),
+        ("comparisons", results.comparisons),
+    ):
+        trees = (flatten(asdict(item)).items() for item in items)
+        lines = [{key: value for key, value in tree if not isinstance(value, list)} for tree in trees]
+        write_text(folder / f"{name}.csv", csv_text(lines))

@@ -12,17 +12,15 @@ from collections import deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from shd_diffusion.config import RunConfig, TrainTeacherConfig, read_config
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import read_json
 from shd_diffusion.progress import announce
+from shd_diffusion.reporting.runs import Samples, read_result
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.study.config import Budget, Planned, StudyConfig
 
 WORKER = (sys.executable, "-m", "shd_diffusion.study.worker")
-USER_ERROR = UserError.exit_code  # the exit code of a command that tells a person what to mend
 
 
 @dataclass(frozen=True)
@@ -33,23 +31,39 @@ class Job:
     commands: list[list[str]]
     log: Path
 
+    def start(self, command_line: str, threads: int) -> subprocess.Popen[bytes]:
+        """Carry it out in a process that appends to the log."""
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                [*WORKER, command_line, json.dumps(self.commands)],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                env={"OMP_NUM_THREADS": str(threads), **os.environ},
+                start_new_session=True,  # Ctrl-C reaches it once, through `_interrupt`
+            )
 
-@dataclass(frozen=True)
-class Active:
-    """A job under way."""
+    def check(self, code: int) -> None:
+        """See why it ended.
 
-    job: Job
-    process: subprocess.Popen[bytes]
-    log: IO[bytes]
+        Raises:
+            UserError: it asks a person to mend something, which every other run would ask too.
+        """
+        if code == UserError.exit_code:
+            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+            says = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+            raise UserError(says[-1] if says else f"{self.log}: {self.name} could not begin")
 
 
-def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path) -> list[str]:
+def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, command_line: str) -> list[str]:
     """Run what is missing, within the budget; an interrupted run goes on from its last checkpoint.
 
     Args:
         study: names the teacher, the budget, and how many processes.
         planned: all runs, in the order in which they are begun.
         output: the study's folder, which gets `logs/`.
+        command_line: the module whose `app` carries out the commands.
 
     Returns:
         The names of the runs that failed.
@@ -57,16 +71,21 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path) -> l
     Raises:
         UserError: a run says that a person must mend something, or the teacher failed.
     """
-    logs, threads = output / "logs", max(1, (os.cpu_count() or 1) // study.processes)
+    threads = max(1, (os.cpu_count() or 1) // study.processes)
+
+    def job(name: str, run: RunFolder, config: RunConfig, train: list[str]) -> Job:
+        log = output / "logs" / f"{name.replace(' ', '-')}.log"
+        return Job(name, _missing(run, config, train), log)
+
     if study.teacher is not None:
-        teacher = _teacher_job(study.teacher, RunFolder(Path(planned[0].config.teacher.path)), logs)
-        if _run_all([teacher], Budget(), 1, threads):
+        config = read_config(Path(study.teacher), TrainTeacherConfig)
+        run = RunFolder(Path(planned[0].config.teacher.path))
+        run.check(config)
+        teacher = job("teacher", run, config, ["train-teacher", study.teacher])
+        if _run_all([teacher], Budget(), 1, command_line, threads):
             raise UserError(f"{teacher.log}: the teacher's training failed; the log says why")
-    jobs = [
-        Job(p.name, _missing(p.run, p.config, ["distill", study.base], p.overrides), _log(logs, p.name))
-        for p in planned
-    ]
-    return _run_all(jobs, study.budget, study.processes, threads)
+    jobs = [job(p.name, p.run, p.config, ["distill", study.distill, *_sets(p.overrides)]) for p in planned]
+    return _run_all(jobs, study.budget, study.processes, command_line, threads)
 
 
 def is_complete(run: RunFolder) -> bool:
@@ -74,105 +93,71 @@ def is_complete(run: RunFolder) -> bool:
     return run.summary_file.exists() and run.evaluation_file.exists()
 
 
-def _teacher_job(config_file: str, run: RunFolder, logs: Path) -> Job:
-    config = read_config(Path(config_file), TrainTeacherConfig)
-    run.check(config)
-    return Job("teacher", _missing(run, config, ["train-teacher", config_file], ()), _log(logs, "teacher"))
+def _sets(overrides: Iterable[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
 
 
-def _missing(
-    run: RunFolder, config: RunConfig, train: list[str], overrides: Iterable[str]
-) -> list[list[str]]:
+def _missing(run: RunFolder, config: RunConfig, train: list[str]) -> list[list[str]]:
     """The commands that complete a run."""
     sampling, path = run.samples / "sampling.json", str(run.path)
-    sets = [part for override in overrides for part in ("--set", override)]
     commands = []
     if not run.summary_file.exists():
-        commands.append([*train, "--output", path, *sets])
-    if not sampling.exists() or read_json(sampling)["num_images"] < config.sample.num_images:
+        commands.append([*train, "--output", path])
+    if not sampling.exists() or read_result(sampling, Samples).num_images < config.sample.num_images:
         commands.append(["sample", path])
     if commands or not run.evaluation_file.exists():
         commands.append(["evaluate", path])
     return commands
 
 
-def _log(logs: Path, name: str) -> Path:
-    return logs / f"{name.replace(' ', '-')}.log"
-
-
 # --- processes -----------------------------------------------------------------------------------------------
 
 
-def _run_all(jobs: Iterable[Job], budget: Budget, processes: int, threads: int) -> list[str]:
+def _run_all(
+    jobs: Iterable[Job], budget: Budget, processes: int, command_line: str, threads: int
+) -> list[str]:
     """Run jobs until all are done or the budget is spent; the names of those that failed."""
     waiting = deque(job for job in jobs if job.commands)
-    total, begun, done, started = len(waiting), 0, 0, time.monotonic()
-    active: list[Active] = []
+    total, done, started = len(waiting), 0, time.monotonic()
+    active: list[tuple[Job, subprocess.Popen[bytes]]] = []
     failed: list[str] = []
 
     def affordable() -> bool:
-        hours = (time.monotonic() - started) / 3600
+        hours, begun = (time.monotonic() - started) / 3600, total - len(waiting)
         return hours < (budget.hours or float("inf")) and begun < (budget.runs or float("inf"))
 
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no orphans
     try:
         while active or (waiting and affordable()):
             while waiting and len(active) < processes and affordable():
-                active.append(_start(waiting.popleft(), threads))
-                begun += 1
-                announce(f"{active[-1].job.name}: begun, {begun} of {total}")
+                job = waiting.popleft()
+                active.append((job, job.start(command_line, threads)))
+                announce(f"{job.name}: begun, {total - len(waiting)} of {total}")
             time.sleep(0.1)
-            for each in [each for each in active if each.process.poll() is not None]:
-                active.remove(each)
+            for job, process in [each for each in active if each[1].poll() is not None]:
+                active.remove((job, process))
+                job.check(process.returncode)
                 done += 1
-                if not _succeeded(each):
-                    failed.append(each.job.name)
+                outcome = "done"
+                if process.returncode:
+                    outcome = "failed"
+                    failed.append(job.name)
                 left = (time.monotonic() - started) / done * (total - done)
-                outcome = "failed" if each.job.name in failed else "done"
-                announce(f"{each.job.name}: {outcome}, {done} of {total}, about {left / 60:.0f} min to go")
+                announce(f"{job.name}: {outcome}, {done} of {total}, about {left / 60:.0f} min to go")
     finally:
-        _interrupt(active)
+        _interrupt([process for _, process in active])
         signal.signal(signal.SIGTERM, terminate)
     if waiting:
         announce(f"the budget is spent, runs left: {len(waiting)}; the same command goes on with them")
     return failed
 
 
-def _start(job: Job, threads: int) -> Active:
-    job.log.parent.mkdir(parents=True, exist_ok=True)
-    log = job.log.open("ab")
-    process = subprocess.Popen(
-        [*WORKER, json.dumps(job.commands)],
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        env={"OMP_NUM_THREADS": str(threads), **os.environ},
-        start_new_session=True,  # Ctrl-C reaches it once, through `_interrupt`
-    )
-    return Active(job, process, log)
-
-
-def _succeeded(each: Active) -> bool:
-    """Close a job that has ended.
-
-    Raises:
-        UserError: it asks a person to mend something, which every other run would ask too.
-    """
-    each.log.close()
-    if each.process.returncode == USER_ERROR:
-        lines = each.job.log.read_text(encoding="utf-8", errors="replace").splitlines()
-        says = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-        raise UserError(says[-1] if says else f"{each.job.log}: {each.job.name} could not begin")
-    return each.process.returncode == 0
-
-
-def _interrupt(active: Iterable[Active]) -> None:
-    """End jobs as Ctrl-C would: each keeps its last checkpoint."""
-    for each in active:
-        each.process.send_signal(signal.SIGINT)
-    for each in active:
+def _interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+    """End processes as Ctrl-C would: each run keeps its last checkpoint."""
+    for process in processes:
+        process.send_signal(signal.SIGINT)
+    for process in processes:
         try:
-            each.process.wait(timeout=30)
+            process.wait(timeout=30)
         except subprocess.TimeoutExpired:
-            each.process.kill()
-        each.log.close()
+            process.kill()

@@ -1,4 +1,4 @@
-"""`--dry-run`: build what a config names, take a few real steps on made-up images, and say what the run will cost.
+"""`--dry-run`: build what a config names, take a few real steps on made-up samples, and say what the run will cost.
 
 Nothing is written and no data are read: whether they are there, the run itself will tell.
 """
@@ -8,41 +8,45 @@ from __future__ import annotations
 import os
 import resource
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
+from rich.console import Console, Group
+from rich.table import Table
 from torch import Tensor
-from torch.utils.data import TensorDataset
+from torch.utils.data import Dataset
 
-from shd_diffusion.config import DistillConfig, RunConfig, TrainConfig, TrainTeacherConfig
+from shd_diffusion.config import DistillConfig, TrainConfig, TrainTeacherConfig
 from shd_diffusion.data import Source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
-from shd_diffusion.losses import SHDLoss
-from shd_diffusion.losses.denoising import ForwardProcess, forward_process
-from shd_diffusion.models.adapter import freeze, null_label, predict, sample_shape
-from shd_diffusion.models.factory import open_model
+from shd_diffusion.models.denoiser import count_parameters, freeze, num_classes, predict, sample_shape
+from shd_diffusion.models.teacher import Teacher
+from shd_diffusion.operations import kept_for_backward, operation_counter
 from shd_diffusion.progress import announce
-from shd_diffusion.training.costs import Figures, describe_model, describe_plan, estimate, memory, show
-from shd_diffusion.training.data_order import Layout
-from shd_diffusion.training.feed import Feed
+from shd_diffusion.squeezing.plan import members, plan_merges
+from shd_diffusion.training.batches import BatchLayout
+from shd_diffusion.training.build import Parts, build, model_section, new_model, open_model
+from shd_diffusion.training.inspect_models import inspect_model, render, render_pair
 from shd_diffusion.training.launch import make_accelerator
 from shd_diffusion.training.loop import take_step
-from shd_diffusion.training.methods import Denoising, DenoisingLoss, Method
-from shd_diffusion.training.operations import kept_for_backward, operation_counter
-from shd_diffusion.training.stages import as_configured, build_to_train, distillation, place_teacher
-from shd_diffusion.training.state import Training
+from shd_diffusion.training.objectives import TrainingLoss
+from shd_diffusion.training.run import place_teacher
+from shd_diffusion.training.train_state import TrainState
 
 SECONDS = 30.0  # that the last step may take
 SHARE_OF_MEMORY = 0.25  # of what is free, that its activations may take
 
+Config = TrainTeacherConfig | DistillConfig
 
-def dry_run(config: TrainTeacherConfig | DistillConfig, source: str) -> Figures:
-    """Build and measure, print tables on standard error, and return the figures, ready for JSON.
+
+def dry_run(config: Config, source: str) -> dict[str, Any]:
+    """Build and measure, print tables on standard error, and return the measurements, ready for JSON.
 
     `teacher.path` may also be a config of `train-teacher`, for a teacher that is not on disk: its sizes count,
     its weights are random.
@@ -54,60 +58,67 @@ def dry_run(config: TrainTeacherConfig | DistillConfig, source: str) -> Figures:
     Raises:
         UserError: the config cannot be carried out.
     """
-    announce("dry run: made-up images, no data are read, nothing is written")
-    teacher = _open_teacher(config, source) if isinstance(config, DistillConfig) else None
-    small = config.model_copy(update={"train": _alone(config.train, batch_size=1)})
-    model, key = (config.student, "student") if isinstance(config, DistillConfig) else (config.model, "model")
-    built = build_to_train(small, model, key, source, teacher)
-    plan = describe_plan(teacher, built, config) if isinstance(config, DistillConfig) and teacher else []
+    announce("dry run: made-up samples, no data are read, nothing is written")
+    small = config.model_copy(update={"train": _alone(config.train, images=1)})
     accelerator = make_accelerator(small.train, Path())
     if accelerator.num_processes > 1:
         raise UserError("--dry-run: it is for one process, and tells what each of several would need")
-    built.to(accelerator.device)
-    process = forward_process(config.diffusion)
-    with _method(small, teacher, built, process, accelerator) as method:
-        measured = measure(small, config.train.batch_size, method, built, process, accelerator)
-    figures = {
+    teacher = _open_teacher(config, source) if isinstance(config, DistillConfig) else None
+    parts = build(small, source, MadeUpSamples(_model_to_ask(config, source)), teacher)
+    if parts.teacher is not None and isinstance(small, DistillConfig):
+        place_teacher(parts.teacher.model, small, accelerator)
+    parts.model.to(accelerator.device)
+    share = _share(config.train)
+    measured = measure(parts, share, accelerator)
+    counted = {"forward": count_forward(parts, parts.model)}
+    if parts.teacher is not None:
+        counted["teacher_forward"] = count_forward(parts, parts.teacher.model)
+    found = {
         "config": source,
         "environment": describe_environment(),
-        "student" if teacher else "model": describe_model(built),
-        **({"teacher": describe_model(teacher)} if teacher else {}),
-        "merge_plan": plan,
-        "memory_bytes": memory(built, teacher, measured, config.train.batch_size),
-        "operations_per_image": {
-            "forward": count_forward(built),
-            **({"teacher_forward": count_forward(teacher)} if teacher else {}),
-            "training": measured["operations_per_image"],
-        },
+        "student" if parts.teacher else "model": _describe(parts.model),
+        **({"teacher": _describe(parts.teacher.model)} if parts.teacher else {}),
+        "merge_plan": describe_plan(parts),
+        "memory_bytes": memory(parts, measured, share),
+        "operations_per_image": {**counted, "training": measured["operations_per_image"]},
         "measured": measured,
         "run": estimate(config.train, measured),
     }
-    show(figures, built, teacher, config)
-    return figures
+    show(found, parts)
+    return found
 
 
 # --- building ------------------------------------------------------------------------------------------------
 
 
-def _open_teacher(config: DistillConfig, source: str) -> ModelMixin:
-    path = Path(config.teacher.path)
-    if path.suffix in (".yaml", ".yml"):
-        announce(f"teacher.path: {path} is a config: a teacher of its sizes with random weights")
+def _model_to_ask(config: Config, source: str) -> ModelMixin:
+    """The model that says what samples look like; on the meta device, without weights."""
+    _, section = model_section(config)
     try:
-        teacher = freeze(open_model(str(path)))
+        with nullcontext() if section.pretrained else torch.device("meta"):
+            return new_model(config, section)
+    except ValueError as error:
+        raise UserError(f"{source}: key `{model_section(config)[0]}`: {error}") from error
+
+
+def _open_teacher(config: DistillConfig, source: str) -> Teacher | None:
+    """The teacher, if it is named by a config; None for one that is on disk."""
+    path = Path(config.teacher.path)
+    if path.suffix not in (".yaml", ".yml"):
+        return None
+    announce(f"teacher.path: {path} is a config: a teacher of its sizes with random weights")
+    try:
+        return Teacher(freeze(open_model(str(path))).to(getattr(torch, config.teacher.dtype)))
     except UserError as error:
-        raise UserError(
-            f"{source}: key `teacher.path`: {error}; a dry run also takes a config of train-teacher there"
-        ) from error
-    return teacher
+        raise UserError(f"{source}: key `teacher.path`: {error}") from error
 
 
-def _alone(train: TrainConfig, batch_size: int) -> TrainConfig:
-    """The optimisation as one process does it, without what only a long run wants."""
+def _alone(train: TrainConfig, images: int) -> TrainConfig:
+    """The optimisation of so many images a step as one process does it, without what only a long run wants."""
     return train.model_copy(
         update={
-            "batch_size": batch_size,
-            "gradient_accumulation_steps": 1,
+            "batch_size": images,
+            "micro_batch_size": None,
             "num_processes": None,
             "shard": False,
             "compile": False,
@@ -116,70 +127,72 @@ def _alone(train: TrainConfig, batch_size: int) -> TrainConfig:
     )
 
 
-@contextmanager
-def _method(
-    config: RunConfig,
-    teacher: ModelMixin | None,
-    model: ModelMixin,
-    process: ForwardProcess,
-    accelerator: Accelerator,
-) -> Iterator[Method]:
-    """The method of a config; matched plans cost what adjacent ones do, once they are found."""
-    if teacher is None or not isinstance(config, DistillConfig):
-        denoising = Denoising(DenoisingLoss(process, config.diffusion))
-        yield as_configured(denoising, config, model, accelerator)
-        return
-    shd = SHDLoss.from_config(config.losses.shd, config.seed)
-    if shd.pairing == "matched":
-        shd.pairing = "adjacent"
-    place_teacher(teacher, config.teacher, accelerator.device)
-    with distillation(config, teacher, model, process, shd) as method:
-        yield as_configured(method, config, model, accelerator)
+def _share(train: TrainConfig) -> int:
+    """Images of a forward pass in one process."""
+    return BatchLayout(train.batch_size, train.micro_batch_size, train.num_processes or 1).passes[0].stop
 
 
-class MadeUpImages(Source):
-    """Standard normal images of a model's shape, with every class among the labels."""
+class MadeUpSamples(Source):
+    """Standard normal samples of a model's shape, with every class among the labels."""
 
-    needs_noise, num_workers = False, 0
+    def __init__(self, model: ModelMixin, count: int = 1) -> None:
+        shape = sample_shape(model)
+        if shape is None:
+            raise UserError(f"--dry-run: {type(model).__name__} has no `sample_size` in its config; add it")
+        self.shape, self.image_size, self.num_classes = shape, shape[-2:], num_classes(model)
+        self.needs_noise, self.num_workers, self.null = False, 0, {}
+        self.condition_names = [] if self.num_classes is None else ["class_labels"]
+        self.dataset = _Samples(shape, self.num_classes, count)
 
-    def __init__(self, model: ModelMixin, count: int) -> None:
-        self.shape, self.num_classes = sample_shape(model), null_label(model)
-        self.dataset = TensorDataset(torch.randn(count, *self.shape), torch.arange(count) % self.num_classes)  # type: ignore[assignment]
+    def clean(self, items: Mapping[str, Tensor], flipped: Tensor, noise: Tensor | None = None) -> Tensor:
+        return items["image"]
 
-    def clean(self, items: Tensor, flipped: Tensor, noise: Tensor | None = None) -> Tensor:
-        return items
+    def of(self, count: int) -> MadeUpSamples:
+        """The same with so many samples."""
+        other = object.__new__(type(self))
+        other.__dict__ |= {**self.__dict__, "dataset": _Samples(self.shape, self.num_classes, count)}
+        return other
+
+
+class _Samples(Dataset[dict[str, Tensor]]):
+    def __init__(self, shape: tuple[int, ...], classes: int | None, count: int) -> None:
+        self.images, self.classes = torch.randn(count, *shape), classes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        label = {} if self.classes is None else {"class_labels": torch.tensor(index % self.classes)}
+        return {"image": self.images[index], **label}
 
 
 # --- measuring -----------------------------------------------------------------------------------------------
 
 
-def measure(
-    config: RunConfig,
-    batch_size: int,
-    method: Method,
-    model: ModelMixin,
-    process: ForwardProcess,
-    accelerator: Accelerator,
-) -> Figures:
+def measure(parts: Parts, most: int, accelerator: Accelerator) -> dict[str, Any]:
     """Three optimiser steps: one image to warm up, one to count, and as many as this machine can soon take to time.
 
     Args:
-        config: with a batch size of 1, for one process.
-        batch_size: the most images of the last step.
-        method: what a step minimises.
-        model: to be trained.
-        process: the forward process.
+        parts: of a config for one process.
+        most: images of the last step.
         accelerator: of this process alone.
     """
-    training = Training.prepare(model, method.parameters(), config.train, accelerator)
-    training.wrapped.train()
-    before, _ = _step(config, 1, method, training, process, accelerator)
-    parameters = [*training.model.parameters(), *training.extra]
-    with operation_counter() as operations, kept_for_backward(parameters) as kept:
-        counted, _ = _step(config, 1, method, training, process, accelerator)
-    room = SHARE_OF_MEMORY * _free_memory(accelerator) / max(kept.bytes, 1)
-    images = max(1, min(batch_size, int(SECONDS / min(before, counted)), int(room)))
-    seconds, terms = _step(config, images, method, training, process, accelerator)
+    teacher = None if parts.teacher is None else parts.teacher.model
+    for term in parts.terms.values():
+        term.to(accelerator.device)
+    loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, parts.config.train.max_steps)
+    if loss.shd is not None:  # matched plans cost what adjacent ones do, once they are found
+        loss.shd.loss.plans = {name: plan_merges(*heads) for name, heads in _heads(parts).items()}
+    state = TrainState.prepare(parts.model, loss.parameters(), parts.config.train, accelerator)
+    state.wrapped.train()
+    with loss:
+        before, _ = _step(parts, 1, loss, state, accelerator)
+        parameters = [*state.model.parameters(), *state.aux_parameters]
+        with operation_counter() as operations, kept_for_backward(parameters) as kept:
+            counted, _ = _step(parts, 1, loss, state, accelerator)
+        room = SHARE_OF_MEMORY * _free_memory(accelerator) / max(kept.bytes, 1)
+        images = max(1, min(most, int(SECONDS / min(before, counted)), int(room)))
+        seconds, terms = _step(parts, images, loss, state, accelerator)
     return {
         "images": images,
         "seconds": seconds,
@@ -190,36 +203,33 @@ def measure(
         "device": str(accelerator.device),
         "threads": torch.get_num_threads(),
         "peak_bytes": _peak_memory(accelerator),
-        "extra_parameters": sum(parameter.numel() for parameter in method.parameters()),
+        "extra_parameters": sum(parameter.numel() for parameter in loss.parameters()),
     }
 
 
 def _step(
-    config: RunConfig,
-    images: int,
-    method: Method,
-    training: Training,
-    process: ForwardProcess,
-    accelerator: Accelerator,
+    parts: Parts, images: int, loss: TrainingLoss, state: TrainState, accelerator: Accelerator
 ) -> tuple[float, dict[str, float]]:
     """Seconds of one optimiser step on so many images, and the terms of its loss."""
-    train = _alone(config.train, images)
-    source = MadeUpImages(training.model, images)
-    config = config.model_copy(update={"train": train})
-    feed = Feed(source, process, training.model, config, Layout(images), accelerator.device, 0)
+    assert isinstance(parts.data, MadeUpSamples)
+    train = _alone(parts.config.train, images)
+    made_up = Parts(**{**vars(parts), "data": parts.data.of(images)})
+    layout = BatchLayout(images)
+    batches = made_up.loader(accelerator.device)(layout, 0).step(0)
     began = time.perf_counter()
-    terms, _ = take_step(training, method, feed.batches(0), method.weights(0), 0, train, accelerator)
+    terms, _ = take_step(state, loss, batches, layout.num_passes, 0, train, accelerator)
     values = {name: float(term) for name, term in terms.items()}  # waits for the device
     return time.perf_counter() - began, values
 
 
 @torch.no_grad()
-def count_forward(model: ModelMixin) -> int:
+def count_forward(parts: Parts, model: ModelMixin) -> int:
     """Operations of one forward pass for one image."""
-    noised = torch.randn(1, *sample_shape(model), device=model.device, dtype=model.dtype)
+    noised = torch.randn(1, *parts.data.shape, device=model.device, dtype=model.dtype)
     zero = torch.zeros(1, dtype=torch.long, device=model.device)
+    condition = {name: value.to(model.device) for name, value in parts.data.example().items()}
     with operation_counter() as operations:
-        predict(model, noised, zero, zero)
+        predict(model, noised, zero, condition)
     return operations.get_total_flops()
 
 
@@ -235,3 +245,99 @@ def _peak_memory(accelerator: Accelerator) -> int:
         return torch.cuda.max_memory_allocated(accelerator.device)
     unit = 1 if os.uname().sysname == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# --- telling -------------------------------------------------------------------------------------------------
+
+
+def _describe(model: ModelMixin) -> dict[str, Any]:
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return {"class": type(model).__name__, "parameters": count_parameters(model), "trained": trained}
+
+
+def describe_plan(parts: Parts) -> list[dict[str, Any]]:
+    """Every student block that learns by SHD, the heads after each round, and the teacher heads behind each.
+
+    By adjacent pairing: matched plans are found when training begins, and differ in who merges only.
+    """
+    described = []
+    for name, heads in _heads(parts).items():
+        plan = plan_merges(*heads)
+        merged = [list(group) for group in members(plan, heads[0])]
+        teacher = parts.terms["shd"].pairs[name]
+        described.append(
+            {"student": name, "teacher": teacher, "heads": [heads[0], *map(len, plan)], "merged": merged}
+        )
+    return described
+
+
+def _heads(parts: Parts) -> dict[str, tuple[int, int]]:
+    """The teacher's and the student's heads, by student block that learns by SHD."""
+    shd = parts.terms.get("shd")
+    if shd is None or parts.teacher_trace is None:
+        return {}
+    teacher, student = parts.teacher_trace.records, parts.student_trace.records
+    return {name: (teacher[by].heads, student[name].heads) for name, by in shd.pairs.items()}
+
+
+def memory(parts: Parts, measured: dict[str, Any], images: int) -> dict[str, int]:
+    """Bytes of one process: what stays, and what a pass of so many images keeps for the backward pass.
+
+    The latter from one image, an upper bound: what does not grow with the batch counts as often as there are images.
+    """
+    extra = 4 * measured["extra_parameters"]
+    weights, trained = _bytes(parts.model, trained=False) + extra, _bytes(parts.model, trained=True) + extra
+    sizes = {
+        "teacher": _bytes(parts.teacher.model, trained=False) if parts.teacher else 0,
+        "weights": weights,
+        "gradients": trained,
+        "optimiser": 2 * trained,  # AdamW's two moments
+        "average": weights - extra,
+        "activations": measured["bytes_kept_per_image"] * images,
+    }
+    return sizes | {"sum": sum(sizes.values())}
+
+
+def _bytes(model: ModelMixin, trained: bool) -> int:
+    return sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad or not trained)
+
+
+def estimate(train: TrainConfig, measured: dict[str, Any]) -> dict[str, Any]:
+    """The whole run: images, operations, and how long this machine would take alone."""
+    images = train.max_steps * train.batch_size
+    return {
+        "steps": train.max_steps,
+        "images_per_step": train.batch_size,
+        "images": images,
+        "operations": images * measured["operations_per_image"],
+        "seconds_per_step_here": train.batch_size * measured["seconds_per_image"],
+        "seconds_here": images * measured["seconds_per_image"],
+    }
+
+
+def show(found: dict[str, Any], parts: Parts) -> None:
+    """Print the models, the merge plan and the costs for a person."""
+    example = parts.data.shape, parts.data.example()
+    student = inspect_model(parts.model, *example)
+    tables = [render(parts.model, student)]
+    if parts.teacher is not None:
+        teacher = inspect_model(parts.teacher.model, *example)
+        tables = [render(parts.teacher.model, teacher), *tables]
+        if shd := parts.terms.get("shd"):
+            tables.append(render_pair(teacher, student, shd.pairs))
+    measured, run = found["measured"], found["run"]
+    costs = Table(title="costs", title_justify="left", show_header=False)
+    for name, size in found["memory_bytes"].items():
+        costs.add_row(f"memory: {name}", _gigabytes(size))
+    costs.add_row(f"peak with {measured['images']} images a step", _gigabytes(measured["peak_bytes"]))
+    for name, count in found["operations_per_image"].items():
+        costs.add_row(f"operations an image: {name}", f"{count:.3g}")
+    costs.add_row("images a step", f"{run['images_per_step']:,}")
+    costs.add_row("seconds a step, this machine alone", f"{run['seconds_per_step_here']:,.2f}")
+    costs.add_row(f"all {run['steps']:,} steps, operations", f"{run['operations']:.3g}")
+    costs.add_row(f"all {run['steps']:,} steps, this machine alone", f"{run['seconds_here'] / 3600:,.2f} h")
+    Console(stderr=True).print(Group(*tables, costs))
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.3f} GB"

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
 
 from shd_diffusion.config import RunConfig, TrainConfig
 from shd_diffusion.errors import UserError
@@ -33,14 +33,17 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
     torch.set_float32_matmul_precision("high" if config.allow_tf32 else "highest")
     try:
         accelerator = Accelerator(
-            gradient_accumulation_steps=config.gradient_accumulation_steps,
             mixed_precision=config.mixed_precision,
+            dynamo_plugin=TorchDynamoPlugin(
+                backend=DynamoBackend.NO
+            ),  # `train.compile` says, not the environment
             step_scheduler_with_optimizer=False,
             log_with=config.trackers or None,
             project_dir=folder,
         )
     except ValueError as error:
         raise UserError(f"key `train.mixed_precision`: {error}") from error
+    accelerator.gradient_accumulation_steps = 1  # the loop accumulates; the environment may say otherwise
     if config.mixed_precision != "no" and not accelerator.native_amp:
         raise UserError(
             f"key `train.mixed_precision`: {config.mixed_precision} needs an accelerator, and this is a "

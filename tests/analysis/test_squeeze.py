@@ -11,12 +11,12 @@ from analysis.test_squeezed_model import dit, randomised
 from commands import TEACHER_CONFIG, command
 from diffusers import ModelMixin
 
-from shd_diffusion.analysis.measure import Protocol, measure
+from shd_diffusion.analysis.measure import MeasurementPlan, measure
 from shd_diffusion.config import DataConfig, DiffusionConfig
 from shd_diffusion.data import build_source
 from shd_diffusion.losses.denoising import forward_process
 
-PROTOCOL = Protocol(samples=3, timesteps=2, calibration=4)
+PLAN = MeasurementPlan(samples=3, timesteps=2, calibration=4)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def model() -> ModelMixin:
 
 @pytest.fixture(scope="module")
 def found(model: ModelMixin) -> dict:
-    return measure(model, build_source(DataConfig()), forward_process(DiffusionConfig()), [4, 2, 1], PROTOCOL)
+    return measure(model, build_source(DataConfig()), forward_process(DiffusionConfig()), [4, 2, 1], PLAN)
 
 
 def cases(found: dict, heads: int) -> dict:
@@ -81,13 +81,13 @@ def test_squeezed_maps_lose_less_than_uniform_ones(found: dict) -> None:
 
 
 def test_the_same_seed_measures_the_same(model: ModelMixin, found: dict) -> None:
-    again = measure(model, build_source(DataConfig()), forward_process(DiffusionConfig()), [1], PROTOCOL)
+    again = measure(model, build_source(DataConfig()), forward_process(DiffusionConfig()), [1], PLAN)
     assert again["squeezings"] == [case for case in found["squeezings"] if case["heads"] == 1]
 
 
 def test_blocks_of_one_head_are_left_as_they_are() -> None:
     data, process = build_source(DataConfig()), forward_process(DiffusionConfig())
-    found = measure(randomised(dit(heads=1)), data, process, [1], PROTOCOL)
+    found = measure(randomised(dit(heads=1)), data, process, [1], PLAN)
     assert all(block["pairs"] == [] for block in found["blocks"].values())
     assert all(case["output_error"]["mean"] < 1e-9 for case in found["squeezings"])
 
@@ -100,7 +100,7 @@ def run(model: ModelMixin, tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_command_writes_figures_and_a_picture(run: Path) -> None:
+def test_the_command_writes_metrics_and_a_picture(run: Path) -> None:
     code, out, _ = command("squeeze", run, "--heads", "2,3", "--samples", 2, "--timesteps", 2)
     assert code == 0 and "closed" in out
     results = json.loads((run / "squeezing" / "squeezing.json").read_text())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import inspect
 import io
 import weakref
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers.models import attention_processor
 from diffusers.models.attention_dispatch import (
@@ -30,6 +32,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from shd_diffusion.attention import AttentionCapture, attention_blocks
+from shd_diffusion.attention.processors import NotingProcessor
 
 DIT = FAMILIES["dit"]
 FIRST, SECOND = "transformer_blocks.0.attn1", "transformer_blocks.1.attn1"
@@ -37,6 +40,10 @@ FIRST, SECOND = "transformer_blocks.0.attn1", "transformer_blocks.1.attn1"
 
 def run(model: nn.Module, seed: int = 1) -> Tensor:
     return output(model(**DIT.draw(seed)))
+
+
+def processors(model: nn.Module) -> list[Any]:
+    return [module.processor for module in model.modules() if hasattr(module, "processor")]
 
 
 # --- what it keeps ------------------------------------------------------------------------------------------
@@ -82,7 +89,7 @@ def test_only_the_named_blocks_are_captured() -> None:
     with AttentionCapture(model, [SECOND]) as capture:
         run(model)
         assert list(capture.records) == [SECOND]
-        assert "forward" not in model.transformer_blocks[0].attn1.__dict__
+        assert type(model.transformer_blocks[0].attn1.processor) is AttnProcessor2_0
 
 
 def test_half_precision_maps_are_computed_in_float32() -> None:
@@ -125,7 +132,7 @@ def test_an_exception_inside_restores_the_model() -> None:
     with pytest.raises(RuntimeError, match="mat1 and mat2"), AttentionCapture(model):
         model.transformer_blocks[0].attn1(torch.randn(1, 4, 7))  # fails while the kernel is watched
     assert not model._forward_pre_hooks
-    assert "forward" not in model.transformer_blocks[0].attn1.__dict__
+    assert type(model.transformer_blocks[0].attn1.processor) is AttnProcessor2_0
     assert torch._C._len_torch_function_stack() == 0
 
 
@@ -143,7 +150,7 @@ def test_captures_nest_and_may_leave_in_any_order(first_out: str) -> None:
     run(model, seed=2)
     assert list(leaving[1].records)[-1] == SECOND
     leaving[1].__exit__()
-    assert "forward" not in model.transformer_blocks[1].attn1.__dict__
+    assert type(model.transformer_blocks[1].attn1.processor) is AttnProcessor2_0
     assert torch.equal(run(model), expected)
 
 
@@ -157,7 +164,7 @@ def test_a_deep_copy_runs_on_its_own_weights_and_notes_nothing() -> None:
         assert not torch.equal(run(twin), run(model))
         run(twin, seed=2)
         assert torch.equal(capture.records[SECOND].query, before)
-        assert twin.transformer_blocks[1].attn1._attention_tap.notes is None
+        assert not any(isinstance(p, NotingProcessor) for p in processors(twin))
     with AttentionCapture(twin) as capture:
         run(twin)
         assert list(capture.records) == [FIRST, SECOND]
@@ -172,6 +179,7 @@ def test_a_captured_model_can_be_pickled() -> None:
     buffer.seek(0)
     loaded = torch.load(buffer, weights_only=False)  # our own, just made
     assert torch.equal(run(loaded), expected)
+    assert not any(isinstance(p, NotingProcessor) for p in processors(loaded))
     with AttentionCapture(loaded) as capture:
         run(loaded)
         assert list(capture.records) == [FIRST, SECOND]
@@ -198,7 +206,35 @@ def test_weights_of_a_processor_stay_visible() -> None:
     assert model.transformer_blocks[0].attn1.processor is processor
 
 
-def test_a_forward_that_hooks_have_replaced_comes_back() -> None:
+def test_processors_show_the_capture_and_are_restored() -> None:
+    family = FAMILIES["unet2d-condition"]
+    model = family.build()
+    before = model.attn_processors
+    with AttentionCapture(model) as capture:
+        shown = model.attn_processors
+        assert shown.keys() == before.keys()
+        for path, processor in shown.items():
+            assert isinstance(processor, NotingProcessor) and isinstance(processor, type(before[path]))
+            assert inspect.signature(processor.__call__) == inspect.signature(before[path].__call__)
+        model(**family.draw())
+        assert len(capture.records) == len(before)
+    after = model.attn_processors
+    assert all(after[path] is processor for path, processor in before.items())
+
+
+def test_a_backend_set_inside_stays_with_the_processor() -> None:
+    family = FAMILIES["flux"]
+    model = family.build()
+    own = model.transformer_blocks[0].attn.processor
+    with torch.no_grad(), AttentionCapture(model) as capture, attention_backend("native"):
+        model.set_attention_backend("_native_math")
+        model(**family.draw())
+        assert len(capture.records) == 3
+    assert model.transformer_blocks[0].attn.processor is own
+    assert own._attention_backend == AttentionBackendName._NATIVE_MATH
+
+
+def test_forwards_that_hooks_have_replaced_stay() -> None:
     model = DIT.build()
     attention = model.transformer_blocks[0].attn1
     add_hook_to_module(attention, ModelHook())
@@ -208,18 +244,31 @@ def test_a_forward_that_hooks_have_replaced_comes_back() -> None:
     assert attention.forward is replaced
 
 
-def test_a_forward_replaced_meanwhile_stays_and_notes_nothing_afterwards() -> None:
+def test_a_processor_replaced_inside_is_an_error_and_stays() -> None:
     model = DIT.build()
-    attention = model.transformer_blocks[0].attn1
+    attention, other = model.transformer_blocks[0].attn1, AttnProcessor2_0()
     with AttentionCapture(model) as capture:
-        add_hook_to_module(attention, ModelHook())
-        expected = run(model)
-    held = capture.records[FIRST].query
-    assert torch.equal(run(model, seed=1), expected)
-    assert capture.records[FIRST].query is held
+        attention.set_processor(other)
+        run(model)
+        with pytest.raises(RuntimeError, match=rf"processor of `{FIRST}` was replaced inside the capture"):
+            capture.records  # noqa: B018
+    assert attention.processor is other
     with AttentionCapture(model) as capture:
         run(model)
         assert list(capture.records) == [FIRST, SECOND]
+
+
+def test_a_plain_function_as_processor_is_seen_through_the_forward() -> None:
+    def processor(attn: Any, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return AttnProcessor2_0()(attn, hidden_states)
+
+    model = DIT.build()
+    attention = model.transformer_blocks[0].attn1
+    attention.set_processor(processor)
+    expected = run(model)
+    with AttentionCapture(model) as capture:
+        assert torch.equal(run(model), expected) and list(capture.records) == [FIRST, SECOND]
+    assert attention.processor is processor and "forward" not in attention.__dict__
 
 
 # --- what it refuses ----------------------------------------------------------------------------------------
@@ -268,14 +317,45 @@ def test_an_unknown_processor_that_calls_no_kernel_is_an_error_that_names_it() -
             capture.records  # noqa: B018
 
 
-def test_an_unknown_order_of_two_streams_is_refused() -> None:
-    class Mine(attention_processor.JointAttnProcessor2_0):
-        pass
+def test_an_order_of_two_streams_that_a_trial_run_does_not_tell_is_refused() -> None:
+    class Interleaved(attention_processor.JointAttnProcessor2_0):
+        def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Any:
+            query = torch.cat([attn.to_q(hidden_states), attn.add_q_proj(encoder_hidden_states)], dim=1)
+            query = query.roll(1, dims=1).unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            F.scaled_dot_product_attention(query, query, query)
+            return hidden_states, encoder_hidden_states
 
     model = FAMILIES["sd3"].build()
-    model.transformer_blocks[0].attn.set_processor(Mine())
-    with pytest.raises(ValueError, match="Mine joins image and text in an order not known"):
+    model.transformer_blocks[0].attn.set_processor(Interleaved())
+    with pytest.raises(
+        ValueError, match="Interleaved joins image and text .* 5 query rows are not one stream"
+    ):
         AttentionCapture(model)
+
+
+@pytest.mark.parametrize("text_first", [True, False])
+def test_the_order_of_streams_of_an_unknown_processor_is_found(text_first: bool) -> None:
+    class Joint:
+        def __call__(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Any, **_: Any) -> Any:
+            image, text = attn.to_q(hidden_states), attn.add_q_proj(encoder_hidden_states)
+            query = torch.cat([text, image] if text_first else [image, text], dim=1)
+            query = query.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+            F.scaled_dot_product_attention(query, query, query)
+            return hidden_states, encoder_hidden_states
+
+    family = FAMILIES["sd3"]
+    model = family.build()
+    name = "transformer_blocks.0.attn"
+    attention = model.get_submodule(name)
+    attention.set_processor(Joint())
+    made: dict[str, Tensor] = {}
+    attention.to_q.register_forward_hook(lambda m, a, out: made.update(image=out))
+    attention.add_q_proj.register_forward_hook(lambda m, a, out: made.update(text=out))
+    with AttentionCapture(model, [name]) as capture:
+        model(**family.draw())
+        records = capture.records
+    for path, stream in ((name, "image"), (f"{name}:context", "text")):
+        assert torch.equal(records[path].query.transpose(1, 2).flatten(2), made[stream])
 
 
 def test_reentrant_checkpointing_is_refused() -> None:

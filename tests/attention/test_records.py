@@ -80,7 +80,7 @@ def test_some_rows_are_the_same_rows_of_all(
 ) -> None:
     heads, args, kwargs = call
     _, record = record_of(*qkv(heads), *args, **kwargs)
-    torch.testing.assert_close(record.maps(2.0, rows), record.maps(2.0)[:, :, rows])
+    torch.testing.assert_close(record.maps(2.0, rows=rows), record.maps(2.0)[:, :, rows])
 
 
 def test_temperature_divides_the_logits() -> None:

@@ -1,13 +1,13 @@
-"""Figures are compared under one protocol only."""
+"""Metrics are compared under one protocol only."""
 
 from __future__ import annotations
 
 import pytest
 
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation import compare
+from shd_diffusion.evaluation import compare_metrics
 
-FIGURES = {
+METRICS = {
     "fid": 10.0,
     "per_class_fid": {"0": 1.0},
     "protocol": {"num_inference_steps": 25, "steps_trained": 100, "versions": {"torch": "2"}},
@@ -16,24 +16,27 @@ FIGURES = {
 
 
 def test_the_same_protocol():
-    better = FIGURES | {"fid": 8.5, "protocol": FIGURES["protocol"] | {"steps_trained": 200}}
-    assert compare(FIGURES, better) == {"fid": {"first": 10.0, "second": 8.5, "difference": -1.5}}
+    better = METRICS | {"fid": 8.5, "protocol": METRICS["protocol"] | {"steps_trained": 200}}
+    assert compare_metrics(METRICS, better) == {"fid": {"first": 10.0, "second": 8.5, "difference": -1.5}}
 
 
-def test_what_is_no_evaluation_is_refused():
-    with pytest.raises(UserError, match=r"give two `metrics\.json`"):
-        compare(FIGURES, {"runs/a": FIGURES})
+@pytest.mark.parametrize("content", [None, 5, [], {}, {"runs/a": METRICS}, {"fid": 1.0, "protocol": [1]}])
+def test_what_is_no_evaluation_is_refused(content):
+    with pytest.raises(UserError, match=r"the second file .* give the `metrics\.json`"):
+        compare_metrics(METRICS, content)
+    with pytest.raises(UserError, match="the first file"):
+        compare_metrics(content, METRICS)
 
 
 def test_another_protocol_is_refused_with_the_differing_lines():
-    other = FIGURES | {
+    other = METRICS | {
         "protocol": {"num_inference_steps": 50, "versions": {"torch": "3"}, "guidance_scale": 1.5}
     }
     with pytest.raises(UserError) as refused:
-        compare(FIGURES, other)
+        compare_metrics(METRICS, other)
     assert str(refused.value).splitlines()[1:] == [
         "  num_inference_steps: 25 | 50",
         "  versions.torch: 2 | 3",
         "  guidance_scale: – | 1.5",
     ]
-    assert compare(FIGURES, other, anyway=True)["fid"]["difference"] == 0
+    assert compare_metrics(METRICS, other, anyway=True)["fid"]["difference"] == 0

@@ -1,4 +1,4 @@
-"""The evaluation of a set of images, from the images to the figures with their protocol."""
+"""The evaluation of a set of images, from the images to the metrics with their protocol."""
 
 from __future__ import annotations
 
@@ -14,16 +14,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from shd_diffusion.config import EvaluateConfig
+from shd_diffusion.config import EvaluateConfig, read_run_config
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation import evaluate_run, load_extractor, watch_fid
-from shd_diffusion.evaluation.fid import Statistics
+from shd_diffusion.evaluation import compute_metrics, extractor_name, load_extractor, watch_fid
+from shd_diffusion.evaluation.classifiers import trained_classifier
+from shd_diffusion.evaluation.evaluate_run import evaluate_images, evaluate_run
+from shd_diffusion.evaluation.frechet import Statistics
+from shd_diffusion.evaluation.metric import Column, Metric
+from shd_diffusion.evaluation.metrics import METRICS
 from shd_diffusion.evaluation.references import open_reference, save_reference
+from shd_diffusion.run_folder import RunFolder
 
 ROOT = Path(__file__).parents[2]
-ALL_METRICS = ["fid", "is", "kid", "prc", "prc-adm", "dc", "fid-infinity", "per-class"]
+ALL_METRICS = ["fid", "is", "kid", "prc", "dc", "fid-infinity", "per-class", "accuracy"]
+DIGITS = EvaluateConfig(extractor="digits-classifier")
 
 
 def noisy(images: torch.Tensor, strength: int) -> torch.Tensor:
@@ -33,42 +40,35 @@ def noisy(images: torch.Tensor, strength: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def good(digits) -> dict:
-    """Every figure of half of the digits against all of them."""
-    images, labels = digits
-    config = EvaluateConfig(metrics=ALL_METRICS, bootstrap=20)
-    return evaluate_run(images[::2], "digits", config, labels[::2].tolist(), {"seed": 3})
-
-
-def test_noise_makes_every_figure_worse(good, digits):
+    """Every metric of half of the digits against all of them."""
     images, labels = digits
     config = EvaluateConfig(metrics=ALL_METRICS)
-    bad = evaluate_run(noisy(images[::2], 90), "digits", config, labels[::2].tolist())
-    for figure in ("fid", "fid_infinity", "kid_mean"):
-        assert good[figure] < bad[figure]
-    for figure in (
+    return compute_metrics(images[::2], "digits", config, labels[::2].tolist(), {"seed": 3})
+
+
+def test_noise_makes_every_metric_worse(good, digits):
+    images, labels = digits
+    config = EvaluateConfig(metrics=ALL_METRICS)
+    bad = compute_metrics(noisy(images[::2], 90), "digits", config, labels[::2].tolist())
+    for metric in ("fid", "fid_infinity", "kid_mean"):
+        assert good[metric] < bad[metric]
+    for metric in (
         "precision",
-        "precision_adm",
         "density",
         "coverage",
         "inception_score_mean",
         "label_accuracy",
     ):
-        assert good[figure] > bad[figure]
+        assert good[metric] > bad[metric]
     assert good["per_class_fid"].keys() == set("0123456789")
     assert all(good["per_class_fid"][label] < bad["per_class_fid"][label] for label in "0123456789")
 
 
 def test_samples_that_are_in_the_reference_lie_on_its_manifold(good):
     assert good["precision"] == 1.0 and good["label_accuracy"] > 0.97
-    assert good["fid_interval"][0] < good["fid"] < good["fid_interval"][1]
-    assert (
-        good["inception_score_interval"][0]
-        < good["inception_score_mean"]
-        < good["inception_score_interval"][1]
-    )
 
 
-def test_the_figures_carry_their_protocol(good):
+def test_the_metrics_carry_their_protocol(good):
     protocol = good["protocol"]
     assert protocol["name"] == "FID on digits-classifier features"
     assert (
@@ -85,8 +85,8 @@ def test_a_folder_of_images_and_few_of_them(digits, tmp_path):
     images, _ = digits
     for index, image in enumerate(images[:24]):
         Image.fromarray(image[0].numpy()).save(tmp_path / f"{index:06d}.png")
-    found = evaluate_run(tmp_path, "digits", EvaluateConfig())
-    assert found["fid"] == evaluate_run(images[:24], "digits", EvaluateConfig())["fid"]
+    found = compute_metrics(tmp_path, "digits", DIGITS)
+    assert found["fid"] == compute_metrics(images[:24], "digits", DIGITS)["fid"]
     assert found["warnings"] == [
         "24 images are too few for 64 features: their covariance is singular and the FID biased upwards"
     ]
@@ -99,7 +99,7 @@ def test_watching_equals_the_evaluation_and_torchmetrics(digits):
     samples, reference = images[:400], images[400:]
     extractor = load_extractor("digits-classifier")
     watched = watch_fid(samples, open_reference(reference, extractor, 100).statistics["features"], extractor)
-    assert watched == pytest.approx(evaluate_run(samples, reference, EvaluateConfig())["fid"], rel=1e-9)
+    assert watched == pytest.approx(compute_metrics(samples, reference, DIGITS)["fid"], rel=1e-9)
     theirs = FrechetInceptionDistance(extractor, input_img_size=(3, 8, 8), antialias=False)
     theirs.update(samples, real=False)
     theirs.update(reference, real=True)
@@ -109,7 +109,7 @@ def test_watching_equals_the_evaluation_and_torchmetrics(digits):
 def test_a_reference_that_is_too_small_or_of_other_features_is_refused(digits, tmp_path):
     images, _ = digits
     with pytest.raises(UserError, match="3 reference images are too few; give 10 or more"):
-        evaluate_run(images[:20], images[:3], EvaluateConfig())
+        compute_metrics(images[:20], images[:3], DIGITS)
     published = open_reference(images[:40], load_extractor("digits-classifier"), 100)
     narrow = {
         role: Statistics(s.mean[:7], s.covariance[:7, :7].clone()) for role, s in published.statistics.items()
@@ -117,23 +117,96 @@ def test_a_reference_that_is_too_small_or_of_other_features_is_refused(digits, t
     save_reference(replace(published, statistics=narrow, features=None), load_extractor("digits-classifier"),
                    tmp_path / "narrow.safetensors")  # fmt: skip
     with pytest.raises(UserError, match="statistics of 7 features, but `digits-classifier` has 64"):
-        evaluate_run(images[:20], str(tmp_path / "narrow.safetensors"), EvaluateConfig())
+        compute_metrics(images[:20], str(tmp_path / "narrow.safetensors"), DIGITS)
 
 
 def test_what_cannot_be_evaluated_is_refused(digits, tmp_path):
     images, _ = digits
     with pytest.raises(UserError, match="9 images are too few; sample 10 or more"):
-        evaluate_run(images[:9], "digits", EvaluateConfig())
+        compute_metrics(images[:9], "digits", DIGITS)
     with pytest.raises(UserError, match="`sfid` needs spatial Inception features"):
-        evaluate_run(images[:20], "digits", EvaluateConfig(metrics=["sfid"]))
-    with pytest.raises(UserError, match="`per-class` needs labels on both sides"):
-        evaluate_run(images[:20], "digits", EvaluateConfig(metrics=["per-class"]))
+        compute_metrics(images[:20], "digits", EvaluateConfig(metrics=["sfid"]))
+    with pytest.raises(UserError, match="`per-class` needs labels of the images"):
+        compute_metrics(images[:20], "digits", EvaluateConfig(metrics=["per-class"]))
     for index, size in enumerate([8] * 11 + [9]):
         Image.fromarray(np.zeros((size, size), np.uint8)).save(tmp_path / f"{index:06d}.png")
     with pytest.raises(UserError, match=r"000011.png: is 9×9, but .*000000.png is 8×8"):
-        evaluate_run(tmp_path, "digits", EvaluateConfig())
+        compute_metrics(tmp_path, "digits", DIGITS)
     with pytest.raises(UserError, match="1 labels for 20 images"):
-        evaluate_run(images[:20], "digits", EvaluateConfig(), labels=[1])
+        compute_metrics(images[:20], "digits", EvaluateConfig(), labels=[1])
+
+
+def test_features_that_are_not_finite_are_refused(digits, tmp_path):
+    state = load_file(trained_classifier("digits-classifier"))
+    state["body.7.bias"][3] = float("nan")
+    save_file(state, tmp_path / "nan.safetensors")
+    config = EvaluateConfig(
+        extractor="digits-classifier",
+        extractor_weights=str(tmp_path / "nan.safetensors"),
+        metrics=["fid", "prc"],
+    )
+    with pytest.raises(
+        UserError, match=r"image 0: its features by `digits-classifier` are not finite, as of 30"
+    ):
+        compute_metrics(digits[0][:20], digits[0][:30], config)
+
+
+def test_a_metric_that_is_not_finite_is_refused(digits, monkeypatch):
+    broken = Metric("broken", lambda _: math.nan, (Column("broken", "Broken", "B", "lower"),))
+    monkeypatch.setitem(METRICS, "broken", broken)
+    config = EvaluateConfig(extractor="digits-classifier", metrics=["broken"])
+    with pytest.raises(UserError, match=r"evaluate\.metrics: `broken` is not a finite number"):
+        compute_metrics(digits[0][:20], "digits", config)
+
+
+def test_the_data_set_decides_on_the_extractor(digits, monkeypatch):
+    assert (
+        compute_metrics(digits[0][:20], "digits", EvaluateConfig())["protocol"]["features"]
+        == "digits-classifier"
+    )
+    names = [
+        extractor_name(None, data) for data in ("digits", "fashion_mnist", "cifar10", "image_folder", None)
+    ]
+    assert names == ["digits-classifier", "fashion-mnist-classifier"] + 3 * ["inception-v3-compat"]
+    assert extractor_name("dinov2-vit-s-14", "digits") == "dinov2-vit-s-14"
+
+
+def samples_of_a_run(images: torch.Tensor, finished: int, path: Path) -> RunFolder:
+    """A run of digits whose `sampling.json` knows of fewer images than there are files."""
+    run = RunFolder(path)
+    run.samples.mkdir(parents=True)
+    for index, image in enumerate(images):
+        Image.fromarray(image[0].numpy()).save(run.samples / f"{index:06d}.png")
+    record = {
+        "num_images": finished,
+        "labels": [index % 10 for index in range(finished)],
+        "protocol": {"seed": 0},
+    }
+    (run.samples / "sampling.json").write_text(json.dumps(record))
+    return run
+
+
+def test_an_interrupted_sampling_leaves_what_was_finished_before(digits, tmp_path):
+    """16 images, then 64 that were interrupted at 21."""
+    run = samples_of_a_run(digits[0][:21], 16, tmp_path / "run")
+    config = read_run_config(ROOT / "configs" / "digits" / "teacher.yaml")
+    found = evaluate_run(run, config)
+    of_sixteen = compute_metrics(digits[0][:16], "digits", DIGITS, [index % 10 for index in range(16)])
+    for key in ("fid", "kid_mean", "inception_score_mean", "label_accuracy"):
+        assert found[key] == of_sixteen[key]
+    assert found["protocol"]["num_images"] == 16 and json.loads(run.evaluation_file.read_text()) == found
+    assert evaluate_images(run.samples, ["evaluate.reference=digits"])["fid"] == found["fid"]
+    (run.samples / "000003.png").unlink()
+    with pytest.raises(UserError, match=r"000003\.png: not a readable image"):
+        evaluate_run(run, config)
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"num_images": 12, "labels": 5}', '{"num_images": "a"}'])
+def test_a_damaged_record_of_samples_is_one_line(content, digits, tmp_path):
+    run = samples_of_a_run(digits[0][:12], 12, tmp_path / "run")
+    (run.samples / "sampling.json").write_text(content)
+    with pytest.raises(UserError, match=r"sampling\.json: not what `sample` writes \(.*\); sample anew"):
+        evaluate_run(run, read_run_config(ROOT / "configs" / "digits" / "teacher.yaml"))
 
 
 TWO = """

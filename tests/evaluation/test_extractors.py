@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from urllib.error import URLError
 
 import pytest
@@ -10,11 +11,12 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 from torch_fidelity.feature_extractor_clip import CLIPVisual
+from transformers import Dinov2Config, Dinov2Model
 
 from shd_diffusion.data.labelled import ImagesInMemory
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import classifiers, load_extractor
-from shd_diffusion.evaluation.dinov2 import VisionTransformer
+from shd_diffusion.evaluation.dinov2 import convert, resize_positions
 
 
 def test_the_digits_classifier_is_good_and_says_how_good(digits):
@@ -86,9 +88,7 @@ def test_inception_that_cannot_be_downloaded_says_which_file_to_supply(monkeypat
 
 
 def test_unknown_missing_and_foreign_weights_are_refused(tmp_path):
-    with pytest.raises(
-        UserError, match=r"`inception` is unknown; known here: digits-classifier, .*dinov2-vit-l-14"
-    ):
+    with pytest.raises(UserError, match=r"`inception` is unknown; did you mean `inception-v3-compat`"):
         load_extractor("inception")
     with pytest.raises(
         UserError, match=r"absent.pth is missing; weights-inception.* is published at https://"
@@ -144,54 +144,106 @@ def test_clip_features_come_from_the_file(tmp_path):
     torch.testing.assert_close(load_extractor("clip-vit-b-32", path)(images), expected)
 
 
+def published_dinov2(width: int, depth: int, positions: int) -> dict[str, torch.Tensor]:
+    """Random weights of a DINOv2, by the names of the published files."""
+    shapes = {"cls_token": (1, 1, width), "mask_token": (1, width), "pos_embed": (1, positions, width)}
+    shapes |= {"patch_embed.proj.weight": (width, 3, 14, 14), "patch_embed.proj.bias": (width,)}
+    for index in range(depth):
+        block = {"norm1": (width,), "attn.qkv": (3 * width, width), "attn.proj": (width, width)}
+        block |= {"norm2": (width,), "mlp.fc1": (4 * width, width), "mlp.fc2": (width, 4 * width)}
+        shapes |= {f"blocks.{index}.{name}.weight": shape for name, shape in block.items()}
+        shapes |= {f"blocks.{index}.{name}.bias": shape[:1] for name, shape in block.items()}
+        shapes |= {f"blocks.{index}.ls{number}.gamma": (width,) for number in (1, 2)}
+    shapes |= {"norm.weight": (width,), "norm.bias": (width,)}
+    generator = torch.Generator().manual_seed(0)
+    return {name: 0.2 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
 def test_dinov2_equals_torch_s_own_transformer(tmp_path):
-    """Layers of `nn.TransformerEncoderLayer`, into whose last weights the scales (`gamma`) are multiplied."""
-    torch.manual_seed(0)
-    ours = VisionTransformer(width=128, depth=2, positions=1 + 16 * 16)
-    for parameter in ours.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    state = ours.state_dict()
-    save_file(state, tmp_path / "dinov2.safetensors")
+    """In float64: `nn.TransformerEncoderLayer`s, into whose last weights the scales (`gamma`) are multiplied."""
+    weights = published_dinov2(width=128, depth=2, positions=1 + 16 * 16)
+    save_file(weights, tmp_path / "dinov2.safetensors")
+    state = {name: tensor.double() for name, tensor in weights.items()}
 
     images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
-    mean = torch.tensor([0.485, 0.456, 0.406])[:, None, None]
-    deviation = torch.tensor([0.229, 0.224, 0.225])[:, None, None]
-    patches = (
-        ((images / 255 - mean) / deviation).unfold(2, 14, 14).unfold(3, 14, 14)
-    )  # (2, 3, 16, 16, 14, 14)
+    mean = torch.tensor([0.485, 0.456, 0.406], dtype=torch.float64)[:, None, None]
+    deviation = torch.tensor([0.229, 0.224, 0.225], dtype=torch.float64)[:, None, None]
+    normalised = (images / 255 - mean) / deviation
+    patches = normalised.unfold(2, 14, 14).unfold(3, 14, 14)  # (2, 3, 16, 16, 14, 14)
     patches = patches.permute(0, 2, 3, 1, 4, 5).reshape(2, 256, -1)
     tokens = patches @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
     tokens = torch.cat([state["cls_token"].expand(2, -1, -1), tokens], dim=1) + state["pos_embed"]
     for index in range(2):
         block = {name.split(".", 2)[2]: value for name, value in state.items() if f"blocks.{index}." in name}
         layer = nn.TransformerEncoderLayer(
-            128, 2, 512, activation="gelu", batch_first=True, norm_first=True, layer_norm_eps=1e-6
+            128,
+            2,
+            512,
+            0.0,
+            "gelu",
+            layer_norm_eps=1e-6,
+            batch_first=True,
+            norm_first=True,
+            dtype=torch.float64,
         )
         for kind in ("weight", "bias"):
             scales = [block[f"ls{n}.gamma"].reshape((-1, 1) if kind == "weight" else -1) for n in (1, 2)]
-            weights = {
-                f"self_attn.in_proj_{kind}": block[f"attn.qkv.{kind}"],
-                f"self_attn.out_proj.{kind}": block[f"attn.proj.{kind}"] * scales[0],
-                f"linear1.{kind}": block[f"mlp.fc1.{kind}"],
-                f"linear2.{kind}": block[f"mlp.fc2.{kind}"] * scales[1],
-                f"norm1.{kind}": block[f"norm1.{kind}"],
-                f"norm2.{kind}": block[f"norm2.{kind}"],
-            }
-            layer.load_state_dict(weights, strict=False)
+            layer.load_state_dict(
+                {
+                    f"self_attn.in_proj_{kind}": block[f"attn.qkv.{kind}"],
+                    f"self_attn.out_proj.{kind}": block[f"attn.proj.{kind}"] * scales[0],
+                    f"linear1.{kind}": block[f"mlp.fc1.{kind}"],
+                    f"linear2.{kind}": block[f"mlp.fc2.{kind}"] * scales[1],
+                    f"norm1.{kind}": block[f"norm1.{kind}"],
+                    f"norm2.{kind}": block[f"norm2.{kind}"],
+                },
+                strict=False,
+            )
         with torch.no_grad():
-            tokens = layer.eval()(tokens)
+            tokens = layer.train()(tokens)
     expected = nn.functional.layer_norm(
         tokens[:, 0], (128,), state["norm.weight"], state["norm.bias"], eps=1e-6
     )
-    found = load_extractor("dinov2-vit-s-14", tmp_path / "dinov2.safetensors")(images)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4)
+    extractor = load_extractor("dinov2-vit-s-14", tmp_path / "dinov2.safetensors")
+    found = extractor.network.model.double()(normalised)
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+    # The extractor itself is in float32: features of order 0.5, off by up to 7e-7 on the machines that were tried.
+    single = load_extractor("dinov2-vit-s-14", tmp_path / "dinov2.safetensors")(images)
+    torch.testing.assert_close(single.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_dinov2_is_transformers_own_model(tmp_path):
+    """The published names are those of `Dinov2Model`, all of them, and its class token is what comes out."""
+    weights = published_dinov2(width=64, depth=3, positions=1 + 16 * 16)
+    config = Dinov2Config(
+        hidden_size=64, num_attention_heads=1, num_hidden_layers=3, image_size=224, patch_size=14
+    )
+    model = Dinov2Model(config).eval()
+    assert convert(weights).keys() == model.state_dict().keys()
+    model.load_state_dict(convert(weights))
+    save_file(weights, tmp_path / "dinov2.safetensors")
+    images = torch.randint(0, 256, (2, 3, 224, 224), dtype=torch.uint8)
+    mean, deviation = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    with torch.no_grad():
+        expected = model((images / 255 - mean[:, None, None]) / deviation[:, None, None]).pooler_output
+        found = load_extractor("dinov2-vit-s-14", tmp_path / "dinov2.safetensors")(images)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)  # float32, normalised in another order
 
 
 def test_dinov2_resizes_its_position_table_as_published():
     """The published models, learnt on 37×37 patches, add 0.1 to the wanted grid before they divide by theirs."""
-    network = VisionTransformer(width=64, depth=1, positions=1 + 37 * 37)
-    nn.init.normal_(network.pos_embed)
-    grid = network.pos_embed[:, 1:].reshape(1, 37, 37, 64).permute(0, 3, 1, 2)
+    table = torch.randn(1, 1 + 37 * 37, 64)
+    grid = table[:, 1:].reshape(1, 37, 37, 64).permute(0, 3, 1, 2)
     expected = nn.functional.interpolate(grid, scale_factor=16.1 / 37, mode="bicubic")
-    torch.testing.assert_close(network._positions(16, 16), expected)
-    assert network(torch.rand(1, 3, 224, 224)).shape == (1, 64)
+    found = resize_positions(table)
+    torch.testing.assert_close(found[:, 1:], expected.permute(0, 2, 3, 1).flatten(1, 2))
+    assert torch.equal(found[:, :1], table[:, :1])
+
+
+def test_dinov2_without_transformers_says_what_to_install(tmp_path, monkeypatch):
+    save_file(published_dinov2(width=64, depth=1, positions=257), tmp_path / "dinov2.safetensors")
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        UserError, match=r"needs the library `transformers`; pip install 'shd-diffusion\[dino\]'"
+    ):
+        load_extractor("dinov2-vit-s-14", tmp_path / "dinov2.safetensors")

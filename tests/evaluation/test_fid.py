@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shd_diffusion.evaluation.fid import feature_statistics, frechet_distance
+from shd_diffusion.evaluation.frechet import feature_statistics, frechet_distance
 
 ADM = Path(__file__).with_name("adm.safetensors")
 

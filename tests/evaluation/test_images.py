@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,14 @@ import torch
 from PIL import Image
 
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation.images import FolderImages, ImageSet, ResizedImages, open_images, tensor_images
+from shd_diffusion.evaluation import images as images_module
+from shd_diffusion.evaluation.images import (
+    FolderImages,
+    ImageSet,
+    ResizedImages,
+    open_image_files,
+    tensor_images,
+)
 
 
 @pytest.fixture
@@ -36,9 +44,9 @@ def test_tensor_folder_and_npz_hold_the_same_images(pixels, tmp_path):
     np.savez_compressed(tmp_path / "compressed.npz", pixels)
     sets = [
         tensor_images(expected, "tensor"),
-        open_images(write_folder(tmp_path / "folder", pixels)),
-        open_images(tmp_path / "plain.npz"),
-        open_images(tmp_path / "compressed.npz"),
+        open_image_files(write_folder(tmp_path / "folder", pixels)),
+        open_image_files(tmp_path / "plain.npz"),
+        open_image_files(tmp_path / "compressed.npz"),
     ]
     for images in sets:
         assert torch.equal(stacked(images), expected)
@@ -47,7 +55,7 @@ def test_tensor_folder_and_npz_hold_the_same_images(pixels, tmp_path):
 
 def test_an_uncompressed_npz_is_mapped_not_read(pixels, tmp_path):
     np.savez(tmp_path / "images.npz", arr_0=pixels, arr_1=np.arange(4))
-    images = open_images(tmp_path / "images.npz")
+    images = open_image_files(tmp_path / "images.npz")
     assert isinstance(images.array, np.memmap)
     assert images.labels.tolist() == [0, 1, 2, 3]
 
@@ -56,7 +64,7 @@ def test_grey_images_become_rgb_and_subfolders_classes(tmp_path):
     for name in ("cats", "dogs"):
         (tmp_path / name).mkdir()
         Image.new("L", (5, 4), color=77).save(tmp_path / name / "a.png")
-    images = open_images(tmp_path)
+    images = open_image_files(tmp_path)
     assert images[0].shape == (3, 4, 5) and images[0].unique().tolist() == [77]
     assert images.labels.tolist() == [0, 1]
 
@@ -96,26 +104,76 @@ class Surprise:
 def test_an_npz_of_something_else_is_refused(arrays, message, save, tmp_path):
     save(tmp_path / "images.npz", **arrays)
     with pytest.raises(UserError, match=message) as refused:
-        open_images(tmp_path / "images.npz")
+        open_image_files(tmp_path / "images.npz")
     assert str(tmp_path / "images.npz") in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "labels", [np.array(["cat", "dog", "cat", "cow"]), np.arange(3), np.eye(4, dtype=int), np.zeros(4)]
+)
+def test_labels_that_are_none_are_refused(labels, pixels, tmp_path):
+    np.savez(tmp_path / "images.npz", arr_0=pixels, arr_1=labels)
+    with pytest.raises(UserError, match=r"images\.npz: `arr_1` is .*; labels are integers \(4,\)"):
+        open_image_files(tmp_path / "images.npz")
+
+
+def npz_with(header: bytes, path: Path, data: bytes = b"", **member: int) -> Path:
+    """An .npz whose only array has this header, as a dictionary's text."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        info = zipfile.ZipInfo("arr_0.npy")
+        info.compress_type = member.get("compress_type", zipfile.ZIP_DEFLATED)
+        archive.writestr(info, b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header + data)
+    return path
+
+
+@pytest.mark.parametrize("compress_type", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+@pytest.mark.parametrize("shape", ["(-2, 4, 4, 3)", "(2, 4, 4, 4)", "(1000000000000, 4, 4, 3)", "(2, 4", "5"])
+def test_headers_that_lie_are_refused(shape, compress_type, tmp_path):
+    header = f"{{'descr': '|u1', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    path = npz_with(header, tmp_path / "images.npz", bytes(2 * 4 * 4 * 3), compress_type=compress_type)
+    with pytest.raises(UserError, match=r"images\.npz: not an \.npz of plain arrays") as refused:
+        open_image_files(path)
+    assert "\n" not in str(refused.value)
+
+
+def test_an_encrypted_npz_and_one_that_unpacks_to_too_much_are_refused(pixels, monkeypatch, tmp_path):
+    np.savez_compressed(tmp_path / "images.npz", pixels)
+    content = bytearray((tmp_path / "images.npz").read_bytes())
+    content[6] |= 1
+    content[content.rindex(b"PK\x01\x02") + 8] |= 1
+    (tmp_path / "secret.npz").write_bytes(content)
+    with pytest.raises(UserError, match=r"secret\.npz: not an .npz of plain arrays .*encrypted"):
+        open_image_files(tmp_path / "secret.npz")
+    monkeypatch.setattr(images_module, "LARGEST_IN_MEMORY", pixels.size)
+    with pytest.raises(UserError, match=r"`arr_0.npy` is too large to unpack"):
+        open_image_files(tmp_path / "images.npz")
+    np.savez(tmp_path / "images.npz", pixels)
+    assert len(open_image_files(tmp_path / "images.npz")) == 4  # what is mapped may be of any size
+
+
+def test_an_image_of_too_many_pixels_is_one_line(tmp_path, monkeypatch):
+    Image.new("L", (30, 30)).save(tmp_path / "bomb.png")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    with pytest.raises(UserError, match=r"bomb\.png: not a readable image \(Image size .* exceeds limit"):
+        stacked(open_image_files(tmp_path))
 
 
 def test_files_that_are_no_images_are_refused(pixels, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"empty: no PNG or JPEG files here"):
-        open_images(tmp_path / "empty")
+        open_image_files(tmp_path / "empty")
     with pytest.raises(UserError, match=r"neither a folder of images nor an \.npz"):
-        open_images(tmp_path / "missing")
+        open_image_files(tmp_path / "missing")
     (tmp_path / "torn.npz").write_bytes(b"PK\x03\x04 torn")
     with pytest.raises(UserError, match=r"torn.npz: not an .npz"):
-        open_images(tmp_path / "torn.npz")
+        open_image_files(tmp_path / "torn.npz")
     with pytest.raises(UserError, match=r"absent\.npz: cannot be read"):
-        open_images(tmp_path / "absent.npz")
+        open_image_files(tmp_path / "absent.npz")
     folder = write_folder(tmp_path / "folder", pixels)
     torn = folder / "000002.png"
     torn.write_bytes(torn.read_bytes()[:60])
     with pytest.raises(UserError, match=r"000002\.png: not a readable image"):
-        stacked(open_images(folder))
+        stacked(open_image_files(folder))
 
 
 def test_a_tensor_of_another_type_is_refused():

@@ -11,7 +11,7 @@ from PIL import Image
 from scipy.spatial.distance import cdist
 
 from shd_diffusion.config import EvaluateConfig
-from shd_diffusion.evaluation import evaluate_run, load_extractor
+from shd_diffusion.evaluation import compute_metrics, load_extractor
 from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.images import tensor_images
 from shd_diffusion.evaluation.nearest import nearest, write_nearest
@@ -42,8 +42,8 @@ def test_samples_that_were_learnt_by_heart_are_seen(digits, tmp_path):
     samples = 255 - images[:64]
     samples[::2] = images[100:164:2] ^ 1
     reference = images[100:400]
-    config = EvaluateConfig(metrics=["fid"])
-    evaluate_run(samples, reference, config, labels[100:164].tolist(), nearest=tmp_path / "nearest.json")
+    config = EvaluateConfig(extractor="digits-classifier", metrics=["fid"])
+    compute_metrics(samples, reference, config, labels[100:164].tolist(), nearest=tmp_path / "nearest.json")
     found = json.loads((tmp_path / "nearest.json").read_text())
     assert (found["reference"], found["num_reference_images"]) == ("images", 300)
     assert [entry["index"] for entry in found["samples"]] == [0, 9, 18, 27, 36, 45, 54, 63]
@@ -93,10 +93,10 @@ def test_statistics_without_images_leave_a_note(digits, tmp_path):
     extractor = load_extractor("digits-classifier")
     save_reference(open_reference("digits", extractor, 100), extractor, tmp_path / "digits.safetensors")
     (tmp_path / "nearest.png").write_bytes(b"of an evaluation before")
-    evaluate_run(
+    compute_metrics(
         digits[0][:20],
         tmp_path / "digits.safetensors",
-        EvaluateConfig(metrics=["fid"]),
+        EvaluateConfig(extractor="digits-classifier", metrics=["fid"]),
         nearest=tmp_path / "nearest.json",
     )
     found = json.loads((tmp_path / "nearest.json").read_text())

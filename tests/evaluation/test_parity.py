@@ -1,4 +1,4 @@
-"""The figures equal torch-fidelity's own on the same images, with Inception's network and random weights."""
+"""The metrics equal torch-fidelity's own on the same images, with Inception's network and random weights."""
 
 from __future__ import annotations
 
@@ -12,8 +12,7 @@ from torch import Tensor
 
 from shd_diffusion.config import EvaluateConfig
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation import evaluate_run
-from shd_diffusion.evaluation.evaluate import choose_metrics
+from shd_diffusion.evaluation import compute_metrics
 from shd_diffusion.evaluation.extractors import Extractor, load_extractor
 from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.images import tensor_images
@@ -44,8 +43,8 @@ def config(inception_weights: Path) -> EvaluateConfig:
 
 
 @pytest.fixture(scope="module")
-def figures(photographs: tuple[Tensor, Tensor], config: EvaluateConfig) -> dict:
-    return evaluate_run(*photographs, config)
+def metrics(photographs: tuple[Tensor, Tensor], config: EvaluateConfig) -> dict:
+    return compute_metrics(*photographs, config)
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +53,12 @@ def extractor(inception_weights: Path) -> Extractor:
 
 
 @pytest.fixture(scope="module")
-def reference(photographs: tuple[Tensor, Tensor], extractor: Extractor, figures: dict) -> Reference:
-    """The reference that `figures` were computed against, from the cache."""
+def reference(photographs: tuple[Tensor, Tensor], extractor: Extractor, metrics: dict) -> Reference:
+    """The reference that `metrics` were computed against, from the cache."""
     return open_reference(photographs[1], extractor, 7)
 
 
-def test_figures_equal_those_of_calculate_metrics(figures, photographs, inception_weights):
+def test_metrics_equal_those_of_calculate_metrics(metrics, photographs, inception_weights):
     theirs = torch_fidelity.calculate_metrics(
         input1=Images(photographs[0]),
         input2=Images(photographs[1]),
@@ -85,16 +84,16 @@ def test_figures_equal_those_of_calculate_metrics(figures, photographs, inceptio
         "precision": "precision",
         "recall": "recall",
     }
-    assert figures["protocol"]["kid"] == "100 subsets of 6"
-    assert {name: figures[name] for name in names} == {
+    assert metrics["protocol"]["kid"] == "100 subsets of 6"
+    assert {name: metrics[name] for name in names} == {
         name: pytest.approx(theirs[theirs_name], rel=1e-6) for name, theirs_name in names.items()
     }
-    assert figures["fid"] > 1 and figures["kid_mean"] > 0  # weights under which the figures mean something
+    assert metrics["fid"] > 1 and metrics["kid_mean"] > 0  # weights under which the metrics mean something
 
 
-def test_few_samples_are_a_warning(figures):
-    assert "12 images are too few for 2048 features" in figures["warnings"][0]
-    assert "14 reference images are too few" in figures["warnings"][1]
+def test_few_samples_are_a_warning(metrics):
+    assert "12 images are too few for 2048 features" in metrics["warnings"][0]
+    assert "14 reference images are too few" in metrics["warnings"][1]
 
 
 def test_spatial_features_are_seven_channels_of_mixed_6_conv_channels_last(photographs, extractor):
@@ -128,11 +127,11 @@ def test_statistics_of_an_npz_equal_those_of_its_images(photographs, reference, 
     published = open_reference(path, extractor, 7)
     assert_same_statistics(published, reference)
     assert published.features is None
-    usual = config.model_copy(update={"metrics": None})
-    assert choose_metrics(usual, extractor, published, None) == ["fid", "sfid", "is"]
+    usual = compute_metrics(photographs[0], path, config.model_copy(update={"metrics": None}))
+    assert {"fid", "sfid", "inception_score_mean"} <= usual.keys() and "kid_mean" not in usual
     wanted = config.model_copy(update={"metrics": ["fid", "kid"]})
     with pytest.raises(UserError, match="`kid` needs reference images"):
-        evaluate_run(photographs[0], path, wanted)
+        compute_metrics(photographs[0], path, wanted)
 
 
 def assert_same_statistics(first: Reference, second: Reference) -> None:

@@ -18,19 +18,19 @@ def pipeline(runs: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(runs / "teacher" / "pipeline", tmp_path / "mine"))
 
 
-def test_a_pipeline_has_the_figures_of_its_run(pipeline: Path, runs: Path) -> None:
+def test_a_pipeline_has_the_metrics_of_its_run(pipeline: Path, runs: Path) -> None:
     code, printed, errors = command("evaluate", pipeline, *OPTIONS, *sets(*FEW_IMAGES))
     assert code == 0, errors
-    figures = json.loads(printed)
+    metrics = json.loads(printed)
     of_the_run = json.loads((runs / "teacher" / "evaluation" / "metrics.json").read_text())
     compared = ("fid", "kid_mean", "precision", "recall", "inception_score_mean", "label_accuracy")
-    assert {name: figures[name] for name in compared} == {name: of_the_run[name] for name in compared}
-    protocol = figures["protocol"]
+    assert {name: metrics[name] for name in compared} == {name: of_the_run[name] for name in compared}
+    protocol = metrics["protocol"]
     assert protocol["scheduler"] == "DDIMScheduler" and len(protocol["pipeline_sha256"]) == 64
     assert protocol["num_images"] == 24 and protocol["pass_size"] == 32
 
     place = pipeline.with_name("mine-evaluation")
-    assert json.loads((place / "evaluation" / "metrics.json").read_text()) == figures
+    assert json.loads((place / "evaluation" / "metrics.json").read_text()) == metrics
     written = {path.name for path in (place / "evaluation").iterdir()}
     assert written == {"metrics.json", "nearest.json", "nearest.png"}
     samples = {path: path.stat().st_mtime_ns for path in (place / "samples").glob("*.png")}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import references
 from shd_diffusion.evaluation.extractors import Extractor, load_extractor
+from shd_diffusion.evaluation.frechet import Statistics
 from shd_diffusion.evaluation.references import open_reference, save_reference
 
 
@@ -68,8 +71,10 @@ def test_statistics_of_another_extractor_are_refused(digits, extractor, tmp_path
     ("arrays", "message"),
     [
         ({"mean": np.zeros(3)}, r"neither images `arr_0` nor statistics `mu` and `sigma` \(keys: mean\)"),
-        ({"mu": np.zeros(3)}, "`mu` and `sigma` do not belong together"),
-        ({"mu": np.zeros(3), "sigma": np.zeros((4, 4))}, "`mu` and `sigma` do not belong together"),
+        ({"mu": np.zeros(3)}, "do not belong together; statistics need both"),
+        ({"mu": np.zeros(3), "sigma": np.zeros((4, 4))}, "do not belong together; statistics need both"),
+        ({"mu": np.zeros((2, 2)), "sigma": np.zeros((2, 2, 2, 2))}, "do not belong together"),
+        ({"mu": np.array(["a"]), "sigma": np.eye(1)}, "do not belong together"),
         ({"mu": np.array([{}], dtype=object), "sigma": np.eye(1)}, "not an .npz of plain arrays"),
     ],
 )
@@ -77,6 +82,65 @@ def test_an_npz_without_a_reference_is_refused(arrays, message, extractor, tmp_p
     np.savez(tmp_path / "reference.npz", **arrays)
     with pytest.raises(UserError, match=message):
         open_reference(tmp_path / "reference.npz", extractor, 16)
+
+
+@pytest.mark.parametrize("place", ["mean", "covariance", "features"])
+def test_one_flipped_byte_in_the_cache_is_noticed(place, digits, extractor, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    first = open_reference(digits[0][:30], extractor, 16)
+    (cached,) = (tmp_path / "shd-diffusion" / "references").iterdir()
+    content = bytearray(cached.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    key = place if place == "features" else f"features/{place}"
+    content[8 + length + header[key]["data_offsets"][0] + 3] ^= 1
+    cached.write_bytes(content)
+    again = open_reference(digits[0][:30], extractor, 16)
+    assert torch.equal(again.statistics["features"].mean, first.statistics["features"].mean)
+    assert torch.equal(again.statistics["features"].covariance, first.statistics["features"].covariance)
+    assert torch.equal(again.features, first.features)
+    assert f"{cached}: damaged, and computed anew" in capsys.readouterr().err
+    open_reference(digits[0][:30], extractor, 16)
+    assert "damaged" not in capsys.readouterr().err  # it was written anew
+    (tmp_path / "given.safetensors").write_bytes(content)
+    with pytest.raises(UserError, match=r"given.safetensors: .*damaged \(other numbers than were written\)"):
+        open_reference(tmp_path / "given.safetensors", extractor, 16)
+
+
+@pytest.mark.parametrize("reference", ["{}", "[]", "5", "torn"])
+def test_a_statistics_file_with_other_metadata_is_refused(reference, extractor, tmp_path):
+    metadata = {"reference": reference, "checksum": "0" * 64}
+    save_file({"features/mean": torch.zeros(3)}, tmp_path / "mean.safetensors", metadata)
+    with pytest.raises(UserError, match=r"mean\.safetensors: not a file of reference statistics"):
+        open_reference(tmp_path / "mean.safetensors", extractor, 16)
+
+
+def test_one_image_is_no_reference(digits, extractor, tmp_path):
+    np.savez(tmp_path / "one.npz", digits[0][:1].permute(0, 2, 3, 1).numpy())
+    with pytest.raises(UserError, match=r"one\.npz: 1 reference images are too few; give 10 or more"):
+        open_reference(tmp_path / "one.npz", extractor, 16)
+
+
+def test_numbers_that_are_none_are_refused(digits, extractor, photographs, inception_weights, tmp_path):
+    good = open_reference(digits[0][:30], extractor, 16)
+    mean = good.statistics["features"].mean.clone()
+    mean[5] = float("nan")
+    broken = replace(good, statistics={"features": Statistics(mean, good.statistics["features"].covariance)})
+    save_reference(broken, extractor, tmp_path / "nan.safetensors")
+    with pytest.raises(UserError, match=r"nan\.safetensors: its statistics are not finite"):
+        open_reference(tmp_path / "nan.safetensors", extractor, 16)
+
+    sigma = np.eye(2048)
+    sigma[7, 7] = np.inf
+    np.savez(tmp_path / "inf.npz", mu=np.zeros(2048), sigma=sigma)
+    inception = load_extractor("inception-v3-compat", inception_weights)
+    with pytest.raises(UserError, match=r"inf\.npz: its statistics are not finite"):
+        open_reference(tmp_path / "inf.npz", inception, 16)
+    np.savez(tmp_path / "narrow.npz", mu=np.zeros(192), sigma=np.eye(192))
+    with pytest.raises(
+        UserError, match=r"narrow\.npz: statistics of 192 features, but `inception-v3-compat` has 2048"
+    ):
+        open_reference(tmp_path / "narrow.npz", inception, 16)
 
 
 def test_other_files_are_refused(extractor, tmp_path: Path):

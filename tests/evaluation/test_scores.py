@@ -1,4 +1,4 @@
-"""Inception Score and KID against their definitions, written out."""
+"""Inception Score, KID and CMMD against their definitions, written out."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from shd_diffusion.evaluation import cmmd as cmmd_module
+from shd_diffusion.evaluation.cmmd import cmmd
 from shd_diffusion.evaluation.inception_score import inception_score
 from shd_diffusion.evaluation.kid import kernel_distance, subset_size
 
@@ -50,3 +52,22 @@ def test_kid_of_whole_sets_is_the_unbiased_estimate():
 )
 def test_subsets_adapt_to_few_samples(counts: tuple[int, int], expected: int):
     assert subset_size(*counts) == expected
+
+
+def test_cmmd_is_its_definition(monkeypatch):
+    """Equation 4 of the paper on pairs of unit vectors, in float64, with σ = 10 and 1,000 as its scale."""
+    rng = np.random.default_rng(0)
+    first, second = rng.standard_normal((37, 16)), rng.standard_normal((23, 16)) + 0.5
+
+    def kernel(xs, ys):
+        units = [side / np.linalg.norm(side, axis=1, keepdims=True) for side in (xs, ys)]
+        return np.mean([[np.exp(-np.sum((x - y) ** 2) / (2 * 10**2)) for y in units[1]] for x in units[0]])
+
+    expected = 1000 * (kernel(first, first) + kernel(second, second) - 2 * kernel(first, second))
+    sides = torch.from_numpy(first), torch.from_numpy(second)
+    # The three means are about 1, so that their rounding is some 1e-16 of the scale.
+    assert expected > 0.1 and cmmd(*sides) == pytest.approx(expected, abs=1e-10)
+    assert cmmd(3 * sides[0], sides[1] / 7) == pytest.approx(expected, abs=1e-10)  # lengths do not count
+    assert cmmd(sides[0], sides[0]) == pytest.approx(0, abs=1e-10)
+    monkeypatch.setattr(cmmd_module, "BLOCK", 5)
+    assert cmmd(*sides) == pytest.approx(expected, abs=1e-10)

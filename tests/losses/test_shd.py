@@ -12,7 +12,7 @@ from shd_diffusion.config import SHDConfig
 from shd_diffusion.losses import SHDLoss, grids
 from shd_diffusion.losses.divergence import DIVERGENCES
 from shd_diffusion.losses.streaming import map_divergence
-from shd_diffusion.squeezing import chunks
+from shd_diffusion.squeezing import map_stream as chunks
 
 
 @dataclass

@@ -80,7 +80,7 @@ def test_the_prediction_depends_on_the_label_and_null_is_one(name: str) -> None:
         of_two, of_null = call(model, [2, 2]), call(model, [5, 2])
     assert of_two.shape == (2, 1, 8, 8)
     assert not torch.allclose(of_two[0], of_null[0], atol=1e-3)
-    assert torch.allclose(of_two[1], of_null[1], atol=1e-5)
+    assert torch.allclose(of_two[1], of_null[1], atol=1e-4)  # a kernel may sum the samples of a batch unlike
 
 
 def test_a_unet_attends_to_tokens_of_its_label() -> None:

@@ -18,6 +18,7 @@ from shd_diffusion.models.mdtv2 import (
 )
 
 TOKENS = 16
+ROUNDING = 1e-4  # of float32 sums in another order, through six random blocks; what differs does so by 1e-2
 
 
 def tiny(heads: int = 2, **arguments: int) -> MDTv2Transformer2DModel:
@@ -63,13 +64,13 @@ def test_a_new_model_outputs_zero(inputs: dict[str, Tensor]) -> None:
 def test_keeping_every_token_is_no_masking(inputs: dict[str, Tensor]) -> None:
     model = tiny()
     order = torch.stack([torch.randperm(TOKENS) for _ in range(4)])
-    assert torch.allclose(model(**inputs, ids_keep=order).sample, model(**inputs).sample, atol=1e-5)
+    assert torch.allclose(model(**inputs, ids_keep=order).sample, model(**inputs).sample, atol=ROUNDING)
 
 
 def test_order_of_kept_tokens_does_not_matter(inputs: dict[str, Tensor], ids_keep: Tensor) -> None:
     model = tiny()
     masked = model(**inputs, ids_keep=ids_keep).sample
-    assert torch.allclose(model(**inputs, ids_keep=ids_keep.flip(1)).sample, masked, atol=1e-5)
+    assert torch.allclose(model(**inputs, ids_keep=ids_keep.flip(1)).sample, masked, atol=ROUNDING)
     assert not torch.allclose(model(**inputs).sample, masked, atol=1e-2)
 
 
@@ -151,7 +152,7 @@ def test_capture_records_what_is_computed(masked: bool, inputs: dict[str, Tensor
     assert list(records) == list(outputs) == blocks and len(blocks) == 6 + masked
     for name, record in records.items():
         mixed = (record.maps() @ record.value).transpose(1, 2).flatten(2) @ record.output_weight.T
-        assert torch.allclose(mixed + model.get_submodule(name).to_out[0].bias, outputs[name], atol=1e-5)
+        assert torch.allclose(mixed + model.get_submodule(name).to_out[0].bias, outputs[name], atol=ROUNDING)
         encoder = name.startswith(("in_blocks", "out_blocks"))
         tokens = ids_keep.shape[1] if masked and encoder else TOKENS
         assert record.mask is not None
@@ -168,7 +169,7 @@ def test_processors_of_diffusers_serve_too(
     for module in model.modules():
         if hasattr(module, "set_processor"):
             module.set_processor(processor())
-    assert torch.allclose(model(**inputs, ids_keep=mask).sample, own, atol=1e-5)
+    assert torch.allclose(model(**inputs, ids_keep=mask).sample, own, atol=ROUNDING)
 
 
 def test_saved_and_loaded_it_is_the_same(tmp_path: Path, inputs: dict[str, Tensor], ids_keep: Tensor) -> None:

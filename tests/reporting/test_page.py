@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import html
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,7 +18,7 @@ from PIL import Image
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.reporting import write_report
-from shd_diffusion.reporting.page import headline
+from shd_diffusion.reporting.page import lead, title
 from shd_diffusion.reporting.runs import read_runs
 
 from .made_up_runs import BLOCKS
@@ -76,7 +79,7 @@ def test_the_page_says_what_came_out(report: Path) -> None:
         "the teacher has 38.20.",
         "no image was picked by hand. Each begins from the same noise in every run.",
         "label 3, noised to timestep 250",
-        "The best student's figure is underlined.",
+        "The best student's value is underlined.",
         "the images of the reference (digits) that are nearest",
         "kd-shd median of the nearest 1.50 #0 label 0 #1 – #2 – #5 label 1 #8 0.75 #9 1.25",
         "shd-diffusion distill configs/digits/kd-shd.yaml",
@@ -108,7 +111,7 @@ def test_the_same_runs_give_the_same_page_and_old_figures_go(runs: dict[str, Pat
     page = tmp_path / "one.html"
     folder = tmp_path / "one-figures"
     folder.mkdir()
-    page.write_text("an earlier report")
+    page.write_text('<html><meta name="generator" content="shd-diffusion">an earlier report')
     (folder / "loss-gone.png").write_bytes(b"of an earlier report")
     first = write_report([runs["teacher"]], page).read_text()
     assert first == write_report([runs["teacher"]], page).read_text()
@@ -126,7 +129,7 @@ def test_what_a_run_lacks_is_named_with_its_command(fresh_run: Callable[[str], P
     assert "1 student: 12 heads squeezed into 5 Not evaluated yet." in text
     assert f"Runs without samples; make them with: shd-diffusion sample {run}" in text
     assert "neighbours" not in text  # the evaluation finds them too
-    assert f"Runs without figures; compute them with: shd-diffusion evaluate {run}" in text
+    assert f"Runs without metrics; compute them with: shd-diffusion evaluate {run}" in text
     assert text.count(f"shd-diffusion distill {run}/config.yaml") == 3  # metrics log, attention, commands
 
 
@@ -164,15 +167,15 @@ def test_bad_input_writes_nothing(runs: dict[str, Path], tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize(
-    ("names", "title", "lead"),
+    ("names", "is_titled", "leads"),
     [
         (["teacher"], "Teacher teacher", "By FID (digits-classifier) the teacher has 38.20."),
         (["kd"], "1 student: 12 heads squeezed into 5", "kd has FID (digits-classifier), 389.70."),
     ],
 )
-def test_headline_of_one_run(runs: dict[str, Path], names: list[str], title: str, lead: str) -> None:
-    found = headline(read_runs([runs[name] for name in names]))
-    assert (found.title, found.lead) == (title, lead)
+def test_headline_of_one_run(runs: dict[str, Path], names: list[str], is_titled: str, leads: str) -> None:
+    found = read_runs([runs[name] for name in names])
+    assert (title(found), lead(found)) == (is_titled, leads)
 
 
 def test_no_headline_where_protocols_differ(runs: dict[str, Path], fresh_run: Callable[[str], Path]) -> None:
@@ -181,8 +184,9 @@ def test_no_headline_where_protocols_differ(runs: dict[str, Path], fresh_run: Ca
     content = json.loads(metrics.read_text())
     content["protocol"]["num_inference_steps"] = 10
     metrics.write_text(json.dumps(content))
-    lead = headline(read_runs([runs["kd"], other])).lead
-    assert lead == "These figures do not compare: the protocols differ in num_inference_steps."
+    assert lead(read_runs([runs["kd"], other])) == (
+        "These metrics do not compare: the protocols differ in num_inference_steps."
+    )
 
 
 def test_figures_of_somebody_else_are_left_alone(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -192,3 +196,67 @@ def test_figures_of_somebody_else_are_left_alone(runs: dict[str, Path], tmp_path
         write_report([runs["kd"]], tmp_path / "paper.html")
     assert (tmp_path / "paper-figures" / "plot.png").read_bytes() == b"mine"
     assert not (tmp_path / "paper.html").exists()
+
+
+def test_a_page_of_somebody_else_is_left_alone(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "my-figures").mkdir()
+    (tmp_path / "my-figures" / "photo.png").write_bytes(b"mine")
+    for content in (b"<html>about me</html>", b"\xff\xfe", b""):
+        (tmp_path / "my.html").write_bytes(content)
+        with pytest.raises(UserError, match=r"my\.html: would be replaced, but is no page of shd-diffusion"):
+            write_report([runs["kd"]], tmp_path / "my.html")
+        assert (tmp_path / "my.html").read_bytes() == content
+    assert (tmp_path / "my-figures" / "photo.png").read_bytes() == b"mine"
+
+
+def test_a_place_that_cannot_be_written_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"report\.html: cannot be written"):
+        write_report([runs["kd"]], tmp_path / "file" / "report.html")
+
+
+def test_names_of_runs_are_names(fresh_run: Callable[[str], Path], tmp_path: Path) -> None:
+    """No formula, no colour, no reference, no escape sequence: what the page shows is what the folder is called."""
+    names = [
+        r"$\undefined{$",
+        "#1f63d6",
+        "url(#a)",
+        "_child",
+        "a\x1b[31mb",
+        os.fsdecode(b"caf\xe9"),
+        '"></svg><b>',
+    ]
+    folders = [fresh_run(name) for name in names]
+    page = write_report(folders, tmp_path / "report.html").read_text()
+    assert Elements(page).open == []
+    for name in [*names[:4], r"a\x1b[31mb", r"caf\udce9", names[6]]:
+        assert page.count(f">{html.escape(name, quote=False)}</text>") >= 4, name  # legends and titles
+    assert "\x1b" not in page
+
+
+def test_the_users_settings_of_matplotlib_do_not_matter(
+    runs: dict[str, Path], report: Path, tmp_path: Path
+) -> None:
+    """Another process, whose settings are read at the start."""
+    (tmp_path / "matplotlibrc").write_text(
+        "lines.linewidth: 9\naxes.grid: False\nsavefig.dpi: 20\nfont.size: 30\n"
+    )
+    script = "import sys, pathlib, shd_diffusion.reporting as r; r.write_report([*map(pathlib.Path, sys.argv[2:])], pathlib.Path(sys.argv[1]))"
+    environment = {**os.environ, "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"), "MPLBACKEND": "svg"}
+    command = [sys.executable, "-c", script, tmp_path / "report.html", *runs.values()]
+    subprocess.run(command, env=environment, check=True)
+    assert (tmp_path / "report.html").read_text() == report.read_text()
+
+
+def test_a_terminal_that_knows_ascii_alone_gets_no_escape_sequences(fresh_run: Callable[[str], Path]) -> None:
+    run = fresh_run("é\x1b[31m")
+    command = [sys.executable, "-m", "shd_diffusion.cli", "report", run]
+    for folder, code in ((run, 0), (run / "gone", 2)):
+        done = subprocess.run(
+            [*command[:-1], folder],
+            env={**os.environ, "PYTHONIOENCODING": "ascii"},
+            capture_output=True,
+            check=False,
+        )
+        assert done.returncode == code and b"Traceback" not in done.stderr
+        assert b"\x1b" not in done.stdout + done.stderr and rb"\x1b[31m" in done.stdout + done.stderr

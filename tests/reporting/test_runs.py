@@ -9,9 +9,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from shd_diffusion.errors import UserError
+from shd_diffusion.reporting.neighbour_page import neighbourhoods
 from shd_diffusion.reporting.runs import read_log, read_runs
 
 from .made_up_runs import BLOCKS
@@ -23,7 +25,7 @@ def test_every_part_of_a_run_is_read(runs: dict[str, Path]) -> None:
     assert run.log and run.samples and run.metrics and run.attention and run.environment
     assert run.command == "shd-diffusion distill configs/digits/kd-shd.yaml"
     assert run.config["losses"]["shd"]["weight"] == 5.0
-    assert (run.figure("fid"), run.figure("kid_mean"), run.figure("sfid")) == (104.3, 104.3 / 40, None)
+    assert (run.metric("fid"), run.metric("kid_mean"), run.metric("sfid")) == (104.3, 104.3 / 40, None)
     assert run.metrics.features == "digits-classifier" and run.metrics.per_class_fid["9"] == 104.3 * 1.9
     assert run.samples.labels[:11] == [*range(10), 0]
     assert (run.attention.label, run.attention.timestep, len(run.attention.blocks)) == (3, 250, BLOCKS)
@@ -51,7 +53,7 @@ def test_a_log_has_one_value_a_step_and_nan_where_a_term_was_not_computed(tmp_pa
     np.testing.assert_array_equal(log.values["shd"], [np.nan, 3, np.nan])
     np.testing.assert_array_equal(log.shares["shd"], [np.nan, 0.75, np.nan])
     np.testing.assert_array_equal(log.divergences["blocks.0.attn"], [np.nan, 4, np.nan])
-    np.testing.assert_array_equal(log.watched, [[3, 7]])
+    np.testing.assert_array_equal(log.validation, [[3, 7]])
 
 
 def test_runs_come_teachers_first_once_each_under_names_that_differ(
@@ -80,22 +82,53 @@ def test_no_run_at_all() -> None:
     ("file", "content", "message"),
     [
         ("summary.json", "{", "summary.json: not a JSON file"),
-        ("summary.json", "[]", "summary.json: not a JSON object"),
-        ("summary.json", '{"stage": "distill", "heads": 5}', "summary.json: key `parameters` is missing"),
+        (
+            "summary.json",
+            "[]",
+            "summary.json: Input should be .* Summary; run the command that wrote the file again",
+        ),
+        (
+            "summary.json",
+            '{"stage": "distill", "heads": 5}',
+            "summary.json: key `parameters`: Field required",
+        ),
         ("config.yaml", "a: [", "config.yaml: not a YAML mapping"),
         ("config.yaml", "- a", "config.yaml: not a YAML mapping"),
-        ("samples/sampling.json", '{"labels": []}', "sampling.json: key `seconds_per_image` is missing"),
+        (
+            "samples/sampling.json",
+            '{"labels": [], "num_images": 0}',
+            "sampling.json: key `seconds_per_image`: Field",
+        ),
         ("metrics.jsonl", 'half\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
         ("metrics.jsonl", '[1]\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
-        ("evaluation/metrics.json", "NaN", "metrics.json: not a JSON object"),
+        ("evaluation/metrics.json", "NaN", "metrics.json: Input should be .*"),
         ("attention.safetensors", "not tensors", "attention.safetensors: damaged"),
+        ("summary.json", "{}", "summary.json: key `stage`: Field required"),
+        (
+            "summary.json",
+            '{"stage": "distill", "parameters": [], "heads": 5}',
+            "summary.json: key `parameters`",
+        ),
+        ("environment.json", '{"command": 5}', "environment.json: key `command`"),
+        ("samples/sampling.json", '{"num_images": 5, "labels": 5, "seconds_per_image": 1}', "key `labels`"),
+        ("evaluation/metrics.json", "[]", "metrics.json: Input should be"),
+        ("evaluation/metrics.json", "5", "metrics.json: Input should be"),
+        ("evaluation/metrics.json", '{"per_class_fid": [1]}', "metrics.json: key `per_class_fid`"),
+        ("evaluation/metrics.json", '{"fid": 1, "fid_interval": 2}', "metrics.json: key `intervals.fid`"),
+        ("evaluation/metrics.json", '{"protocol": 5}', "metrics.json: key `protocol`"),
+        ("metrics.jsonl", '{}\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
+        ("metrics.jsonl", '5\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
+        ("metrics.jsonl", "[" * 100_000 + '\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
+        ("metrics.jsonl", '{"step": 1, "terms": [1]}\n{"step": 1}\n', "line 1 is not a logged step"),
+        ("metrics.jsonl", '{"step": 1, "watch": {}}\n{"step": 1}\n', "line 1 is not a logged step"),
+        ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl: cannot be read"),
     ],
 )
 def test_a_damaged_file_is_named(
-    fresh_run: Callable[[str], Path], file: str, content: str, message: str
+    fresh_run: Callable[[str], Path], file: str, content: str | bytes, message: str
 ) -> None:
     run = fresh_run("kd-shd")
-    (run / file).write_text(content)
+    (run / file).write_bytes(content if isinstance(content, bytes) else content.encode())
     with pytest.raises(UserError, match=message) as caught:
         read_runs([run])
     assert str(run) in str(caught.value) and "\n" not in str(caught.value)
@@ -147,7 +180,7 @@ def test_weights_by_row_are_averaged(fresh_run: Callable[[str], Path]) -> None:
         lambda folder: (folder / "nearest.json").write_text(
             '{"reference": "digits", "samples": [{"index": 1}]}'
         ),
-        lambda folder: (folder / "nearest.json").write_text('{"reference": "digits"}'),
+        lambda folder: Image.new("RGB", (7, 9)).save(folder / "nearest.png"),
     ],
 )
 def test_damaged_neighbours_are_named(
@@ -155,7 +188,6 @@ def test_damaged_neighbours_are_named(
 ) -> None:
     run = fresh_run("kd")
     damage(run / "evaluation")
-    with pytest.raises(
-        UserError, match=r"evaluation/nearest\.json: damaged .*; run `shd-diffusion evaluate .*kd` again"
-    ):
-        read_runs([run])
+    with pytest.raises(UserError, match=r"evaluation/nearest\.(json|png): .*; run .* again") as caught:
+        neighbourhoods(read_runs([run]))
+    assert "\n" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""The table of results: the numbers of metrics.json, the best marked only where figures compare."""
+"""The table of results: the numbers of metrics.json, the best marked only where metrics compare."""
 
 from __future__ import annotations
 
@@ -11,16 +11,21 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from shd_diffusion.reporting import markdown_table, print_table
-from shd_diffusion.reporting.table import count, duration, significant
+from shd_diffusion.reporting import print_table
+from shd_diffusion.reporting.metrics_table import MetricsTable, metrics_table
+from shd_diffusion.reporting.runs import read_runs
+from shd_diffusion.reporting.tables import count, csv_text, duration, escape_markdown, markdown, significant
 
 
-def cells(markdown: str) -> dict[str, list[str]]:
-    """Rows of a Markdown table by their first cell."""
-    lines = [line for line in markdown.splitlines() if line.startswith("|")]
-    assert len({line.count("|") for line in lines}) == 1  # every row has every column
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
-    return {first: rest for first, *rest in rows}
+def table_of(*runs: Path) -> MetricsTable:
+    return metrics_table(read_runs(runs))
+
+
+def cells(table: MetricsTable) -> dict[str, list[str]]:
+    """Rows by the name of their run, titles first; the best ones have two asterisks."""
+    rows = {run.name: [f"**{cell}**" if cell.best else str(cell) for cell in row] for run, row in table.rows}
+    assert all(len(row) == len(table.titles) for row in rows.values())
+    return {"Run": table.titles} | rows
 
 
 def edit_metrics(run: Path, **changes: object) -> None:
@@ -28,8 +33,8 @@ def edit_metrics(run: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_markdown_holds_the_figures_and_marks_the_best_student(runs: dict[str, Path]) -> None:
-    table = markdown_table(list(runs.values()))
+def test_the_table_holds_the_metrics_and_marks_the_best_student(runs: dict[str, Path]) -> None:
+    table = table_of(*runs.values())
     rows = cells(table)
     columns = rows["Run"]
     assert columns[:3] == ["Parameters", "Heads", "FID (digits-classifier) ↓"]
@@ -48,50 +53,56 @@ def test_markdown_holds_the_figures_and_marks_the_best_student(runs: dict[str, P
                 written[key], abs=0.006
             )
     assert not any("**" in cell for name in ("teacher", "none", "kd") for cell in rows[name])
-    assert table.rstrip().splitlines()[-1].startswith("Protocol: seed 0; num inference steps 25; ")
+    assert table.note.startswith("Protocol: seed 0; num inference steps 25; ")
 
 
-def test_figures_of_other_protocols_are_not_ranked(
+def test_metrics_of_other_protocols_are_not_ranked(
     runs: dict[str, Path], fresh_run: Callable[[str], Path]
 ) -> None:
     other = fresh_run("none")
     protocol = json.loads((other / "evaluation/metrics.json").read_text())["protocol"]
     edit_metrics(other, protocol=protocol | {"num_inference_steps": 10})
-    table = markdown_table([runs["kd"], runs["kd-shd"], other])
-    assert "do not compare: the protocols differ in num\\_inference\\_steps." in table
+    table = table_of(runs["kd"], runs["kd-shd"], other)
+    assert table.warning == "These metrics do not compare: the protocols differ in num_inference_steps."
     assert not any("**" in cell for row in cells(table).values() for cell in row)
     edit_metrics(other, protocol=protocol | {"resize": "none"})  # the others do not say
-    assert "the protocols differ in resize." in markdown_table([runs["kd"], other])
+    assert "the protocols differ in resize." in str(table_of(runs["kd"], other).warning)
     edit_metrics(other, protocol=protocol | {"steps_trained": 10})  # of the model, not of the measurement
-    assert "do not compare" not in markdown_table([runs["kd"], other])
+    assert table_of(runs["kd"], other).warning is None
 
 
-def test_a_missing_figure_is_a_dash_and_never_the_best(
+def test_a_missing_metric_is_a_dash_and_never_the_best(
     runs: dict[str, Path], fresh_run: Callable[[str], Path]
 ) -> None:
     other = fresh_run("none")
     edit_metrics(other, fid=float("nan"), precision=None, label_accuracy=None)
-    rows = cells(markdown_table([runs["kd"], other]))
+    rows = cells(table_of(runs["kd"], other))
     fid, precision = (rows["Run"].index(title) for title in ("FID (digits-classifier) ↓", "Precision ↑"))
     assert rows["none"][fid] == rows["none"][precision] == "–"
     assert "**" not in rows["kd"][fid]  # nothing to choose from
-    assert rows["none"][-2] == "–" and rows["Run"][-2] == "Labels right ↑"
+    assert rows["none"][-2] == "–" and rows["Run"][-2] == "Class accuracy ↑"
     edit_metrics(fresh := fresh_run("kd"), label_accuracy=None)
-    assert "Labels right ↑" not in cells(markdown_table([fresh, other]))["Run"]
+    assert "Class accuracy ↑" not in cells(table_of(fresh, other))["Run"]
 
 
-def test_intervals_stand_beside_their_figures(fresh_run: Callable[[str], Path]) -> None:
+def test_intervals_stand_beside_their_metrics(fresh_run: Callable[[str], Path]) -> None:
     run = fresh_run("kd")
     edit_metrics(run, fid_interval=[370.1, 402.46], fid_infinity=380.04)
-    table = markdown_table([run])
+    table = table_of(run)
     rows = cells(table)
     assert rows["kd"][2] == "389.70 [370.10, 402.46]"
     assert rows["kd"][rows["Run"].index("FID∞ ↓")] == "380.04"
-    assert table.rstrip().endswith("Brackets hold the 95 % interval by bootstrap.")
+    assert table.note.endswith("Brackets hold the 95 % interval by bootstrap.")
 
 
-def test_markdown_escapes_names(fresh_run: Callable[[str], Path]) -> None:
-    assert r"| a\|b\_c |" in markdown_table([fresh_run("a|b_c")])
+def test_markdown_takes_text_as_text() -> None:
+    assert markdown([["a|b", "n"], ["_c_", "d_e"]]) == "| a\\|b | n |\n| --- | --- |\n| \\_c\\_ | d_e |\n"
+    assert escape_markdown("# <b> [x](y) $z$\n* `") == "\\# &lt;b> \\[x\\](y) \\$z\\$\\\\n\\* \\`"
+
+
+def test_csv_has_a_column_for_every_key() -> None:
+    assert csv_text([{"a": 1}, {"b": "x,y"}]) == 'a,b\n1,\n,"x,y"\n'
+    assert csv_text([]) == "\n"
 
 
 def test_the_terminal_table_fits_80_columns(runs: dict[str, Path]) -> None:

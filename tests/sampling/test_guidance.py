@@ -26,7 +26,7 @@ def test_power_cosine_scale_runs_from_one_to_the_full_scale() -> None:
 
 
 def test_guide_by_sample_and_on_the_first_channels() -> None:
-    conditional, unconditional = torch.randn(2, 2, 8, 4, 4)
+    conditional, unconditional = torch.randn(2, 2, 8, 4, 4, dtype=torch.float64)
     scale = torch.tensor([1.0, 3.0])
     guided = guide(conditional, unconditional, scale, channels=3)
     assert torch.allclose(guided[0], conditional[0], atol=1e-6)

@@ -1,130 +1,118 @@
-"""The pipeline and sampling by index."""
+"""Sampling by index: what an image depends on, and what it does not."""
+
+from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from commands import ROOT, command, sets
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image
-from small_models import small_dit
 
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError
-from shd_diffusion.models.adapter import null_label
 from shd_diffusion.randomness import generator
-from shd_diffusion.sampling import ClassConditionalPipeline, generate, make_scheduler, sample_indices
-from shd_diffusion.sampling.generate import labels_of
-from shd_diffusion.sampling.passes import deal_passes
-
-
-def tiny_pipeline(scheduler: str = "DDIMScheduler") -> ClassConditionalPipeline:
-    torch.manual_seed(0)
-    model = small_dit(2, layers=1).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():  # adaLN-zero would predict exactly nothing
-            parameter.normal_(std=0.2)
-    pipeline = ClassConditionalPipeline(
-        model, make_scheduler(scheduler, {}, DDPMScheduler(clip_sample=False))
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
+from shd_diffusion.sampling import ClassConditionalPipeline, generate_images, sample_images
+from shd_diffusion.sampling.batching import deal_passes
+from shd_diffusion.sampling.generate import labels_of, read_summary
 
 CONFIG = SampleConfig(num_images=7, num_inference_steps=4, pass_size=3)
 
 
-def test_saved_pipeline_gives_the_same_images(tmp_path: Path) -> None:
-    pipeline = tiny_pipeline()
-    pipeline.save_pretrained(tmp_path)
-    loaded = ClassConditionalPipeline.from_pretrained(tmp_path)
-    loaded.set_progress_bar_config(disable=True)
-    assert torch.equal(sample_indices(pipeline, range(4), CONFIG), sample_indices(loaded, range(4), CONFIG))
-
-
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
-def test_an_image_depends_on_its_index_alone(scheduler: str) -> None:
-    pipeline = tiny_pipeline(scheduler)
-    together = sample_indices(pipeline, [0, 1, 2, 3], CONFIG)
-    torch.testing.assert_close(sample_indices(pipeline, [3, 1], CONFIG), together[[3, 1]])
-    assert (together[0] - together[1]).abs().max() > 1e-2
-
-
-def test_random_labels_follow_from_seed_and_index() -> None:
-    random = CONFIG.model_copy(update={"labels": "random"})
-    labels = labels_of(range(3000), 10, random)
-    assert labels_of([2999, 7], 10, random) == [labels[2999], labels[7]]
-    counts = torch.tensor(labels).bincount()
-    assert len(counts) == 10 and ((counts - 300).square() / 300).sum() < 27.9  # χ² of 9 degrees, p = 0.001
-    assert labels_of(range(3000), 10, random.model_copy(update={"seed": 1})) != labels
-    assert labels_of(range(8, 12), 10, CONFIG) == [8, 9, 0, 1]
-
-
-def test_random_labels_are_those_of_the_images(tmp_path: Path) -> None:
-    config = CONFIG.model_copy(update={"labels": "random"})
-    summary = generate(tiny_pipeline(), config, tmp_path, {}, "test")
-    assert summary["labels"] == labels_of(range(7), 10, config) and summary["protocol"]["labels"] == "random"
-    noise = [torch.randn(1, 8, 8, generator=generator(0, "sample", index)) for index in range(6)]
-    (images,) = tiny_pipeline()(
-        summary["labels"][:6], 4, latents=torch.stack(noise), output_type="pt", return_dict=False
-    )
-    torch.testing.assert_close(images[:3] * 2 - 1, sample_indices(tiny_pipeline(), range(3), config))
-    with pytest.raises(UserError, match=r"`labels` \('random', now 'balanced'\)"):
-        generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
-
-
-def test_guidance_is_a_line_through_both_predictions() -> None:
-    pipeline = tiny_pipeline()
-    model, null = pipeline.denoiser, null_label(pipeline.denoiser)
-    latents, labels = torch.randn(2, 1, 8, 8), torch.tensor([1, 2])
-    steps = torch.tensor(500)
-    with torch.no_grad():
-        conditional = model(latents, timestep=steps.expand(2), class_labels=labels).sample
-        unconditional = model(latents, timestep=steps.expand(2), class_labels=torch.full((2,), null)).sample
-        guided = pipeline._predict(latents, steps, labels, null, 3.0, None)
-        unguided = pipeline._predict(latents, steps, labels, null, 1.0, None)
-    torch.testing.assert_close(guided, 3 * conditional - 2 * unconditional)
-    torch.testing.assert_close(unguided, conditional)
-    assert (conditional - unconditional).abs().max() > 1e-3
+def generate(
+    pipeline: ClassConditionalPipeline, folder: Path, protocol: dict[str, Any] | None = None, **changes: Any
+) -> dict[str, Any]:
+    return generate_images(pipeline, CONFIG.model_copy(update=changes), folder, protocol or {}, "runs/test")
 
 
 def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.glob("*.png")}
 
 
-def test_interrupted_sampling_ends_with_the_same_files(tmp_path: Path) -> None:
-    pipeline = tiny_pipeline()
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DDPMScheduler", "DPMSolverMultistepScheduler"])
+def test_an_image_depends_on_its_index_alone(
+    scheduler: str, random_pipeline: Callable[..., ClassConditionalPipeline]
+) -> None:
+    """In float64: the rounding of a matrix product depends on the batch, and a solver enlarges it some thousand times,
+    which float32 shows at 1e-5 on some CPUs. diffusers' float32 tables are the same for each batch."""
+    pipeline = random_pipeline(scheduler)
+    pipeline.denoiser.double()
+    together = sample_images(pipeline, [0, 1, 2, 3], CONFIG)
+    torch.testing.assert_close(sample_images(pipeline, [3, 1], CONFIG), together[[3, 1]], rtol=0, atol=1e-6)
+    assert (together[0] - together[1]).abs().max() > 1e-2
+
+
+def test_random_labels_follow_from_seed_and_index() -> None:
+    random = CONFIG.model_copy(update={"labels": "random"})
+    labels = labels_of(range(3000), 10, random)
+    assert labels is not None and labels_of([2999, 7], 10, random) == [labels[2999], labels[7]]
+    counts = torch.tensor(labels).bincount()
+    assert len(counts) == 10 and ((counts - 300).square() / 300).sum() < 27.9  # χ² of 9 degrees, p = 0.001
+    assert labels_of(range(3000), 10, random.model_copy(update={"seed": 1})) != labels
+    assert labels_of(range(8, 12), 10, CONFIG) == [8, 9, 0, 1]
+    assert labels_of(range(3), None, CONFIG) is None
+
+
+def test_random_labels_are_those_of_the_images(pipeline: ClassConditionalPipeline, tmp_path: Path) -> None:
+    random = CONFIG.model_copy(update={"labels": "random"})
+    summary = generate(pipeline, tmp_path, labels="random")
+    assert summary["labels"] == labels_of(range(7), 10, random) and summary["protocol"]["labels"] == "random"
+    noise = torch.stack([torch.randn(1, 8, 8, generator=generator(0, "sample", index)) for index in range(3)])
+    (images,) = pipeline(summary["labels"][:3], 4, latents=noise, output_type="pt", return_dict=False)
+    assert torch.equal(images * 2 - 1, sample_images(pipeline, range(3), random))
+    with pytest.raises(UserError, match=r"`labels` \('random', now 'balanced'\); set it as it was"):
+        generate(pipeline, tmp_path)
+
+
+def test_interrupted_sampling_ends_with_the_same_files(
+    pipeline: ClassConditionalPipeline, tmp_path: Path
+) -> None:
     whole, parts = tmp_path / "whole", tmp_path / "parts"
-    summary = generate(pipeline, CONFIG, whole, {}, "test")
+    summary = generate(pipeline, whole)
     assert summary["num_images"] == 7 and summary["labels"] == [0, 1, 2, 3, 4, 5, 6]
     assert sorted(files(whole)) == [f"{i:06d}.png" for i in range(7)]
-    assert Image.open(whole / "000000.png").size == (8, 8)
+    assert Image.open(whole / "000000.png").size == (8, 8) and len(set(files(whole).values())) == 7
 
-    generate(pipeline, CONFIG, parts, {}, "test")
+    generate(pipeline, parts)
     kept = {index: (parts / f"{index:06d}.png").stat().st_mtime_ns for index in (0, 2, 6)}
     for index in (1, 3, 4, 5):  # a call that was killed, whatever it had got to
         (parts / f"{index:06d}.png").unlink()
-    generate(pipeline, CONFIG, parts, {}, "test")
+    generate(pipeline, parts)
     assert files(parts) == files(whole)
     assert kept == {index: (parts / f"{index:06d}.png").stat().st_mtime_ns for index in kept}
 
 
-def test_more_images_keep_those_that_are_there(tmp_path: Path) -> None:
-    generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
-    before = files(tmp_path)
-    more = generate(tiny_pipeline(), CONFIG.model_copy(update={"num_images": 8}), tmp_path, {}, "test")
-    assert more["num_images"] == 8 and len(files(tmp_path)) == 8
-    assert {name: files(tmp_path)[name] for name in before} == before
+def test_an_interrupted_extension_leaves_what_was_finished(
+    pipeline: ClassConditionalPipeline, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generate(pipeline, tmp_path / "parts", num_images=4)
+    passes = iter((True, False))
+
+    def killed(*arguments: Any) -> torch.Tensor:
+        if not next(passes):
+            raise KeyboardInterrupt
+        return sample_images(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("shd_diffusion.sampling.generate.sample_images", killed)
+        generate(pipeline, tmp_path / "parts", num_images=11)
+    summary = read_summary(tmp_path / "parts")
+    assert summary is not None and summary.num_images == 4 and summary.labels == [0, 1, 2, 3]
+    assert len(files(tmp_path / "parts")) == 6  # of which the two of a pass that was finished are not counted
+    assert generate(pipeline, tmp_path / "parts", num_images=11)["num_images"] == 11
+    generate(pipeline, tmp_path / "whole", num_images=11)
+    assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
-def test_fewer_images_forget_none_that_are_there(tmp_path: Path) -> None:
-    generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
+def test_fewer_images_forget_none_that_are_there(pipeline: ClassConditionalPipeline, tmp_path: Path) -> None:
+    generate(pipeline, tmp_path)
     (tmp_path / "000001.png").unlink()
-    fewer = generate(tiny_pipeline(), CONFIG.model_copy(update={"num_images": 3}), tmp_path, {}, "test")
+    fewer = generate(pipeline, tmp_path, num_images=3)
     assert fewer["num_images"] == len(fewer["labels"]) == len(files(tmp_path)) == 7
 
 
@@ -140,95 +128,74 @@ def test_every_image_has_its_place_in_a_pass_of_one_size(batch_size: int, num_pr
 
 
 def test_any_batch_size_number_of_processes_and_interruption_gives_the_same_files(
-    runs: Path, tmp_path: Path
+    run: Path, tmp_path: Path
 ) -> None:
-    """One process, two under `torchrun` through the launch file, three parts; from a model that was trained."""
-    for name in ("one", "two", "parts"):
-        ignored = shutil.ignore_patterns("samples", "evaluation", "checkpoints")
-        shutil.copytree(runs / "teacher", tmp_path / name, ignore=ignored)
+    """One process, two under `torchrun` through the launch file, and three parts, all on this machine."""
     options = sets("sample.num_inference_steps=3", "sample.num_images=150")
+    one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += [str(ROOT / "pipelines" / "sample.py"), str(tmp_path / "two"), *options]
+    launch += [str(ROOT / "pipelines" / "sample.py"), str(run), "--output", str(two), *options]
     subprocess.run([*launch, *sets("sample.batch_size=50")], check=True, capture_output=True, timeout=300)
-    assert command("sample", tmp_path / "one", *options, *sets("sample.batch_size=64"))[0] == 0
+    assert command("sample", run, "--output", one, *options, *sets("sample.batch_size=64"))[0] == 0
     for override in ("sample.num_images=37", "sample.num_images=101", "sample.batch_size=7"):
-        assert command("sample", tmp_path / "parts", *options, *sets(override))[0] == 0
-    one, two, parts = (files(tmp_path / name / "samples") for name in ("one", "two", "parts"))
-    assert len(one) == 150 and one == two == parts
+        assert command("sample", run, "--output", parts, *options, *sets(override))[0] == 0
+    assert len(files(one)) == 150 and files(one) == files(two) == files(parts)
     protocols = [
-        json.loads((tmp_path / name / "samples" / "sampling.json").read_text())["protocol"]
-        for name in ("one", "two", "parts")
+        json.loads((folder / "sampling.json").read_text())["protocol"] for folder in (one, two, parts)
     ]
     assert protocols[0] == protocols[1] == protocols[2] and protocols[0]["pass_size"] == 32
 
 
-def test_samples_of_another_protocol_are_not_mixed(tmp_path: Path) -> None:
-    generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
-    with pytest.raises(UserError, match=r"sampling\.json.*`guidance_scale`"):
-        generate(tiny_pipeline(), CONFIG.model_copy(update={"guidance_scale": 2.0}), tmp_path, {}, "test")
+def test_samples_of_another_protocol_are_not_mixed(
+    pipeline: ClassConditionalPipeline, tmp_path: Path
+) -> None:
+    generate(pipeline, tmp_path)
+    with pytest.raises(UserError, match=r"sampling\.json.*`guidance_scale` \(1.0, now 2.0\)"):
+        generate(pipeline, tmp_path, guidance_scale=2.0)
     with pytest.raises(UserError, match=r"sampling\.json.*`pass_size` \(3, now 4\)"):
-        generate(tiny_pipeline(), CONFIG.model_copy(update={"pass_size": 4}), tmp_path, {}, "test")
+        generate(pipeline, tmp_path, pass_size=4)
 
 
-def test_samples_of_before_passes_are_gone_on_with(tmp_path: Path) -> None:
-    """Their `batch_size` was what `pass_size` is."""
-    summary = generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
-    del summary["protocol"]["pass_size"], summary["protocol"]["labels"]
-    (tmp_path / "sampling.json").write_text(json.dumps(summary | {"batch_size": 3}))
-    with pytest.raises(UserError, match=r"`pass_size` \(3, now 32\); set it as it was"):
-        generate(tiny_pipeline(), CONFIG.model_copy(update={"pass_size": 32}), tmp_path, {}, "test")
-    before = files(tmp_path)
-    more = generate(tiny_pipeline(), CONFIG.model_copy(update={"num_images": 8}), tmp_path, {}, "test")
-    assert {name: files(tmp_path)[name] for name in before} == before and len(files(tmp_path)) == 8
-    assert more["protocol"]["pass_size"] == 3 and "batch_size" not in more
+def test_samples_of_other_weights_are_not_mixed(
+    run: Path, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    images, options = tmp_path / "images", sets("sample.num_images=4", "sample.num_inference_steps=2")
+    assert command("sample", run, "--output", images, *options)[0] == 0
+    before = files(images)
+    assert command("sample", run, "--output", images, *options, *sets("train.ema_decay=0.5"))[0] == 0
+    other = make_run(tmp_path / "other", seed=1)
+    code, _, said = command("sample", other, "--output", images, *options)
+    assert code == 2 and "were made with another `pipeline_sha256`" in said.splitlines()[-1]
+    assert files(images) == before
+    assert (
+        json.loads((images / "sampling.json").read_text())["protocol"]["ema_decay"] == 0.995
+    )  # the run's own
 
 
-def test_bad_requests_are_refused() -> None:
-    pipeline = tiny_pipeline()
-    with pytest.raises(ValueError, match="0 to 9"):
-        pipeline([10])
-    with pytest.raises(ValueError, match="latents have shape"):
-        pipeline([1], latents=torch.zeros(1, 1, 4, 4))
-    with pytest.raises(ValueError, match="no scheduler class"):
-        make_scheduler("NoScheduler", {}, DDPMScheduler())
-    with pytest.raises(ValueError, match="no argument `etta`"):
-        make_scheduler("DDIMScheduler", {"etta": 1}, DDPMScheduler())
-
-
-def test_a_scheduler_of_another_objective_is_refused() -> None:
-    flow, noise = FlowMatchEulerDiscreteScheduler(), DDPMScheduler()
-    with pytest.raises(ValueError, match="predicts a flow, which `DDIMScheduler` does not sample by"):
-        make_scheduler("DDIMScheduler", {}, flow)
-    with pytest.raises(ValueError, match="predicts noise, which `FlowMatchEulerDiscreteScheduler`"):
-        make_scheduler("FlowMatchEulerDiscreteScheduler", {}, noise)
-    solver = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
-    assert make_scheduler("DPMSolverMultistepScheduler", solver, flow).config["use_flow_sigmas"]
-    with pytest.raises(ValueError, match="predicts noise"):
-        make_scheduler("DPMSolverMultistepScheduler", solver, noise)
-
-
-def test_an_argument_goes_before_what_is_set_for_a_scheduler() -> None:
-    arguments = {"variance_type": "learned"}
-    found = make_scheduler("DPMSolverMultistepScheduler", arguments, DDPMScheduler())
-    assert found.config["variance_type"] == "learned"
-
-
-@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
-def test_a_learned_variance_is_left_out_where_a_scheduler_has_no_use_for_it(scheduler: str) -> None:
-    torch.manual_seed(0)
-    model = small_dit(2, layers=1, out_channels=2).eval()
-    plain = DDPMScheduler(clip_sample=False)
-    learned = DDPMScheduler(clip_sample=False, variance_type="learned_range")
-    images = []
-    for trained_with in (plain, learned):
-        pipeline = ClassConditionalPipeline(model, make_scheduler(scheduler, {}, trained_with))
-        pipeline.set_progress_bar_config(disable=True)
-        images.append(sample_indices(pipeline, range(3), CONFIG))
-    assert torch.equal(*images)
-
-
-def test_images_of_another_origin_are_left_alone(tmp_path: Path) -> None:
+def test_images_of_another_origin_are_left_alone(pipeline: ClassConditionalPipeline, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "000000.png")
     with pytest.raises(UserError, match=r"has images of another origin, without a sampling\.json"):
-        generate(tiny_pipeline(), CONFIG, tmp_path, {}, "test")
+        generate(pipeline, tmp_path)
     assert list(tmp_path.iterdir()) == [tmp_path / "000000.png"]
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "5", '{"num_images": -1}', '{"labels": 5}', '{"protocol": []}', "{"]
+)
+def test_a_damaged_summary_is_one_line(
+    content: str, pipeline: ClassConditionalPipeline, tmp_path: Path
+) -> None:
+    (tmp_path / "sampling.json").write_text(content)
+    with pytest.raises(UserError, match=r"sampling\.json: not ") as refused:
+        generate(pipeline, tmp_path)
+    assert "\n" not in str(refused.value)
+
+
+def test_images_that_are_no_numbers_are_not_written(
+    pipeline: ClassConditionalPipeline, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        pipeline.denoiser.proj_out_2.bias[0] = torch.nan
+    with pytest.raises(UserError, match=r"runs/test: its images are not finite"):
+        generate(pipeline, tmp_path)
+    assert not files(tmp_path)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize
 
 from shd_diffusion.squeezing import match_merges, plan_merges, squeeze_heads
-from shd_diffusion.squeezing.chunks import whole
+from shd_diffusion.squeezing.map_stream import whole
 from shd_diffusion.squeezing.matching import minimum_matching
 from shd_diffusion.squeezing.simplex import minimum_norm_weights
 

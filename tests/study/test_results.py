@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,10 @@ from shd_diffusion.study.page import write_study
 from shd_diffusion.study.results import (
     Outcome,
     Results,
-    Watched,
-    _row,
+    ValidationPoint,
     compare_variants,
     fid_after,
+    make_rows,
     reach,
     read_outcome,
     write_results,
@@ -28,7 +29,7 @@ from shd_diffusion.study.results import (
 
 TREE = {
     "title": "A question",
-    "base": "configs/digits/distill.yaml",
+    "distill": "configs/digits/distill.yaml",
     "output": "runs/studies/x",
     "variants": {"kd": {}, "shd": {}, "mean": {}},
     "conditions": {"short": {}, "long": {}},
@@ -54,8 +55,8 @@ def study() -> StudyConfig:
 def outcomes() -> list[Outcome]:
     return [
         Outcome(
-            condition, variant, seed, {"fid": fid}, 60.0 + seed, 1000, 50 if variant == "shd" else 0,
-            [Watched(step, step / 10, fid + 300 - step) for step in (100, 200, 300)],
+            condition, variant, seed, 60.0 + seed, 1000, 50 if variant == "shd" else 0, {"fid": fid},
+            [ValidationPoint(step, step / 10, fid + 300 - step) for step in (100, 200, 300)],
         )
         for (condition, variant), fids in FIDS.items()
         for seed, fid in enumerate(fids)
@@ -64,9 +65,8 @@ def outcomes() -> list[Outcome]:
 
 @pytest.fixture
 def results(study: StudyConfig, outcomes: list[Outcome]) -> Results:
-    rows = [_row([o for o in outcomes if (o.condition, o.variant) == key], study) for key in FIDS]
     return Results(
-        study=study, planned=18, outcomes=outcomes, rows=rows,
+        study=study, planned=18, outcomes=outcomes, rows=make_rows(study, outcomes),
         comparisons=compare_variants(study, outcomes, "fid"), teacher={"fid": 10.0},
         protocol={"features": "digits-classifier"}, commits=["abc"],
         environment={"machine": {"cores": 2}, "command": "shd-diffusion study x"},
@@ -97,11 +97,11 @@ def test_when_a_target_is_reached(outcomes: list[Outcome]) -> None:
 def test_files(results: Results, tmp_path: Path) -> None:
     write_results(results, tmp_path)
     tree = json.loads((tmp_path / "study.json").read_text())
-    assert tree["rows"][0]["figures"]["fid"]["mean"] == pytest.approx(1190 / 3)
+    assert tree["rows"][0]["metrics"]["fid"]["mean"] == pytest.approx(1190 / 3)
     assert tree["study"]["seeds"] == [0, 1, 2] and tree["commits"] == ["abc"]
     lines = list(csv.DictReader((tmp_path / "results.csv").open()))
     assert [line["variant"] for line in lines] == ["kd", "shd", "mean", "kd", "shd"]
-    assert lines[1]["extra_parameters"] == "50" and lines[1]["runs_to_fid_100"] == "2"
+    assert lines[1]["extra_parameters"] == "50" and lines[1]["reached.fid_100.n"] == "2"
     assert len(list(csv.DictReader((tmp_path / "runs.csv").open()))) == 14
 
 
@@ -114,6 +114,31 @@ def test_the_page_says_what_came_out(results: Results, tmp_path: Path) -> None:
     assert "| short | shd | 3 | 103 (65.4 to 141) | 61 s | 50 | 300 steps, 30 s (2 of 3) |" in tables
 
 
+def test_the_title_is_text_in_markdown(results: Results, tmp_path: Path) -> None:
+    title = "# <script>\n| *a*"
+    changed = replace(results, study=results.study.model_copy(update={"title": title}))
+    write_study(changed, tmp_path / "study.html")
+    first, *_ = (tmp_path / "study.md").read_text().splitlines()
+    assert first == r"# \# &lt;script>\\n\| \*a\*"
+
+
+def test_a_damaged_run_is_named(study: StudyConfig, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    planned = Planned("", "kd", 0, run, read_config(DISTILL_CONFIG, DistillConfig), ())
+    run.evaluation_file.parent.mkdir()
+    for log, metrics, summary, says in (
+        ("{}\n{}\n", "{}", "{}", "metrics.jsonl: line 1 is not a logged step"),
+        ("", "[1]", "{}", "metrics.json: Input should be"),
+        ("", '{"fid": null}', "{}", "metrics.json: has no `fid`"),
+        ("", '{"fid": 1}', "[]", "summary.json: Input should be"),
+    ):
+        run.metrics_file.write_text(log)
+        run.evaluation_file.write_text(metrics)
+        run.summary_file.write_text(summary)
+        with pytest.raises(UserError, match=says):
+            read_outcome(planned, study)
+
+
 def test_steps_that_were_left_out_count_as_time(study: StudyConfig, tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     lines = [
@@ -122,20 +147,26 @@ def test_steps_that_were_left_out_count_as_time(study: StudyConfig, tmp_path: Pa
         {"step": 20, "seconds_per_step": 3.0, "watch": {"fid": 7.0}},
     ]
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run.summary_file.write_text('{"parameters": 5}')
+    run.summary_file.write_text('{"stage": "distill", "parameters": 5, "heads": 2}')
     run.evaluation_file.parent.mkdir()
     run.evaluation_file.write_text('{"fid": 6.0}')
     config = read_config(DISTILL_CONFIG, DistillConfig)
-    outcome = read_outcome(Planned("", "kd", 0, run, config, ()))
-    assert outcome.seconds == 10 * 2 + 10 * 3 and outcome.watched == [Watched(20, 50.0, 7.0)]
+    outcome = read_outcome(Planned("", "kd", 0, run, config, ()), study)
+    assert outcome.training_seconds == 10 * 2 + 10 * 3 and outcome.validation == [
+        ValidationPoint(20, 50.0, 7.0)
+    ]
 
 
-def test_the_watched_distance_after_equal_seconds(study: StudyConfig) -> None:
-    watched = [Watched(100, 10.0, 400.0), Watched(200, 20.0, 100.0), Watched(300, 30.0, 50.0)]
-    found = [fid_after(watched, seconds) for seconds in (10, 15, 20, 25, 99)]
+def test_the_distance_after_equal_seconds(study: StudyConfig) -> None:
+    points = [
+        ValidationPoint(100, 10.0, 400.0),
+        ValidationPoint(200, 20.0, 100.0),
+        ValidationPoint(300, 30.0, 50.0),
+    ]
+    found = [fid_after(points, seconds) for seconds in (10, 15, 20, 25, 99)]
     # geometric means half way; then it had ended
     assert found == pytest.approx([400, 200, 100, 50 * 2**0.5, 50])
-    assert study.model_copy(update={"after_seconds": [2.5]}).compared == ["fid", "watched_fid_after_2.5_s"]
+    assert study.model_copy(update={"after_seconds": [2.5]}).compared == ["fid", "validation_fid_after_2.5_s"]
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def study_file(folder: Path, teacher: Path, **changes: object) -> Path:
     path = folder / "study.yaml"
     tree = {
         "title": "Two variants, two seeds",
-        "base": str(DISTILL_CONFIG),
+        "distill": str(DISTILL_CONFIG),
         "output": str(folder / "study"),
         "overrides": {**STEPS, "teacher.path": str(teacher)},
         "variants": {"kd": {"losses.shd.weight": 0}, "vkd": {"losses.shd.weight": 0, "losses.vkd.weight": 1}},
@@ -68,14 +68,14 @@ def test_a_study_is_interrupted_and_resumed(
     rows = {row["variant"]: row for row in results["rows"]}
     assert [row["seeds"] for row in rows.values()] == [[0, 1], [0, 1]]
     assert (rows["kd"]["extra_parameters"], rows["vkd"]["extra_parameters"]) == (0, 6 * 40 * 96)
-    figures = json.loads((finished / "evaluation/metrics.json").read_text())
-    assert results["outcomes"][0]["figures"]["fid"] == figures["fid"]
-    everything, nothing = rows["vkd"]["reached"]
+    metrics = json.loads((finished / "evaluation/metrics.json").read_text())
+    assert results["outcomes"][0]["metrics"]["fid"] == metrics["fid"]
+    everything, nothing = rows["vkd"]["reached"].values()
     assert (everything["n"], everything["steps"]["mean"], nothing["n"]) == (2, 5.0, 0)
-    last = [o["watched"][-1]["fid"] for o in results["outcomes"] if o["variant"] == "kd"]
-    assert rows["kd"]["figures"]["watched_fid_after_1e+06_s"]["mean"] == pytest.approx(sum(last) / 2)
+    last = [o["validation"][-1]["fid"] for o in results["outcomes"] if o["variant"] == "kd"]
+    assert rows["kd"]["metrics"]["validation_fid_after_1e+06_s"]["mean"] == pytest.approx(sum(last) / 2)
     difference = results["comparisons"][0]["paired"]["difference"]
-    first, second = ([o["figures"]["fid"] for o in results["outcomes"] if o["variant"] == v] for v in rows)
+    first, second = ([o["metrics"]["fid"] for o in results["outcomes"] if o["variant"] == v] for v in rows)
     assert difference["mean"] == pytest.approx(sum(second) / 2 - sum(first) / 2)
 
     # the run that was interrupted ends as one that was not
@@ -84,8 +84,8 @@ def test_a_study_is_interrupted_and_resumed(
     overrides += ["sample.seed=0", "losses.shd.weight=0", "losses.vkd.weight=1"]
     assert command("distill", DISTILL_CONFIG, "--output", alone, *sets(*overrides))[0] == 0
     weights = "pipeline/denoiser/diffusion_pytorch_model.safetensors"
-    ours, theirs = load_file(alone / weights), load_file(output / "runs/vkd/seed-0" / weights)
-    assert all((ours[name] == theirs[name]).all() for name in ours)
+    once, resumed = load_file(alone / weights), load_file(output / "runs/vkd/seed-0" / weights)
+    assert all((once[name] == resumed[name]).all() for name in once)
 
 
 def stand_in(code: int, says: str = "") -> tuple[str, ...]:

@@ -37,7 +37,7 @@ def log(run: Path) -> list[dict]:
 
 
 def state(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return load_file(run / f"checkpoints/step-{step:08d}/method.safetensors")
+    return load_file(run / f"checkpoints/step-{step:08d}/loss.safetensors")
 
 
 def test_every_baseline_is_a_term(run: Path) -> None:
@@ -48,11 +48,7 @@ def test_every_baseline_is_a_term(run: Path) -> None:
 
 def test_projectors_train_and_are_counted(run: Path) -> None:
     before, after = state(run, 2), state(run, 4)
-    moved = {
-        name.split(".")[0].removeprefix("baselines/")
-        for name in before
-        if (before[name] != after[name]).any()
-    }
+    moved = {name.split(".")[0] for name in before if (before[name] != after[name]).any()}
     assert moved == {"features", "vkd", "attention_output", "aligner"}
     projectors = (
         2 * 6 * (40 * 96 + 96) + 6 * 40 * 96
@@ -94,11 +90,14 @@ def test_the_student_starts_as_without_them(runs: Path, run: Path, tmp_path: Pat
     )
 
 
-def test_the_student_is_watched_without_a_trace(runs: Path, run: Path, tmp_path: Path) -> None:
-    watch = ["train.watch.every=2", "train.watch.num_images=24", "train.watch.num_inference_steps=2"]
+def test_the_student_is_validated_without_a_trace(runs: Path, run: Path, tmp_path: Path) -> None:
+    watch = [
+        f"train.validation.{key}={value}"
+        for key, value in (("every", 2), ("num_images", 24), ("num_inference_steps", 2))
+    ]
     assert distill(runs, tmp_path / "watched", *watch)[0] == 0
     watched = log(tmp_path / "watched")
-    assert [entry["step"] for entry in watched if entry.pop("watch", {}).get("fid", -1) >= 0] == [2, 4]
+    assert [entry["step"] for entry in watched if entry.pop("validation", {}).get("fid", -1) >= 0] == [2, 4]
     assert watched == log(run)
 
 

@@ -15,6 +15,8 @@ import torch
 from commands import TEACHER_CONFIG, command, sets, start
 from safetensors.torch import load_file
 
+from shd_diffusion.run_folder import RunFolder
+
 SHORT = ["train.max_steps=40", "train.batch_size=8", "train.checkpoint_every=5", "train.log_every=1"]
 TINY = [f"model.arguments.{key}={value}" for key, value in (("num_layers", 1), ("num_attention_heads", 2))]
 ARGUMENTS = [str(part) for part in ["train-teacher", TEACHER_CONFIG, *sets(*SHORT, *TINY)]]
@@ -59,7 +61,9 @@ def test_killed_again_and_again_it_ends_with_the_same_weights(uninterrupted: Pat
     assert not [path.name for path in (run / "checkpoints").iterdir() if path.name.startswith(".")]
 
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped bit", "missing file", "no manifest"])
+@pytest.mark.parametrize(
+    "damage", ["truncated", "flipped bit", "missing file", "no manifest", "a digit of the manifest"]
+)
 def test_a_damaged_checkpoint_is_reported_and_passed_over(
     damage: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -80,9 +84,137 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(
             file.unlink()
         case "no manifest":
             (newest / "manifest.json").unlink()
+        case "a digit of the manifest":
+            text = (newest / "manifest.json").read_text()
+            (newest / "manifest.json").write_text(text.replace('"last_epoch": 40', '"last_epoch": 41'))
     code, _, errors = command(*ARGUMENTS, "--output", run)
     assert code == 0 and "step-00000040: damaged" in errors
     assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("trick", ["swapped", "renamed beyond the end", "of another seed"])
+def test_checkpoints_of_another_step_or_run_are_passed_over(
+    trick: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    shutil.rmtree(run / "pipeline")
+    (run / "summary.json").unlink()
+    folder = run / "checkpoints"
+    match trick:
+        case "swapped":
+            (folder / "step-00000040").rename(tmp_path / "kept")
+            (folder / "step-00000035").rename(folder / "step-00000040")
+            (tmp_path / "kept").rename(folder / "step-00000035")
+        case "renamed beyond the end":
+            (folder / "step-00000040").rename(folder / "step-00000099")
+        case "of another seed":
+            other = tmp_path / "other"
+            assert command(*ARGUMENTS, "--output", other, *sets("seed=1"))[0] == 0
+            shutil.rmtree(folder / "step-00000040")
+            shutil.copytree(other / "checkpoints" / "step-00000040", folder / "step-00000040")
+    code, _, errors = command(*ARGUMENTS, "--output", run)
+    assert code == 0 and "using the checkpoint before it" in errors
+    assert_same_run(run, uninterrupted)
+
+
+def test_other_names_beside_the_checkpoints_are_none_of_ours(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "summary.json").unlink()
+    for name in ("step-old", "step-00000035.bak", "step-\u00b28", "step-00000040 (copy)"):
+        shutil.copytree(run / "checkpoints" / "step-00000035", run / "checkpoints" / name)
+    assert command(*ARGUMENTS, "--output", run)[0] == 0
+    assert_same_run(run, uninterrupted)
+    assert len(list((run / "checkpoints").iterdir())) == 6
+
+
+def test_a_damaged_checkpoint_does_not_count_among_the_last(uninterrupted: Path, tmp_path: Path) -> None:
+    """With keep_last=1 the one that is written next stays, though a damaged one has a later step."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "summary.json").unlink()
+    (run / "checkpoints" / "step-00000040" / "ema.safetensors").unlink()
+    assert (
+        command(*ARGUMENTS, "--output", run, *sets("train.keep_last=1", "train.checkpoint_every=39"))[0] == 0
+    )
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-00000040"]
+    assert_same_run(run, uninterrupted)
+
+
+def test_a_run_goes_on_to_more_steps_and_never_to_fewer(uninterrupted: Path, tmp_path: Path) -> None:
+    """With a constant learning rate, extended it is the run that was longer from the start."""
+    constant, run = sets("train.lr_schedule=constant"), tmp_path / "run"
+    assert command(*ARGUMENTS, "--output", run, *constant, *sets("train.max_steps=25"))[0] == 0
+    assert command(*ARGUMENTS, "--output", run, *constant)[0] == 0
+    assert command(*ARGUMENTS, "--output", tmp_path / "at once", *constant)[0] == 0
+    assert_same_run(run, tmp_path / "at once")
+    assert json.loads((run / "summary.json").read_text())["steps"] == 40
+    code, _, errors = command(*ARGUMENTS, "--output", run, *constant, *sets("train.max_steps=39"))
+    assert code == 2 and "train.max_steps" in errors and "grow" in errors
+
+
+def test_what_changes_no_weights_may_change_and_is_kept(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    free = ["train.log_every=2", "train.keep_last=3", "train.micro_batch_size=4", "sample.num_images=77"]
+    assert command(*ARGUMENTS, "--output", run, *sets(*free, "train.trackers=[tensorboard]"))[0] == 0
+    config = (run / "config.yaml").read_text()
+    assert all(line in config for line in ("log_every: 2", "keep_last: 3", "num_images: 77", "- tensorboard"))
+    code, _, errors = command(*ARGUMENTS, "--output", run, *sets("train.batch_size=4"))
+    assert code == 2 and "`train.batch_size` is 8 there, 4 now" in errors
+
+
+def test_killed_while_the_folder_is_made_the_same_command_goes_on(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / ".config.yaml.tmp-1").write_text("seed")
+    (run / ".lock").touch()
+    assert command(*ARGUMENTS, "--output", run, *sets("train.max_steps=1"))[0] == 0
+
+
+def test_two_commands_do_not_train_in_one_folder(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    with RunFolder(run).locked():
+        code, _, errors = command(*ARGUMENTS, "--output", run)
+    assert code == 2 and "another command is training in this folder" in errors
+    assert [path.name for path in run.iterdir()] == [".lock"]
+    assert command(*ARGUMENTS, "--output", run)[0] == 0  # a lock that nobody holds is none
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_ends_the_run_after_its_step_with_a_checkpoint(
+    signum: signal.Signals, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    process = start(*ARGUMENTS, "--output", run, *sets("train.checkpoint_every=1000"))
+    wait_for(run / "metrics.jsonl", process)
+    process.send_signal(signum)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 128 + signum, errors
+    assert "interrupted after step" in errors and "Traceback" not in errors
+    (checkpoint,) = (run / "checkpoints").iterdir()
+    last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+    assert checkpoint.name == f"step-{last:08d}"
+    assert command(*ARGUMENTS, "--output", run)[0] == 0
+    assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_dropout_is_resumed_exactly(workers: int, tmp_path: Path) -> None:
+    more = sets("model.arguments.dropout=0.1", f"data.num_workers={workers}", "train.max_steps=20")
+    whole, run = tmp_path / "whole", tmp_path / "run"
+    assert command(*ARGUMENTS, "--output", whole, *more)[0] == 0
+    shutil.copytree(whole, run)
+    for later in ("step-00000015", "step-00000020"):
+        shutil.rmtree(run / "checkpoints" / later, ignore_errors=True)
+    for name in ("summary.json", "config.yaml"):
+        (run / name).unlink()
+    shutil.copy(whole / "config.yaml", run)
+    assert command(*ARGUMENTS, "--output", run, *more)[0] == 0
+    first, second = weights(run), weights(whole)
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 def test_only_the_last_and_the_chosen_checkpoints_stay(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from commands import DISTILL_CONFIG, ROOT, TEACHER_CONFIG, command, sets
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from shd_diffusion.training.operations import kept_for_backward, operation_counter
+from shd_diffusion.operations import kept_for_backward, operation_counter
 
 SMALL = ["train.batch_size=4", f"teacher.path={TEACHER_CONFIG}"]
 

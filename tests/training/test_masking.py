@@ -11,12 +11,14 @@ import torch
 from commands import ROOT, command, sets
 from diffusers import DiTTransformer2DModel
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
-from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel, draw_ids_keep
-from shd_diffusion.training.draws import draw
-from shd_diffusion.training.masking import WithMasking, prepare_masking
-from shd_diffusion.training.methods import Batch
+from shd_diffusion.losses.term import Batch, StepOutputs, Term, TermConfig
+from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
+from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
+from shd_diffusion.models.teacher import Teacher
+from shd_diffusion.training.build import _prepare_masking
+from shd_diffusion.training.objectives import TrainingLoss
 
 CONFIGS = ROOT / "configs" / "digits"
 SHORT = ["train.max_steps=2", "train.batch_size=8", "train.log_every=1", "train.checkpoint_every=2"]
@@ -34,72 +36,52 @@ def mdtv2(**arguments: Any) -> MDTv2Transformer2DModel:
     return MDTv2Transformer2DModel(**sizes | arguments)
 
 
-class Recorder:
-    """A method that notes the masks it is called with."""
+class Seen(Term):
+    """A term that notes the masks it is called with."""
+
+    needs_teacher = False
+    reaches_output = True
 
     def __init__(self) -> None:
+        super().__init__(TermConfig(weight=0.5), None, None)  # type: ignore[arg-type]
         self.seen: list[Tensor | None] = []
 
-    def __call__(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
-        self.seen.append(batch.ids_keep)
-        return {"denoise": torch.tensor(float(len(self.seen)))}
-
-    def weights(self, step: int) -> dict[str, float]:
-        return {"denoise": 0.5 + step}
-
-    def parameters(self) -> list[nn.Parameter]:
-        return []
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {"kept": torch.ones(1)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.loaded = state
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        self.seen.append(outputs.batch.condition.get("ids_keep"))
+        return torch.tensor(float(len(self.seen)))
 
 
 def test_every_batch_is_seen_whole_and_masked_with_the_same_weight() -> None:
-    recorder, kept = Recorder(), draw_ids_keep(2, 16, 0.3)
-    method = WithMasking(recorder)
-    part = torch.zeros(2, 1, 8, 8)
-    batch = Batch(part, part, part, torch.zeros(2), torch.zeros(2), torch.zeros(2), kept)
-    terms = method(nn.Identity(), batch, 3)
-    assert {name: float(term) for name, term in terms.items()} == {"denoise": 1.0, "denoise_masked": 2.0}
-    assert recorder.seen[0] is None and recorder.seen[1] is kept
-    assert method.weights(3) == {"denoise": 3.5, "denoise_masked": 3.5}
-    method.load_state_dict(method.state_dict())
-    assert set(recorder.loaded) == {"kept"}
-
-
-def test_masks_change_no_other_draw_and_are_shared_out_by_sample() -> None:
-    plain = draw(0, 5, 6, (1, 8, 8), 1000, 0.1, latent_noise=True)
-    masked = draw(0, 5, 6, (1, 8, 8), 1000, 0.1, latent_noise=True, masking=(16, 0.3))
-    for name in ("noise", "timesteps", "dropped", "flipped", "latent_noise"):
-        assert torch.equal(getattr(plain, name), getattr(masked, name))
-    assert plain.ids_keep is None and masked.ids_keep is not None
-    assert masked.ids_keep.shape[0] == 6 and 8 <= masked.ids_keep.shape[1] <= 11
-    share = masked.take(slice(2, 4), torch.device("cpu"))
-    assert share.ids_keep is not None and torch.equal(share.ids_keep, masked.ids_keep[2:4])
+    term, kept, model = Seen(), torch.tensor([[0, 3], [2, 1]]), mdtv2().eval()
+    process = ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig()))
+    part, numbers = torch.zeros(2, 1, 8, 8), torch.zeros(2, dtype=torch.long)
+    batch = Batch(part, part, part, numbers, {"class_labels": numbers}, {"ids_keep": kept})
+    with TrainingLoss(process, {"seen": term}, model, None, 10) as loss:
+        terms = loss(model, batch, 3)
+    assert {name: float(term) for name, term in terms.items()} == {"seen": 1.0, "seen_masked": 2.0}
+    assert term.seen[0] is None and term.seen[1] is kept
+    assert loss.weights(3) == {"seen": 0.5, "seen_masked": 0.5}
 
 
 def test_without_masking_what_only_it_trains_is_frozen() -> None:
     model = mdtv2()
-    prepare_masking(model, None, 0.0)
+    _prepare_masking(model, None, 0.0)
     model(torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([1, 2])).sample.sum().backward()
     assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
     assert not model.mask_token.requires_grad and not next(model.side_block.parameters()).requires_grad
     masked = mdtv2()
-    prepare_masking(masked, None, 0.3)
+    _prepare_masking(masked, None, 0.3)
     assert all(parameter.requires_grad for parameter in masked.parameters())
 
 
 def test_models_that_cannot_share_a_mask_are_named() -> None:
     dit = DiTTransformer2DModel(num_layers=1, out_channels=1, num_embeds_ada_norm=10, **SIZES)
     with pytest.raises(ValueError, match="DiTTransformer2DModel takes no token mask"):
-        prepare_masking(mdtv2(), dit, 0.3)
+        _prepare_masking(mdtv2(), Teacher(dit), 0.3)
     with pytest.raises(ValueError, match="16 tokens of the student and 4 of the teacher"):
-        prepare_masking(mdtv2(), mdtv2(patch_size=4), 0.3)
+        _prepare_masking(mdtv2(), Teacher(mdtv2(patch_size=4)), 0.3)
     with pytest.raises(ValueError, match=r"mask_ratio 0\.79"):
-        prepare_masking(mdtv2(patch_size=4), None, 0.79)
+        _prepare_masking(mdtv2(patch_size=4), None, 0.79)
 
 
 @pytest.mark.parametrize("layer_map", ["uniform", "[3, 7, 8, 9]"])
@@ -125,7 +107,7 @@ def test_a_deeper_mdtv2_teaches_a_shallower_one_masked(tmp_path: Path, layer_map
         name + suffix for name in ("denoise", "output", "shd") for suffix in ("", "_masked")
     }
     assert entry["terms"]["shd"]["value"] != entry["terms"]["shd_masked"]["value"]
-    divergence = entry["divergence"]  # of the passes over all tokens
+    divergence = entry["shd_by_block"]  # of the passes over all tokens
     assert sum(divergence.values()) / len(divergence) == pytest.approx(entry["terms"]["shd"]["value"])
     with safe_open(tmp_path / "student" / "attention.safetensors", "pt") as file:
         blocks = json.loads(file.metadata()["description"])["blocks"]

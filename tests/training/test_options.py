@@ -16,9 +16,9 @@ from torch import nn
 from torch._inductor import config as inductor
 
 from shd_diffusion.config import TrainConfig
-from shd_diffusion.training import stages
+from shd_diffusion.training import run as run_module
 from shd_diffusion.training.launch import make_accelerator
-from shd_diffusion.training.methods import Distillation
+from shd_diffusion.training.objectives import TrainingLoss
 
 SHORT = ["train.max_steps=3", "train.batch_size=4", "train.log_every=1", "train.warmup_steps=0"]
 TEACHER = ["model.arguments.num_layers=2", "model.arguments.num_attention_heads=4"]
@@ -140,15 +140,15 @@ def test_the_teacher_teaches_and_nothing_else(
     dtype: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Frozen, in evaluation mode, as wide as asked for; no part of the optimiser, the average or a checkpoint."""
-    original, seen = Distillation.__call__, []
+    original, seen = TrainingLoss.__call__, []
 
-    def watched(self: Distillation, *arguments: Any) -> dict[str, torch.Tensor]:
+    def watched(self: TrainingLoss, *arguments: Any) -> dict[str, torch.Tensor]:
         seen.append(self.teacher)
         assert not any(module.training for module in self.teacher.modules())
         assert {parameter.dtype for parameter in self.teacher.parameters()} == {getattr(torch, dtype)}
         return original(self, *arguments)
 
-    monkeypatch.setattr(Distillation, "__call__", watched)
+    monkeypatch.setattr(TrainingLoss, "__call__", watched)
     run = distill(folder, tmp_path / "run", f"teacher.dtype={dtype}")
     assert losses(run) == pytest.approx(losses(folder / "plain"), rel=1e-2)
     assert all(p.grad is None and not p.requires_grad for p in seen[-1].parameters())
@@ -157,31 +157,31 @@ def test_the_teacher_teaches_and_nothing_else(
 
     checkpoint, student = run / "checkpoints" / "step-00000003", weights(run)
     model, average, optimizer = (
-        load_file(checkpoint / f"{name}.safetensors") for name in ("model", "average", "optimizer")
+        load_file(checkpoint / f"{name}.safetensors") for name in ("model", "ema", "optimizer")
     )
     assert {name: tensor.shape for name, tensor in model.items() if name in student} == {
         name: tensor.shape for name, tensor in student.items()
     }
     assert len(average) == len(student) and len({name.split("/")[0] for name in optimizer}) == len(student)
     assert {path.name for path in checkpoint.iterdir()} == {
-        *(f"{name}.safetensors" for name in ("model", "average", "optimizer", "method")), "manifest.json",
+        *(f"{name}.safetensors" for name in ("model", "ema", "optimizer", "loss")), "manifest.json",
     }  # fmt: skip
 
 
 def test_the_divergence_is_logged_block_by_block(folder: Path, tmp_path: Path) -> None:
     """Wherever the term was computed and nowhere else; with two passes a step, and tempered as the term is."""
-    halves = ["train.batch_size=2", "train.gradient_accumulation_steps=2"]
+    halves = ["train.micro_batch_size=2"]
     run = distill(folder, tmp_path / "run", *halves, "losses.shd.every=2", "losses.shd.temperature=3")
-    assert [("shd" in entry["terms"], "divergence" in entry) for entry in log(run)] == [
+    assert [("shd" in entry["terms"], "shd_by_block" in entry) for entry in log(run)] == [
         (True, True),
         (False, False),
         (True, True),
     ]
     for entry in [*log(folder / "plain"), *log(run)[::2]]:
-        blocks = entry["divergence"]
+        blocks = entry["shd_by_block"]
         assert list(blocks) == ["transformer_blocks.0.attn1", "transformer_blocks.1.attn1"]
         assert sum(blocks.values()) / 2 == pytest.approx(entry["terms"]["shd"]["value"], rel=1e-6)
-    assert all("divergence" not in entry for entry in log(folder / "teacher"))
+    assert all("shd_by_block" not in entry for entry in log(folder / "teacher"))
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine"])
@@ -193,12 +193,33 @@ def test_the_learning_rate_is_warmed_up_by_every_schedule(
     assert rates == pytest.approx([5e-4, 1e-3, 1.5e-3])
 
 
+@pytest.mark.parametrize(
+    "error", [ValueError("maps over 36 and 16 tokens"), torch.OutOfMemoryError("memory")]
+)
 def test_attention_that_cannot_be_shown_does_not_cost_the_run(
-    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: Exception, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def apart(*_: object) -> None:
-        raise ValueError("maps over 36 and 16 tokens: square grids compare, one a multiple of the other")
+    """The pipeline is there before the maps are tried, and the same command tries them again."""
+    run = tmp_path / "run"
 
-    monkeypatch.setattr(stages, "study_attention", apart)
-    run = distill(folder, tmp_path / "run", "losses.shd.weight=0")
-    assert (run / "summary.json").exists() and not (run / "attention.safetensors").exists()
+    def apart(*_: object) -> None:
+        assert (run / "pipeline" / "model_index.json").exists() and (run / "summary.json").exists()
+        raise error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(run_module, "save_attention_maps", apart)
+        distill(folder, run, "losses.shd.weight=0")
+    assert not (run / "attention.safetensors").exists()
+    distill(folder, run, "losses.shd.weight=0")
+    assert (run / "attention.safetensors").exists()
+
+
+@pytest.mark.parametrize("accumulation", ["1", "4"])
+def test_the_environment_does_not_override_the_config(
+    accumulation: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", accumulation)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    run = distill(folder, tmp_path / "run")
+    first, second = weights(run), weights(folder / "plain")
+    assert all(torch.equal(first[name], second[name]) for name in second)

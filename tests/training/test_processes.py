@@ -20,10 +20,12 @@ TEACHER = ["model.arguments.num_layers=2", "model.arguments.num_attention_heads=
 STUDENT = ["student.arguments.num_layers=2", "student.arguments.num_attention_heads=2"]
 ALONE = ["train.batch_size=8", "train.num_processes=1"]
 HALVES = {
-    "accumulated": ["train.batch_size=4", "train.gradient_accumulation_steps=2"],
-    "two": ["train.batch_size=4", "train.num_processes=2"],
+    "accumulated": ["train.batch_size=8", "train.micro_batch_size=4"],
+    "in threes": ["train.batch_size=8", "train.micro_batch_size=3"],
+    "two": ["train.batch_size=8", "train.checkpoint_every=2"],
+    "maps alone": ["train.batch_size=8", "losses.denoise.weight=0", "losses.output.weight=0"],
     "sharded": [
-        "train.batch_size=4",
+        "train.batch_size=8",
         "train.num_processes=2",
         "train.shard=true",
         "train.checkpoint_every=2",
@@ -36,11 +38,11 @@ import json, shutil, sys
 from pathlib import Path
 from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.processes import processes
-from shd_diffusion.training.stages import distill
+from shd_diffusion.training.run import train
 
 config, runs = Path(sys.argv[1]), json.loads(sys.argv[2])
 for output, overrides in runs.items():
-    distill(read_config(config, DistillConfig, overrides), Path(output), "the test's config")
+    train(read_config(config, DistillConfig, overrides), Path(output), "the test's config")
 processes().wait_for_everyone()
 if processes().is_main_process:
     shutil.copytree(output, output + "-resumed")
@@ -48,7 +50,7 @@ if processes().is_main_process:
         shutil.rmtree(Path(output + "-resumed") / part)
     (Path(output + "-resumed") / "summary.json").unlink()
 processes().wait_for_everyone()
-distill(read_config(config, DistillConfig, overrides), Path(output + "-resumed"), "the test's config")
+train(read_config(config, DistillConfig, overrides), Path(output + "-resumed"), "the test's config")
 """
 
 
@@ -75,19 +77,20 @@ def dealt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command("train-teacher", TEACHER_CONFIG, "--output", folder / "teacher", *sets(*STEPS, *TEACHER))[0]
         == 0
     )
-    for name, overrides in (("alone", ALONE), ("accumulated", HALVES["accumulated"])):
+    alone = {"alone": ALONE, **{name: HALVES[name] for name in ("accumulated", "in threes")}}
+    for name, overrides in alone.items():
         run = folder / name
         assert command("distill", DISTILL_CONFIG, "--output", run, *sets(*common, *overrides))[0] == 0
     script = folder / "together.py"
     script.write_text(TOGETHER)
-    runs = {str(folder / name): [*common, *HALVES[name]] for name in ("two", "sharded")}
+    runs = {str(folder / name): [*common, *HALVES[name]] for name in ("two", "maps alone", "sharded")}
     torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     done = launch(torchrun, script, DISTILL_CONFIG, json.dumps(runs))
     assert done.returncode == 0, done.stderr
     return folder
 
 
-@pytest.mark.parametrize("name", HALVES)
+@pytest.mark.parametrize("name", [name for name in HALVES if name != "maps alone"])
 def test_halves_of_a_batch_make_the_same_run(name: str, dealt: Path) -> None:
     """Two forward passes or two processes with half the batch: the same losses and gradients at every step."""
     whole, halves = log(dealt / "alone"), log(dealt / name)
@@ -98,8 +101,8 @@ def test_halves_of_a_batch_make_the_same_run(name: str, dealt: Path) -> None:
         for term, figures in theirs["terms"].items():
             assert ours["terms"][term]["value"] == pytest.approx(figures["value"], rel=1e-5), term
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-5)
-        assert len(ours["divergence"]) == 2
-        assert ours["divergence"] == pytest.approx(theirs["divergence"], rel=1e-5)
+        assert len(ours["shd_by_block"]) == 2
+        assert ours["shd_by_block"] == pytest.approx(theirs["shd_by_block"], rel=1e-5)
     ours, theirs = weights(dealt / name), weights(dealt / "alone")
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
@@ -107,6 +110,46 @@ def test_halves_of_a_batch_make_the_same_run(name: str, dealt: Path) -> None:
             "to_k.bias"
         ):  # cancels in the softmax: Adam takes steps along mere rounding errors
             torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-6)
+
+
+def test_a_run_changes_over_to_another_number_of_processes(dealt: Path, tmp_path: Path) -> None:
+    """Two processes to its half, one from there on: the same run as any other."""
+    run = tmp_path / "run"
+    shutil.copytree(dealt / "two", run)
+    shutil.rmtree(run / "pipeline")
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    (run / "summary.json").unlink()
+    overrides = sets(*STEPS, *STUDENT, *HALVES["two"], f"teacher.path={dealt / 'teacher'}")
+    assert command("distill", DISTILL_CONFIG, "--output", run, *overrides)[0] == 0
+    changed, whole = log(run), log(dealt / "alone")
+    assert [entry["images"] for entry in changed] == [entry["images"] for entry in whole]
+    for first, second in zip(changed, whole, strict=True):
+        assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+
+
+def test_four_processes_take_the_same_first_step(dealt: Path, tmp_path: Path) -> None:
+    script = tmp_path / "four.py"
+    script.write_text(TOGETHER.partition("processes().wait_for_everyone()")[0])
+    overrides = [
+        *STEPS,
+        *STUDENT,
+        f"teacher.path={dealt / 'teacher'}",
+        "train.batch_size=8",
+        "train.max_steps=1",
+    ]
+    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
+    done = launch(torchrun, script, DISTILL_CONFIG, json.dumps({str(tmp_path / "run"): overrides}))
+    assert done.returncode == 0, done.stderr
+    first, second = log(tmp_path / "run")[0], log(dealt / "alone")[0]
+    assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
+    assert first["gradient_norm"] == pytest.approx(second["gradient_norm"], rel=1e-5)
+
+
+def test_a_loss_on_maps_alone_trains_in_two_processes(dealt: Path) -> None:
+    """Parameters behind the last map have a gradient of 0 there: none at all, and they would wait for it for ever."""
+    entries = log(dealt / "maps alone")
+    assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
+    assert all(set(entry["terms"]) == {"shd"} for entry in entries)
 
 
 def test_a_sharded_run_is_resumed_with_the_same_weights(dealt: Path) -> None:

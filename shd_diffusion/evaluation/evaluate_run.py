@@ -1,0 +1,133 @@
+"""`evaluate`: the metrics of a run's samples, of a pipeline that is sampled first, or of any images."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, SampleConfig, override_config
+from shd_diffusion.data import reference_images
+from shd_diffusion.errors import UserError
+from shd_diffusion.evaluation.evaluate import compute_metrics
+from shd_diffusion.evaluation.extractors import extractor_name, load_extractor
+from shd_diffusion.evaluation.images import FolderImages
+from shd_diffusion.evaluation.metrics import check_settings
+from shd_diffusion.files import write_json
+from shd_diffusion.models.factory import is_hub_name
+from shd_diffusion.processes import processes
+from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.sampling.archive import ARCHIVE
+from shd_diffusion.sampling.generate import Summary, image_path, read_summary
+from shd_diffusion.sampling.open_pipeline import open_pipeline
+from shd_diffusion.sampling.sample_run import sample_pipeline
+
+
+def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Evaluate the images in a run's `samples/` against its data set and keep the metrics with the run.
+
+    Returns:
+        The content of `evaluation/metrics.json`.
+
+    Raises:
+        UserError: there are no samples, or they cannot be evaluated.
+    """
+    sampled = read_summary(run.samples)
+    if sampled is None or not sampled.num_images:
+        raise UserError(f"{run.path}: has no finished samples; run `shd-diffusion sample {run.path}` first")
+    reference = config.evaluate.reference or reference_images(config.data)
+    name = extractor_name(config.evaluate.extractor, config.data.name)
+    return _evaluate_and_keep(run, reference, config.evaluate.model_copy(update={"extractor": name}))
+
+
+def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
+    """Evaluate a folder of images or an .npz of the ADM suite that no run of ours has made.
+
+    Args:
+        images: where they are; the `sampling.json` beside our own samples is heeded.
+        overrides: of an `EvaluationConfig`.
+
+    Raises:
+        UserError: there are no images, no reference was given, or they cannot be evaluated.
+    """
+    if not images.exists():
+        raise UserError(f"{images}: no such run, pipeline, folder of images or .npz file")
+    config = override_config(EvaluationConfig(), overrides, "--set").evaluate
+    return _evaluate(images, _given_reference(str(images), config), config)
+
+
+def is_pipeline(name: str) -> bool:
+    """Whether this is a folder of a diffusers pipeline, or could be the hub name of one."""
+    path = Path(name)
+    return (path / "model_index.json").is_file() if path.exists() else is_hub_name(name)
+
+
+def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = None) -> dict[str, Any]:
+    """Sample a diffusers pipeline and evaluate the images; the same call again continues.
+
+    Args:
+        name: its folder, or its name on the hub.
+        overrides: of an `EvaluationConfig`; the scheduler is the pipeline's own unless they say otherwise.
+        output: gets `samples/` and `evaluation/metrics.json`; default: `NAME-evaluation` beside the folder, or
+            `runs/OWNER--NAME` for a hub name.
+
+    Returns:
+        The content of `evaluation/metrics.json`.
+
+    Raises:
+        UserError: the pipeline cannot be had or sampled by class, or its images cannot be evaluated.
+    """
+    # Whatever can be seen to be wrong before hours of sampling.
+    config = override_config(EvaluationConfig(), overrides, "--set")
+    reference = _given_reference(name, config.evaluate)
+    check_settings(config.evaluate, reference)
+    load_extractor(extractor_name(config.evaluate.extractor, reference), config.evaluate.extractor_weights)
+
+    with processes().local_main_process_first():
+        pipeline = open_pipeline(name)
+    own = SampleConfig(scheduler=type(pipeline.scheduler).__name__)
+    config = override_config(EvaluationConfig(sample=own), overrides, "--set")
+    place = RunFolder(output or _default_output(name))
+    sample_pipeline(pipeline, config.sample, place.samples, {}, name, "--set")
+    return _evaluate_and_keep(place, reference, config.evaluate)
+
+
+def _default_output(name: str) -> Path:
+    folder = Path(name).resolve()
+    return (
+        folder.with_name(f"{folder.name}-evaluation")
+        if folder.exists()
+        else Path("runs", name.replace("/", "--"))
+    )
+
+
+def _given_reference(name: str, config: EvaluateConfig) -> str:
+    if config.reference is None:
+        raise UserError(
+            f"{name}: is no run here, so the images to compare with must be given: --reference REF"
+        )
+    return config.reference
+
+
+def _evaluate_and_keep(place: RunFolder, reference: Any, config: EvaluateConfig) -> dict[str, Any]:
+    nearest = place.evaluation_file.with_name("nearest.json")
+    metrics = _evaluate(place.samples, reference, config, nearest)
+    if processes().is_main_process:
+        write_json(place.evaluation_file, metrics)
+    return metrics
+
+
+def _evaluate(
+    images: Path, reference: Any, config: EvaluateConfig, nearest: Path | None = None
+) -> dict[str, Any]:
+    """Metrics of the images there; of our own samples those that are finished, as a sampling may be going on."""
+    folder = images.parent if images.name == ARCHIVE else images
+    sampled = read_summary(folder) or Summary()
+    finished = [image_path(folder, index) for index in range(sampled.num_images)]
+    return compute_metrics(
+        FolderImages(folder, finished) if finished and images == folder else images,
+        reference,
+        config,
+        sampled.labels,
+        sampled.protocol,
+        nearest,
+    )

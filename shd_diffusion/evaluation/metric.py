@@ -1,0 +1,103 @@
+"""What a metric is: its function, what that needs, and the columns that tables show it in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Literal
+
+from torch import Tensor
+
+from shd_diffusion.evaluation.frechet import Statistics
+
+
+class Need(StrEnum):
+    """What not every evaluation can give, in the words of its error."""
+
+    LOGITS = "an extractor with logits"
+    SPATIAL = "spatial Inception features, of the reference too"
+    CLIP = "a CLIP extractor"
+    OWN_CLASSES = "a classifier of the data set's own classes as extractor"
+    LABELS = "labels of the images"
+    REFERENCE_IMAGES = "reference images, not only their statistics"
+    REFERENCE_LABELS = "labels of the reference images"
+
+
+OF_THE_IMAGES = frozenset({Need.LABELS, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS})
+"""Needs that images meet or do not, whatever the extractor."""
+
+
+@dataclass(frozen=True)
+class MetricInputs:
+    """What metrics are computed from; what is not at hand is None.
+
+    Attributes:
+        roles: features of the images by role, (N, D) each, see `Extractor`.
+        labels: classes of the images, (N,).
+        statistics: of the reference's features, by role.
+        reference: features of the reference images, (R, D).
+        reference_labels: their classes, (R,).
+    """
+
+    roles: Mapping[str, Tensor]
+    labels: Any
+    statistics: Mapping[str, Statistics]
+    reference: Any
+    reference_labels: Any
+
+    @property
+    def features(self) -> Tensor:
+        return self.roles["features"]
+
+
+@dataclass(frozen=True)
+class Column:
+    """A number of `metrics.json` as tables show it.
+
+    Attributes:
+        key: its name in `metrics.json`.
+        title: its heading; `short` is one for a terminal.
+        better: which direction is good.
+        format: how it is printed, a format specification of Python; without one in three significant digits.
+        deviation: the key of its standard deviation, if it has one.
+    """
+
+    key: str
+    title: str
+    short: str
+    better: Literal["lower", "higher"]
+    format: str = ""
+    deviation: str | None = None
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric.
+
+    Attributes:
+        name: what `evaluate.metrics` calls it.
+        compute: the value of its column, or a tuple of values and deviations in the order of the columns; or a
+            dictionary of entries of `metrics.json`.
+        columns: what models are compared by.
+        needs: what it cannot be computed without.
+        usual: computed where it can be if the config names no metrics.
+        protocol: what it depends on beside the features.
+        caution: what a reader of it must know.
+    """
+
+    name: str
+    compute: Callable[[MetricInputs], Any]
+    columns: tuple[Column, ...] = ()
+    needs: tuple[Need, ...] = ()
+    usual: bool = False
+    protocol: Callable[[MetricInputs], str] | None = None
+    caution: str | None = None
+
+    def entries(self, inputs: MetricInputs) -> dict[str, Any]:
+        """Its entries of `metrics.json`."""
+        value = self.compute(inputs)
+        if isinstance(value, dict):
+            return value
+        keys = [key for column in self.columns for key in (column.key, column.deviation) if key]
+        return dict(zip(keys, value if isinstance(value, tuple) else (value,), strict=True))

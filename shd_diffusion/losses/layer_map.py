@@ -1,0 +1,83 @@
+"""Which teacher block each student block learns from (docs/method.md section 6)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from math import ceil
+from typing import Literal, TypeAlias
+
+from shd_diffusion.attention.records import Kind
+
+LayerMap: TypeAlias = Literal["uniform", "last", "first"] | Sequence[int | None] | Mapping[str, str]
+
+
+def map_blocks(
+    teacher: Mapping[str, Kind], student: Mapping[str, Kind], layer_map: LayerMap = "uniform"
+) -> dict[str, str]:
+    """The teacher block of each student block, by name; blocks meet their own kind only.
+
+    Self-attention is compared with self-attention, cross with cross, joint with joint, and where one module
+    leaves several records (`<name>:context`), like with like.
+
+    Args:
+        teacher: kinds of the teacher's blocks by name, in execution order.
+        student: the same for the student.
+        layer_map: `uniform` spreads t(l) = ceil((l + 1)·L_T / L_S) - 1, `last` and `first` take so many of
+            the teacher's blocks; a list gives t(l) for each student block of a kind, None to leave the block out;
+            a mapping gives the pairs by name.
+
+    Raises:
+        ValueError: a kind that the teacher lacks, an unknown name or index, or a list of another length.
+    """
+    if isinstance(layer_map, Mapping):
+        for name, by in layer_map.items():
+            if name not in student or by not in teacher:
+                raise ValueError(f"layer map {name!r}: {by!r} names no pair of captured blocks")
+            if _stream(name, student) != _stream(by, teacher):
+                raise ValueError(f"layer map {name!r}: {by!r} pairs attention of different kinds")
+        return dict(layer_map)
+    pairs: dict[str, str] = {}
+    same_stages = {_stage(name) for name in teacher} == {_stage(name) for name in student}
+    staged = isinstance(layer_map, str) and same_stages
+
+    def group(name: str, kinds: Mapping[str, Kind]) -> tuple[Kind, str, str]:
+        return (*_stream(name, kinds), _stage(name) if staged else "")
+
+    for stream in dict.fromkeys(group(name, student) for name in student):
+        of_student = [name for name in student if group(name, student) == stream]
+        of_teacher = [name for name in teacher if group(name, teacher) == stream]
+        for name, index in zip(
+            of_student, _indices(len(of_teacher), len(of_student), layer_map), strict=True
+        ):
+            if index is None:
+                continue
+            if not 0 <= index < len(of_teacher):
+                raise ValueError(
+                    f"{name}: no {stream[0]}-attention block {index} among the teacher's {len(of_teacher)}"
+                )
+            pairs[name] = of_teacher[index]
+    return {name: pairs[name] for name in student if name in pairs}
+
+
+def _stream(name: str, kinds: Mapping[str, Kind]) -> tuple[Kind, str]:
+    return kinds[name], name.partition(":")[2]
+
+
+def _stage(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _indices(teacher: int, student: int, layer_map: LayerMap) -> Sequence[int | None]:
+    match layer_map:
+        case "uniform":
+            return [ceil((block + 1) * teacher / student) - 1 for block in range(student)]
+        case "last":
+            return range(teacher - student, teacher)
+        case "first":
+            return range(student)
+    assert isinstance(layer_map, Sequence)
+    if len(layer_map) != student:
+        raise ValueError(
+            f"a layer map of {len(layer_map)} entries does not fit {student} student blocks of a kind"
+        )
+    return [entry for entry in layer_map if not isinstance(entry, str)]

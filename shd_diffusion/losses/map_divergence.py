@@ -1,0 +1,241 @@
+"""The divergence of a student's maps from a teacher's squeezed ones, without ever holding all of the maps.
+
+The seam for other backends: a fused kernel may replace `map_divergence` behind the same signature.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from shd_diffusion.attention.records import AttentionRecord
+from shd_diffusion.losses.divergence import DivergenceFunction, safe_log
+from shd_diffusion.losses.token_grid import Pool
+from shd_diffusion.squeezing.coefficients import Coefficient
+from shd_diffusion.squeezing.map_stream import Chunk, MapStream, Part, sample_groups, stream
+from shd_diffusion.squeezing.merge_weights import Granularity, Squeezer, mixture, squeeze_weights
+
+
+class Targets(Protocol):
+    """Maps to learn, (B, H, rows, K), had chunk by chunk."""
+
+    def chunks(self) -> Iterable[Chunk]: ...
+
+
+def map_divergence(
+    student: AttentionRecord,
+    targets: Iterable[tuple[slice, Targets]],
+    divergence: DivergenceFunction,
+    temperature: float = 1.0,
+    pool: Pool = (1, 1),
+    compile: bool = False,
+) -> Tensor:
+    """Mean divergence, over the query rows, of a student's maps from their targets.
+
+    Maps exist for a few samples and one chunk of their rows at a time. The gradient is linear in each head's
+    upstream gradient, so it is formed in the same pass, while a chunk's maps are at hand: only gradients in the
+    shapes of query and key wait for the backward pass, and no map is computed twice.
+
+    Args:
+        student: the gradient goes to its query and key.
+        targets: the maps to learn, for some samples after others.
+        divergence: from `DIVERGENCES`.
+        temperature: τ of the student's maps.
+        pool: the student's share of bringing both maps to one grid.
+        compile: have `torch.compile` fuse what is done with the maps of some samples, squeezing included. Every
+            chunk is a part of the graph.
+
+    Returns:
+        (B, H), float32 or better.
+    """
+    found: Tensor = _MapDivergence.apply(
+        student.query, student.key, student, targets, divergence, temperature, pool, compile
+    )
+    return found
+
+
+class _MapDivergence(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        query: Tensor,
+        key: Tensor,
+        student: AttentionRecord,
+        targets: Iterable[tuple[slice, Targets]],
+        divergence: DivergenceFunction,
+        temperature: float,
+        pool: Pool,
+        compile: bool,
+    ) -> Tensor:
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        rows = query.shape[2] // pool[0]
+        values = query.new_empty(query.shape[:2], dtype=dtype)
+        of_query, of_key = (torch.empty_like(tensor, dtype=dtype) for tensor in (query, key))
+        student = replace(student, query=query, key=key)  # what a custom function is given has no graph
+        on_samples = _compiled() if compile else _sums
+        for samples, some in targets:
+            found = on_samples(student.of_samples(samples), some, divergence, temperature, pool)
+            values[samples], of_query[samples], of_key[samples] = found
+        ctx.save_for_backward(of_query, of_key)
+        ctx.scale, ctx.dtypes = student.scale / temperature / rows, (query.dtype, key.dtype)
+        return values.div_(rows)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
+        by_head = (upstream * ctx.scale)[:, :, None, None]
+        gradients = (saved * by_head for saved in ctx.saved_tensors)
+        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), *[None] * 6
+
+
+def _sums(
+    student: AttentionRecord,
+    targets: Targets,
+    divergence: DivergenceFunction,
+    temperature: float,
+    pool: Pool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The divergences (B, H) of some samples, summed over their rows, and the gradients by query and key.
+
+    The gradients lack the factor of the logits.
+    """
+    dtype = torch.promote_types(student.query.dtype, torch.float32)
+    query, key = student.query.to(dtype), student.key.to(dtype)
+    total, of_query, of_key = query.new_zeros(query.shape[:2]), torch.empty_like(query), torch.zeros_like(key)
+    for part, target in targets.chunks():
+        samples, rows = own = finer(part, pool)
+        value, gradient = _chunk(student, own, target, divergence, temperature, pool)
+        total[samples].add_(value.sum(-1))
+        of_query[samples, :, rows] = gradient @ key[samples]
+        of_key[samples].add_(gradient.mT @ query[samples, :, rows])
+    return total, of_query, of_key
+
+
+@cache
+def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
+    # Blocks of another shape or plan have graphs of their own. torch's overloads do not know the argument.
+    return torch.compile(_sums, recompile_limit=64)  # type: ignore[call-overload]
+
+
+def _chunk(
+    student: AttentionRecord,
+    part: Part,
+    target: Tensor,
+    divergence: DivergenceFunction,
+    temperature: float,
+    pool: Pool,
+) -> tuple[Tensor, Tensor]:
+    """Divergence of each target row (samples, H, rows) and its gradient by the student's logits."""
+    if pool == (1, 1):
+        return divergence(target, log_maps(student, part, temperature))
+    maps = student.logits(temperature, *part).softmax(-1)
+    coarse = pooled(maps, pool)
+    value, gradient = divergence(target, safe_log(coarse))
+    # log q of the pooled map stands for its logits; from there through log and pooling to the map itself
+    slope = gradient / coarse.clamp_min(torch.finfo(maps.dtype).tiny) / pool[0]
+    slope = slope.repeat_interleave(pool[0], -2).repeat_interleave(pool[1], -1)
+    return value, maps * (slope - torch.linalg.vecdot(maps, slope)[..., None])
+
+
+def log_maps(record: AttentionRecord, part: Part, temperature: float = 1.0, pool: Pool = (1, 1)) -> Tensor:
+    """log q of a chunk of a record's maps on the targets' grid; finite at masked keys too, so that 0 · log 0 = 0."""
+    logits = record.logits(temperature, *part)
+    if pool != (1, 1):
+        return safe_log(pooled(logits.softmax(-1), pool))
+    found = logits.log_softmax(-1)
+    return found if record.mask is None else found.clamp_min_(torch.finfo(found.dtype).min)
+
+
+def finer(part: Part, pool: Pool) -> Part:
+    """The part of a finer map that becomes this part when it is pooled."""
+    samples, rows = part
+    return samples, slice(rows.start * pool[0], rows.stop * pool[0])
+
+
+def pooled(maps: Tensor, pool: Pool) -> Tensor:
+    """Maps on a coarser grid: the mean of neighbouring query rows, the sum of neighbouring keys."""
+    rows, keys = pool
+    if keys > 1:
+        maps = maps.unflatten(-1, (-1, keys)).sum(-1)
+    return maps.unflatten(-2, (-1, rows)).mean(-2) if rows > 1 else maps
+
+
+# --- the targets: a teacher's maps, squeezed ------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class SqueezedTeacher:
+    """A teacher's block squeezed to the student's heads.
+
+    Attributes:
+        record: what the teacher attended to, on the query rows that are wanted.
+        source: the record that the coefficients come from: the same, or one with all the query rows.
+        squeezer: the plan, prepared for the record's output weight.
+        temperature: τ of the maps that are merged; the coefficients are those of τ = 1.
+        granularity: of the coefficients.
+        coefficient: how they are found.
+        pool: the teacher's share of bringing both maps to one grid.
+        chunk_rows: see `stream`.
+    """
+
+    record: AttentionRecord
+    source: AttentionRecord
+    squeezer: Squeezer
+    temperature: float = 1.0
+    granularity: Granularity = "sample"
+    coefficient: Coefficient = "closed_form"
+    pool: Pool = (1, 1)
+    chunk_rows: int | None = None
+
+    def by_samples(self) -> Iterator[tuple[slice, SqueezedTeacher]]:
+        """The same for some samples after others, see `sample_groups`."""
+        query = self.source.query  # of no fewer rows than the record
+        shape = *query.shape[:3], self.source.key.shape[2]
+        for samples in sample_groups(shape, query.device, self.chunk_rows):
+            record = source = self.record.of_samples(samples)
+            if self.source is not self.record:
+                source = self.source.of_samples(samples)
+            yield samples, replace(self, record=record, source=source)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """The target maps (B, N, rows of the pooled maps, K), in float32 or better."""
+        aligned = self.chunk_rows, self.pool[0]
+        if self.source is self.record:
+            maps = source = map_stream(self.record, 1.0, *aligned)
+        else:
+            maps = map_stream(self.record, 1.0, *aligned)
+            source = map_stream(self.source, 1.0, self.chunk_rows)
+        mix = mixture(self.weights(source)[0], self.squeezer.groups)
+        if self.temperature != 1:
+            maps = map_stream(self.record, self.temperature, *aligned)
+        for part, chunk in maps.walk():
+            samples, rows = part
+            coarse = slice(rows.start // self.pool[0], rows.stop // self.pool[0])
+            yield (samples, coarse), pooled(mix(part, chunk), self.pool)
+
+    def weights(self, source: MapStream) -> tuple[Tensor, Tensor]:
+        """`squeeze_weights` of the source's maps: which share of each teacher head makes a squeezed one."""
+        value = self.source.value.to(torch.promote_types(self.source.value.dtype, torch.float32))
+        return squeeze_weights(source, value, self.squeezer, self.granularity, self.coefficient)
+
+
+def map_stream(
+    record: AttentionRecord,
+    temperature: float = 1.0,
+    chunk_rows: int | None = None,
+    multiple: int = 1,
+) -> MapStream:
+    """The maps of a record at a temperature, chunk by chunk; see `stream`."""
+    batch, heads, rows, _ = record.query.shape
+
+    def logits(part: Part) -> Tensor:
+        return record.logits(temperature, *part)
+
+    shape = batch, heads, rows, record.key.shape[2]
+    return stream(shape, logits, record.query.device, chunk_rows, multiple)

@@ -1,0 +1,172 @@
+"""What a term of the loss is: a function of one step's outputs, with what it needs captured.
+
+Denoising, output KD, SHD and every loss that SHD is compared with are terms; `TERMS` in this room's __init__ lists
+them. A new one is a file with a `Term` and its options, and a line there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+
+from shd_diffusion.attention import AttentionRecord
+from shd_diffusion.losses.layer_map import LayerMap, map_blocks
+from shd_diffusion.models.denoiser import Condition
+from shd_diffusion.models.forward_process import ForwardProcess
+from shd_diffusion.models.trace import Trace
+from shd_diffusion.section import Section
+
+Records = Mapping[str, AttentionRecord]
+
+
+class NonFiniteError(ValueError):
+    """Numbers that are not finite where a term needs them to be; the message names the block."""
+
+
+class TermConfig(Section):
+    """One summand of the loss. Weight 0 leaves the term out: it is neither computed nor logged."""
+
+    weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+
+
+class MappedTermConfig(TermConfig):
+    """A term on pairs of blocks."""
+
+    layer_map: Literal["uniform", "last", "first"] | list[int | None] | dict[str, str] = "uniform"
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Noised samples: clean, noise and noised (B, C, H, W), timesteps (B,), condition (B, ...) by argument.
+
+    Where passes are masked, `mask` is what is added to the condition of the second pass (MDTv2's `ids_keep`).
+    """
+
+    clean: Tensor
+    noise: Tensor
+    noised: Tensor
+    timesteps: Tensor
+    condition: Condition
+    mask: Condition = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Of one model's forward pass: attention records by block, and outputs by module path."""
+
+    records: Records = field(default_factory=dict)
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> Captured:
+        """The same on another device."""
+        return Captured(
+            {name: record.to(device) for name, record in self.records.items()},
+            {name: output.to(device) for name, output in self.outputs.items()},
+        )
+
+
+@dataclass(frozen=True)
+class StepOutputs:
+    """One pass of teacher and student on the same batch.
+
+    Attributes:
+        process: by which the batch was noised.
+        batch: what both models saw.
+        prediction: the student's, (B, C or 2C, H, W), with its graph.
+        teacher_prediction: the same of the teacher; None where no term needs it.
+        student: what was captured of the student.
+        teacher: what was captured of the teacher.
+        step: counted from 0.
+    """
+
+    process: ForwardProcess
+    batch: Batch
+    prediction: Tensor
+    teacher_prediction: Tensor | None = None
+    student: Captured = field(default_factory=Captured)
+    teacher: Captured = field(default_factory=Captured)
+    step: int = 0
+
+    @property
+    def channels(self) -> int:
+        """C, the channels that are denoised; what a model predicts beyond them is a variance."""
+        return self.batch.clean.shape[1]
+
+
+class Term(nn.Module):
+    """One summand of the loss; a module, since some have parameters, which train with the student and stay behind.
+
+    Built from its options and what a pass of the student and of the teacher looks like (`Trace`; the teacher's is None
+    where a model is trained without one). Called with a step's outputs it gives a scalar, the mean over the samples.
+    Only the student and the term's own parameters receive gradients.
+
+    Attributes:
+        Config: its options, a section of `losses`.
+        default_weight: its weight where the config does not name the term.
+        needs_teacher: whether it makes sense with a teacher only.
+        reaches_output: whether its gradient goes through the student's prediction, and so to all parameters.
+        captures: `records` or `outputs` of the blocks or modules in `pairs`, if it looks inside the models.
+        pairs: student block or module -> the teacher's.
+    """
+
+    Config: ClassVar[type[TermConfig]] = TermConfig
+    default_weight: ClassVar[float] = 0.0
+    needs_teacher: ClassVar[bool] = True
+    reaches_output: ClassVar[bool] = False
+    captures: ClassVar[Literal["records", "outputs"] | None] = None
+    pairs: Mapping[str, str]
+
+    def __init__(self, config: TermConfig, student: Trace, teacher: Trace | None, seed: int = 0) -> None:
+        """Raises ValueError: it cannot be computed for these models."""
+        super().__init__()
+        self.config, self.pairs = config, {}
+
+    @classmethod
+    def applies(cls, student: Trace) -> bool:
+        """Whether it has anything to say of such a model; if not, it is left out whatever its weight."""
+        return True
+
+    @property
+    def looks_at(self) -> tuple[Collection[str], Collection[str]]:
+        """The student's and the teacher's blocks or modules that are to be captured."""
+        return self.pairs.keys(), self.pairs.values()
+
+    def weight(self, step: int, max_steps: int) -> float:
+        """At a step, counted from 0; 0 where the term need not be computed."""
+        return self.config.weight
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        raise NotImplementedError
+
+
+def map_traces(student: Trace, teacher: Trace | None, layer_map: LayerMap) -> dict[str, str]:
+    """The teacher's attention block of each of the student's that learns from one, see `map_blocks`.
+
+    Raises:
+        ValueError: they cannot be mapped, or no block is left.
+    """
+    if teacher is None:
+        raise ValueError("there is no teacher")
+    of_teacher, of_student = ({n: r.kind for n, r in t.records.items()} for t in (teacher, student))
+    pairs = map_blocks(of_teacher, of_student, layer_map)
+    if not pairs:
+        raise ValueError(
+            "no student block learns from a teacher block: none is captured, or the layer map is empty"
+        )
+    return pairs
+
+
+def enclosing_block(attention: str) -> str:
+    """Module path of the transformer block around an attention module: the innermost one that is numbered.
+
+    `transformer_blocks.3.attn1` lies in `transformer_blocks.3`; a UNet's `mid_block.attentions.0` is its own.
+    """
+    parts = attention.partition(":")[0].split(".")
+    while len(parts) > 1 and not parts[-1].isdigit():
+        parts.pop()
+    return ".".join(parts)

@@ -1,0 +1,76 @@
+"""Quality against what it costs, and which classes are hard: the Fréchet distance over sizes, times and classes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.ticker import MaxNLocator
+
+from shd_diffusion.reporting.metrics_table import fid_text, fid_title
+from shd_diffusion.reporting.plot_style import Line, Plot, PlotStyle, finish, line_plot, panel
+from shd_diffusion.reporting.runs import Run
+from shd_diffusion.reporting.tables import count, duration
+
+LABEL_HEIGHT = 0.075  # of the panel's height
+
+Styles = Mapping[str, PlotStyle]
+
+
+def quality_scatters(runs: Sequence[Run], styles: Styles) -> list[Plot]:
+    """FID over parameters and over seconds an image; without a panel for which nothing is known."""
+    return [
+        *_scatter(runs, styles, "parameters", lambda run: run.summary.parameters, count),
+        *_scatter(runs, styles, "sampling time an image", lambda run: run.seconds_per_image, duration),
+    ]
+
+
+def _scatter(
+    runs: Sequence[Run],
+    styles: Styles,
+    cost: str,
+    cost_of: Callable[[Run], float | None],
+    text: Callable[[float], str],
+) -> list[Plot]:
+    points = [(run, x, y) for run in runs if (x := cost_of(run)) and (y := run.metric("fid")) is not None]
+    if not points:
+        return []
+    with panel(height=3.0) as (figure, axes):
+        for run, x, y in points:
+            style = styles[run.name]
+            axes.plot(x, y, style.marker, color=style.colour, markersize=11 if run.is_teacher else 7)
+        axes.set_xlim(0, 1.5 * max(x for _, x, _ in points))
+        axes.set_ylim(0, 1.15 * max(y for *_, y in points) or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(lambda value, _: text(value))
+        axes.set(xlabel=cost, ylabel=f"{fid_title(runs)}, lower is better")
+        _name_points(axes, points, styles)
+        listing = ", ".join(f"{run.name} {fid_text(y)} at {text(x)}" for run, x, y in points)
+        return [finish(figure, f"fid-over-{cost}", f"FID over {cost}: {listing}")]
+
+
+def _name_points(axes: Axes, points: Sequence[tuple[Run, float, float]], styles: Styles) -> None:
+    """A name right of each point; names that would overlap move up, each linked to its point."""
+    top = axes.get_ylim()[1]
+    taken = float("-inf")
+    for run, x, y in sorted(points, key=lambda point: point[2]):
+        height = max(y, taken + LABEL_HEIGHT * top)
+        taken, colour = height, styles[run.name].colour
+        moved = height - y > 0.01 * top
+        axes.annotate(
+            f"{run.name}  {fid_text(y)}", (x, y), (9, (height - y) / top * 170),
+            textcoords="offset points", va="center", color=colour,
+            arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6} if moved else None,
+        )  # fmt: skip
+
+
+def per_class_fid(runs: Sequence[Run], styles: Styles) -> list[Plot]:
+    """FID by class; nothing where no evaluation has it."""
+    known = [(run, run.metrics.per_class_fid) for run in runs if run.metrics and run.metrics.per_class_fid]
+    labels = list(dict.fromkeys(label for _, values in known for label in values))
+    lines = [
+        Line(run.name, styles[run.name], [labels.index(label) for label in values], list(values.values()))
+        for run, values in known
+    ]
+    names, ticks = ("class", "FID of the class"), labels if len(labels) <= 20 else []
+    return [line_plot("fid-per-class", "FID by class", names, lines, ticks, join="none")] if lines else []

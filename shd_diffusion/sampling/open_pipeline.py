@@ -1,0 +1,82 @@
+"""Open what can be sampled: a run's pipeline, a folder, a hub name."""
+
+from __future__ import annotations
+
+import hashlib
+from itertools import chain
+from pathlib import Path
+
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin
+
+import shd_diffusion.models  # noqa: F401 -- diffusers loads only classes of modules that are imported
+from shd_diffusion.data.latent_space import hash_model
+from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.models.denoiser import num_classes
+from shd_diffusion.models.factory import is_hub_name
+from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
+
+# Pipelines of diffusers that are sampled as ours, by what they call their denoiser.
+DENOISERS = {"DiTPipeline": "transformer", "DDPMPipeline": "unet", "DDIMPipeline": "unet"}
+
+
+def open_pipeline(name: str) -> ClassConditionalPipeline:
+    """A pipeline that samples by class or unconditionally, by its folder or hub name; all its weights are there.
+
+    diffusers' own pipelines are taken apart and sampled as one of ours: DiTPipeline's call gives the generators of the
+    images to no scheduler, and takes 1,000 for the null class of every model.
+
+    Raises:
+        UserError: there is none, the hub cannot be reached, its images are made from something else, or it is damaged.
+    """
+    if not (Path(name).exists() or is_hub_name(name)):
+        raise UserError(f"{name}: no such run, pipeline, folder of images or .npz here")
+    try:
+        kind = DiffusionPipeline.load_config(name)["_class_name"]
+    except OSError as error:  # of an unreachable hub diffusers says that it has no such file
+        reason = one_line(error.__context__ or error)
+        where = "no pipeline in it" if Path(name).exists() else "no such run or pipeline here or on the hub"
+        raise UserError(f"{name}: {where} ({reason})") from error
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"{name}: its model_index.json is damaged ({one_line(error)})") from error
+    try:
+        if kind == ClassConditionalPipeline.__name__:
+            pipeline = ClassConditionalPipeline.from_pretrained(name)
+        elif kind in DENOISERS:
+            loaded = getattr(diffusers, kind).from_pretrained(name)
+            parts = getattr(loaded, DENOISERS[kind]), loaded.scheduler, getattr(loaded, "vae", None)
+            pipeline = ClassConditionalPipeline(*parts)
+        else:
+            known = ", ".join([ClassConditionalPipeline.__name__, *DENOISERS])
+            raise ValueError(f"a {kind} is not sampled by class or unconditionally; {known} are")
+        _check_weights(pipeline)
+        # nothing is sampled without these
+        pipeline.noise_shape, num_classes(pipeline.denoiser), pipeline.scheduler.set_timesteps
+    except Exception as error:
+        # Any kind: a missing file is an OSError, a refused value a ValueError, a list for a mapping a TypeError or
+        # AttributeError, a wrong shape a RuntimeError, no heads a ZeroDivisionError, torn weights a SafetensorError.
+        raise UserError(f"{name}: this pipeline cannot be loaded ({one_line(error)})") from error
+    return pipeline
+
+
+def hash_pipeline(pipeline: ClassConditionalPipeline) -> str:
+    """SHA-256 of the denoiser's and the VAE's configs and weights."""
+    return hashlib.sha256(" ".join(map(hash_model, _models(pipeline))).encode()).hexdigest()
+
+
+def _models(pipeline: ClassConditionalPipeline) -> list[ModelMixin]:
+    return [part for part in (pipeline.denoiser, pipeline.vae) if part is not None]
+
+
+def _check_weights(pipeline: ClassConditionalPipeline) -> None:
+    """See that the files held all weights, and numbers in them.
+
+    Raises:
+        ValueError: they do not; the first such weight is named.
+    """
+    for model in _models(pipeline):
+        for name, weight in chain(model.named_parameters(), model.named_buffers()):
+            if weight.is_meta:  # what a file lacks is left without numbers
+                raise ValueError(f"weights are missing: {name}")
+            if not weight.isfinite().all():
+                raise ValueError(f"weights are not finite: {name}")

@@ -1,0 +1,97 @@
+"""Sampling schedulers by name, on the forward process that a model was trained in."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DDPMScheduler
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from shd_diffusion.config import SampleConfig
+from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.models.forward_process import settings_of
+
+
+def make_scheduler(name: str, arguments: dict[str, Any], trained_with: SchedulerMixin) -> SchedulerMixin:
+    """A diffusers scheduler by its class name, on the noise schedule that the model was trained with.
+
+    Raises:
+        ValueError: diffusers has no scheduler of that name, or not without another library; it takes no such
+            argument, or no such value; or it samples models of another objective.
+    """
+    kind: Any = getattr(diffusers, name, None)
+    try:
+        if not (hasattr(kind, "set_timesteps") and hasattr(kind, "step")):
+            raise ValueError(f"`{name}` is no scheduler class of diffusers {diffusers.__version__}")
+    except ImportError as error:  # diffusers' stand-in for a class whose library is missing
+        raise ValueError(one_line(error)) from error
+    parameters = inspect.signature(kind.__init__).parameters
+    for key, value in arguments.items():
+        if key not in parameters or key == "self":
+            raise ValueError(f"`{name}` takes no argument `{key}`")
+        if not _is_like(value, parameters[key].default):
+            raise ValueError(f"`{name}` takes no {key}={value!r}; its default is {parameters[key].default!r}")
+    if "variance_type" in parameters and not issubclass(kind, DDPMScheduler):
+        # only DDPM draws with the variance that a model has learned
+        arguments = {"variance_type": None, **arguments}
+    try:
+        scheduler = kind.from_config(trained_with.config, **arguments)
+    except Exception as error:  # constructors compute with what they are given
+        raise ValueError(f"`{name}` refuses its arguments: {one_line(error)}") from error
+    predicted, wanted = (settings_of(each)["objective"] for each in (trained_with, scheduler))
+    if predicted != wanted:
+        raise ValueError(
+            f"the model predicts `{predicted}`, which `{name}` does not sample by but `{wanted}`; "
+            f"take {type(trained_with).__name__} or its kin"
+        )
+    return scheduler
+
+
+def check_sampling(config: SampleConfig, trained_with: SchedulerMixin) -> None:
+    """See that images can be sampled so, before hours of training for them: the loop is run on a made-up prediction.
+
+    Args:
+        config: how to sample.
+        trained_with: the scheduler of the forward process.
+
+    Raises:
+        UserError: they cannot; the message begins with the key.
+    """
+    interval = config.guidance_interval
+    if interval is not None and interval[0] > interval[1]:
+        raise UserError(
+            f"key `sample.guidance_interval` is {interval}, the first timestep after the last; "
+            f"write {interval[::-1]}"
+        )
+    try:
+        scheduler = make_scheduler(config.scheduler, config.scheduler_arguments, trained_with)
+    except ValueError as error:
+        raise UserError(f"key `sample.scheduler`: {error}") from error
+    try:
+        scheduler.set_timesteps(config.num_inference_steps)
+        sample = torch.zeros(1, 1, 1, 1)
+        prediction = sample.repeat(1, 2 if uses_predicted_variance(scheduler) else 1, 1, 1)
+        for timestep in scheduler.timesteps:
+            sample = scheduler.step(prediction, timestep, sample).prev_sample
+    except Exception as error:  # schedulers check little, and fail where an argument is used
+        raise UserError(
+            f"key `sample.num_inference_steps` is {config.num_inference_steps}: `{config.scheduler}` cannot sample so "
+            f"({one_line(error)}); set another number, `sample.scheduler` or `sample.scheduler_arguments`"
+        ) from error
+
+
+def uses_predicted_variance(scheduler: SchedulerMixin) -> bool:
+    """Whether a scheduler uses a variance that the model predicts; others may carry the setting and ignore it."""
+    kinds = ("learned", "learned_range")
+    return isinstance(scheduler, DDPMScheduler) and scheduler.config.get("variance_type") in kinds
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether a value is of a default's type: schedulers take `"no"` for true, as any string."""
+    if default is None or default is inspect.Parameter.empty:
+        return True
+    kinds = (int, float) if isinstance(default, float) else type(default)
+    return isinstance(value, kinds) and isinstance(value, bool) == isinstance(default, bool)

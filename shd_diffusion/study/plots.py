@@ -1,0 +1,150 @@
+"""The plots of a study, in the report's style."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from matplotlib.axes import Axes
+
+from shd_diffusion.reporting.plot_style import (
+    LIGHT,
+    Line,
+    Plot,
+    PlotStyle,
+    finish,
+    fit_scale,
+    line_plot,
+    panel,
+    plot_styles,
+)
+from shd_diffusion.statistics import Estimate, estimate
+from shd_diffusion.study.results import Outcome, Results, ValidationPoint
+
+
+def study_plots(results: Results) -> list[Plot]:
+    """The first metric over conditions; then in each condition, its differences, and the validation's curves."""
+    metric, conditions = results.study.metrics[0], results.study.conditions
+    return [
+        *over_conditions(results, metric),
+        *(plot for condition in conditions for plot in by_variant(results, metric, condition)),
+        *(plot for condition in conditions for plot in differences(results, metric, condition)),
+        *(plot for condition in conditions for plot in validation_curves(results, condition)),
+    ]
+
+
+def over_conditions(results: Results, metric: str) -> list[Plot]:
+    """Means and intervals from condition to condition; nothing where there is only one."""
+    conditions, styles = list(results.study.conditions), plot_styles(list(results.study.variants))
+    if len(conditions) < 2 or not results.rows:
+        return []
+    lines = []
+    for variant, style in styles.items():
+        if rows := [row for row in results.rows if row.variant == variant]:
+            places = [conditions.index(row.condition) for row in rows]
+            lines.append(_line(variant, style, places, [row.metrics[metric] for row in rows]))
+    description = f"{metric} of each variant, condition by condition"
+    names = ("condition", _title(metric, ""))
+    return [line_plot(f"{metric}-over-conditions", description, names, lines, conditions, scale="fit")]
+
+
+def by_variant(results: Results, metric: str, condition: str) -> list[Plot]:
+    """Every seed's metric faint, mean and interval in front, the teacher's dotted."""
+    rows = [row for row in results.rows if row.condition == condition]
+    if not rows:
+        return []
+    styles = plot_styles(list(results.study.variants))
+    with panel(height=0.9 + 0.32 * len(rows)) as (figure, axes):
+        for place, row in enumerate(rows):
+            colour = styles[row.variant].colour
+            seeds = [o for o in results.outcomes if (o.condition, o.variant) == (condition, row.variant)]
+            values = [outcome.metrics[metric] for outcome in seeds]
+            axes.plot(
+                values, [place + 0.25] * len(values), "o", color=colour, alpha=0.4, markersize=3.5, mew=0
+            )
+        if metric in results.teacher:
+            value = results.teacher[metric]
+            axes.axvline(value, color=LIGHT["muted"], linestyle=":", linewidth=1)
+            axes.annotate(
+                "teacher", (value, 1), xycoords=("data", "axes fraction"),
+                ha="center", va="bottom", size=8, color=LIGHT["muted"],
+            )  # fmt: skip
+        _intervals(axes, {row.variant: row.metrics[metric] for row in rows}, styles)
+        fit_scale(axes, "x", [row.metrics[metric].mean for row in rows])
+        axes.set(xlabel=_title(metric, condition))
+        description = f"{metric} by variant {condition}: means and 95 % intervals"
+        return [finish(figure, f"{metric}-{condition}", description)]
+
+
+def differences(results: Results, metric: str, condition: str) -> list[Plot]:
+    """Each variant minus the reference, seed by seed, with its interval."""
+    chosen = [c for c in results.comparisons if (c.condition, c.metric) == (condition, metric)]
+    if not chosen:
+        return []
+    with panel(height=0.9 + 0.32 * len(chosen)) as (figure, axes):
+        found = {comparison.variant: comparison.paired.difference for comparison in chosen}
+        _intervals(axes, found, plot_styles(list(results.study.variants)))
+        axes.axvline(0, color=LIGHT["muted"], linewidth=0.8)
+        axes.set(xlabel=f"{_title(metric, condition)} minus that of {results.study.reference}")
+        description = f"Paired differences in {metric} {condition}"
+        return [finish(figure, f"difference-{metric}-{condition}", description)]
+
+
+def validation_curves(results: Results, condition: str) -> list[Plot]:
+    """The validation's Fréchet distance over steps and over seconds; nothing where no run has it."""
+    members = [o for o in results.outcomes if o.condition == condition and o.validation]
+    if not members:
+        return []
+    return [
+        _curve(results, members, "step", lambda point: point.step),
+        _curve(results, members, "seconds of training", lambda point: point.seconds),
+    ]
+
+
+def _curve(
+    results: Results, members: Sequence[Outcome], axis: str, cost: Callable[[ValidationPoint], float]
+) -> Plot:
+    lines, condition = [], members[0].condition
+    for variant, style in plot_styles(list(results.study.variants)).items():
+        by_step: dict[int, list[ValidationPoint]] = {}
+        for point in (point for o in members if o.variant == variant for point in o.validation):
+            by_step.setdefault(point.step, []).append(point)
+        if points := [by_step[step] for step in sorted(by_step)]:
+            places = [estimate([cost(point) for point in at_step]).mean for at_step in points]
+            values = [estimate([point.fid for point in at_step]) for at_step in points]
+            lines.append(_line(variant, style, places, values))
+    return line_plot(
+        f"validation-over-{axis}-{condition}",
+        f"FID of the validation over {axis} {condition}",
+        (axis, _title("FID, validation", condition)),
+        lines,
+        scale="fit",
+    )
+
+
+# --- pieces --------------------------------------------------------------------------------------------------
+
+
+def _title(metric: str, condition: str) -> str:
+    return (metric.upper() if metric == "fid" else metric) + (f", {condition}" if condition else "")
+
+
+def _ends(value: Estimate) -> tuple[float, float]:
+    """The interval, which of a single value is that value."""
+    return (value.mean if value.low is None else value.low), (
+        value.mean if value.high is None else value.high
+    )
+
+
+def _intervals(axes: Axes, values: dict[str, Estimate], styles: dict[str, PlotStyle]) -> None:
+    """A named row for each value, from the top."""
+    for place, (name, value) in enumerate(values.items()):
+        colour, marker = styles[name].colour, styles[name].marker
+        axes.plot(_ends(value), [place, place], color=colour, linewidth=1.6)
+        axes.plot(value.mean, place, marker, color=colour, markersize=6)
+    axes.set_yticks(range(len(values)), list(values))
+    axes.set_ylim(len(values) - 0.5, -0.5)
+
+
+def _line(label: str, style: PlotStyle, places: Sequence[float], values: Sequence[Estimate]) -> Line:
+    low, high = zip(*map(_ends, values), strict=True)
+    return Line(label, style, places, [value.mean for value in values], low, high)

@@ -1,0 +1,34 @@
+"""`study`: run what is missing, then write up what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from shd_diffusion.errors import UserError
+from shd_diffusion.study.config import StudyConfig, plan_runs
+from shd_diffusion.study.page import write_study
+from shd_diffusion.study.results import collect, write_results
+from shd_diffusion.study.runner import carry_out
+
+
+def run_study(study: StudyConfig, output: Path, command_line: str) -> Path:
+    """Carry out a study, within its budget, and write its results; called again, it goes on.
+
+    Args:
+        command_line: the module whose `app` carries out `distill`, `sample` and `evaluate` in other processes.
+
+    Returns:
+        The page. Beside it are `study.json`, `runs.csv`, `results.csv`, `comparisons.csv` and `study.md`.
+
+    Raises:
+        UserError: the study's config is wrong, a folder holds another run, or runs failed (after the
+            others are written up).
+    """
+    planned = plan_runs(study, output)
+    failed = carry_out(study, planned, output, command_line)
+    results = collect(study, planned)
+    write_results(results, output)
+    page = write_study(results, output / "study.html")
+    if failed:
+        raise UserError(f"{output / 'logs'}: runs failed ({', '.join(failed)}); their logs say why")
+    return page

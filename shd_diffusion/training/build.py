@@ -1,0 +1,266 @@
+"""Everything that a config names, built and checked before anything is written."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor
+
+from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, read_run_config
+from shd_diffusion.data import LatentSource, Source
+from shd_diffusion.data.latent_space import hash_model, load_vae
+from shd_diffusion.errors import UserError
+from shd_diffusion.losses import Term, build_terms
+from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens
+from shd_diffusion.models.factory import ModelConfig, build_model, load_model
+from shd_diffusion.models.forward_process import ForwardProcess
+from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel, num_kept_tokens
+from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
+from shd_diffusion.models.trace import Trace, trace
+from shd_diffusion.processes import processes
+from shd_diffusion.progress import announce
+from shd_diffusion.training.batches import BatchLayout, BatchLoader, NoiseSettings
+from shd_diffusion.training.init_student import init_from_teacher
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a run is made of.
+
+    Attributes:
+        config: of the run.
+        model: to be trained, on the CPU.
+        teacher: None where nobody teaches.
+        data: what to train on.
+        process: the forward process.
+        terms: of the loss, by name.
+        null: what a dropped condition is replaced by.
+        student_trace: what a pass of the model looks like.
+        teacher_trace: the same of the teacher.
+    """
+
+    config: TrainTeacherConfig | DistillConfig
+    model: ModelMixin
+    teacher: Teacher | None
+    data: Source
+    process: ForwardProcess
+    terms: dict[str, Term]
+    null: dict[str, Tensor]
+    student_trace: Trace
+    teacher_trace: Trace | None
+
+    def loader(self, device: torch.device) -> Callable[[BatchLayout, int], BatchLoader]:
+        """From a layout and the first step to a process's batches."""
+        train, seed = self.config.train, self.config.seed
+        settings = NoiseSettings(
+            self.data.shape,
+            train.condition_dropout,
+            train.timestep_sampling,
+            self.data.needs_noise,
+            num_tokens(self.model) if train.mask_ratio else 0,
+        )
+
+        def make(layout: BatchLayout, start: int) -> BatchLoader:
+            steps = start, train.max_steps
+            return BatchLoader(
+                self.data, self.process, self.null, seed, layout, settings, device, steps, train.mask_ratio
+            )
+
+        return make
+
+
+def build(
+    config: TrainTeacherConfig | DistillConfig, source: str, data: Source, teacher: Teacher | None = None
+) -> Parts:
+    """Build what a config names, on the CPU.
+
+    Args:
+        config: of either stage.
+        source: where the config stands, for messages.
+        data: what to train on.
+        teacher: of a distillation; None loads the config's.
+
+    Raises:
+        UserError: something cannot be built, does not fit the rest, or cannot be trained as the config says.
+    """
+    key, model_config = model_section(config)
+    check = partial(_naming, source)
+    if isinstance(config, DistillConfig) and teacher is None:
+        with check("teacher.path"):
+            teacher = load_teacher(config.teacher)
+    with check(key):
+        model = new_model(config, model_config)
+        data.condition_names = _conditions_of(model, data)
+        student_trace = _trace(model, data)
+        _check_classes(model, data)
+    teacher_trace = None
+    with check("teacher.path"):
+        if teacher is not None and isinstance(config, DistillConfig):
+            _check_pair(teacher, model, config.teacher.path)
+            teacher_trace = _trace(teacher.model, data)
+            _check_latent_space(teacher, data, config.teacher.path)
+    with check(""):
+        scheduler = scheduler_for(config.diffusion, teacher, student_trace.predicts_variance)
+        process = ForwardProcess.from_scheduler(scheduler)
+    with check(f"{key}.arguments"):
+        if student_trace.predicts_variance and process.objective == "flow":
+            raise ValueError(
+                "a variance is predicted, which a flow has none of; set `out_channels` to `in_channels`"
+            )
+    with check("student.init"):
+        if (
+            isinstance(config, DistillConfig)
+            and teacher
+            and teacher_trace
+            and config.student.init == "teacher"
+        ):
+            layer_map = config.losses["shd"].layer_map  # type: ignore[attr-defined]
+            taken = init_from_teacher(model, teacher.model, student_trace, teacher_trace, layer_map)
+            if processes().is_main_process:
+                announce(f"student.init: {taken}")
+    with check(""):
+        try:
+            terms = build_terms(config.losses, student_trace, teacher_trace, config.seed)
+        except ValueError as error:
+            of_teacher = f" (teacher {config.teacher.path})" if isinstance(config, DistillConfig) else ""
+            raise ValueError(f"key {error}{of_teacher}") from error
+    with check("train.mask_ratio"):
+        _prepare_masking(model, teacher, config.train.mask_ratio)
+    with check("train.gradient_checkpointing"):
+        if config.train.gradient_checkpointing:
+            model.enable_gradient_checkpointing()
+    with check("train.batch_size"):
+        BatchLayout(config.train.batch_size, config.train.micro_batch_size, processes().num_processes)
+    if config.train.compile:
+        model.compile()
+    null = {**null_condition(model), **data.null}
+    return Parts(config, model, teacher, data, process, terms, null, student_trace, teacher_trace)
+
+
+@contextmanager
+def _naming(source: str, key: str) -> Iterator[None]:
+    """What is wrong in here is an error that names the config file and the key."""
+    try:
+        yield
+    except (ValueError, UserError) as error:
+        raise UserError(f"{source}: {f'key `{key}`: ' if key else ''}{error}") from error
+
+
+def model_section(config: TrainTeacherConfig | DistillConfig) -> tuple[str, ModelConfig]:
+    """The key of the model that is trained, and what the config says of it."""
+    return ("student", config.student) if isinstance(config, DistillConfig) else ("model", config.model)
+
+
+def new_model(config: RunConfig, model: ModelConfig) -> ModelMixin:
+    """The model of a config, with weights that follow from its seed: the same for every variant of one seed.
+
+    Raises:
+        ValueError: it cannot be built.
+    """
+    torch.manual_seed(config.seed)
+    return build_model(model)
+
+
+def open_model(name: str) -> ModelMixin:
+    """As `load_model`, or the new model of a config file of `train-teacher` or `distill`.
+
+    Raises:
+        UserError: there is no such model or config, or it cannot be built.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        return load_model(name)
+    _, model = model_section(read_run_config(path))
+    try:
+        return build_model(model)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from error
+
+
+def _conditions_of(model: ModelMixin, data: Source) -> list[str]:
+    """The conditions that the data have and the model takes: an unconditional one is trained without their labels."""
+    without = {"class_labels"} if num_classes(model) is None else set()
+    return [name for name in data.condition_names if name not in without]
+
+
+def _trace(model: ModelMixin, data: Source) -> Trace:
+    """What a pass on the data looks like.
+
+    Raises:
+        ValueError: the model does not take them, or puts out something else than what it is given.
+    """
+    found = trace(model, data.shape, data.example())
+    channels, *size = data.shape
+    if found.output.shape[1] not in (channels, 2 * channels) or list(found.output.shape[2:]) != size:
+        raise ValueError(
+            f"{type(model).__name__} makes {tuple(found.output.shape[1:])} of samples {data.shape}; it must put out "
+            "what it takes, or twice as many channels"
+        )
+    return found
+
+
+def _check_classes(model: ModelMixin, data: Source) -> None:
+    """See that labels mean the same to both."""
+    classes = num_classes(model)
+    if classes is not None and classes != data.num_classes:
+        raise ValueError(
+            f"a model of {classes} classes, but `data` has {data.num_classes or 'none'}; make them equal"
+        )
+
+
+def _check_pair(teacher: Teacher, student: ModelMixin, path: str) -> None:
+    """See that both are conditioned on the same."""
+    classes = num_classes(student), num_classes(teacher.model)
+    if classes[0] != classes[1]:
+        raise ValueError(
+            f"{path} is a model of {classes[1] or 'no'} classes, but the student of {classes[0] or 'none'}; "
+            "make them equal"
+        )
+
+
+def _check_latent_space(teacher: Teacher, data: Source, path: str) -> None:
+    """See that the data are in the space that the teacher was trained in.
+
+    Raises:
+        ValueError: they are not, as far as the teacher's pipeline tells.
+    """
+    if not teacher.in_pipeline:
+        return
+    if not isinstance(data, LatentSource):
+        if teacher.vae is not None:
+            raise ValueError(
+                f"{path} works on latents, but `data` gives pixels; run `shd-diffusion prepare` first"
+            )
+        return
+    if teacher.vae is None:
+        raise ValueError(f"{path} works on pixels, but `data` gives latents; give the images themselves")
+    if hash_model(load_vae(teacher.vae)) != data.vae_sha256:
+        raise ValueError(
+            f"{path} works on latents of its own VAE, but `data.path` was encoded by another ({data.vae}); "
+            "prepare the data with the teacher's"
+        )
+
+
+def _prepare_masking(model: ModelMixin, teacher: Teacher | None, mask_ratio: float) -> None:
+    """See that the models can be trained masked; or, without masking, freeze what only masked passes train.
+
+    DistributedDataParallel waits for the gradient of every parameter that is not frozen.
+
+    Raises:
+        ValueError: a model takes no token mask, the teacher's tokens are others, or none could be left.
+    """
+    if not mask_ratio:
+        if isinstance(model, MDTv2Transformer2DModel):
+            model.side_block.requires_grad_(False)
+            model.mask_token.requires_grad_(False)
+        return
+    tokens = num_tokens(model)
+    num_kept_tokens(tokens, mask_ratio, torch.Generator())
+    if teacher is not None and (other := num_tokens(teacher.model)) != tokens:
+        raise ValueError(f"one mask cannot be for {tokens} tokens of the student and {other} of the teacher")

@@ -1,0 +1,124 @@
+"""Teacher and student side by side outside of the training steps: calibration, and the report's attention maps."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import ModelMixin
+from safetensors.torch import save_file
+from torch import Tensor
+
+from shd_diffusion.attention import AttentionCapture, AttentionRecord
+from shd_diffusion.data import Source
+from shd_diffusion.files import replacing_file
+from shd_diffusion.losses.shd import SHD
+from shd_diffusion.losses.term import Batch
+from shd_diffusion.models.denoiser import Condition, predict_frozen
+from shd_diffusion.models.forward_process import ForwardProcess
+from shd_diffusion.processes import processes
+from shd_diffusion.training.batches import BatchLayout, NoiseSettings, StepSampler, draw_noise, make_batch
+
+Records = dict[str, AttentionRecord]
+
+GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
+STUDY_IMAGES = 32
+MAPS_AT_ONCE = (
+    2**27
+)  # elements of the teacher's maps of one block; as many again are squeezed, and the student's
+
+
+def probe_batches(
+    source: Source,
+    process: ForwardProcess,
+    null: Condition,
+    device: torch.device,
+    count: int,
+    size: int,
+    seed: int,
+) -> Iterator[Batch]:
+    """Noised batches that no training step sees, with conditions that are never dropped.
+
+    The timesteps go round the schedule by the golden ratio, from a quarter of it, so that any number covers it evenly.
+    """
+    settings = NoiseSettings(source.shape, latent_noise=source.needs_noise)
+    items = source.batches(StepSampler(seed, len(source), BatchLayout(size), 0, count))
+    for batch, raw in enumerate(items):
+        noise = draw_noise(seed, -1 - batch, range(size), settings)  # negative steps: noise of their own
+        places = torch.arange(batch * size, (batch + 1) * size, dtype=torch.float64)
+        noise = replace(noise, shares=(0.25 + GOLDEN_RATIO * places) % 1)
+        yield make_batch(source, process, raw, noise, null, device)
+
+
+@torch.no_grad()
+def paired_records(
+    shd: SHD, teacher: ModelMixin, student: ModelMixin, batches: Iterator[Batch]
+) -> Iterator[tuple[Records, Records]]:
+    """What teacher and student attend to on each batch, in the blocks that SHD pairs."""
+    student_blocks, teacher_blocks = ({n.partition(":")[0]: None for n in names} for names in shd.looks_at)
+    with (
+        AttentionCapture(teacher, teacher_blocks) as of_teacher,
+        AttentionCapture(student, student_blocks) as of_student,
+    ):
+        for batch in batches:
+            for model in (teacher, student):
+                predict_frozen(model, batch.noised, batch.timesteps, batch.condition)
+            yield (
+                {name: record.to(student.device) for name, record in of_teacher.records.items()},
+                of_student.records,
+            )
+
+
+def save_attention_maps(
+    shd: SHD,
+    teacher: ModelMixin,
+    student: ModelMixin,
+    source: Source,
+    process: ForwardProcess,
+    null: Condition,
+    seed: int,
+    path: Path,
+    elements: int,
+) -> None:
+    """Write `attention.safetensors`: the maps of one image, and how a few dozen images are squeezed, block by block.
+
+    Every process calls this, since models may be sharded; the main one writes.
+
+    Args:
+        elements: of the largest block's maps of one image, by which it is decided how many are looked at together.
+    """
+    size = 2 ** int(math.log2(max(1, min(4, MAPS_AT_ONCE // elements))))
+    batches = list(probe_batches(source, process, null, student.device, STUDY_IMAGES // size, size, seed))
+    first = batches[0]
+    height_and_width = tuple(first.clean.shape[-2:])
+    tensors: dict[str, Tensor] = {"image": first.clean[0]}
+    samples: dict[str, list[Tensor]] = {}
+    blocks: list[dict[str, Any]] = []
+    for teacher_records, student_records in paired_records(shd, teacher, student, iter(batches)):
+        for name, found in shd.loss.inspect(teacher_records, student_records, height_and_width).items():
+            for part in ("teacher", "squeezed", "student"):
+                tensors.setdefault(f"{name}/{part}", getattr(found, part)[0].float().cpu())
+            for part in ("coefficients", "weights", "residual", "divergence"):
+                samples.setdefault(f"{name}/{part}", []).append(getattr(found, part).float().cpu())
+        blocks = blocks or [
+            {"student": name, "teacher": by, "kind": student_records[name].kind}
+            for name, by in shd.pairs.items()
+        ]
+    if not processes().is_main_process:
+        return
+    tensors |= {name: torch.cat(parts) for name, parts in samples.items()}
+    label = first.condition.get("class_labels")
+    description = {
+        "label": None if label is None else int(label[0]),
+        "timestep": int(first.timesteps[0]),
+        "blocks": blocks,
+    }
+    with replacing_file(path) as temporary:
+        # safetensors refuses tensors that share memory, as squeezed maps do where no heads are merged
+        copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+        save_file(copies, temporary, metadata={"description": json.dumps(description)})

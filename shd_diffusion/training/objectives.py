@@ -1,0 +1,182 @@
+"""What a step minimises: every term of the loss on the outputs of teacher and student."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import replace
+
+import torch
+from diffusers import ModelMixin
+from torch import Tensor, nn
+
+from shd_diffusion.attention import AttentionCapture
+from shd_diffusion.attention.outputs import OutputCapture
+from shd_diffusion.losses.shd import SHD
+from shd_diffusion.losses.term import Batch, Captured, NonFiniteError, StepOutputs, Term
+from shd_diffusion.models.denoiser import predict, predict_frozen
+from shd_diffusion.models.forward_process import ForwardProcess
+from shd_diffusion.progress import announce
+
+MASKED = "_masked"
+
+
+class TrainingLoss:
+    """The terms of a loss on a batch, by name: L = Σ w · L_term (docs/method.md section 6).
+
+    A context: while it is open, what the terms look at is captured in every pass of teacher and student, and nothing
+    else. Both see the same noised samples, timesteps, conditions, dropped conditions and tokens. A term of weight 0
+    is not computed; without a term that needs it, neither is the teacher's forward pass. Where passes are masked, each
+    term is there twice, of the whole batch and of the masked one, as `<term>_masked`; both count alike (sail-sg/MDT
+    sums them).
+
+    Args:
+        process: by which batches are noised.
+        terms: by name, on the device.
+        student: in training.
+        teacher: frozen, in evaluation mode; None where nobody teaches.
+        max_steps: where a decaying weight ends.
+    """
+
+    def __init__(
+        self,
+        process: ForwardProcess,
+        terms: Mapping[str, Term],
+        student: ModelMixin,
+        teacher: ModelMixin | None,
+        max_steps: int,
+    ) -> None:
+        self.process, self.teacher, self.max_steps = process, teacher, max_steps
+        self.terms = nn.ModuleDict(terms)
+        self._student = _Capture(student, terms, 0)
+        self._teacher = None if teacher is None else _Capture(teacher, terms, 1)
+        self._stack = ExitStack()
+        self._by_block: tuple[int, list[Tensor]] = -1, []  # a step, and SHD's terms in each of its passes
+
+    def __enter__(self) -> TrainingLoss:
+        for capture in (self._student, self._teacher):
+            if capture is not None:
+                self._stack.enter_context(capture)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def __call__(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        """The unweighted terms of a batch.
+
+        Args:
+            model: the student, possibly wrapped for distributed training.
+            batch: what both models see.
+            step: counted from 0.
+        """
+        terms = self._pass(model, batch, step)
+        self._keep_by_block(step)
+        if batch.mask:
+            masked = replace(batch, condition={**batch.condition, **batch.mask}, mask={})
+            terms |= {name + MASKED: term for name, term in self._pass(model, masked, step).items()}
+        return terms
+
+    def weights(self, step: int) -> dict[str, float]:
+        """The weight of every term at a step."""
+        weights = {name: term.weight(step, self.max_steps) for name, term in self._all()}
+        return weights | {name + MASKED: weight for name, weight in weights.items()}
+
+    def shd_by_block(self, step: int) -> dict[str, Tensor]:
+        """By student block the SHD term of the step just taken, mean over its passes; empty if it has none."""
+        kept_of, terms = self._by_block
+        shd = self.shd
+        if shd is None or shd.loss.last is None or kept_of != step:
+            return {}
+        return dict(zip(shd.loss.last[0], torch.stack(terms).mean(0), strict=True))
+
+    @property
+    def shd(self) -> SHD | None:
+        """The SHD term, if it is one of the loss."""
+        return next((term for _, term in self._all() if isinstance(term, SHD)), None)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """What trains beside the student and is no part of it."""
+        return list(self.terms.parameters())
+
+    def _all(self) -> Iterator[tuple[str, Term]]:
+        for name, term in self.terms.items():
+            assert isinstance(term, Term)
+            yield name, term
+
+    def _pass(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        active = {name: term for name, term in self._all() if term.weight(step, self.max_steps)}
+        seen = batch.noised, batch.timesteps, batch.condition
+        teacher_prediction, teacher = None, Captured()
+        if self.teacher is not None and any(term.needs_teacher for term in active.values()):
+            teacher_prediction = predict_frozen(self.teacher, *seen)
+            assert self._teacher is not None
+            teacher = self._teacher.read().to(batch.noised.device)
+        prediction = predict(model, *seen)
+        student = self._student.read()
+        outputs = StepOutputs(self.process, batch, prediction, teacher_prediction, student, teacher, step)
+        terms: dict[str, Tensor] = {}
+        with torch.autocast(prediction.device.type, enabled=False):
+            for name, term in active.items():
+                with _nan_where_not_finite(terms, name, prediction, step):
+                    terms[name] = term(outputs)
+            if not any(term.reaches_output for term in active.values()):
+                # Distributed training waits for a gradient of every parameter, those behind the last map too.
+                first = next(iter(terms))
+                terms[first] = terms[first] + 0 * prediction.sum()
+        return terms
+
+    def _keep_by_block(self, step: int) -> None:
+        """Keep SHD's terms by block where all tokens were seen; nothing is computed before a step is logged."""
+        if self.shd is None or self.shd.loss.last is None or not self.shd.weight(step, self.max_steps):
+            return
+        if self._by_block[0] != step:
+            self._by_block = step, []
+        self._by_block[1].append(self.shd.loss.last[1])
+
+
+class _Capture:
+    """Context that captures of one model what the terms look at, and no more.
+
+    Args:
+        model: student or teacher.
+        terms: all of the loss.
+        side: of `looks_at`, 0 for the student, 1 for the teacher.
+    """
+
+    def __init__(self, model: ModelMixin, terms: Mapping[str, Term], side: int) -> None:
+        wanted: dict[str, dict[str, None]] = {"records": {}, "outputs": {}}
+        for term in terms.values():
+            if term.captures is not None:
+                # a block that joins image and text leaves a second record, `<block>:context`
+                wanted[term.captures] |= {name.partition(":")[0]: None for name in term.looks_at[side]}
+        self._records = AttentionCapture(model, wanted["records"]) if wanted["records"] else None
+        self._outputs = OutputCapture(model, wanted["outputs"])
+        self._stack = ExitStack()
+
+    def __enter__(self) -> _Capture:
+        contexts: list[AbstractContextManager[object]] = [self._outputs]
+        for context in [*contexts, *([self._records] if self._records else [])]:
+            self._stack.enter_context(context)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stack.close()
+
+    def read(self) -> Captured:
+        """Of the last pass."""
+        return Captured(self._records.records if self._records else {}, self._outputs.outputs)
+
+
+@contextmanager
+def _nan_where_not_finite(
+    terms: dict[str, Tensor], name: str, prediction: Tensor, step: int
+) -> Iterator[None]:
+    """A term that cannot be computed is NaN, with a gradient: all processes must go on to the backward pass,
+    after which the step is left out."""
+    try:
+        yield
+    except (NonFiniteError, torch.linalg.LinAlgError) as error:
+        announce(f"step {step + 1}: {name}: {error}")
+        terms[name] = prediction.sum() * math.nan

@@ -1,0 +1,268 @@
+"""One run from its config to its pipeline: `train-teacher` and `distill`."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from diffusers import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch._dynamo.exc import BackendCompilerFailed
+
+from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig
+from shd_diffusion.data import LatentSource, Source, build_source
+from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.evaluation import check_settings
+from shd_diffusion.files import replacing_folder, write_json, write_text
+from shd_diffusion.losses.shd import SHD
+from shd_diffusion.models.denoiser import count_parameters
+from shd_diffusion.models.factory import load_model
+from shd_diffusion.processes import processes
+from shd_diffusion.progress import announce
+from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling, make_scheduler
+from shd_diffusion.squeezing.plan import plans_from_json, plans_to_json
+from shd_diffusion.training.build import Parts, build
+from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
+from shd_diffusion.training.launch import make_accelerator, start_trackers
+from shd_diffusion.training.loop import Validation, fit
+from shd_diffusion.training.objectives import TrainingLoss
+from shd_diffusion.training.train_state import shard
+from shd_diffusion.training.validation import make_validation
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run that is about to train.
+
+    Attributes:
+        folder: where everything goes.
+        parts: what it is made of, checked.
+        sampler: the scheduler that its pipeline is saved with.
+        vae: that latents are decoded by; None for pixels.
+        validation: while it trains; None where none is wanted.
+        accelerator: of its processes.
+    """
+
+    folder: RunFolder
+    parts: Parts
+    sampler: SchedulerMixin
+    vae: ModelMixin | None
+    validation: Validation | None
+    accelerator: Accelerator
+
+
+def train(config: TrainTeacherConfig | DistillConfig, output: Path, source: str) -> None:
+    """Train a model, from a teacher where the config names one, and save it as a pipeline.
+
+    Args:
+        config: what to train, on what.
+        output: the run folder; a run of the same config in it is continued.
+        source: where the config stands, for messages.
+
+    Raises:
+        UserError: the config cannot be carried out, or the folder belongs to another run.
+    """
+    folder = RunFolder(output)
+    folder.check(config)
+    if folder.is_complete(config):
+        if processes().is_main_process:
+            folder.write_config(config)
+        _finish_attention_maps(folder, config, source)
+        announce(f"{folder.path}: complete, nothing to do")
+        return
+    run = _open(config, folder, source)
+    with folder.locked() if run.accelerator.is_main_process else nullcontext():
+        _train(run)
+
+
+def _train(run: Run) -> None:
+    """All that writes."""
+    folder, parts, accelerator, config = run.folder, run.parts, run.accelerator, run.parts.config
+    accelerator.wait_for_everyone()  # everyone has seen the folder as it was
+    if accelerator.is_main_process:
+        folder.create(config)
+    start_trackers(accelerator, config)
+    accelerator.wait_for_everyone()
+    teacher = None if parts.teacher is None else parts.teacher.model
+    if teacher is not None and isinstance(config, DistillConfig):
+        place_teacher(teacher, config, accelerator)
+    for term in parts.terms.values():
+        term.to(accelerator.device)
+    loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, config.train.max_steps)
+    if loss.shd is not None and teacher is not None and loss.shd.config.pairing == "matched":
+        _load_or_calibrate(loss.shd, teacher, run)
+    with loss:
+        trained = _fit(run, loss)
+    _save(run, trained, loss)  # first of all: nothing that follows can lose it
+    _try_attention_maps(folder, parts, trained, loss.shd)
+    for tracker in accelerator.trackers:
+        tracker.finish()
+
+
+def place_teacher(teacher: ModelMixin, config: DistillConfig, accelerator: Accelerator) -> None:
+    """Bring a teacher, in place, to where it computes."""
+    teacher.to("cpu" if config.teacher.device == "cpu" else accelerator.device)
+    if config.train.shard and config.teacher.device == "accelerator":
+        shard(teacher)
+
+
+# --- before the first step ----------------------------------------------------------------------------------------
+
+
+def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source: str) -> Run:
+    """Build and check everything; nothing is written."""
+    try:
+        accelerator = make_accelerator(config.train, folder.path)
+        data = build_source(config.data)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+    parts = build(config, source, data)
+    try:
+        check_settings(config.evaluate, config.data.name)
+        check_sampling(config.sample, parts.process.scheduler)
+        sampler = make_scheduler(
+            config.sample.scheduler, config.sample.scheduler_arguments, parts.process.scheduler
+        )
+        vae = _load_vae(data)
+        validation = make_validation(config, sampler, vae, data, accelerator.device)
+    except (UserError, ValueError) as error:
+        raise UserError(f"{source}: {error}") from error
+    parts.model.to(accelerator.device)  # where captures and terms look for it
+    return Run(folder, parts, sampler, vae, validation, accelerator)
+
+
+def _load_vae(data: Source) -> ModelMixin | None:
+    """The VAE that latents were encoded by: their pipeline needs it, so it is missed before the training, not after."""
+    if not isinstance(data, LatentSource):
+        return None
+    try:
+        with processes().local_main_process_first():
+            return data.load_vae()
+    except UserError as error:
+        raise UserError(f"key `data.path`: the VAE in its manifest.json: {error}") from error
+
+
+def _load_or_calibrate(shd: SHD, teacher: ModelMixin, run: Run) -> None:
+    """Give the loss its matched plans, found once for a run and kept with it."""
+    path, parts, accelerator = run.folder.merge_plans_file, run.parts, run.accelerator
+    if path.exists():
+        shd.loss.plans = plans_from_json(path.read_text(encoding="utf-8"))
+        return
+    train = parts.config.train
+    size = min(train.batch_size, train.micro_batch_size or train.batch_size)
+    batches = probe_batches(
+        parts.data,
+        parts.process,
+        parts.null,
+        accelerator.device,
+        shd.config.calibration_batches,
+        size,
+        parts.config.seed,
+    )
+    plans = shd.loss.calibrate(paired_records(shd, teacher, parts.model, batches))
+    # A tie that is broken by rounding must be broken alike in every process.
+    shared = broadcast_object_list([plans_to_json(plans)])[0]
+    shd.loss.plans = plans_from_json(shared)
+    if accelerator.is_main_process:
+        write_text(path, shared)
+    accelerator.wait_for_everyone()
+
+
+def _fit(run: Run, loss: TrainingLoss) -> ModelMixin:
+    """The trained model with its averaged weights."""
+    parts, device = run.parts, run.accelerator.device
+    try:
+        return fit(
+            parts.model,
+            loss,
+            parts.loader(device),
+            run.folder,
+            parts.config,
+            run.accelerator,
+            run.validation,
+        )
+    except BackendCompilerFailed as error:
+        raise UserError(
+            f"{run.folder.config_file}: torch.compile failed ({str(error).splitlines()[0]}); "
+            "leave `train.compile` and `losses.shd.compile` off, or install what it needs"
+        ) from error
+
+
+# --- after the last step ------------------------------------------------------------------------------------------
+
+
+def _save(run: Run, trained: ModelMixin, loss: TrainingLoss) -> None:
+    """Save the pipeline, then the summary: a run that has one is complete."""
+    if not run.accelerator.is_main_process:
+        return
+    with replacing_folder(run.folder.pipeline) as temporary:
+        pipeline = ClassConditionalPipeline(
+            trained, run.sampler, run.vae, sample_shape=list(run.parts.data.shape)
+        )
+        pipeline.save_pretrained(temporary, safe_serialization=True)
+    summary = summarize(run.folder.path.name, run.parts, trained)
+    extra = {"extra_parameters": sum(parameter.numel() for parameter in loss.parameters())}
+    write_json(run.folder.summary_file, summary | extra)
+
+
+def summarize(name: str, parts: Parts, model: ModelMixin) -> dict[str, Any]:
+    """What the report says of a run; heads are the most that any block has."""
+    config, train, records = parts.config, parts.config.train, parts.student_trace.records.values()
+    return {
+        "name": name,
+        "stage": "distill" if isinstance(config, DistillConfig) else "train-teacher",
+        "class": type(model).__name__,
+        "parameters": count_parameters(model),
+        "heads": parts.student_trace.heads,
+        "head_dim": max((record.query.shape[3] for record in records), default=0),
+        "blocks": len(records),
+        "steps": train.max_steps,
+        "images": train.max_steps * train.batch_size,
+        "teacher": config.teacher.path if isinstance(config, DistillConfig) else None,
+        "teacher_heads": None if parts.teacher_trace is None else parts.teacher_trace.heads,
+    }
+
+
+def _finish_attention_maps(folder: RunFolder, config: RunConfig, source: str) -> None:
+    """Make the attention maps of a complete run that has none, such as one that ran out of memory over them."""
+    if folder.attention_file.exists() or not isinstance(config, DistillConfig):
+        return
+    parts = build(config, source, build_source(config.data))
+    _try_attention_maps(folder, parts, load_model(str(folder.path)).eval(), None)
+
+
+def _try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, shd: SHD | None) -> None:
+    """Write what the report shows of teacher's and student's attention, be it trained by SHD or not; if it fails,
+    say so and go on."""
+    if parts.teacher is None or parts.teacher_trace is None:
+        return
+    config = parts.config
+    assert isinstance(config, DistillConfig)
+    try:
+        if shd is None:
+            options = config.losses["shd"]
+            shd = SHD(options, parts.student_trace, parts.teacher_trace, config.seed)  # type: ignore[arg-type]
+            if shd.config.pairing == "matched" and folder.merge_plans_file.exists():
+                shd.loss.plans = plans_from_json(folder.merge_plans_file.read_text(encoding="utf-8"))
+        elements = max(
+            record.query.shape[1] * record.query.shape[2] * record.key.shape[2]
+            for record in parts.teacher_trace.records.values()
+        )
+        save_attention_maps(
+            shd,
+            parts.teacher.model,
+            trained,
+            parts.data,
+            parts.process,
+            parts.null,
+            config.seed,
+            folder.attention_file,
+            elements,
+        )
+    except Exception as error:  # whatever it is, out of memory for one: the run itself is complete
+        announce(f"{folder.path}: the report will show no attention maps ({one_line(error)})")

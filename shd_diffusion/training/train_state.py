@@ -1,0 +1,193 @@
+"""What changes while a run trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import ModelMixin
+from diffusers.optimization import get_scheduler
+from diffusers.training_utils import EMAModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from shd_diffusion.config import TrainConfig
+
+
+@dataclass
+class TrainState:
+    """A model with its optimiser, learning rate and averaged weights.
+
+    Attributes:
+        model_class: before it was sharded.
+        model: as it was built; its parameters may be sharded over the processes.
+        parameters: the model's.
+        aux_parameters: those of the loss: trained with the model, neither averaged nor a part of it.
+        wrapped: the model as it is called in training.
+        optimizer: AdamW.
+        lr_scheduler: counts the optimiser's steps.
+        ema: the averaged weights.
+    """
+
+    model_class: type[ModelMixin]
+    model: ModelMixin
+    parameters: list[nn.Parameter]
+    aux_parameters: list[nn.Parameter]
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    lr_scheduler: torch.optim.lr_scheduler.LRScheduler
+    ema: EMAModel
+
+    @classmethod
+    def prepare(
+        cls,
+        model: ModelMixin,
+        aux_parameters: list[nn.Parameter],
+        config: TrainConfig,
+        accelerator: Accelerator,
+    ) -> TrainState:
+        """Everything on its device, ready for step 0."""
+        model_class = type(model)
+        model.to(accelerator.device)
+        if config.shard:
+            shard(model)
+        parameters = list(model.parameters())
+        groups = [{"params": part} for part in (parameters, aux_parameters) if part]
+        optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
+        warm = config.lr_schedule == "constant" and config.warmup_steps  # to diffusers a schedule of its own
+        lr_scheduler = get_scheduler(
+            "constant_with_warmup" if warm else config.lr_schedule,
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.max_steps,
+        )
+        ema = EMAModel(parameters, decay=config.ema_decay, foreach=not config.shard)
+        optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
+        wrapped = model if config.shard else _distributed(model, accelerator)
+        return cls(model_class, model, parameters, aux_parameters, wrapped, optimizer, lr_scheduler, ema)
+
+    @contextmanager
+    def averaged(self) -> Iterator[ModelMixin]:
+        """The model with its averaged weights, in evaluation mode, for as long as the context lasts."""
+        self.ema.store(self.parameters)
+        self.ema.copy_to(self.parameters)
+        self.model.eval()
+        try:
+            yield self.model
+        finally:
+            self.model.train()
+            self.ema.restore(self.parameters)
+
+    def export(self) -> ModelMixin:
+        """The trained model with its averaged weights, whole in every process; training is over then."""
+        self.ema.copy_to(self.parameters)
+        if type(self.model) is self.model_class:
+            return self.model.eval()
+        model = self.model_class.from_config(self.model.config).to(self.model.device)
+        scatter(gather(_weights(self.model), keep=True), _weights(model))
+        return model.eval()
+
+    # --- checkpoints: whole tensors and plain values, whatever the number of processes -----------------------------
+
+    def tensors(self, keep: bool) -> dict[str, dict[str, Tensor]]:
+        """Files of tensors by their names, in a process that is to keep them; every process must call this."""
+        return {
+            "model": gather(_weights(self.model), keep),
+            "ema": gather(self._shadow(), keep),
+            "optimizer": gather(self._moments(), keep),
+        }
+
+    def values(self) -> dict[str, Any]:
+        """All that is no tensor, ready for JSON."""
+        return {
+            "optimizer": self.optimizer.state_dict()["param_groups"],
+            "lr_scheduler": self.lr_scheduler.state_dict(),
+            "ema": self.ema.optimization_step,
+        }
+
+    def restore(self, tensors: dict[str, dict[str, Tensor]], values: dict[str, Any]) -> None:
+        """Back to what `tensors` and `values` have told; every process must call this."""
+        scatter(tensors["model"], _weights(self.model))
+        scatter(tensors["ema"], self._shadow())
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in tensors["optimizer"].items():
+            index, key = name.split("/")
+            state.setdefault(int(index), {})[key] = like(tensor, parameters[int(index)])
+        self.optimizer.load_state_dict({"state": state, "param_groups": values["optimizer"]})
+        self.lr_scheduler.load_state_dict(values["lr_scheduler"])
+        self.ema.optimization_step = values["ema"]
+
+    def _shadow(self) -> dict[str, Tensor]:
+        return {str(index): parameter for index, parameter in enumerate(self.ema.shadow_params)}
+
+    def _moments(self) -> dict[str, Tensor]:
+        state = self.optimizer.state_dict()["state"]
+        return {f"{index}/{key}": value for index, part in state.items() for key, value in part.items()}
+
+
+def _distributed(model: ModelMixin, accelerator: Accelerator) -> nn.Module:
+    """The model as processes train it together.
+
+    Not by `accelerator.prepare`, which would leave its autocast in the model's own forward: validation computes in
+    float32, as sampling does afterwards.
+    """
+    if accelerator.num_processes == 1:
+        return model
+    device = accelerator.device
+    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
+
+
+def _weights(model: nn.Module) -> dict[str, Tensor]:
+    return dict(chain(model.named_parameters(), model.named_buffers()))
+
+
+# --- models that outgrow one card: sharded over the processes (FSDP2) --------------------------------------------
+
+
+def shard(model: nn.Module) -> None:
+    """Shard a model over all processes, in place: each block of its block lists by itself, then the rest.
+
+    The first block of a list stays whole after its forward pass: DiT computes its last layer's condition with it.
+    """
+    for blocks in model.children():
+        if isinstance(blocks, nn.ModuleList):
+            for index, block in enumerate(blocks):
+                fully_shard(block, reshard_after_forward=index > 0)
+    fully_shard(model)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor that may be sharded, put together; every process must call this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(tensor: Tensor, model: Tensor) -> Tensor:
+    """A whole tensor, sharded as another one of its shape is."""
+    if isinstance(model, DTensor) and tensor.shape == model.shape:
+        return distribute_tensor(tensor.to(model.device), model.device_mesh, model.placements)
+    return tensor
+
+
+def gather(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    """All tensors whole and on the CPU, in a process that is to keep them; every process must call this."""
+    gathered = {}
+    for name, tensor in tensors.items():
+        full = whole(tensor.detach())
+        if keep:
+            gathered[name] = full.cpu().contiguous()
+    return gathered
+
+
+@torch.no_grad()
+def scatter(tensors: Mapping[str, Tensor], into: Mapping[str, Tensor]) -> None:
+    """The reverse of `gather`: values of whole tensors, written into tensors that may be sharded."""
+    for name, tensor in into.items():
+        tensor.copy_(like(tensors[name], tensor))

@@ -1,0 +1,99 @@
+"""A few samples and their Fréchet distance while a model trains: what `train.validation` asks for."""
+
+from __future__ import annotations
+
+import torch
+from accelerate.utils import gather_object
+from diffusers import ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from shd_diffusion.config import RunConfig
+from shd_diffusion.data import Source, reference_images
+from shd_diffusion.data.images import to_rgb_bytes
+from shd_diffusion.errors import UserError
+from shd_diffusion.evaluation import extractor_name, load_extractor
+from shd_diffusion.evaluation.extractors import image_size_of
+from shd_diffusion.evaluation.frechet import feature_statistics, frechet_distance
+from shd_diffusion.evaluation.references import open_reference
+from shd_diffusion.processes import processes
+from shd_diffusion.sampling import ClassConditionalPipeline, sample_images
+from shd_diffusion.sampling.batching import deal_passes
+from shd_diffusion.training.loop import Validation
+
+ROWS, COLUMNS = 5, 10
+SMALLEST = 48  # pixels: the width of an image in the picture, at least
+
+
+def make_validation(
+    config: RunConfig,
+    sampler: SchedulerMixin,
+    vae: ModelMixin | None,
+    data: Source,
+    device: torch.device,
+) -> Validation | None:
+    """The Fréchet distance of a model in training, and a picture of its samples; None where it is not validated.
+
+    The samples are the first of those that `sample` would draw, in fewer steps, so they compare between runs. The
+    processes take turns at them.
+
+    Args:
+        config: of the run.
+        sampler: the scheduler that samples.
+        vae: decodes the samples of a model in latents.
+        data: that the model is trained on.
+        device: where the samples are made.
+
+    Raises:
+        UserError: the images to compare with, or the extractor's weights, cannot be read, or do not fit each other.
+    """
+    wanted, evaluate = config.train.validation, config.evaluate
+    if not wanted.every:
+        return None
+    name = extractor_name(evaluate.extractor, config.data.name)
+    extractor = load_extractor(name, evaluate.extractor_weights).to(device)
+    only = image_size_of(name)
+    reference = evaluate.reference or reference_images(config.data)  # a file of statistics needs no images
+    height, width = data.image_size
+    if only is not None and (height, width) != (only, only):
+        raise UserError(
+            f"key `train.validation`: `{name}` takes {only}×{only} images only, not {width}×{height}; "
+            "set `evaluate.extractor` to another, or `train.validation.every` to 0"
+        )
+    statistics = open_reference(
+        reference, extractor, evaluate.batch_size, evaluate.resize, min(height, width)
+    ).statistics["features"]
+    sample = config.sample.model_copy(
+        update={"num_inference_steps": wanted.num_inference_steps, "num_images": wanted.num_images}
+    )
+    if vae is not None:
+        vae.to(device)
+
+    @torch.no_grad()
+    def validate(model: ModelMixin) -> tuple[dict[str, float], Tensor]:
+        state = processes()
+        together = config.train.shard  # each of them holds a part of the weights only
+        pipeline = ClassConditionalPipeline(model, sampler, vae, sample_shape=list(data.shape))
+        pipeline.set_progress_bar_config(disable=True)
+        mine = (
+            deal_passes(sample) if together else deal_passes(sample, state.process_index, state.num_processes)
+        )
+        found: list[tuple[int, Tensor, Tensor]] = []  # index of the first, images, features
+        for indices in mine:
+            images = to_rgb_bytes(sample_images(pipeline, indices, sample))
+            found.append((indices.start, images.cpu(), extractor(images.to(device)).cpu()))
+        if not together and state.num_processes > 1:
+            found = sorted(gather_object(found), key=lambda part: part[0])
+        images = torch.cat([part[1] for part in found])[: wanted.num_images]
+        features = torch.cat([part[2] for part in found])[: wanted.num_images]
+        return {"fid": frechet_distance(feature_statistics(features), statistics)}, sample_grid(images)
+
+    return validate
+
+
+def sample_grid(images: Tensor) -> Tensor:
+    """The first few images (N, 3, H, W), side by side in rows: (H', W', 3). Small ones are enlarged, pixel by pixel."""
+    scale = max(1, SMALLEST // images.shape[-1])
+    shown = images[: ROWS * COLUMNS].repeat_interleave(scale, dim=2).repeat_interleave(scale, dim=3)
+    return make_grid(shown, nrow=COLUMNS, padding=2, pad_value=255).permute(1, 2, 0).contiguous()

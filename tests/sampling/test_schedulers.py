@@ -1,0 +1,116 @@
+"""Schedulers by name, and what is wrong with them before a training."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import DummyObject
+from small_models import small_dit
+
+from shd_diffusion.config import SampleConfig
+from shd_diffusion.errors import UserError
+from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling, make_scheduler, sample_images
+
+DIFFUSION, FLOW = DDPMScheduler(clip_sample=False), FlowMatchEulerDiscreteScheduler()
+
+
+class NeedsALibrary(metaclass=DummyObject):
+    """As diffusers has a class whose library is missing."""
+
+    _backends = ["torchsde_of_nobody"]  # noqa: RUF012 -- diffusers' own
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("NoScheduler", {}, "`NoScheduler` is no scheduler class"),
+        ("AutoencoderKL", {}, "`AutoencoderKL` is no scheduler class"),
+        ("DDIMScheduler", {"etta": 1}, "takes no argument `etta`"),
+        ("DDIMScheduler", {"steps_offset": "1"}, "takes no steps_offset='1'; its default is 0"),
+        ("DDIMScheduler", {"set_alpha_to_one": "no"}, "takes no set_alpha_to_one='no'; its default is True"),
+        ("DDIMScheduler", {"steps_offset": True}, "takes no steps_offset=True"),
+        ("DDIMScheduler", {"beta_schedule": "none"}, "`DDIMScheduler` refuses its arguments"),
+        ("DDIMScheduler", {"prediction_type": "sample"}, "predicts `epsilon`.*not sample by but `sample`"),
+        ("FlowMatchEulerDiscreteScheduler", {}, "predicts `epsilon`.*take DDPMScheduler or its kin"),
+        ("EDMEulerScheduler", {}, "neither a diffusion by betas nor a flow"),
+    ],
+)
+def test_what_cannot_sample_is_refused(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make_scheduler(name, arguments, DIFFUSION)
+    with pytest.raises(UserError, match=rf"^key `sample.scheduler`: .*{message}"):
+        check_sampling(SampleConfig(scheduler=name, scheduler_arguments=arguments), DIFFUSION)
+
+
+def test_a_scheduler_whose_library_is_missing_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    backends = diffusers.utils.import_utils.BACKENDS_MAPPING
+    monkeypatch.setitem(backends, "torchsde_of_nobody", (lambda: False, "{0} lacks it"))
+    monkeypatch.setattr(diffusers, "NeedsALibrary", NeedsALibrary, raising=False)
+    with pytest.raises(UserError, match=r"^key `sample\.scheduler`: NeedsALibrary lacks it"):
+        check_sampling(SampleConfig(scheduler="NeedsALibrary"), DIFFUSION)
+
+
+def test_flows_and_diffusions_keep_apart() -> None:
+    with pytest.raises(ValueError, match="predicts `flow`, which `DDIMScheduler` does not sample by"):
+        make_scheduler("DDIMScheduler", {}, FLOW)
+    solver = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    assert make_scheduler("DPMSolverMultistepScheduler", solver, FLOW).config["use_flow_sigmas"]
+    with pytest.raises(ValueError, match="predicts `epsilon`"):
+        make_scheduler("DPMSolverMultistepScheduler", solver, DIFFUSION)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_inference_steps": 5000}, "key `sample.num_inference_steps` is 5000: `DDIMScheduler` cannot"),
+        ({"guidance_interval": [900, 1]}, r"key `sample.guidance_interval` is \[900, 1\].*write \[1, 900\]"),
+        (
+            {"scheduler": "RePaintScheduler"},
+            "`RePaintScheduler` cannot sample so .*original_image.*`sample.scheduler_arguments`",
+        ),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        check_sampling(SampleConfig(**options), DIFFUSION)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "arguments", "trained_with"),
+    [
+        ("DDIMScheduler", {"timestep_spacing": "trailing"}, DIFFUSION),
+        ("DDPMScheduler", {"variance_type": "learned_range"}, DIFFUSION),
+        ("DPMSolverMultistepScheduler", {"solver_order": 3, "use_karras_sigmas": True}, DIFFUSION),
+        ("EulerAncestralDiscreteScheduler", {}, DIFFUSION),
+        ("HeunDiscreteScheduler", {}, DIFFUSION),
+        ("PNDMScheduler", {}, DIFFUSION),
+        ("UniPCMultistepScheduler", {"solver_type": "bh1"}, DIFFUSION),
+        ("FlowMatchEulerDiscreteScheduler", {"shift": 3}, FLOW),
+        ("FlowMatchHeunDiscreteScheduler", {}, FLOW),
+    ],
+)
+def test_what_can_sample_passes(scheduler: str, arguments: dict[str, Any], trained_with: Any) -> None:
+    check_sampling(SampleConfig(scheduler=scheduler, scheduler_arguments=arguments), trained_with)
+
+
+def test_an_argument_goes_before_what_is_set_for_a_scheduler() -> None:
+    found = make_scheduler("DPMSolverMultistepScheduler", {"variance_type": "learned"}, DIFFUSION)
+    assert found.config["variance_type"] == "learned"
+
+
+@pytest.mark.parametrize("scheduler", ["DDIMScheduler", "DPMSolverMultistepScheduler"])
+def test_a_learned_variance_is_left_out_where_a_scheduler_has_no_use_for_it(scheduler: str) -> None:
+    torch.manual_seed(0)
+    model = small_dit(2, layers=1, out_channels=2).eval()
+    learned = DDPMScheduler(clip_sample=False, variance_type="learned_range")
+    images = []
+    for trained_with in (DIFFUSION, learned):
+        pipeline = ClassConditionalPipeline(model, make_scheduler(scheduler, {}, trained_with))
+        pipeline.set_progress_bar_config(disable=True)
+        images.append(sample_images(pipeline, range(3), SampleConfig(num_inference_steps=4)))
+    assert torch.equal(*images)
