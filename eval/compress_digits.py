@@ -1,6 +1,6 @@
 """Launch file: compress a trained digits teacher in place, sample from what comes out, and evaluate it.
 
-python eval/compress_digits.py runs/digits/teacher --output docs/results/compress-digits.json
+python eval/compress_digits.py runs/digits/teacher/pipeline --output docs/results/compress-digits.json
 """
 
 from __future__ import annotations
@@ -16,17 +16,16 @@ import typer
 from shd_diffusion.compression import compress
 from shd_diffusion.compression.attention import HeadOptions
 from shd_diffusion.compression.compress import Batch
-from shd_diffusion.config import TrainTeacherConfig, read_run_config
-from shd_diffusion.data import build_source, reference_images
+from shd_diffusion.config import TrainTeacherConfig, read_config
+from shd_diffusion.data.datasets import build_source, reference_images
 from shd_diffusion.environment import describe_environment
-from shd_diffusion.evaluation.evaluate import evaluate_run
+from shd_diffusion.evaluation.evaluate import compute_metrics
 from shd_diffusion.files import write_json
-from shd_diffusion.losses.denoising import forward_process
-from shd_diffusion.models.adapter import count_parameters, null_label, predict
+from shd_diffusion.models.denoiser import count_parameters, drop_condition, null_condition, predict
+from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.randomness import generator
-from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
-from shd_diffusion.sampling.stage import sample_pipeline
+from shd_diffusion.sampling.open_pipeline import open_pipeline
+from shd_diffusion.sampling.sample_run import sample_pipeline
 
 # Arguments of `compress`.
 CASES: dict[str, dict[str, Any]] = {
@@ -46,50 +45,55 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def calibration(config: TrainTeacherConfig, count: int, batch: int, seed: int, null: int) -> list[Batch]:
-    """Noised training images with their labels, some dropped, as the teacher was trained on."""
-    source, process = build_source(config.data), forward_process(config.diffusion)
-    draw = generator(seed, "compress", 0)
-    clean, labels = source.first(len(source))
+def calibration(
+    config: TrainTeacherConfig, process: ForwardProcess, count: int, batch: int, null: Any
+) -> list[Batch]:
+    """Noised training images with their conditions, some dropped, as the teacher was trained on."""
+    source, draw = build_source(config.data), generator(config.seed, "compress")
+    clean, condition = source.first(len(source))
     chosen = torch.randint(len(source), (count,), generator=draw)
-    clean, labels = clean[chosen], labels[chosen]
+    clean = clean[chosen]
     noise = torch.randn(clean.shape, generator=draw)
-    timesteps = torch.randint(process.num_timesteps, (count,), generator=draw)
-    dropped = torch.rand(count, generator=draw) < config.train.label_drop
-    labels = torch.where(dropped, null, labels)
-    noised, times = process.noised(clean, noise, timesteps), process.times(timesteps)
-    return list(zip(noised.split(batch), times.split(batch), labels.split(batch), strict=True))
+    timesteps = process.timesteps(torch.rand(count, generator=draw))
+    dropped = torch.rand(count, generator=draw) < config.train.condition_dropout
+    condition = drop_condition({name: value[chosen] for name, value in condition.items()}, null, dropped)
+    noised = process.noised(clean, noise, timesteps)
+    return [
+        (noised[part], timesteps[part], {name: value[part] for name, value in condition.items()})
+        for part in torch.arange(count).split(batch)
+    ]
 
 
 def main(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run of `train-teacher`.")],
-    output: Annotated[Path, typer.Option(help="JSON file for the results; its cases are kept.")],
+    teacher: Annotated[
+        str, typer.Argument(metavar="PIPELINE", help="The pipeline folder of a trained teacher.")
+    ],
+    output: Annotated[Path, typer.Option(help="JSON file for the results.")],
+    config: Annotated[Path, typer.Option(help="Its config.")] = Path("configs/digits/teacher.yaml"),
     case: Annotated[list[str] | None, typer.Option(help="Some of the cases.")] = None,
     images: Annotated[int, typer.Option(help="Calibration images.")] = 1024,
     batch: Annotated[int, typer.Option(help="Images of a forward pass.")] = 128,
-    seed: int = 0,
     pairing: str = "matched",
     queries: str = "select",
 ) -> None:
     """Compress, sample and evaluate each case."""
-    config = read_run_config(run / "config.yaml")
-    assert isinstance(config, TrainTeacherConfig)
+    settings = read_config(config, TrainTeacherConfig)
+    options = HeadOptions(pairing=pairing, queries=queries)  # type: ignore[arg-type]
     results: dict[str, Any] = {}
     for name in case or list(CASES):
-        pipeline = ClassConditionalPipeline.from_pretrained(RunFolder(run).pipeline)
-        teacher = pipeline.denoiser
-        batches = calibration(config, images, batch, seed, null_label(teacher))
+        pipeline = open_pipeline(teacher)
+        model = pipeline.denoiser
+        process = ForwardProcess.from_scheduler(pipeline.scheduler)
+        batches = calibration(settings, process, images, batch, null_condition(model))
         began = time.perf_counter()
-        options = HeadOptions(pairing=pairing, queries=queries)  # type: ignore[arg-type]
-        found = compress(teacher, batches, predict, options=options, **CASES[name])
+        found = compress(model, batches, predict, options=options, **CASES[name])
         seconds = time.perf_counter() - began
         pipeline.register_modules(denoiser=found.model)
         with TemporaryDirectory() as folder:
-            images_folder = Path(folder) / "samples"
-            sampled = sample_pipeline(pipeline, config.sample, images_folder, {}, name, str(run))
-            metrics = evaluate_run(
-                images_folder, reference_images(config.data), config.evaluate, sampled["labels"]
-            )
+            samples = Path(folder) / "samples"
+            sampled = sample_pipeline(pipeline, settings.sample, samples, {}, name, teacher)
+            reference = reference_images(settings.data)
+            metrics = compute_metrics(samples, reference, settings.evaluate, sampled["labels"])
         results[name] = {
             "fid": metrics["fid"],
             "lost": found.lost,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
-from shd_diffusion.attention.blocks import CONTEXT, MAIN, passes, streams
+from shd_diffusion.attention.blocks import kernel_calls
+from shd_diffusion.attention.probe import CONTEXT, MAIN
 from shd_diffusion.compression.lockstep import Call
 from shd_diffusion.models.squeezed import (
     check_heads_can_be_cut,
@@ -23,7 +24,6 @@ from shd_diffusion.models.squeezed import (
     widen_heads,
 )
 from shd_diffusion.squeezing import match_merges, plan_merges
-from shd_diffusion.squeezing.chunks import MapStream, cut, stream
 from shd_diffusion.squeezing.heads import (
     RIDGE,
     factor_queries_keys,
@@ -32,6 +32,7 @@ from shd_diffusion.squeezing.heads import (
     refit_heads,
     select_heads,
 )
+from shd_diffusion.squeezing.map_stream import MapStream, cut, stream
 from shd_diffusion.squeezing.moments import Moments, ridge, solve
 from shd_diffusion.squeezing.plan import Plan, Round, members
 
@@ -158,7 +159,8 @@ def squeeze_attention(
 
 def layout_of(module: Any) -> Layout:
     """The layers of an attention block by stream."""
-    order, paths = streams(module), list(output_layers(module))
+    ((_, order),) = kernel_calls(module)
+    paths = list(output_layers(module))
     names = {MAIN: "to_v", CONTEXT: "add_v_proj"}
     if getattr(module, "add_q_proj", None) is not None:  # two streams with projections of their own
         return Layout(
@@ -171,7 +173,7 @@ def check_can_be_squeezed(model: nn.Module, name: str, options: HeadOptions) -> 
     """Raise ValueError unless the heads of that block can be squeezed so."""
     check_heads_can_be_cut(model, name)
     module: Any = model.get_submodule(name)
-    if passes(module) != (MAIN,):
+    if len(kernel_calls(module)) != 1:
         raise ValueError(f"attention block `{name}` attends twice, to text and image: it cannot be squeezed")
     width = module.inner_dim // module.heads
     if options.head_dim is not None and options.head_dim != width:
@@ -279,7 +281,7 @@ def _look(model: nn.Module, name: str, calls: Sequence[Call], factor: bool) -> S
             weight = record.output_weight.detach().double().T.unflatten(0, (record.heads, -1))  # (M, d, C)
             grams = weight @ weight.mT
             for samples in _samples(record, record.key.shape[2]):
-                maps = record.of_samples(samples).maps()
+                maps = record.maps(samples=samples)
                 seen.movements += head_movements(maps, record.value[samples].to(maps.dtype), grams)
         have = sum(len(record.query) for record in seen.records)
         if have < _MATCHED_ON:
@@ -306,7 +308,7 @@ def _plan(records: Sequence[AttentionRecord], heads: int, pairing: Pairing) -> P
 def _map_stream(record: AttentionRecord) -> MapStream:
     batch, heads, rows, _ = record.query.shape
     shape = batch, heads, rows, record.key.shape[2]
-    return stream(shape, lambda part: record.of_samples(part[0]).logits(rows=part[1]), record.query.device)
+    return stream(shape, lambda part: record.logits(samples=part[0], rows=part[1]), record.query.device)
 
 
 def _features(
@@ -329,7 +331,7 @@ def _features(
                 index = torch.randperm(count, generator=drawn)[: rows or count].to(target.device)
                 widest = max(record.key.shape[2], sum(each.shape[2] for each in made_from))
                 for samples in _samples(record, widest, len(index)):
-                    maps = record.of_samples(samples).maps(rows=index)
+                    maps = record.maps(samples=samples, rows=index)
                     split = maps.split([each.shape[1] for each in made_from], 3)
                     features = [
                         a @ h[samples, None].to(a.dtype) for a, h in zip(split, made_from, strict=True)
