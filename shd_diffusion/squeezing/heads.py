@@ -171,23 +171,23 @@ def refit_heads(
     objective = [squared_error(gram, moments.cross, moments.energy, circuits.flatten(0, 1))]
 
     for _ in range(rounds):
-        # Gram matrix of the mixed values, (N·d, N·d)
-        half = torch.einsum("icjk,jkd->icjd", blocks, values)
-        mixed = torch.einsum("icd,icje->idje", values, half).reshape(heads * width, heads * width)
-        wanted = (values.mT @ cross).flatten(0, 1)
-        outputs = solve(mixed, wanted).unflatten(0, (heads, width))
+        # Gram matrix of all features with the mixed values F_j V_j, (N, c, N·d), and of these, (N·d, N·d)
+        half = torch.cat([blocks[:, :, j] @ values[j] for j in range(heads)], 2)
+        mixed = (values.mT @ half).flatten(0, 1)
+        outputs = solve(mixed, (values.mT @ cross).flatten(0, 1)).unflatten(0, (heads, width))
         circuits = values @ outputs
-        # Σ_i G_ji P_i for every head j, kept up to date as heads change
-        fitted = (gram @ circuits.flatten(0, 1)).unflatten(0, (heads, inputs))
+        # Σ_i G_ji V_i O_i for every head j, kept up to date as heads change
+        fitted = half @ outputs.flatten(0, 1)
         objective.append(_error(moments, circuits, fitted))
         for j in range(heads):
-            own = blocks[j, :, j]
-            residual = cross[j] - fitted[j] + own @ circuits[j]
+            own, before = blocks[j, :, j], (values[j].clone(), outputs[j].clone())
+            residual = cross[j] - fitted[j] + (own @ values[j]) @ outputs[j]
             best = roots[j] @ (roots[j].T @ residual)
             values[j], outputs[j] = reduced(best, own, width)
-            changed = values[j] @ outputs[j] - circuits[j]
-            fitted += torch.einsum("ick,ko->ico", blocks[:, :, j], changed)
-            circuits[j] += changed
+            circuits[j] = values[j] @ outputs[j]
+            # in the span of the old and the new values: 2 d columns instead of C
+            change = blocks[:, :, j] @ torch.cat([values[j], before[0]], 1)
+            fitted += change @ torch.cat([outputs[j], -before[1]])
             objective.append(_error(moments, circuits, fitted))
     return values, outputs, objective
 
