@@ -520,7 +520,7 @@ def loop(threads: Threads = 2, steps: int = 60, clock: ClockOption = "wall", out
         parts = build(config, str(DISTILL_CONFIG), build_source(config.data), Teacher(teacher))
         with TemporaryDirectory() as folder:
             run = RunFolder(Path(folder) / "run")
-            run.create(config)
+            run.create(config, {})
             accelerator = make_accelerator(config.train, run.path)
             loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, steps)
             turns: Any = TakingTurns(loss, by_hand.step, clock)

@@ -68,7 +68,8 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 @stage
 def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
     """Encode images through a VAE into a cache of latents."""
-    from shd_diffusion.config import PrepareConfig, read_config
+    from shd_diffusion.config import read_config
+    from shd_diffusion.data.prepare import PrepareConfig
     from shd_diffusion.data.prepare import prepare as run_stage
 
     parsed = read_config(config, PrepareConfig, set_ or [])
@@ -210,11 +211,11 @@ def evaluate(
     output: Annotated[
         Path | None,
         typer.Option(
-            "--output", metavar="DIR", help="For one pipeline's samples and figures; default: beside it."
+            "--output", metavar="DIR", help="For one pipeline's samples and metrics; default: beside it."
         ),
     ] = None,
 ) -> None:
-    """Compute figures; JSON on standard output, and for a run or pipeline also in `evaluation/metrics.json`."""
+    """Compute metrics; JSON on standard output, and for a run or pipeline also in `evaluation/metrics.json`."""
     from shd_diffusion.config import override_config
     from shd_diffusion.evaluation.evaluate_run import (
         evaluate_images,
@@ -230,18 +231,18 @@ def evaluate(
     overrides += [f"evaluate.metrics=[{metrics}]"] if metrics else []
     if output is not None and (len(targets) > 1 or not is_pipeline(str(targets[0]))):
         raise UserError(f"--output {output}: is for the samples of one pipeline; remove it")
-    figures = {}
+    found = {}
     for target in targets:
         run = RunFolder(target)
         if run.config_file.exists():
             config = override_config(run.read_config(), overrides, str(run.config_file))
-            figures[str(target)] = evaluate_run(run, config)
+            found[str(target)] = evaluate_run(run, config)
         elif is_pipeline(str(target)):
-            figures[str(target)] = evaluate_pipeline(str(target), overrides, output)
+            found[str(target)] = evaluate_pipeline(str(target), overrides, output)
         else:
-            figures[str(target)] = evaluate_images(target, overrides)
+            found[str(target)] = evaluate_images(target, overrides)
     if processes().is_main_process:
-        typer.echo(json.dumps(figures if len(targets) > 1 else figures[str(targets[0])], indent=2))
+        typer.echo(json.dumps(found if len(targets) > 1 else found[str(targets[0])], indent=2))
 
 
 @app.command()

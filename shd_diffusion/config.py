@@ -6,7 +6,6 @@ wrong type is a `UserError` of one line that names the file, the key and the fix
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -16,7 +15,7 @@ import yaml
 from pydantic import BaseModel, Field, ValidationError
 
 from shd_diffusion.data.datasets import DataConfig
-from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.errors import UserError, did_you_mean, one_line
 from shd_diffusion.losses import LossesConfig, TeacherLossesConfig
 from shd_diffusion.models.factory import ModelConfig, StudentConfig, TeacherConfig
 from shd_diffusion.models.forward_process import DiffusionConfig
@@ -133,27 +132,6 @@ class DistillConfig(RunConfig):
     teacher: TeacherConfig
     student: StudentConfig
     losses: LossesConfig = LossesConfig()
-
-
-class EncodeConfig(Section):
-    """How `prepare` encodes images into a cache of latents.
-
-    `max_corrupt_share`: of the images that may be unreadable and left out, before that is an error.
-    """
-
-    vae: str
-    batch_size: int = Field(16, ge=1)
-    shard_size: int = Field(4096, ge=1)
-    dtype: Literal["float32", "float16"] = "float32"
-    max_corrupt_share: float = Field(0.001, ge=0, le=1)
-
-
-class PrepareConfig(Section):
-    """`prepare`: a cache of latents from images."""
-
-    output: str | None = None
-    data: DataConfig
-    prepare: EncodeConfig
 
 
 # --- reading -------------------------------------------------------------------------------------------------
@@ -294,9 +272,7 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in location if not _is_union_tag(part))
     if first["type"] == "extra_forbidden":
         known = _keys_beside(kind, location)
-        close = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"did you mean `{close[0]}`?" if close else f"known here: {', '.join(known)}"
-        return f"unknown key `{key}`; {hint}"
+        return f"unknown key `{key}`; {did_you_mean(str(location[-1]), known)}"
     if first["type"] == "missing":
         return f"key `{key}` is missing; add it"
     if first["type"] == "value_error":

@@ -36,13 +36,19 @@ def describe_environment() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the source tree, with `-dirty` behind it where files differ; None outside of a checkout."""
-    here = Path(__file__).parent
+    """The commit of the source tree, with `-dirty` behind it where files differ; None outside of a checkout.
+
+    A package that is installed below another repository is no file of that one.
+    """
     try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=here, capture_output=True, text=True, check=True,
-        )  # fmt: skip
+        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
-    return described.stdout.strip()
+
+
+def _git(*arguments: str) -> str:
+    here = Path(__file__).parent
+    return subprocess.run(
+        ["git", *arguments], cwd=here, capture_output=True, text=True, check=True
+    ).stdout.strip()

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something the user can mend: the message is one line that names the file, the key and the fix.
+    """Something the user can fix: the message is one line that names the file, the key and the fix.
 
     The command line prints the message and exits with `exit_code`. What is wrong with the input is found before
     anything is written.

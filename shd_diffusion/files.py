@@ -112,6 +112,18 @@ def sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def json_sha256(content: Any) -> str:
+    """The checksum of plain values, hexadecimal, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def holds_files(path: Path) -> bool:
+    """Whether there is anything but what a killed call has left, which has a dot before its name."""
+    return path.exists() and (
+        not path.is_dir() or any(not inside.name.startswith(".") for inside in path.iterdir())
+    )
+
+
 def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:

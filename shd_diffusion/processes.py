@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import os
+from datetime import timedelta
 
 import torch
 from accelerate import PartialState
@@ -20,7 +21,8 @@ def processes() -> PartialState:
     Raises:
         UserError: fewer processes were joined than the launcher started.
     """
-    state = PartialState(cpu=not torch.accelerator.is_available())
+    # Who dies takes the others down by the launcher; who is slow, over images or shards, is waited for.
+    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
     launched = int(os.environ.get("WORLD_SIZE", 1))
     if state.num_processes != launched:
         raise UserError(

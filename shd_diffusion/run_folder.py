@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +13,7 @@ from typing import Any
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, dump_config, read_run_config
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import read_json, write_json, write_text
+from shd_diffusion.files import holds_files, json_sha256, read_json, write_json, write_text
 from shd_diffusion.progress import announce
 from shd_diffusion.protocol import flatten
 
@@ -79,6 +78,10 @@ class RunFolder:
         return self.path / "evaluation" / "metrics.json"
 
     @property
+    def inputs_file(self) -> Path:
+        return self.path / "inputs.json"
+
+    @property
     def merge_plans_file(self) -> Path:
         return self.path / "merge_plans.json"
 
@@ -93,10 +96,7 @@ class RunFolder:
             UserError: the folder belongs to another config, or is no run folder.
         """
         if not self.config_file.exists():
-            # what has a dot before its name is ours, of a call that was killed
-            if self.path.exists() and (
-                not self.path.is_dir() or any(not path.name.startswith(".") for path in self.path.iterdir())
-            ):
+            if holds_files(self.path):
                 raise UserError(
                     f"{self.path}: holds files but no config.yaml of a run; give another --output"
                 )
@@ -115,17 +115,38 @@ class RunFolder:
                 f"be {config.train.max_steps}; it may grow only"
             )
 
+    def check_inputs(self, inputs: dict[str, str]) -> None:
+        """See that a run goes on with what it began with.
+
+        Args:
+            inputs: hashes, by the key of the config that names the data or the model.
+
+        Raises:
+            UserError: something else lies there now.
+        """
+        if not self.inputs_file.exists():
+            return
+        began_with = read_json(self.inputs_file)
+        for key, found in inputs.items():
+            if began_with.get(key) != found:
+                raise UserError(
+                    f"{self.path}: what `{key}` names has changed since this run began; bring it back, or give another "
+                    "--output"
+                )
+
     def is_complete(self, config: RunConfig) -> bool:
         """Whether a run has taken all the steps that a config wants."""
         return self.summary_file.exists() and self.read_summary().get("steps") == config.train.max_steps
 
     def identity(self, config: RunConfig) -> str:
         """A hash of all that a run's weights follow from."""
-        return hashlib.sha256(json.dumps(_training_keys(config), sort_keys=True).encode()).hexdigest()
+        return json_sha256(_training_keys(config))
 
-    def create(self, config: RunConfig) -> None:
-        """Write the config and the environment, before a training."""
+    def create(self, config: RunConfig, inputs: dict[str, str]) -> None:
+        """Write the config, what identifies the inputs, and the environment, before a training."""
         self.write_config(config)
+        if not self.inputs_file.exists():
+            write_json(self.inputs_file, inputs)
         self.summary_file.unlink(missing_ok=True)  # of a run that was complete, and is extended
         if not (self.path / "environment.json").exists():
             write_json(self.path / "environment.json", describe_environment())

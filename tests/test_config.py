@@ -7,7 +7,6 @@ import pytest
 from shd_diffusion import config as config_module
 from shd_diffusion.config import (
     DistillConfig,
-    PrepareConfig,
     TrainTeacherConfig,
     dump_config,
     override_config,
@@ -15,6 +14,7 @@ from shd_diffusion.config import (
     parse_yaml,
     read_config,
 )
+from shd_diffusion.data.prepare import PrepareConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.study.config import StudyConfig
 

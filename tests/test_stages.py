@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command, sets, start
+from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from shd_diffusion.sampling import ClassConditionalPipeline
 
@@ -188,10 +189,6 @@ BAD = {
         ["diffusion.num_train_timesteps=100"],
         ["distill.yaml", "diffusion.num_train_timesteps", "100", "1000"],
     ),
-    "tokens that do not divide": (
-        ["student.arguments.patch_size=4", "teacher.path=PATCHES"],
-        ["distill.yaml", "losses.shd", "tokens"],
-    ),
     "too many processes": (["train.batch_size=4", "train.num_processes=3"], ["train.num_processes", "3"]),
     "infinite": (["train.learning_rate=.inf"], ["distill.yaml", "train.learning_rate", "finite"]),
     "no heads": (["student.arguments.num_attention_heads=0"], ["distill.yaml", "student"]),
@@ -247,7 +244,8 @@ def test_a_teacher_that_cannot_be_captured_is_named(tmp_path: Path) -> None:
     unet.save_pretrained(tmp_path / "unet")
     arguments = sets(*SHORT, f"teacher.path={tmp_path / 'unet'}")
     code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
-    assert code == 2 and "no student block learns from a teacher block" in errors and "losses.shd" in errors
+    assert code == 2 and "the teacher has no self-attention that can be captured" in errors
+    assert "losses.shd" in errors and str(tmp_path / "unet") in errors
     assert not (tmp_path / "run").exists()
 
 
@@ -271,3 +269,41 @@ def test_a_folder_that_is_no_run_is_named(stage: str, tmp_path: Path) -> None:
     code, _, errors = command(stage, tmp_path / "nothing")
     assert code == 2 and "nothing" in errors
     assert not (tmp_path / "nothing").exists()
+
+
+def test_a_run_does_not_go_on_from_another_teacher(runs: Path, tmp_path: Path) -> None:
+    """A teacher that was trained anew in the same folder is noticed; so are other images."""
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    shutil.copytree(runs / "teacher", teacher)
+    arguments = ["distill", DISTILL_CONFIG, "--output", run, *sets(*SHORT, f"teacher.path={teacher}")]
+    assert command(*arguments, *sets("train.max_steps=1"))[0] == 0
+    file = teacher / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors"
+    changed = load_file(file)
+    next(iter(changed.values())).mul_(1.01)
+    save_file(changed, file, metadata={"format": "pt"})
+    code, _, errors = command(*arguments, *sets("train.max_steps=2"))
+    assert code == 2 and "what `teacher.path` names has changed since this run began" in errors
+    inputs = json.loads((run / "inputs.json").read_text())
+    (run / "inputs.json").write_text(json.dumps(inputs | {"data": "other"}))
+    code, _, errors = command(*arguments, *sets("train.max_steps=2"))
+    assert code == 2 and "what `data` names has changed" in errors
+
+
+def test_token_grids_that_do_not_divide_are_refused_before_anything_is_written(tmp_path: Path) -> None:
+    """12 px in patches of 4 and 3: 9 tokens and 16."""
+    (tmp_path / "images").mkdir()
+    for index in range(4):
+        Image.new("RGB", (12, 12), (60 * index, 0, 0)).save(tmp_path / "images" / f"{index}.png")
+    arguments = ["in_channels=3", "out_channels=3", "sample_size=12", "num_embeds_ada_norm=1", "num_layers=1"]
+    (tmp_path / "images" / "only").mkdir()
+    for image in (tmp_path / "images").glob("*.png"):
+        image.rename(tmp_path / "images" / "only" / image.name)
+    data = ["data.name=image_folder", f"data.path={tmp_path / 'images'}", "data.image_size=12", *SHORT]
+    data += ["train.max_steps=1", "train.batch_size=2", "evaluate.extractor=inception-v3-compat"]
+    teacher = sets(*data, *(f"model.arguments.{part}" for part in [*arguments, "patch_size=4"]))
+    assert command("train-teacher", TEACHER_CONFIG, "--output", tmp_path / "teacher", *teacher)[0] == 0
+    student = [f"student.arguments.{part}" for part in [*arguments, "patch_size=3"]]
+    overrides = sets(*data, *student, f"teacher.path={tmp_path / 'teacher'}")
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *overrides)
+    assert code == 2 and "losses.shd" in errors and "9 and 16 tokens" in errors, errors
+    assert not (tmp_path / "run").exists()

@@ -30,10 +30,7 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, plan: Measur
     """Measure a run's model and write `squeezing.json`, `squeezing.csv` and `squeezing.png`.
 
     Args:
-        run: of the teacher.
         heads: how many to squeeze to; the picture shows the blocks at the first.
-        output: the folder to write to.
-        plan: on how many samples.
 
     Returns:
         What stands in the JSON file.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,10 +63,13 @@ def attention_blocks(model: nn.Module) -> dict[str, AttentionBlock]:
     return {name: _describe(model, name, module) for name, module in ordered}
 
 
-def kernel_calls(module: nn.Module) -> tuple[tuple[str, Streams], ...]:
+def kernel_calls(module: Any) -> tuple[tuple[str, Streams], ...]:
     """A module's kernel calls: the suffix of its records, and the streams that share its query rows in order."""
     if _attends_to_an_image_too(module):
-        return ((IMAGE, (MAIN,)), (MAIN, (MAIN,)))
+        calls: tuple[tuple[str, Streams], ...] = ((IMAGE, (MAIN,)), (MAIN, (MAIN,)))
+        apart = "encoder_hidden_states_image" in inspect.signature(module.processor.__call__).parameters
+        # WanAnimate2, which is given both apart, attends to the text first
+        return calls[::-1] if apart else calls
     try:
         return tuple(("", streams) for streams in probe(module))
     except Exception:
@@ -78,19 +82,21 @@ def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | N
     """Weight (C, H·d) of the projection behind the heads; None where the stream ends in the block."""
     module: Any = model.get_submodule(name)
     if stream == CONTEXT and _two_queries(module):
-        projection = _first(module, "to_add_out", "txt_attn_proj")
-        return None if projection is None else projection.weight
-    projection = _first(module, "to_out", "img_attn_proj")
-    parent = model.get_submodule(name.rpartition(".")[0])
+        context: Any = _first(module, "to_add_out", "txt_attn_proj")
+        return None if context is None else context.weight
+    if stream == CONTEXT and processor_name(module).startswith("EasyAnimate"):
+        return None  # its single-stream blocks project the image's rows alone
+    projection: Any = _first(module, "to_out", "img_attn_proj")
+    parent: Any = model.get_submodule(name.rpartition(".")[0])
     if isinstance(
         projection, nn.Identity
     ):  # LuminaNextDiT adds both of a block's attentions before it projects
         projection = parent.attn2.to_out
     if projection is None:  # Flux's single blocks project attention and MLP at once, behind the module
         projection = getattr(parent, "proj_out", None)
-    weight = (
-        projection[0].weight if isinstance(projection, (nn.ModuleList, nn.Sequential)) else projection.weight
-    )
+    if isinstance(projection, (nn.ModuleList, nn.Sequential)):
+        projection = projection[0]
+    weight: Tensor = projection.weight
     width = _heads(module) * _head_dim(module)
     return weight[:, :width] if weight.shape[1] > width else weight
 
@@ -108,10 +114,10 @@ def _describe(model: nn.Module, name: str, module: Any) -> AttentionBlock:
         heads, head_dim = _heads(module), _head_dim(module)
         output_weight(model, name)
     except (AttributeError, TypeError, IndexError) as error:
-        reason = f"{type(module).__name__} is of an unknown layout: {error}"
-        return AttentionBlock(name, "self", 0, 0, 0, reason)
+        lacks = f"{type(module).__name__} is of an unknown layout: {error}"
+        return AttentionBlock(name, "self", 0, 0, 0, lacks)
     reason = _reason(module)
-    kind = _kind(module) if reason is None else "self"
+    kind: Kind = _kind(module) if reason is None else "self"
     return AttentionBlock(name, kind, heads, _key_value_heads(module, heads, head_dim), head_dim, reason)
 
 

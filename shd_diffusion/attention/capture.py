@@ -27,9 +27,10 @@ class AttentionCapture:
     """Context in which every forward pass of `model` leaves a record of each attention block.
 
     The model computes exactly what it computes outside: each block's own processor runs inside one that notes
-    what the kernel is called with (`NotingProcessor` in `model.attn_processors`), and comes back at the end. A record is references; no map exists before it is asked for. Gradients
-    reach the model through a record's query and key. What a backward pass runs again (non-reentrant gradient
-    checkpointing) is not noted. Captures may be nested, also of one model.
+    what the kernel is called with (a `NotingProcessor` in `model.attn_processors`), and comes back at the end. A
+    record is references; no map exists before it is asked for. Gradients reach the model through a record's
+    query and key. What a backward pass runs again (non-reentrant gradient checkpointing) is not noted. Captures
+    may be nested, also of one model.
 
         with AttentionCapture(teacher) as capture:
             teacher(noised, timestep=timesteps, class_labels=labels)

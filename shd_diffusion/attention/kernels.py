@@ -31,9 +31,8 @@ SDPA_BACKENDS = {
     AttentionBackendName._NATIVE_FLASH,
     AttentionBackendName._NATIVE_MATH,
 }
-UNSEEN = (
-    -9000.0
-)  # diffusers adds -10000 or less (float16's -65504, float32's smallest) to keys not to be seen
+# diffusers adds -10000 or less (float16's -65504, float32's smallest) to keys not to be seen
+UNSEEN = -9000.0
 MASKED = -1e30  # finite, so that 0 · log q stays 0 in a divergence; no float32 softmax tells it from -inf
 
 
@@ -140,8 +139,13 @@ def _additive(mask: Tensor) -> Tensor:
 
 
 def stack(calls: Sequence[KernelCall], rows: int) -> KernelCall:
-    """One call of all samples out of one each. They share their first `rows` query rows; keys are padded, masked."""
+    """One call of all samples out of one each, whose texts differ in length: keys are padded and masked.
+
+    Only the first `rows` query rows, the image's, are kept where the text's differ in number.
+    """
     keys = max(call.key.shape[2] for call in calls)
+    if len({call.query.shape[2] for call in calls}) == 1:
+        rows = calls[0].query.shape[2]
     query = torch.cat([call.query[:, :, :rows] for call in calls])
     key, value = (
         torch.cat([pad(tensor, (0, 0, 0, keys - tensor.shape[2])) for tensor in tensors])
@@ -164,8 +168,10 @@ def _read_backend(
 ) -> KernelCall:
     """The registry's layout, (B, N, H, d), and masks of (B, K) or flex attention's BlockMask as well."""
     if isinstance(attn_mask, BlockMask):
-        sizes = (*attn_mask.shape[:2], query.shape[1], key.shape[1])
-        attn_mask = create_mask(attn_mask.mask_mod, *sizes, device=query.device)
+        batch, heads = attn_mask.shape[:2]
+        attn_mask = create_mask(
+            attn_mask.mask_mod, batch, heads, query.shape[1], key.shape[1], device=str(query.device)
+        )
     if attn_mask is not None and not isinstance(attn_mask, Tensor):
         raise RuntimeError(
             f"a {type(attn_mask).__name__} cannot be read as a mask; use a backend that takes tensors"

@@ -22,6 +22,15 @@ MAIN, CONTEXT = "", ":context"
 Streams = tuple[str, ...]
 
 _TOKENS = {MAIN: 2, CONTEXT: 3}
+# Most processors run without rotary embedding and mask; some want a mask of the text, or (cos, sin) of one stream
+# or of both.
+_TEXT_MASK = torch.ones(1, _TOKENS[CONTEXT], dtype=torch.bool, device="cpu")
+_TRIALS: tuple[tuple[Tensor | None, Tensor | None], ...] = (
+    (None, None),
+    (None, _TEXT_MASK),
+    (torch.ones(2, 1, device="cpu"), None),
+    (torch.ones(4, 1, device="cpu"), None),
+)
 _OF_CONTEXT = ("encoder_hidden_states", "gen_seq")  # what processors call their second stream
 _found: dict[tuple[type, type, bool], tuple[Streams, ...]] = {}
 
@@ -43,35 +52,51 @@ def _run(module: Any) -> tuple[Streams, ...]:
     processor = copy.copy(module.processor)
     if getattr(processor, "_attention_backend", None) is not None:
         processor._attention_backend = None
+    first: Exception | None = None
+    for rotary, mask in _TRIALS:
+        try:
+            notes = _notes(module, processor, rotary, mask)
+        except Exception as error:
+            first = first or error
+        else:
+            return tuple(_streams(read(*args, **kwargs).query) for read, args, kwargs in notes)
+    assert first is not None
+    raise first
+
+
+def _notes(module: Any, processor: Any, rotary: Tensor | None, mask: Tensor | None) -> list[Note]:
     stub, notes = _Stub(module), list[Note]()
+    arguments = _arguments(module, processor, rotary, mask)
     try:
         with torch.no_grad(), torch.device("cpu"), attention_backend("native"), watch(stub, notes.append):  # type: ignore[arg-type]
-            processor(stub, **_arguments(module, processor))
+            processor(stub, **arguments)
     except Exception:
         if not notes:
             raise
     if not notes:
         raise ValueError("it calls no attention kernel")
-    return tuple(_streams(read(*args, **kwargs).query) for read, args, kwargs in notes)
+    return notes
 
 
-def _arguments(module: Any, processor: Any) -> dict[str, Any]:
+def _arguments(module: Any, processor: Any, rotary: Tensor | None, mask: Tensor | None) -> dict[str, Any]:
     """Marked tokens for the processor's streams; None for what else it needs."""
     width = _width(module, ("to_q", "to_qkv", "img_attn_qkv"))
     context = _width(module, ("add_q_proj", "add_k_proj", "to_added_qkv", "txt_attn_qkv")) or width
     arguments: dict[str, Any] = {}
     for name, parameter in list(inspect.signature(processor.__call__).parameters.items())[1:]:
         if not arguments:
-            arguments[name] = torch.full((1, _TOKENS[MAIN], width), torch.nan)
+            arguments[name] = torch.full((1, _TOKENS[MAIN], width), torch.nan, device="cpu")
         elif name in _OF_CONTEXT:
-            arguments[name] = torch.zeros(1, _TOKENS[CONTEXT], context)
+            arguments[name] = torch.zeros(1, _TOKENS[CONTEXT], context, device="cpu")
+        elif name == "attention_mask" and mask is not None:
+            arguments[name] = mask
         elif parameter.default is parameter.empty and parameter.kind is parameter.POSITIONAL_OR_KEYWORD:
-            arguments[name] = None
+            arguments[name] = rotary if "rotary" in name else None
     return arguments
 
 
 def _width(module: Any, names: tuple[str, ...]) -> int:
-    layers = (getattr(module, name, None) for name in names)
+    layers: list[Any] = [getattr(module, name, None) for name in names]
     return next((layer.in_features for layer in layers if hasattr(layer, "in_features")), 0)
 
 

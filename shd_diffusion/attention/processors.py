@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import types
 from functools import cache, wraps
 from typing import Any
@@ -48,9 +49,9 @@ def install(module: Any) -> Tap:
     """Puts a noting processor in the place of the module's own; a second capture shares the first one's."""
     tap: Tap | None = module.__dict__.get("_attention_tap")
     if tap is None:
-        processor = getattr(module, "processor", None)
+        processor: Any = getattr(module, "processor", None)
         if _has_call(processor):
-            tap = Tap(processor, _as(_noting_class(type(processor)), processor))
+            tap = Tap(processor, _as(_noting_class(processor.__class__), processor))
             _set_processor(module, tap.installed)
         else:  # none, or a plain function: nothing that could be wrapped keeping its signature
             tap = Tap(module.__dict__.get("forward"), types.MethodType(_forward, module))
@@ -88,19 +89,16 @@ def in_backward() -> bool:
 
 
 @cache
-def _noting_class(own: type) -> type:
+def _noting_class(own: Any) -> Any:
     """A subclass of a processor's class whose call is noted; diffusers reads the call's signature."""
 
-    @wraps(own.__call__)  # type: ignore[misc]
+    @wraps(own.__call__)
     def call(self: Any, attn: Any, *args: Any, **kwargs: Any) -> Any:
         return _noted(attn, super(noting, self).__call__, (attn, *args), kwargs)
 
-    names = {
-        "__call__": call,
-        "__module__": __name__,
-        "__qualname__": f"NotingProcessor[{own.__qualname__}]",
-    }
-    noting = type(own.__name__, (NotingProcessor, own), names)  # some code tells processors by their name
+    names = {"__call__": call, "__module__": __name__, "__qualname__": f"NotingProcessor[{own.__qualname__}]"}
+    # some code tells processors by their name
+    noting: Any = type(own.__name__, (NotingProcessor, own), names)
     return noting
 
 
@@ -139,9 +137,8 @@ def _as(cls: Any, processor: Any) -> Any:
 
 
 def _has_call(processor: Any) -> bool:
-    return hasattr(processor, "__dict__") and isinstance(
-        getattr(type(processor), "__call__", None), types.FunctionType
-    )
+    """Whether its class defines its call in Python: not None, no function, no `functools.partial`."""
+    return isinstance(inspect.getattr_static(type(processor), "__call__", None), types.FunctionType)
 
 
 def _set_processor(module: Any, processor: Any) -> None:

@@ -54,6 +54,11 @@ class AttentionRecord:
             mask=taken(self.mask, samples),
         )
 
+    def detached(self) -> AttentionRecord:
+        """The record without the graph that leads to it."""
+        parts = {name: getattr(self, name).detach() for name in ("query", "key", "value", "output_weight")}
+        return replace(self, **parts)
+
     def to(self, device: torch.device) -> AttentionRecord:
         """The record on another device; the output weight stays with its model, since it is not read each step."""
         if self.query.device == device:

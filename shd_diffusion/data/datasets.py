@@ -5,7 +5,6 @@ A new data set is a file with a function that opens it, and an entry of `DATASET
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from shd_diffusion.data.image_sets import Images, ReferenceImages
 from shd_diffusion.data.latents import LatentSource, read_manifest
 from shd_diffusion.data.published import cifar10, fashion_mnist
 from shd_diffusion.data.source import ImageSource, Source
+from shd_diffusion.errors import did_you_mean
 from shd_diffusion.section import Section
 
 
@@ -39,9 +39,7 @@ class DataConfig(Section):
     @classmethod
     def _is_known(cls, name: str) -> str:
         if name not in DATASETS:
-            close = difflib.get_close_matches(name, DATASETS, 1)
-            meant = f"did you mean `{close[0]}`? " if close else ""
-            raise ValueError(f"no data set `{name}`; {meant}known: {', '.join(DATASETS)}")
+            raise ValueError(f"no data set `{name}`; {did_you_mean(name, DATASETS)}")
         return name
 
     @model_validator(mode="after")

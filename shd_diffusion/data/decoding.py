@@ -31,17 +31,13 @@ def decode(file: Path | bytes, name: str, size: int | None = None) -> Tensor:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             rgb = image.convert("RGB")
             return pil_to_tensor(rgb if size is None else centre_square(rgb, size))
-    except (
-        Exception
-    ) as error:  # decoders raise errors of any kind on corrupt files, zlib's and struct's among them
+    # decoders raise errors of any kind on corrupt files, zlib's and struct's among them
+    except Exception as error:
         raise UnreadableImage(f"{name}: not a readable image ({one_line(error)})") from None
 
 
 def centre_square(
-    image: Image.Image,
-    size: int,
-    resample: Image.Resampling = Image.Resampling.BICUBIC,
-    halve: bool = True,
+    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC, halve: bool = True
 ) -> Image.Image:
     """The centre of an image, its shorter side resized to `size`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,8 @@ class HubImages(Images):
         UserError: the library is not installed, the data set cannot be loaded, or has no such columns.
     """
 
+    labels: Tensor
+
     def __init__(self, path: str, split: str, size: int, image_column: str, label_column: str) -> None:
         try:
             import datasets
@@ -50,6 +53,8 @@ class HubImages(Images):
                 f"data.image_column: column `{image_column}` of {path} holds no images; give another"
             )
         labels = table[label_column][:]
+        if not labels:
+            raise UserError(f"data.split: split `{split}` of {path} is empty; give another")
         if not all(isinstance(label, int) and label >= 0 for label in labels):
             raise UserError(
                 f"data.label_column: column `{label_column}` of {path} holds more than integers from 0 on; "
@@ -79,4 +84,5 @@ class HubImages(Images):
         return f"{self.path}: image {index} of split {self.split}"
 
     def fingerprint(self) -> str:
-        return str(self.images._fingerprint)
+        labels = self.labels.numpy().tobytes()
+        return hashlib.sha256(self.images._fingerprint.encode() + labels).hexdigest()

@@ -54,7 +54,7 @@ class Images(Dataset[dict[str, Tensor]]):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that changes when the images do, quick to compute: no image is decoded for it."""
+        """A hash that changes when images or conditions do, quick to compute: no image is decoded for it."""
 
 
 class ImagesInMemory(Images):

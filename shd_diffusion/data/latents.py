@@ -9,8 +9,6 @@ Axis 1 of the moments is the image as it is and mirrored; axis 2 is as `LatentSp
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -28,7 +26,7 @@ from torch.utils.data import Dataset
 from shd_diffusion.data.latent_space import LatentScaling, hash_model, load_vae, sample_latents
 from shd_diffusion.data.source import Source, mirrored_where
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import read_json, sha256
+from shd_diffusion.files import json_sha256, read_json, sha256
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 
@@ -112,6 +110,10 @@ class LatentSource(Source):
         moments = mirrored_where(flipped, both[:, 0], both[:, 1]) if self.horizontal_flip else both[:, 0]
         return self.scaling.normalise(sample_latents(moments, noise))
 
+    def fingerprint(self) -> str:
+        checksum: str = self.dataset.manifest["checksum"]
+        return checksum
+
     def load_vae(self) -> ModelMixin:
         """The VAE that the latents were encoded by.
 
@@ -130,7 +132,7 @@ class LatentSource(Source):
 def checksum(manifest: dict[str, Any]) -> str:
     """SHA-256 of all that a manifest says beside it."""
     rest = {key: value for key, value in manifest.items() if key != "checksum"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+    return json_sha256(rest)
 
 
 def read_manifest(folder: Path, complete: bool = True) -> dict[str, Any]:
@@ -146,9 +148,7 @@ def read_manifest(folder: Path, complete: bool = True) -> dict[str, Any]:
         )
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("checksum") != checksum(manifest):
-        raise UserError(
-            f"{path}: was changed since; delete it and run `shd-diffusion prepare` again to mend it"
-        )
+        raise UserError(f"{path}: was changed since; delete it and run `shd-diffusion prepare` again")
     if complete and not manifest["shards"]:
         raise UserError(
             f"data.path: {folder}: not complete; run its `shd-diffusion prepare` again to continue it"

@@ -10,24 +10,25 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from shd_diffusion.config import EncodeConfig, PrepareConfig
-from shd_diffusion.data.datasets import open_dataset
+from shd_diffusion.data.datasets import DataConfig, open_dataset
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes, to_rgb
 from shd_diffusion.data.latent_space import LatentSpace, hash_model, load_vae
 from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import read_json, save_tensors, sha256, write_json, write_text
+from shd_diffusion.files import holds_files, read_json, save_tensors, sha256, write_json, write_text
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
+from shd_diffusion.section import Section
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 UNREADABLE, NULL = "unreadable.txt", "null.safetensors"
@@ -38,10 +39,30 @@ IDENTITY = {
     "num_source_images": "number of images",
     "image_shape": "image size (`data.image_size`)",
     "vae": "VAE (`prepare.vae`)",
-    "conditions": "conditions (by `data`)",
     "dtype": "`prepare.dtype`",
     "shard_size": "`prepare.shard_size`",
 }
+
+
+class EncodeConfig(Section):
+    """How `prepare` encodes images into a cache of latents.
+
+    `max_corrupt_share`: of the images that may be unreadable and left out, before that is an error.
+    """
+
+    vae: str
+    batch_size: int = Field(16, ge=1)
+    shard_size: int = Field(4096, ge=1)
+    dtype: Literal["float32", "float16"] = "float32"
+    max_corrupt_share: float = Field(0.001, ge=0, le=1)
+
+
+class PrepareConfig(Section):
+    """`prepare`: a cache of latents from images."""
+
+    output: str | None = None
+    data: DataConfig
+    prepare: EncodeConfig
 
 
 @dataclass(frozen=True)
@@ -90,11 +111,6 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
 
     Every process of a launch calls this, and takes every so many-th shard.
 
-    Args:
-        config: which images, through which VAE.
-        output: the folder of the cache.
-        source: where the config stands, for messages.
-
     Raises:
         UserError: the images or the VAE cannot be had, too many images are unreadable, or the folder holds a
             cache of other images, another VAE or another size.
@@ -114,7 +130,7 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     shards = plan_shards(output, len(images), config.prepare.shard_size, checksum(manifest["identity"]))
     state.wait_for_everyone()  # until all have looked at the folder
     if state.is_main_process:
-        for leftover in output.glob("shards/.*"):  # of a call that was killed
+        for leftover in output.glob("shards/.*tmp*"):  # of a call that was killed
             leftover.unlink()
         if images.null:
             save_tensors(images.null, output / NULL)
@@ -160,7 +176,6 @@ def describe(config: PrepareConfig, images: Images, space: LatentSpace, source: 
             "num_source_images": len(images),
             "image_shape": list(images.shape),
             "vae": hash_model(space.vae),  # with its scaling
-            "conditions": conditions,
             "dtype": config.prepare.dtype,
             "shard_size": config.prepare.shard_size,
         },
@@ -188,7 +203,7 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
         UserError: it does not; what differs is named.
     """
     if not (output / MANIFEST).exists():
-        if output.exists() and not (output / "shards").is_dir() and _holds_files(output):
+        if not (output / "shards").is_dir() and holds_files(output):
             raise UserError(f"{output}: holds files but no {MANIFEST} of a cache; give another --output")
         return
     present = read_manifest(output, complete=False)["identity"]
@@ -198,10 +213,6 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
                 f"{output / MANIFEST}: this cache was made with another {name} ({present.get(key)} there, "
                 f"{identity[key]} now); give another --output or delete the folder"
             )
-
-
-def _holds_files(path: Path) -> bool:
-    return not path.is_dir() or any(not inside.name.startswith(".") for inside in path.iterdir())
 
 
 def plan_shards(output: Path, count: int, size: int, identity: str) -> list[Shard]:
@@ -228,11 +239,7 @@ def encode_shards(shards: list[Shard], images: Images, space: LatentSpace, confi
 
 
 def encode_shard(
-    shard: Shard,
-    images: Images,
-    space: LatentSpace,
-    config: PrepareConfig,
-    advance: Callable[[int], Any],
+    shard: Shard, images: Images, space: LatentSpace, config: PrepareConfig, advance: Callable[[int], Any]
 ) -> None:
     """Encode the images of a shard, as they are and mirrored, and write it with its record.
 
@@ -302,7 +309,7 @@ def check_share(unreadable: list[dict[str, Any]], count: int, settings: EncodeCo
         raise UserError(
             f"{output}: {len(unreadable)} of {count} images are unreadable, more than the share of "
             f"{settings.max_corrupt_share} that `prepare.max_corrupt_share` allows; "
-            f"mend those that {UNREADABLE} names, or raise it"
+            f"fix those that {UNREADABLE} names, or raise it"
         )
 
 

@@ -57,6 +57,10 @@ class Source(ABC):
             (B, *shape), float32.
         """
 
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """A hash that changes when the data do."""
+
     def condition(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the model is told of raw items, by argument of the denoiser; empty without a condition."""
         return {name: items[name] for name in self.condition_names}
@@ -114,6 +118,9 @@ class ImageSource(Source):
     def clean(self, items: Mapping[str, Tensor], flipped: Tensor, noise: Tensor | None = None) -> Tensor:
         images = from_bytes(items["image"])
         return mirrored_where(flipped, images, images.flip(-1)) if self.horizontal_flip else images
+
+    def fingerprint(self) -> str:
+        return self.dataset.fingerprint()
 
 
 def mirrored_where(flipped: Tensor, straight: Tensor, mirrored: Tensor) -> Tensor:

@@ -3,14 +3,6 @@
 from shd_diffusion.evaluation.compare import compare_metrics
 from shd_diffusion.evaluation.evaluate import compute_metrics
 from shd_diffusion.evaluation.extractors import extractor_name, load_extractor
-from shd_diffusion.evaluation.features import watch_fid
 from shd_diffusion.evaluation.metrics import check_settings
 
-__all__ = [
-    "check_settings",
-    "compare_metrics",
-    "compute_metrics",
-    "extractor_name",
-    "load_extractor",
-    "watch_fid",
-]
+__all__ = ["check_settings", "compare_metrics", "compute_metrics", "extractor_name", "load_extractor"]

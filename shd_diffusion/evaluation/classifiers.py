@@ -18,14 +18,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from shd_diffusion.data.digits import digits_uint8
 from shd_diffusion.data.images import from_bytes
 from shd_diffusion.data.published import fashion_mnist
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import replacing_file
+from shd_diffusion.files import save_tensors
 from shd_diffusion.progress import progress_bar
 
 WIDTH = 64  # of the features
@@ -112,8 +111,7 @@ def trained_classifier(name: str) -> Path:
                 f"evaluate.extractor: `{name}` takes its data from the usual place, whatever `data.path` is; link them "
                 f"there, or give weights by `evaluate.extractor_weights` ({error})"
             ) from error
-        with replacing_file(path) as temporary:
-            save_file(classifier.state_dict(), temporary, {"accuracy": str(accuracy)})
+        save_tensors(classifier.state_dict(), path, {"accuracy": str(accuracy)})
     return path
 
 

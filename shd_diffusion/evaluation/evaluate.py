@@ -68,9 +68,7 @@ def compute_metrics(
         write_nearest(nearest, generated, roles["features"], classes, real)
 
     inputs = MetricInputs(roles, classes, real.statistics, real.features, real.labels)
-    depends_on = {
-        each.name: each.protocol(inputs) for each in choose_metrics(None, possible) if each.protocol
-    }
+    depends_on = {metric.name: metric.protocol(inputs) for metric in metrics if metric.protocol}
     entries: dict[str, Any] = {}
     for metric in metrics:
         entries |= _compute(metric, inputs)

@@ -40,11 +40,9 @@ def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
 
 
 def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
-    """Evaluate a folder of images or an .npz of the ADM suite that no run of ours has made.
+    """Evaluate a folder of images or an .npz of the ADM suite that no run has made.
 
-    Args:
-        images: where they are; the `sampling.json` beside our own samples is heeded.
-        overrides: of an `EvaluationConfig`.
+    A `sampling.json` beside them is heeded.
 
     Raises:
         UserError: there are no images, no reference was given, or they cannot be evaluated.

@@ -47,7 +47,6 @@ class Extractor(nn.Module):
     channels last (N, 2023).
 
     Attributes:
-        name: of the extractor.
         sha256: of the file that its weights come from.
         accuracy: of a classifier trained on the spot, on held-out images.
     """
@@ -60,9 +59,7 @@ class Extractor(nn.Module):
             self.accuracy = _recorded_accuracy(weights)
         except UserError:
             raise
-        except (
-            Exception
-        ) as error:  # the readers of weights raise errors of any kind on files of something else
+        except Exception as error:  # of any kind, from files of something else
             raise UserError(
                 f"evaluate.extractor_weights: {weights} does not hold weights of `{name}` ({one_line(error)[:200]})"
             ) from None

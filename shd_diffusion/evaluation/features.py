@@ -12,7 +12,6 @@ from torch import Tensor
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.extractors import Extractor, image_size_of
-from shd_diffusion.evaluation.frechet import Statistics, feature_statistics, frechet_distance
 from shd_diffusion.evaluation.images import ImageSet
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
@@ -58,20 +57,6 @@ def extract_features(images: ImageSet, extractor: Extractor, batch_size: int, na
                 f"{int((~finite).sum())} images in all; see to the weights, `evaluate.extractor_weights`"
             )
     return features
-
-
-@torch.no_grad()
-def watch_fid(samples: Tensor, reference: Statistics, extractor: Extractor, batch_size: int = 100) -> float:
-    """Fréchet distance of 8-bit samples (N, 3, H, W) from the statistics of the reference's features.
-
-    For a training to watch: the same distance as the evaluation's, by this process alone.
-
-    Args:
-        extractor: from `load_extractor`, on the device where it shall run.
-    """
-    device = next(extractor.parameters()).device
-    features = [extractor(batch.to(device)).cpu() for batch in samples.split(batch_size)]
-    return frechet_distance(feature_statistics(torch.cat(features)), reference)
 
 
 def _batches(images: ImageSet, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:

@@ -28,8 +28,7 @@ def write_nearest(
 
     Args:
         path: of the .json; the .png, a row a sample with its neighbours, lies beside it.
-        samples: the generated images.
-        features: theirs, (N, D).
+        features: of the samples, (N, D).
         labels: the classes asked for, (N,), where they are known.
         reference: without its images only a note is written that says so.
     """
@@ -95,8 +94,7 @@ def _picture(rows: list[list[Tensor]]) -> Image.Image:
     picture = Image.new("RGB", (first.width * len(rows[0]), first.height * len(rows)))
     for i, row in enumerate(rows):
         for j, pixels in enumerate(row):
-            image = to_pil_image(pixels).resize(
-                first.size, Image.Resampling.LANCZOS
-            )  # as it is if of that size
+            # as it is if of that size
+            image = to_pil_image(pixels).resize(first.size, Image.Resampling.LANCZOS)
             picture.paste(image, (j * first.width, i * first.height))
     return picture

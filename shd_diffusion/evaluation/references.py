@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from shd_diffusion.config import DataConfig
@@ -21,15 +20,9 @@ from shd_diffusion.evaluation.classifiers import cache_folder
 from shd_diffusion.evaluation.extractors import Extractor, image_size_of
 from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.frechet import Statistics, feature_statistics
-from shd_diffusion.evaluation.images import (
-    ImageSet,
-    ResizedImages,
-    open_image_files,
-    open_npz,
-    tensor_images,
-)
+from shd_diffusion.evaluation.images import ImageSet, ResizedImages, open_image_files, open_npz, tensor_images
 from shd_diffusion.evaluation.metric import Need
-from shd_diffusion.files import replacing_file, sha256
+from shd_diffusion.files import save_tensors, sha256
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 
@@ -130,8 +123,7 @@ def save_reference(reference: Reference, extractor: Extractor, path: Path) -> No
     about = {key: getattr(reference, key) for key in DESCRIBED}
     about |= {"extractor": extractor.name, "extractor_sha256": extractor.sha256}
     metadata = {"reference": json.dumps(about), "checksum": _checksum(about, tensors)}
-    with replacing_file(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    save_tensors(tensors, path, metadata)
 
 
 def load_reference(path: Path, extractor: Extractor) -> Reference:
@@ -201,7 +193,7 @@ def _from_images(images: ImageSet, source: str, extractor: Extractor, batch_size
 
 
 def _published_statistics(path: Path, extractor: Extractor) -> dict[str, Statistics]:
-    """`mu`, `sigma` and their spatial kin of an .npz; none if it has images alone."""
+    """`mu`, `sigma` and `mu_s`, `sigma_s` of an .npz; none if it has images alone."""
     arrays = open_npz(path)
     found = {}
     for role, suffix in (("features", ""), ("spatial", "_s")):

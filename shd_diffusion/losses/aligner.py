@@ -38,6 +38,12 @@ class HeadAligner(Term):
         self.scores = nn.ParameterDict(
             {kind: torch.randn(teacher_heads[kind], heads) for kind, heads in student_heads.items()}
         )
+        for kind in self.scores:  # raises where the grids differ
+            shapes = {tuple(_maps(part.records, kind).shape[2:]) for part in (student, teacher)}
+            if len(shapes) > 1:
+                raise ValueError(
+                    f"the aligner compares maps of {kind}-attention, and their token grids differ"
+                )
         self._blocks = student.records.keys(), teacher.records.keys()
 
     @property

@@ -23,6 +23,10 @@ from shd_diffusion.losses.term import (
 )
 from shd_diffusion.models.trace import Trace
 
+_OTHER_TOKENS = (
+    "{} has {} tokens, the teacher's {} {}: features are compared token by token; choose models of one grid"
+)
+
 
 class FeatureDistillation(Term):
     """Mean over mapped blocks of ||P(student) - teacher||², averaged over samples, tokens and channels.
@@ -45,6 +49,14 @@ class FeatureDistillation(Term):
             for name, by in map_traces(student, teacher, config.layer_map).items()
         }
         self.pairs = {name: by for name, (_, by, _) in modules.items()}
+        for name, by in map_traces(student, teacher, config.layer_map).items():
+            if student.records[name].kind == "joint":
+                raise ValueError(
+                    f"{name} puts out two streams, image and text: they have no features to match yet"
+                )
+            counts = student.records[name].query.shape[2], teacher.records[by].query.shape[2]
+            if counts[0] != counts[1]:
+                raise ValueError(_OTHER_TOKENS.format(name, counts[0], by, counts[1]))
         self.projectors = nn.ModuleList(self.projector(own, other) for own, _, other in modules.values())
 
     def module(self, attention: str) -> str:
@@ -82,10 +94,7 @@ def matched_tokens(
     """
     features, target = tokens(student[name]), tokens(teacher[by]).detach()
     if features.shape[1] != target.shape[1]:
-        raise ValueError(
-            f"{name} has {features.shape[1]} tokens, the teacher's {by} {target.shape[1]}: "
-            "features are compared token by token; choose models of the same grid"
-        )
+        raise ValueError(_OTHER_TOKENS.format(name, features.shape[1], by, target.shape[1]))
     return features, target
 
 

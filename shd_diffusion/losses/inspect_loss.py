@@ -8,13 +8,7 @@ from torch import Tensor
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction
-from shd_diffusion.losses.map_divergence import (
-    Pool,
-    SqueezedTeacher,
-    log_maps,
-    map_stream,
-    pooled,
-)
+from shd_diffusion.losses.map_divergence import Pool, SqueezedTeacher, log_maps, map_stream, pooled
 from shd_diffusion.squeezing.map_stream import EVERYTHING, kept
 from shd_diffusion.squeezing.merge_weights import mixture
 from shd_diffusion.squeezing.residual import relative_residual, residual_energies

@@ -51,6 +51,8 @@ def map_blocks(
         ):
             if index is None:
                 continue
+            if not of_teacher:
+                raise ValueError(f"{name}: the teacher has no {stream[0]}-attention that can be captured")
             if not 0 <= index < len(of_teacher):
                 raise ValueError(
                     f"{name}: no {stream[0]}-attention block {index} among the teacher's {len(of_teacher)}"

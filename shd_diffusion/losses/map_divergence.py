@@ -43,7 +43,8 @@ def map_divergence(
     shapes of query and key wait for the backward pass, and no map is computed twice.
 
     Args:
-        student: the gradient goes to its query and key.
+        student: the gradient goes to its query and key; and to its mask where that is learned, as MDTv2's position
+            bias is, which has the size of maps anyway. One that samples share wants equal upstream gradients of all.
         targets: the maps to learn, for some samples after others.
         divergence: from `DIVERGENCES`.
         temperature: τ of the student's maps.
@@ -55,7 +56,7 @@ def map_divergence(
         (B, H), float32 or better.
     """
     found: Tensor = _MapDivergence.apply(
-        student.query, student.key, student, targets, divergence, temperature, pool, compile
+        student.query, student.key, student.mask, student, targets, divergence, temperature, pool, compile
     )
     return found
 
@@ -66,6 +67,7 @@ class _MapDivergence(torch.autograd.Function):
         ctx: Any,
         query: Tensor,
         key: Tensor,
+        mask: Tensor | None,
         student: AttentionRecord,
         targets: Iterable[tuple[slice, Targets]],
         divergence: DivergenceFunction,
@@ -77,21 +79,40 @@ class _MapDivergence(torch.autograd.Function):
         rows = query.shape[2] // pool[0]
         values = query.new_empty(query.shape[:2], dtype=dtype)
         of_query, of_key = (torch.empty_like(tensor, dtype=dtype) for tensor in (query, key))
-        student = replace(student, query=query, key=key)  # what a custom function is given has no graph
+        of_mask = None
+        if mask is not None and ctx.needs_input_grad[2]:
+            of_mask = query.new_zeros((len(mask), *query.shape[1:3], key.shape[2]), dtype=dtype)
+        student = replace(
+            student, query=query, key=key, mask=mask
+        )  # what a custom function is given has no graph
         on_samples = _compiled() if compile else _sums
         for samples, some in targets:
-            found = on_samples(student.of_samples(samples), some, divergence, temperature, pool)
+            own = None if of_mask is None else of_mask if len(of_mask) == 1 else of_mask[samples]
+            found = on_samples(student.of_samples(samples), some, divergence, temperature, pool, own)
             values[samples], of_query[samples], of_key[samples] = found
-        ctx.save_for_backward(of_query, of_key)
-        ctx.scale, ctx.dtypes = student.scale / temperature / rows, (query.dtype, key.dtype)
+        ctx.save_for_backward(of_query, of_key, of_mask)
+        ctx.scale, ctx.share = student.scale / temperature / rows, 1 / temperature / rows
+        ctx.dtypes = query.dtype, key.dtype, None if mask is None else mask.dtype
+        ctx.mask_shape = None if mask is None else mask.shape
         return values.div_(rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        by_head = (upstream * ctx.scale)[:, :, None, None]
-        gradients = (saved * by_head for saved in ctx.saved_tensors)
-        return *(g.to(dtype) for g, dtype in zip(gradients, ctx.dtypes, strict=True)), *[None] * 6
+        of_query, of_key, of_mask = ctx.saved_tensors
+        by_head = upstream[:, :, None, None]
+        gradients = [
+            (saved * (by_head * ctx.scale)).to(dtype)
+            for saved, dtype in zip((of_query, of_key), ctx.dtypes, strict=False)
+        ]
+        if of_mask is None:
+            return *gradients, *[None] * 7
+        if len(of_mask) == 1 and not torch.equal(upstream, upstream[:1].expand_as(upstream)):
+            raise RuntimeError(
+                "samples that share a learned mask must have equal upstream gradients, as a mean gives"
+            )
+        of_mask = (of_mask * (by_head[: len(of_mask)] * ctx.share)).sum_to_size(ctx.mask_shape)
+        return *gradients, of_mask.to(ctx.dtypes[2]), *[None] * 6
 
 
 def _sums(
@@ -100,10 +121,11 @@ def _sums(
     divergence: DivergenceFunction,
     temperature: float,
     pool: Pool,
+    of_mask: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The divergences (B, H) of some samples, summed over their rows, and the gradients by query and key.
 
-    The gradients lack the factor of the logits.
+    The gradients lack the factor of the logits. That by the mask is added to `of_mask`, (B or 1, H, Q, K).
     """
     dtype = torch.promote_types(student.query.dtype, torch.float32)
     query, key = student.query.to(dtype), student.key.to(dtype)
@@ -114,6 +136,10 @@ def _sums(
         total[samples].add_(value.sum(-1))
         of_query[samples, :, rows] = gradient @ key[samples]
         of_key[samples].add_(gradient.mT @ query[samples, :, rows])
+        if of_mask is not None:  # of each sample, or of all
+            of_mask[samples if len(of_mask) > 1 else slice(None), :, rows].add_(
+                gradient if len(of_mask) > 1 else gradient.sum(0)
+            )
     return total, of_query, of_key
 
 
@@ -226,10 +252,7 @@ class SqueezedTeacher:
 
 
 def map_stream(
-    record: AttentionRecord,
-    temperature: float = 1.0,
-    chunk_rows: int | None = None,
-    multiple: int = 1,
+    record: AttentionRecord, temperature: float = 1.0, chunk_rows: int | None = None, multiple: int = 1
 ) -> MapStream:
     """The maps of a record at a temperature, chunk by chunk; see `stream`."""
     batch, heads, rows, _ = record.query.shape

@@ -9,7 +9,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from shd_diffusion.attention.records import AttentionRecord
+from shd_diffusion.attention.records import AttentionRecord, taken
 from shd_diffusion.randomness import generator
 
 Pool: TypeAlias = tuple[int, int]
@@ -42,11 +42,9 @@ def take(
         query = query.index_select(2, rows)
     if keys is not None:
         key, value = (tensor.index_select(2, keys) for tensor in (key, value))
-    if mask is not None:
-        mask = mask[(None,) * (4 - mask.ndim)]
-        for dimension, index in ((0, samples), (2, rows), (3, keys)):
-            if index is not None and mask.shape[dimension] > 1:
-                mask = mask.index_select(dimension, index)
+    mask = taken(mask, samples, rows)
+    if mask is not None and keys is not None:
+        mask = mask.index_select(3, keys)
     return replace(record, query=query, key=key, value=value, mask=mask)
 
 

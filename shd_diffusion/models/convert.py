@@ -16,7 +16,7 @@ from diffusers.models.embeddings import get_2d_sincos_pos_embed
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import replacing_folder
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
@@ -26,7 +26,7 @@ StateDict = dict[str, Tensor]
 # Heads by width of the published sizes S, B, L and XL: no shape in a DiT checkpoint tells them.
 DIT_HEADS = {384: 6, 768: 12, 1024: 16, 1152: 16}
 
-# From our parameter names to the authors', applied in order. One of theirs may serve several of ours: q, k, v
+# From parameter names here to the authors', applied in order. One of the authors' may serve several here: q, k, v
 # are one matrix there, and diffusers' DiT keeps a copy of the timestep and label embedders in every block.
 _RENAMES = (
     (r"^.*timestep_embedder\.linear_1", "t_embedder.mlp.0"),
@@ -110,7 +110,7 @@ def _read(file: Path) -> StateDict:
     except pickle.UnpicklingError:
         raise UserError(f"{file}: damaged, or holds more than tensors, which is not loaded") from None
     except Exception as error:  # a damaged pickle may raise anything
-        raise UserError(f"{file}: not a readable checkpoint ({' '.join(str(error).split())})") from None
+        raise UserError(f"{file}: not a readable checkpoint ({one_line(error)})") from None
     state = content.get("ema", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file}: holds no state dict; give a checkpoint of the authors' code")

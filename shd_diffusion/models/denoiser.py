@@ -23,6 +23,10 @@ Condition: TypeAlias = Mapping[str, Tensor]
 Arguments: TypeAlias = dict[str, Any]
 
 
+def _unchanged(model: Any, timesteps: Tensor) -> Tensor:
+    return timesteps
+
+
 def _as_they_are(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
     return arguments
 
@@ -32,13 +36,13 @@ class Family:
     """How the denoisers of one class are called.
 
     Attributes:
-        time_scale: the model's own timestep, over that of the forward process, which counts to T.
+        timesteps: (model, timesteps of the forward process, which count to T) to what the model is told.
         arguments: (model, noised, condition) to the model's keyword arguments: those that follow from the shape of
             the noised sample alone are added here.
         patch: side p of the p×p patches of a latent that the pipeline packs into one token; None: it packs none.
     """
 
-    time_scale: float = 1.0
+    timesteps: Callable[[Any, Tensor], Tensor] = _unchanged
     arguments: Callable[[Any, Tensor, Arguments], Arguments] = _as_they_are
     patch: int | None = None
 
@@ -59,9 +63,8 @@ def predict(model: nn.Module, noised: Tensor, timesteps: Tensor, condition: Cond
     family = family_of(inner)
     arguments = family.arguments(inner, noised, _nested(condition))
     sample = noised if family.patch is None else pack(noised, family.patch)
-    if family.time_scale != 1:
-        timesteps = timesteps.to(noised.dtype) * family.time_scale
-    prediction: Tensor = model(sample, timestep=timesteps, **arguments, return_dict=False)[0]
+    told = family.timesteps(inner, timesteps)
+    prediction: Tensor = model(sample, timestep=told, **arguments, return_dict=False)[0]
     return prediction if family.patch is None else unpack(prediction, noised.shape[-2:], family.patch)
 
 
@@ -122,8 +125,7 @@ def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> di
 def num_classes(model: nn.Module) -> int | None:
     """Classes of a model that is conditional by label, whose null class is the next number; None for any other.
 
-    Raises:
-        ValueError: a UNet2DConditionModel that takes labels in a way that is not known here.
+    A UNet2DModel has no null class of its own: its `num_class_embeds` counts one more than there are classes.
     """
     model = unwrap(model)
     config: Any = model.config
@@ -180,11 +182,21 @@ def unpack(tokens: Tensor, size: torch.Size, patch: int) -> Tensor:
     return F.pixel_shuffle(tokens.mT.unflatten(2, (height // patch, width // patch)), patch)
 
 
-# What each family needs beyond its condition; of flows the time scale is 1/1000 where the model multiplies it again.
+def _thousandths(model: Any, timesteps: Tensor) -> Tensor:
+    """The model multiplies them by 1000 again."""
+    return timesteps / 1000
+
+
+def _scaled_by_config(model: Any, timesteps: Tensor) -> Tensor:
+    return timesteps * model.config.timestep_scale
+
+
+# What each family needs beyond its condition.
 FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": Family(arguments=_one_hot_tokens),
-    "FluxTransformer2DModel": Family(time_scale=1e-3, arguments=_flux_positions, patch=2),
-    "QwenImageTransformer2DModel": Family(time_scale=1e-3, arguments=_qwen_shapes, patch=2),
+    "FluxTransformer2DModel": Family(_thousandths, _flux_positions, patch=2),
+    "SanaTransformer2DModel": Family(_scaled_by_config),
+    "QwenImageTransformer2DModel": Family(_thousandths, _qwen_shapes, patch=2),
 }
 
 

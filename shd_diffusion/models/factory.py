@@ -21,11 +21,20 @@ from shd_diffusion.section import Section
 
 
 class ModelConfig(Section):
-    """A model by its diffusers class (or one of the project's) and the arguments of its constructor."""
+    """A model by its diffusers class (or one of the project's) and the arguments of its constructor; or a `pretrained`
+    one, by a run, a pipeline or model folder, or a hub name."""
 
     class_name: str = Field("DiTTransformer2DModel", alias="class")
     arguments: dict[str, Any] = Field(default_factory=dict)
     pretrained: str | None = None
+
+    @model_validator(mode="after")
+    def _is_given_once(self) -> ModelConfig:
+        if self.pretrained is not None and (self.arguments or "class_name" in self.model_fields_set):
+            raise ValueError(
+                "`pretrained` gives class and arguments too; remove `class` and `arguments`, or it"
+            )
+        return self
 
 
 class StudentConfig(ModelConfig):
@@ -116,9 +125,8 @@ def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
         return _load(model_class(index[part][1]), path, part, dtype)
     except UserError:
         raise
-    except (
-        Exception
-    ) as error:  # diffusers, transformers and safetensors raise errors of any kind on damaged files
+    # diffusers, transformers and safetensors raise errors of any kind on damaged files
+    except Exception as error:
         raise UserError(
             f"{path}: cannot be loaded as a model ({one_line(error)}); give a run or model folder"
         ) from error

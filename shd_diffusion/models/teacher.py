@@ -19,6 +19,7 @@ from shd_diffusion.models.forward_process import (
     DiffusionConfig,
     differing_settings,
     make_scheduler_of_process,
+    settings_of,
 )
 
 
@@ -58,7 +59,9 @@ def load_teacher(config: TeacherConfig) -> Teacher:
             scheduler = kind.from_pretrained(place, subfolder="scheduler")
         has_vae = bool((index.get("vae") or [None])[0])
         return Teacher(model, scheduler, place if has_vae else None, in_pipeline=True)
-    except (OSError, ValueError, TypeError, KeyError, IndexError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # diffusers raises errors of any kind on damaged files
         raise UserError(f"{config.path}: its scheduler cannot be loaded ({one_line(error)})") from error
 
 
@@ -83,4 +86,10 @@ def scheduler_for(config: DiffusionConfig, teacher: Teacher | None, learned_vari
             f"key `diffusion.{key}` is {wanted!r}, but the teacher was trained with {present!r}; "
             "leave it out, or make it equal"
         )
-    return teacher.scheduler
+    scheduler = teacher.scheduler
+    predicted = scheduler.config.get("variance_type") in ("learned", "learned_range")
+    if predicted == learned_variance or settings_of(scheduler)["objective"] == "flow":
+        return scheduler
+    # whether a variance is learned too is the student's own affair
+    kind = "learned_range" if learned_variance else "fixed_small"
+    return type(scheduler).from_config({**scheduler.config, "variance_type": kind})

@@ -22,11 +22,14 @@ class Trace:
         records: of every attention block that ran and can be captured, in order of depth. What runs in masked passes
             only (MDTv2's side block) is not among them.
         output: the prediction, (1, C', H, W).
+        unreached: parameters that take no part in the prediction: those of what runs in masked passes only, or of a
+            text stream that ends in the last block. No loss on a plain pass gives them a gradient.
     """
 
     shape: tuple[int, ...]
     records: Mapping[str, AttentionRecord]
     output: Tensor
+    unreached: frozenset[str] = frozenset()
 
     @property
     def predicts_variance(self) -> bool:
@@ -43,7 +46,6 @@ class Trace:
         return max((record.heads for record in self.records.values()), default=0)
 
 
-@torch.no_grad()
 def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Trace:
     """What a pass of a model looks like.
 
@@ -55,19 +57,25 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
     Raises:
         ValueError: the model does not take such samples or conditions.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), torch.enable_grad():
         twin = type(model).from_config(model.config).eval()
         noised, timesteps = torch.empty(1, *shape), torch.zeros(1, dtype=torch.long)
         moved = {name: value.to("meta") for name, value in condition.items()}
         try:
             if not any(block.capturable for block in attention_blocks(twin).values()):
-                return Trace(shape, {}, predict(twin, noised, timesteps, moved))
-            with AttentionCapture(twin) as capture:
-                output = predict(twin, noised, timesteps, moved)
-                return Trace(shape, capture.records, output)
-        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+                output, records = predict(twin, noised, timesteps, moved), {}
+            else:
+                blocks = {name: block.capturable for name, block in attention_blocks(twin).items()}
+                wanted = None if all(blocks.values()) else [name for name, can in blocks.items() if can]
+                with AttentionCapture(twin, wanted) as capture:
+                    output = predict(twin, noised, timesteps, moved)
+                    records = {name: record.detached() for name, record in capture.records.items()}
+            output.sum().backward()
+        except Exception as error:  # of any kind, a ZeroDivisionError of a model without heads for one
             given = ", ".join(moved) or "no condition"
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise ValueError(
                 f"{type(model).__name__} takes no samples {tuple(shape)} with {given} ({reason})"
             ) from error
+    unreached = frozenset(name for name, p in twin.named_parameters() if p.grad is None)
+    return Trace(shape, records, output.detach(), unreached)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
 from PIL import Image
 
+from shd_diffusion.data.images import to_bytes
 from shd_diffusion.reporting.pictures import Pixels, data_uri, enlarge, mosaic, picture_plot
-from shd_diffusion.reporting.plot_style import LIGHT, Line, Plot, PlotStyle, finish, line_plot, panel
+from shd_diffusion.reporting.plot_style import LIGHT, Line, Plot, PlotStyle, Styles, finish, line_plot, panel
 from shd_diffusion.reporting.runs import Array, Attention, BlockAttention, Run
 
 MAX_SIDE = 64
@@ -24,8 +26,6 @@ COLOURS = LinearSegmentedColormap.from_list(
 
 SQUEEZE_STYLE = PlotStyle("ink", "o")
 """What belongs to the squeezing alone, and so to no run."""
-
-SPREAD = "mean over samples and heads, the middle 80 % shaded"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,16 +72,14 @@ class AttentionView:
         return [*self.statistics, *(plot for block in self.blocks for plot in (block.weights, block.maps))]
 
 
-def attention_views(runs: Sequence[Run], styles: Mapping[str, PlotStyle]) -> list[AttentionView]:
+def attention_views(runs: Sequence[Run], styles: Styles) -> list[AttentionView]:
     """The runs that kept attention maps, those together that saw the same squeezed maps."""
     views: list[list[tuple[Run, Attention]]] = []
-    for run in runs:
-        if run.attention is None:
-            continue
-        view = next((view for view in views if _same_maps(view[0][1], run.attention)), None)
+    for run, attention in ((run, run.attention) for run in runs if run.attention):
+        view = next((view for view in views if _same_maps(view[0][1], attention)), None)
         if view is None:
             views.append(view := [])
-        view.append((run, run.attention))
+        view.append((run, attention))
     return [
         _view(members, styles, "attention" if number == 1 else f"attention-{number}")
         for number, members in enumerate(views, start=1)
@@ -97,17 +95,12 @@ def _same_maps(a: Attention, b: Attention) -> bool:
     )
 
 
-def _view(
-    members: Sequence[tuple[Run, Attention]], styles: Mapping[str, PlotStyle], prefix: str
-) -> AttentionView:
+def _view(members: Sequence[tuple[Run, Attention]], styles: Styles, prefix: str) -> AttentionView:
     """One view; `prefix` begins the names of its plots."""
     attention = members[0][1]
     blocks = attention.blocks
-    divergences = [
-        _by_block(run.name, styles[run.name], [block.divergence for block in kept.blocks])
-        for run, kept in members
-    ]
-    residuals = [_by_block("residual", SQUEEZE_STYLE, [block.residual for block in blocks])]
+    kept = [(run.name, styles[run.name], [block.divergence for block in own.blocks]) for run, own in members]
+    lost = [("residual", SQUEEZE_STYLE, [block.residual for block in blocks])]
     return AttentionView(
         runs=[run for run, _ in members],
         image=data_uri(enlarge(_input_image(attention.image), 96)),
@@ -117,33 +110,29 @@ def _view(
             for i in range(len(blocks))
         ],
         statistics=[
-            line_plot(
-                f"{prefix}-divergence",
-                f"Divergence of squeezed and student's maps after training, by block: {SPREAD}",
-                ("block", "divergence"),
-                divergences,
-            ),
-            line_plot(
-                f"{prefix}-residual",
-                f"Share of the heads' output that squeezing loses, by block: {SPREAD}",
-                ("block", "relative residual"),
-                residuals,
-            ),
+            by_block(prefix, "Divergence of squeezed and student's maps after training", "divergence", kept),
+            by_block(prefix, "Share of the heads' output that squeezing loses", "relative residual", lost),
             *([coefficients(blocks, prefix)] if any(block.coefficients.size for block in blocks) else []),
         ],
     )
 
 
-def _by_block(label: str, style: PlotStyle, values: Sequence[Array]) -> Line:
-    """Mean and middle 80 % of the values of each block."""
-    low, high = np.array([np.quantile(each, (0.1, 0.9)) for each in values]).T
-    return Line(label, style, np.arange(len(values)), [each.mean() for each in values], low, high)
+def by_block(
+    prefix: str, shows: str, label: str, curves: Sequence[tuple[str, PlotStyle, Sequence[Array]]]
+) -> Plot:
+    """Mean and middle 80 % of the values (S, N) of each block, a line for each name and style."""
+    lines = []
+    for called, style, values in curves:
+        low, high = np.array([np.quantile(each, (0.1, 0.9)) for each in values]).T
+        lines.append(Line(called, style, range(len(values)), [each.mean() for each in values], low, high))
+    description = f"{shows}, by block: mean over samples and heads, the middle 80 % shaded"
+    return line_plot(f"{prefix}-{label.split()[-1]}", description, ("block", label), lines)
 
 
 def _input_image(image: Array) -> Pixels:
     """(C, H, W) in [-1, 1] as RGB; of a latent the first three channels."""
     channels = image[:3] if image.shape[0] >= 3 else image[:1].repeat(3, axis=0)
-    return ((channels.transpose(1, 2, 0).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+    return to_bytes(torch.from_numpy(channels.transpose(1, 2, 0))).numpy()
 
 
 # --- the maps of one image ----------------------------------------------------------------------------------

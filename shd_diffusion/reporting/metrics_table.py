@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
+from shd_diffusion.evaluation.metric import Column
+from shd_diffusion.evaluation.metrics import columns, higher_is_better
 from shd_diffusion.reporting.runs import Run, read_runs
 from shd_diffusion.reporting.tables import count, duration, significant, terminal
 from shd_diffusion.settings_table import protocol_line, protocol_warning
@@ -18,48 +20,14 @@ fid_text = "{:.2f}".format
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A metric as text, its interval or standard deviation if known, and whether it is the best."""
+    """A number as text, its standard deviation if known, and whether it is the best."""
 
     text: str
-    spread: str | None = None
+    spread: str = ""
     best: bool = False
 
     def __str__(self) -> str:
-        return self.text + (f" {self.spread}" if self.spread else "")
-
-
-@dataclass(frozen=True, slots=True)
-class Column:
-    """One number of a run.
-
-    `best` says which end of it is good, None where there is no better; `spread` is the metric whose interval
-    or standard deviation stands beside it; an `optional` column is left out where no run has the number.
-    """
-
-    title: str
-    short: str
-    value: Callable[[Run], float | None]
-    text: Callable[[float], str]
-    best: Callable[..., float] | None = None
-    spread: str | None = None
-    optional: bool = False
-
-    def cell(self, run: Run, best: float | None) -> Cell:
-        """The number of this run, marked if it is the `best`."""
-        value = self.value(run)
-        return Cell("–") if value is None else Cell(self.text(value), self._spread(run), value == best)
-
-    def _spread(self, run: Run) -> str | None:
-        """The 95 % interval if there is one, otherwise the standard deviation."""
-        if self.spread and run.metrics and (interval := run.metrics.intervals.get(self.spread)):
-            return "[{}, {}]".format(*map(self.text, interval))
-        deviation = run.metric(f"{self.spread}_std")
-        return None if deviation is None else f"± {self.text(deviation)}"
-
-    def best_of(self, runs: Sequence[Run]) -> float | None:
-        """The best value where there is a choice."""
-        values = [value for run in runs if (value := self.value(run)) is not None]
-        return self.best(values) if self.best and len(values) > 1 else None
+        return self.text + self.spread
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,48 +46,47 @@ class MetricsTable:
         return any(cell.best for _, cells in self.rows for cell in cells)
 
 
-def _metric(name: str) -> Callable[[Run], float | None]:
-    return lambda run: run.metric(name)
-
-
-COLUMNS = [
-    Column("Parameters", "Params", lambda run: run.summary.parameters, count),
-    Column("Heads", "Heads", lambda run: run.summary.heads, "{:.0f}".format),
-    Column("FID ↓", "FID ↓", _metric("fid"), fid_text, min, "fid"),
-    Column("FID∞ ↓", "FID∞ ↓", _metric("fid_infinity"), fid_text, min, optional=True),
-    Column("sFID ↓", "sFID ↓", _metric("sfid"), fid_text, min, "sfid", optional=True),
-    Column("IS ↑", "IS ↑", _metric("inception_score_mean"), "{:.2f}".format, max, "inception_score"),
-    Column("KID ↓", "KID ↓", _metric("kid_mean"), significant, min, "kid"),
-    Column("Precision ↑", "Prec ↑", _metric("precision"), "{:.3f}".format, max),
-    Column("Recall ↑", "Rec ↑", _metric("recall"), "{:.3f}".format, max),
-    Column("Density ↑", "Dens ↑", _metric("density"), "{:.3f}".format, max, optional=True),
-    Column("Coverage ↑", "Cov ↑", _metric("coverage"), "{:.3f}".format, max, optional=True),
-    Column("Class accuracy ↑", "Acc ↑", _metric("label_accuracy"), "{:.1%}".format, max, optional=True),
-    Column("Time an image", "Time", lambda run: run.seconds_per_image, duration),
-]
-
-
 def metrics_table(runs: Sequence[Run]) -> MetricsTable:
     """The table of these runs. Of several students the best of each metric is marked, if they compare."""
-    columns = [c for c in COLUMNS if not c.optional or any(c.value(run) is not None for run in runs)]
-    students = [run for run in runs if not run.is_teacher]
+    shown = [column for column in columns() if any(run.metric(column.key) is not None for run in runs)]
     protocols = [run.metrics.protocol if run.metrics else None for run in runs]
     warning = protocol_warning(protocols)
-    best = [None if warning else column.best_of(students) for column in columns]
-    intervals = any(run.metrics and run.metrics.intervals for run in runs)
-    return MetricsTable(
-        titles=[f"{fid_title(runs)} ↓" if column.title == "FID ↓" else column.title for column in columns],
-        short_titles=[column.short for column in columns],
-        rows=[
-            (
-                run,
-                [c.cell(run, None if run.is_teacher else b) for c, b in zip(columns, best, strict=True)],
-            )
-            for run in runs
-        ],
-        note=protocol_line(protocols) + " Brackets hold the 95 % interval by bootstrap." * intervals,
-        warning=warning,
+    best = (
+        {}
+        if warning
+        else {column.key: _best([r for r in runs if not r.is_teacher], column.key) for column in shown}
     )
+
+    def row(run: Run) -> list[Cell]:
+        seconds = run.seconds_per_image
+        metrics = [_cell(run, column, None if run.is_teacher else best.get(column.key)) for column in shown]
+        time = Cell("–" if seconds is None else duration(seconds))
+        return [Cell(count(run.summary.parameters)), Cell(str(run.summary.heads)), *metrics, time]
+
+    arrows = ["↑" if column.better == "higher" else "↓" for column in shown]
+    titles = [fid_title(runs) if column.key == "fid" else column.title for column in shown]
+    return MetricsTable(
+        ["Parameters", "Heads", *map("{} {}".format, titles, arrows), "Time an image"],
+        ["Params", "Heads", *(f"{c.short} {arrow}" for c, arrow in zip(shown, arrows, strict=True)), "Time"],
+        [(run, row(run)) for run in runs],
+        protocol_line(protocols),
+        warning,
+    )
+
+
+def _best(students: Sequence[Run], key: str) -> float | None:
+    """The best value of a metric, where there is a choice."""
+    values = [value for run in students if (value := run.metric(key)) is not None]
+    return (max if higher_is_better(key) else min)(values) if len(values) > 1 else None
+
+
+def _cell(run: Run, column: Column, best: float | None) -> Cell:
+    def text(value: float) -> str:
+        return format(value, column.format) if column.format else significant(value)
+
+    value, deviation = run.metric(column.key), run.metric(column.deviation or "")
+    spread = "" if deviation is None else f" ± {text(deviation)}"
+    return Cell("–") if value is None else Cell(text(value), spread, value == best)
 
 
 def fid_title(runs: Sequence[Run]) -> str:

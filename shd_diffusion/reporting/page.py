@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -11,11 +12,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_folder, write_text
+from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
 from shd_diffusion.reporting.attention import attention_views
 from shd_diffusion.reporting.metrics_table import fid_text, fid_title, metrics_table
 from shd_diffusion.reporting.neighbour_page import neighbour_plots, neighbourhoods
-from shd_diffusion.reporting.plot_style import DARK, LIGHT, TEACHER_STYLE, Plot, PlotStyle, plot_styles
+from shd_diffusion.reporting.plot_style import DARK, LIGHT, TEACHER_STYLE, Plot, Styles, plot_styles
 from shd_diffusion.reporting.quality_plots import per_class_fid, quality_scatters
 from shd_diffusion.reporting.runs import Run, read_runs
 from shd_diffusion.reporting.samples import sample_gallery
@@ -78,10 +80,10 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
     Both may replace earlier ones.
 
     Raises:
-        UserError: what is there is not of an earlier page of ours, or cannot be replaced.
+        UserError: what is there is not of an earlier page, or cannot be replaced.
     """
     folder = output.with_name(f"{output.stem}-figures")
-    if output.exists() and not _is_ours(output):
+    if output.exists() and not _is_report(output):
         raise UserError(
             f"{output}: would be replaced, but is no page of shd-diffusion; give another --output"
         )
@@ -97,7 +99,8 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
         lstrip_blocks=True,
     )
     page = environment.get_template(template).render(content, light=LIGHT, dark=DARK)
-    page = page.encode(errors="backslashreplace").decode()  # paths may hold bytes that are no text
+    # paths may hold control characters, and bytes that are no text
+    page = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: printable(found[0]), page)
     try:
         write_text(output, page)
         with replacing_folder(folder) as figures:
@@ -107,7 +110,7 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
 
 
-def _is_ours(page: Path) -> bool:
+def _is_report(page: Path) -> bool:
     try:
         with page.open(encoding="utf-8") as file:
             return GENERATOR in file.read(4096)
@@ -115,7 +118,7 @@ def _is_ours(page: Path) -> bool:
         return False
 
 
-def run_styles(runs: Sequence[Run]) -> dict[str, PlotStyle]:
+def run_styles(runs: Sequence[Run]) -> Styles:
     """A colour and a marker for each run; teachers are grey."""
     students = plot_styles([run.name for run in runs if not run.is_teacher])
     return {run.name: students.get(run.name, TEACHER_STYLE) for run in runs}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,44 +23,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
 
-LIGHT = {
-    "ink": "#1c2126",
-    "muted": "#68727d",
-    "line": "#d9dee3",
-    "paper": "#ffffff",
-    "run-0": "#1f63d6",
-    "run-1": "#c4560b",
-    "run-2": "#0d8565",
-    "run-3": "#a8328f",
-    "run-4": "#8a6d06",
-    "run-5": "#5d50c9",
-    "depth-0": "#c18a00",
-    "depth-1": "#d4682c",
-    "depth-2": "#c8445c",
-    "depth-3": "#a3307e",
-    "depth-4": "#71239a",
-    "depth-5": "#3c208c",
-    "depth-6": "#15123d",
+PALETTE = {  # on a light page and on a dark one
+    "ink": ("#1c2126", "#e8ebee"),
+    "muted": ("#68727d", "#98a3ae"),
+    "line": ("#d9dee3", "#343b43"),
+    "paper": ("#ffffff", "#14171b"),
+    "run-0": ("#1f63d6", "#79aaff"),
+    "run-1": ("#c4560b", "#ff9f57"),
+    "run-2": ("#0d8565", "#46d1a9"),
+    "run-3": ("#a8328f", "#ee8bdb"),
+    "run-4": ("#8a6d06", "#dcc04a"),
+    "run-5": ("#5d50c9", "#aea4ff"),
+    "depth-0": ("#c18a00", "#7d5bd6"),
+    "depth-1": ("#d4682c", "#a65cd0"),
+    "depth-2": ("#c8445c", "#cf66c2"),
+    "depth-3": ("#a3307e", "#ec7c9e"),
+    "depth-4": ("#71239a", "#f79a74"),
+    "depth-5": ("#3c208c", "#f9c05c"),
+    "depth-6": ("#15123d", "#f6ec86"),
 }
-DARK = {
-    "ink": "#e8ebee",
-    "muted": "#98a3ae",
-    "line": "#343b43",
-    "paper": "#14171b",
-    "run-0": "#79aaff",
-    "run-1": "#ff9f57",
-    "run-2": "#46d1a9",
-    "run-3": "#ee8bdb",
-    "run-4": "#dcc04a",
-    "run-5": "#aea4ff",
-    "depth-0": "#7d5bd6",
-    "depth-1": "#a65cd0",
-    "depth-2": "#cf66c2",
-    "depth-3": "#ec7c9e",
-    "depth-4": "#f79a74",
-    "depth-5": "#f9c05c",
-    "depth-6": "#f6ec86",
-}
+LIGHT = {name: light for name, (light, _) in PALETTE.items()}
+DARK = {name: dark for name, (_, dark) in PALETTE.items()}
 RUN_COLOURS = [name for name in LIGHT if name.startswith("run-")]
 DEPTH_COLOURS = [name for name in LIGHT if name.startswith("depth-")]
 """From the first block to the last: the deeper, the further from the paper."""
@@ -104,6 +87,9 @@ class PlotStyle:
     def colour(self) -> str:
         return LIGHT[self.name]
 
+
+Styles = Mapping[str, PlotStyle]
+"""The style of each run, by its name."""
 
 TEACHER_STYLE = PlotStyle("muted", "*")
 

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from shd_diffusion.reporting.metrics_table import fid_text, fid_title
-from shd_diffusion.reporting.plot_style import Line, Plot, PlotStyle, finish, line_plot, panel
+from shd_diffusion.reporting.plot_style import Line, Plot, Styles, finish, line_plot, panel
 from shd_diffusion.reporting.runs import Run
 from shd_diffusion.reporting.tables import count, duration
 
 LABEL_HEIGHT = 0.075  # of the panel's height
-
-Styles = Mapping[str, PlotStyle]
 
 
 def quality_scatters(runs: Sequence[Run], styles: Styles) -> list[Plot]:

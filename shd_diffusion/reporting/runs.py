@@ -55,19 +55,18 @@ class Environment(Result):
 
 
 class Samples(Result):
-    """Images `000000.png` ... with their labels, made with `protocol`."""
+    """Images `000000.png` ... with their labels, if they are made by class, made with `protocol`."""
 
     num_images: int
-    labels: list[int]
+    labels: list[int] | None
     seconds_per_image: float
     protocol: dict[str, Any] = {}
 
 
 class Metrics(Result):
-    """Metrics of one evaluation: `values` by name, if finite, 95 % `intervals` of some, and all that they depend on."""
+    """Metrics of one evaluation: `values` by name, if finite, and all that they depend on."""
 
     values: dict[str, float]
-    intervals: dict[str, tuple[float, float]]
     per_class_fid: dict[str, float] = {}
     protocol: dict[str, Any] = {}
     warnings: list[str] = []
@@ -75,12 +74,11 @@ class Metrics(Result):
     @model_validator(mode="before")
     @classmethod
     def _by_kind(cls, content: Any) -> Any:
-        """In the file all stand side by side; `fid_interval` is the interval of `fid`."""
+        """In the file all stand side by side."""
         if not isinstance(content, dict):
             return content
         numbers = {k: v for k, v in content.items() if isinstance(v, int | float) and -1e300 < v < 1e300}
-        intervals = {k.removesuffix("_interval"): v for k, v in content.items() if k.endswith("_interval")}
-        return content | {"values": numbers, "intervals": intervals}
+        return content | {"values": numbers}
 
     @property
     def features(self) -> str | None:
@@ -138,44 +136,31 @@ class LogEntry(Result):
 
 @dataclass(frozen=True, slots=True)
 class Log:
-    """The logged steps of a run: L steps, NaN where a term was not computed.
+    """The logged steps of a run: L steps, NaN where a term was not computed."""
 
-    Attributes:
-        steps: (L,), optimiser steps.
-        values, shares: by term, (L,).
-        divergences: by student block, the SHD term of this block alone: (L,).
-        validation: (V, 2), step and Fréchet distance.
-    """
-
-    steps: Array
-    values: dict[str, Array]
-    shares: dict[str, Array]
-    divergences: dict[str, Array]
-    validation: Array
+    steps: Array  # (L,), optimiser steps
+    values: dict[str, Array]  # by term, (L,)
+    shares: dict[str, Array]  # by term, (L,)
+    divergences: dict[str, Array]  # by student block, the SHD term of this block alone: (L,)
+    validation: Array  # (V, 2), step and Fréchet distance
 
 
 @dataclass(frozen=True, slots=True)
 class BlockAttention:
     """One student block: M teacher heads squeezed to N, on one image and over S images.
 
-    Attributes:
-        name: the student's block.
-        teacher: (M, Q, K) maps of the teacher's heads on the image.
-        squeezed, student: (N, Q, K).
-        coefficients: (S, merges), α of every merge.
-        weights: (S, N, M), parts of the teacher's heads in each squeezed map, the mean over rows.
-        residual: (S, N), error that squeezing leaves.
-        divergence: (S, N), of the squeezed map to the student's.
+    `weights` are the parts of the teacher's heads in each squeezed map, `residual` is the error that squeezing leaves,
+    `divergence` that of the squeezed map to the student's.
     """
 
     name: str
-    teacher: Array
-    squeezed: Array
-    student: Array
-    coefficients: Array
-    weights: Array
-    residual: Array
-    divergence: Array
+    teacher: Array  # (M, Q, K), maps on the image
+    squeezed: Array  # (N, Q, K)
+    student: Array  # (N, Q, K)
+    coefficients: Array  # (S, merges), α of every merge
+    weights: Array  # (S, N, M), mean over rows
+    residual: Array  # (S, N)
+    divergence: Array  # (S, N)
 
 
 @dataclass(frozen=True, slots=True)

@@ -46,21 +46,22 @@ def sample_gallery(runs: Sequence[Run]) -> Gallery | None:
     Raises:
         UserError: an image that sampling.json promises cannot be read.
     """
-    sampled = [(run, run.samples) for run in runs if run.samples and run.samples.labels]
+    sampled = [
+        (run, run.samples.labels, run.samples.protocol) for run in runs if run.samples and run.samples.labels
+    ]
     if not sampled:
         return None
-    common = min(len(samples.labels) for _, samples in sampled)
-    first = sampled[0][1].labels[:common]
+    common = min(len(labels) for _, labels, _ in sampled)
+    first = sampled[0][1][:common]
     present = sorted(set(first))
     chosen = [present[i] for i in np.unique(np.linspace(0, len(present) - 1, MAX_ROWS).round().astype(int))]
     indices = [[j for j, label in enumerate(first) if label == row][:PER_ROW] for row in chosen]
     return Gallery(
         labels=chosen,
-        pictures=[(run, _picture(run, indices)) for run, _ in sampled],
+        pictures=[(run, _picture(run, indices)) for run, *_ in sampled],
         same_noise=all(
-            samples.labels[:common] == first
-            and samples.protocol.get("seed") == sampled[0][1].protocol.get("seed")
-            for _, samples in sampled
+            labels[:common] == first and protocol.get("seed") == sampled[0][2].get("seed")
+            for _, labels, protocol in sampled
         ),
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -12,7 +12,7 @@ from shd_diffusion.reporting.plot_style import (
     RUN_COLOURS,
     Line,
     Plot,
-    PlotStyle,
+    Styles,
     finish,
     legend_above,
     line_plot,
@@ -26,8 +26,6 @@ MAX_POINTS = 400
 """Points drawn a curve: more are not seen on a page and make it heavy."""
 
 TERM_COLOURS = {"denoise": LIGHT["muted"], "output": LIGHT["run-4"], "shd": LIGHT["run-5"]}
-
-Styles = Mapping[str, PlotStyle]
 
 
 def loss_curves(runs: Sequence[Run], styles: Styles) -> list[Plot]:

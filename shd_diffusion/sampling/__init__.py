@@ -4,10 +4,4 @@ from shd_diffusion.sampling.generate import generate_images, sample_images
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 from shd_diffusion.sampling.schedulers import check_sampling, make_scheduler
 
-__all__ = [
-    "ClassConditionalPipeline",
-    "check_sampling",
-    "generate_images",
-    "make_scheduler",
-    "sample_images",
-]
+__all__ = ["ClassConditionalPipeline", "check_sampling", "generate_images", "make_scheduler", "sample_images"]

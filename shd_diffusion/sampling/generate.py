@@ -44,7 +44,7 @@ class Summary(BaseModel):
 
 
 def read_summary(folder: Path) -> Summary | None:
-    """What is known of the images in a folder; None where they are not of ours.
+    """What is known of the images in a folder; None where `sample` did not make them.
 
     Raises:
         UserError: its `sampling.json` is damaged.
@@ -108,11 +108,9 @@ def generate_images(
 
     Args:
         pipeline: its scheduler is the one to sample with.
-        config: how many, how, and from which seed.
         folder: gets `000000.png` … and `sampling.json`.
         protocol: what the images depend on beside `config`, the weights above all; recorded, and compared before files
             are reused.
-        name: shown in the progress bar and in messages.
 
     Returns:
         The content of `sampling.json`, see `Summary`.
@@ -178,10 +176,10 @@ def _open(folder: Path, protocol: dict[str, Any]) -> Summary | None:
     there, now = flatten(summary.protocol), flatten(protocol)
     for key in sorted(there.keys() | now.keys()):
         if there.get(key) != now.get(key):
-            mend = "" if key in OF_THE_MODEL else "set it as it was, "
+            fix = "" if key in OF_THE_MODEL else "set it as it was, "
             raise UserError(
                 f"{folder / SUMMARY}: these samples were made with another `{key}` ({there.get(key)!r}, now "
-                f"{now.get(key)!r}); {mend}delete the folder, or sample into another (--output)"
+                f"{now.get(key)!r}); {fix}delete the folder, or sample into another (--output)"
             )
     return summary
 

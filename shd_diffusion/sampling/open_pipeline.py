@@ -16,14 +16,14 @@ from shd_diffusion.models.denoiser import num_classes
 from shd_diffusion.models.factory import is_hub_name
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 
-# Pipelines of diffusers that are sampled as ours, by what they call their denoiser.
+# Pipelines of diffusers that are sampled as a run's, by what they call their denoiser.
 DENOISERS = {"DiTPipeline": "transformer", "DDPMPipeline": "unet", "DDIMPipeline": "unet"}
 
 
 def open_pipeline(name: str) -> ClassConditionalPipeline:
     """A pipeline that samples by class or unconditionally, by its folder or hub name; all its weights are there.
 
-    diffusers' own pipelines are taken apart and sampled as one of ours: DiTPipeline's call gives the generators of the
+    diffusers' own pipelines are taken apart and sampled as a run's: DiTPipeline's call gives the generators of the
     images to no scheduler, and takes 1,000 for the null class of every model.
 
     Raises:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import yaml
 
+from shd_diffusion.evaluation.metrics import higher_is_better
 from shd_diffusion.files import write_text
 from shd_diffusion.reporting.page import write_page
 from shd_diffusion.reporting.plot_style import plot_styles
@@ -14,9 +15,6 @@ from shd_diffusion.settings_table import settings_table
 from shd_diffusion.statistics import Estimate
 from shd_diffusion.study.plots import study_plots
 from shd_diffusion.study.results import Comparison, Results, Row
-
-# All else is a distance.
-HIGHER_IS_BETTER = ("inception", "precision", "recall", "density", "coverage", "label")
 
 
 def write_study(results: Results, output: Path) -> Path:
@@ -57,7 +55,7 @@ def lead(results: Results) -> str:
         return done
     condition = results.rows[-1].condition
     rows = {row.variant: row for row in results.rows if row.condition == condition}
-    pick = max if metric.startswith(HIGHER_IS_BETTER) else min
+    pick = max if higher_is_better(metric) else min
     best = pick(rows.values(), key=lambda row: row.metrics[metric].mean)
     under = f"Under {condition}, " if condition else ""
     said = f"{under}{best.variant} has the best mean {metric}, {_with_interval(best.metrics[metric])}"

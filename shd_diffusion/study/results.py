@@ -226,5 +226,5 @@ def write_results(results: Results, folder: Path) -> None:
         ("comparisons", results.comparisons),
     ):
         trees = (flatten(asdict(item)).items() for item in items)
-        lines = [{key: value for key, value in tree if not isinstance(value, list)} for tree in trees]
+        lines = [{k: v for k, v in tree if not (v is None or isinstance(v, list))} for tree in trees]
         write_text(folder / f"{name}.csv", csv_text(lines))

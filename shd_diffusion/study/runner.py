@@ -48,7 +48,7 @@ class Job:
         """See why it ended.
 
         Raises:
-            UserError: it asks a person to mend something, which every other run would ask too.
+            UserError: it asks a person to fix something, which every other run would ask too.
         """
         if code == UserError.exit_code:
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -60,8 +60,6 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, comm
     """Run what is missing, within the budget; an interrupted run goes on from its last checkpoint.
 
     Args:
-        study: names the teacher, the budget, and how many processes.
-        planned: all runs, in the order in which they are begun.
         output: the study's folder, which gets `logs/`.
         command_line: the module whose `app` carries out the commands.
 
@@ -69,7 +67,7 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, comm
         The names of the runs that failed.
 
     Raises:
-        UserError: a run says that a person must mend something, or the teacher failed.
+        UserError: a run says that a person must fix something, or the teacher failed.
     """
     threads = max(1, (os.cpu_count() or 1) // study.processes)
 

@@ -176,13 +176,9 @@ def make_batch(
     """Noised samples on a device.
 
     Args:
-        source: of the raw items.
-        process: the forward process.
         items: B raw items, as `source.batches` gives them.
-        noise: theirs.
         null: what a dropped condition is replaced by, (1, ...) by argument; an entry of the items that it lacks and
             that is no mask of tokens is the model's no concern.
-        device: where the batch goes.
         kept_tokens: so many tokens stay in a masked pass; None without one.
     """
 
@@ -210,13 +206,7 @@ class BatchLoader:
     """This process's share of every step from `start` on, noised; steps are asked for in order.
 
     Args:
-        source: what to train on.
-        process: the forward process.
         null: see `make_batch`.
-        seed: of the run.
-        layout: how a step's images are dealt out.
-        settings: what is random.
-        device: where the batches go.
         steps: the first step, and the one after the last.
         mask_ratio: least share of tokens that masked passes drop; 0 for no such passes.
     """

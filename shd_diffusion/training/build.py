@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ from shd_diffusion.losses import Term, build_terms
 from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens
 from shd_diffusion.models.factory import ModelConfig, build_model, load_model
 from shd_diffusion.models.forward_process import ForwardProcess
-from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel, num_kept_tokens
+from shd_diffusion.models.mdtv2 import num_kept_tokens
 from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.processes import processes
@@ -34,11 +35,8 @@ class Parts:
     """What a run is made of.
 
     Attributes:
-        config: of the run.
         model: to be trained, on the CPU.
         teacher: None where nobody teaches.
-        data: what to train on.
-        process: the forward process.
         terms: of the loss, by name.
         null: what a dropped condition is replaced by.
         student_trace: what a pass of the model looks like.
@@ -81,9 +79,6 @@ def build(
     """Build what a config names, on the CPU.
 
     Args:
-        config: of either stage.
-        source: where the config stands, for messages.
-        data: what to train on.
         teacher: of a distillation; None loads the config's.
 
     Raises:
@@ -96,6 +91,7 @@ def build(
             teacher = load_teacher(config.teacher)
     with check(key):
         model = new_model(config, model_config)
+        data = copy(data)
         data.condition_names = _conditions_of(model, data)
         student_trace = _trace(model, data)
         _check_classes(model, data)
@@ -109,9 +105,10 @@ def build(
         scheduler = scheduler_for(config.diffusion, teacher, student_trace.predicts_variance)
         process = ForwardProcess.from_scheduler(scheduler)
     with check(f"{key}.arguments"):
-        if student_trace.predicts_variance and process.objective == "flow":
+        if student_trace.predicts_variance and not _has_a_bound(process):
             raise ValueError(
-                "a variance is predicted, which a flow has none of; set `out_channels` to `in_channels`"
+                "a variance is predicted, which a flow, or noise without any signal, has no bound for; set "
+                "`out_channels` to `in_channels`"
             )
     with check("student.init"):
         if (
@@ -131,7 +128,14 @@ def build(
             of_teacher = f" (teacher {config.teacher.path})" if isinstance(config, DistillConfig) else ""
             raise ValueError(f"key {error}{of_teacher}") from error
     with check("train.mask_ratio"):
-        _prepare_masking(model, teacher, config.train.mask_ratio)
+        _check_masking(model, teacher, config.train.mask_ratio)
+        if config.train.mask_ratio:
+            masked = None if teacher is None else _trace_masked(teacher.model, data)
+            build_terms(config.losses, _trace_masked(model, data), masked, config.seed)
+        if not config.train.mask_ratio:
+            # DistributedDataParallel waits for the gradient of every parameter that is not frozen
+            for name in student_trace.unreached:
+                model.get_parameter(name).requires_grad_(False)
     with check("train.gradient_checkpointing"):
         if config.train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
@@ -205,6 +209,19 @@ def _trace(model: ModelMixin, data: Source) -> Trace:
     return found
 
 
+def _has_a_bound(process: ForwardProcess) -> bool:
+    """Whether the variational bound of a predicted variance is finite at every timestep."""
+    if process.table is None:
+        return False
+    return process.objective != "epsilon" or bool(process.table[0].min() > 0)
+
+
+def _trace_masked(model: ModelMixin, data: Source) -> Trace:
+    """What a masked pass looks like, with one token left out: a number of which no grid can be made."""
+    kept = {"ids_keep": torch.zeros(1, num_tokens(model) - 1, dtype=torch.long)}
+    return trace(model, data.shape, {**data.example(), **kept})
+
+
 def _check_classes(model: ModelMixin, data: Source) -> None:
     """See that labels mean the same to both."""
     classes = num_classes(model)
@@ -247,18 +264,13 @@ def _check_latent_space(teacher: Teacher, data: Source, path: str) -> None:
         )
 
 
-def _prepare_masking(model: ModelMixin, teacher: Teacher | None, mask_ratio: float) -> None:
-    """See that the models can be trained masked; or, without masking, freeze what only masked passes train.
-
-    DistributedDataParallel waits for the gradient of every parameter that is not frozen.
+def _check_masking(model: ModelMixin, teacher: Teacher | None, mask_ratio: float) -> None:
+    """See that the models can be trained masked, if they are to be.
 
     Raises:
         ValueError: a model takes no token mask, the teacher's tokens are others, or none could be left.
     """
     if not mask_ratio:
-        if isinstance(model, MDTv2Transformer2DModel):
-            model.side_block.requires_grad_(False)
-            model.mask_token.requires_grad_(False)
         return
     tokens = num_tokens(model)
     num_kept_tokens(tokens, mask_ratio, torch.Generator())

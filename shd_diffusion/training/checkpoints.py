@@ -9,21 +9,18 @@ loss.safetensors         parameters of the loss
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import nn
 
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import read_json, replacing_folder, sha256, write_json
+from shd_diffusion.files import json_sha256, read_json, replacing_folder, save_tensors, sha256, write_json
 from shd_diffusion.progress import announce
 from shd_diffusion.training.train_state import TrainState, gather, scatter
 
@@ -67,7 +64,7 @@ class CheckpointFolder:
             digest = manifest.pop("sha256")
         except (UserError, KeyError, AttributeError, TypeError):
             return f"damaged ({MANIFEST} is missing or cannot be read)"
-        if digest != _digest(manifest):
+        if digest != json_sha256(manifest):
             return f"damaged ({MANIFEST} has changed)"
         if manifest["run"] != self.run:
             return "of another run"
@@ -97,7 +94,7 @@ class CheckpointFolder:
             try:
                 with replacing_folder(path) as temporary:
                     for name, part in tensors.items():
-                        save_file(part, temporary / f"{name}.safetensors")
+                        save_tensors(part, temporary / f"{name}.safetensors")
                     manifest = {
                         "step": step,
                         "run": self.run,
@@ -105,7 +102,7 @@ class CheckpointFolder:
                         "scaler": scaler.state_dict() if scaler else {},
                         "files": {file.name: sha256(file) for file in temporary.iterdir()},
                     }
-                    write_json(temporary / MANIFEST, {**manifest, "sha256": _digest(manifest)})
+                    write_json(temporary / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
             except (OSError, SafetensorError) as error:
                 kept = checkpoint_steps(self.folder)
                 raise UserError(
@@ -136,7 +133,7 @@ class CheckpointFolder:
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of which there is a checkpoint, in ascending order; other names are none of ours."""
+    """Steps of which there is a checkpoint, in ascending order; other names are left out."""
     names = (path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ()
     return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-[0-9]{8,}", name))
 
@@ -144,7 +141,3 @@ def checkpoint_steps(folder: Path) -> list[int]:
 def checkpoint_path(folder: Path, step: int) -> Path:
     """Where the checkpoint of a step is, or would be."""
     return folder / f"step-{step:08d}"
-
-
-def _digest(manifest: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()

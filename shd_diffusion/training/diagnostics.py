@@ -11,26 +11,22 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from safetensors.torch import save_file
 from torch import Tensor
 
-from shd_diffusion.attention import AttentionCapture, AttentionRecord
+from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.data import Source
-from shd_diffusion.files import replacing_file
+from shd_diffusion.files import save_tensors
 from shd_diffusion.losses.shd import SHD
-from shd_diffusion.losses.term import Batch
+from shd_diffusion.losses.term import Batch, Records
 from shd_diffusion.models.denoiser import Condition, predict_frozen
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.processes import processes
 from shd_diffusion.training.batches import BatchLayout, NoiseSettings, StepSampler, draw_noise, make_batch
 
-Records = dict[str, AttentionRecord]
-
 GOLDEN_RATIO = (math.sqrt(5) - 1) / 2
 STUDY_IMAGES = 32
-MAPS_AT_ONCE = (
-    2**27
-)  # elements of the teacher's maps of one block; as many again are squeezed, and the student's
+# elements of the teacher's maps of one block; as many again are squeezed, and the student's
+MAPS_AT_ONCE = 2**27
 
 
 def probe_batches(
@@ -118,7 +114,6 @@ def save_attention_maps(
         "timestep": int(first.timesteps[0]),
         "blocks": blocks,
     }
-    with replacing_file(path) as temporary:
-        # safetensors refuses tensors that share memory, as squeezed maps do where no heads are merged
-        copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
-        save_file(copies, temporary, metadata={"description": json.dumps(description)})
+    # safetensors refuses tensors that share memory, as squeezed maps do where no heads are merged
+    copies = {name: tensor.contiguous().clone() for name, tensor in tensors.items()}
+    save_tensors(copies, path, {"description": json.dumps(description)})

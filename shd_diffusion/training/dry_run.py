@@ -10,6 +10,8 @@ import resource
 import time
 from collections.abc import Mapping
 from contextlib import nullcontext
+from copy import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from shd_diffusion.data import Source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.models.denoiser import count_parameters, freeze, num_classes, predict, sample_shape
-from shd_diffusion.models.teacher import Teacher
+from shd_diffusion.models.teacher import Teacher, load_teacher
 from shd_diffusion.operations import kept_for_backward, operation_counter
 from shd_diffusion.progress import announce
 from shd_diffusion.squeezing.plan import members, plan_merges
@@ -51,10 +53,6 @@ def dry_run(config: Config, source: str) -> dict[str, Any]:
     `teacher.path` may also be a config of `train-teacher`, for a teacher that is not on disk: its sizes count,
     its weights are random.
 
-    Args:
-        config: of either stage.
-        source: where it stands, for messages.
-
     Raises:
         UserError: the config cannot be carried out.
     """
@@ -68,12 +66,13 @@ def dry_run(config: Config, source: str) -> dict[str, Any]:
     if parts.teacher is not None and isinstance(small, DistillConfig):
         place_teacher(parts.teacher.model, small, accelerator)
     parts.model.to(accelerator.device)
-    share = _share(config.train)
+    train = config.train
+    share = BatchLayout(train.batch_size, train.micro_batch_size, train.num_processes or 1).passes[0].stop
     measured = measure(parts, share, accelerator)
     counted = {"forward": count_forward(parts, parts.model)}
     if parts.teacher is not None:
         counted["teacher_forward"] = count_forward(parts, parts.teacher.model)
-    found = {
+    found: dict[str, Any] = {
         "config": source,
         "environment": describe_environment(),
         "student" if parts.teacher else "model": _describe(parts.model),
@@ -101,35 +100,24 @@ def _model_to_ask(config: Config, source: str) -> ModelMixin:
         raise UserError(f"{source}: key `{model_section(config)[0]}`: {error}") from error
 
 
-def _open_teacher(config: DistillConfig, source: str) -> Teacher | None:
-    """The teacher, if it is named by a config; None for one that is on disk."""
+def _open_teacher(config: DistillConfig, source: str) -> Teacher:
+    """The teacher that is on disk, or a new one of a config."""
     path = Path(config.teacher.path)
-    if path.suffix not in (".yaml", ".yml"):
-        return None
-    announce(f"teacher.path: {path} is a config: a teacher of its sizes with random weights")
     try:
+        if path.suffix not in (".yaml", ".yml"):
+            return load_teacher(config.teacher)
+        announce(f"teacher.path: {path} is a config: a teacher of its sizes with random weights")
         return Teacher(freeze(open_model(str(path))).to(getattr(torch, config.teacher.dtype)))
     except UserError as error:
-        raise UserError(f"{source}: key `teacher.path`: {error}") from error
+        raise UserError(
+            f"{source}: key `teacher.path`: {error}; a dry run also takes a config of train-teacher there"
+        ) from error
 
 
 def _alone(train: TrainConfig, images: int) -> TrainConfig:
     """The optimisation of so many images a step as one process does it, without what only a long run wants."""
-    return train.model_copy(
-        update={
-            "batch_size": images,
-            "micro_batch_size": None,
-            "num_processes": None,
-            "shard": False,
-            "compile": False,
-            "trackers": [],
-        }
-    )
-
-
-def _share(train: TrainConfig) -> int:
-    """Images of a forward pass in one process."""
-    return BatchLayout(train.batch_size, train.micro_batch_size, train.num_processes or 1).passes[0].stop
+    alone = {"micro_batch_size": None, "num_processes": None, "shard": False, "compile": False}
+    return train.model_copy(update={"batch_size": images, "trackers": [], **alone})
 
 
 class MadeUpSamples(Source):
@@ -147,10 +135,13 @@ class MadeUpSamples(Source):
     def clean(self, items: Mapping[str, Tensor], flipped: Tensor, noise: Tensor | None = None) -> Tensor:
         return items["image"]
 
+    def fingerprint(self) -> str:
+        return "made up"
+
     def of(self, count: int) -> MadeUpSamples:
         """The same with so many samples."""
-        other = object.__new__(type(self))
-        other.__dict__ |= {**self.__dict__, "dataset": _Samples(self.shape, self.num_classes, count)}
+        other = copy(self)
+        other.dataset = _Samples(self.shape, self.num_classes, count)
         return other
 
 
@@ -173,9 +164,7 @@ def measure(parts: Parts, most: int, accelerator: Accelerator) -> dict[str, Any]
     """Three optimiser steps: one image to warm up, one to count, and as many as this machine can soon take to time.
 
     Args:
-        parts: of a config for one process.
         most: images of the last step.
-        accelerator: of this process alone.
     """
     teacher = None if parts.teacher is None else parts.teacher.model
     for term in parts.terms.values():
@@ -213,9 +202,8 @@ def _step(
     """Seconds of one optimiser step on so many images, and the terms of its loss."""
     assert isinstance(parts.data, MadeUpSamples)
     train = _alone(parts.config.train, images)
-    made_up = Parts(**{**vars(parts), "data": parts.data.of(images)})
     layout = BatchLayout(images)
-    batches = made_up.loader(accelerator.device)(layout, 0).step(0)
+    batches = replace(parts, data=parts.data.of(images)).loader(accelerator.device)(layout, 0).step(0)
     began = time.perf_counter()
     terms, _ = take_step(state, loss, batches, layout.num_passes, 0, train, accelerator)
     values = {name: float(term) for name, term in terms.items()}  # waits for the device
@@ -263,10 +251,13 @@ def describe_plan(parts: Parts) -> list[dict[str, Any]]:
     described = []
     for name, heads in _heads(parts).items():
         plan = plan_merges(*heads)
-        merged = [list(group) for group in members(plan, heads[0])]
-        teacher = parts.terms["shd"].pairs[name]
         described.append(
-            {"student": name, "teacher": teacher, "heads": [heads[0], *map(len, plan)], "merged": merged}
+            {
+                "student": name,
+                "teacher": parts.terms["shd"].pairs[name],
+                "heads": [heads[0], *map(len, plan)],
+                "merged": [list(group) for group in members(plan, heads[0])],
+            }
         )
     return described
 

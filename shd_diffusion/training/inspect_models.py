@@ -46,7 +46,6 @@ def inspect_model(
     """The attention blocks of a model in order of depth.
 
     Args:
-        model: any.
         shape: of a sample, (C, H, W); None for that of its config.
         condition: of one sample; None for a label, if it takes one.
     """

@@ -86,13 +86,16 @@ def fit(
             if not norm.isfinite():
                 skipped += 1
                 culprits = logger.log_skipped(done, terms)
-                if skipped == train.max_skipped_steps or (last and skipped == done - start):
+                if skipped == train.max_skipped_steps or (last and not state.ema.optimization_step):
                     good = checkpoints.latest(train.max_steps)
                     raise DivergedError(_explain_end(run, skipped, culprits, good))
             else:
                 skipped = 0
                 if last or validating or is_due(done, train.log_every):
-                    rate, by_block = float(state.lr_scheduler.get_last_lr()[0]), loss.shd_by_block(step)
+                    rate = float(state.lr_scheduler.get_last_lr()[0])
+                    by_block = {
+                        name: sum_ * layout.share(1) for name, sum_ in loss.shd_by_block(step).items()
+                    }
                     entry = logger.entry(done, terms, loss.weights(step), norm, rate, by_block)
                     if validation is not None and validating:
                         with state.averaged() as averaged:
@@ -158,11 +161,10 @@ def take_step(
 
 
 def average_gradients(parameters: list[nn.Parameter], accelerator: Accelerator) -> None:
-    """The mean over processes, in place, of gradients that no distributed wrapper takes care of."""
-    if accelerator.num_processes > 1:
-        for parameter in parameters:
-            gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-            parameter.grad = accelerator.reduce(gradient, "mean")
+    """The mean over processes, in place, of gradients that no distributed wrapper takes care of; 0 for none."""
+    for parameter in parameters:
+        gradient = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+        parameter.grad = accelerator.reduce(gradient, "mean")
 
 
 def seed_model(seed: int, device: torch.device) -> None:

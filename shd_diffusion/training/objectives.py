@@ -52,7 +52,10 @@ class TrainingLoss:
         self._student = _Capture(student, terms, 0)
         self._teacher = None if teacher is None else _Capture(teacher, terms, 1)
         self._stack = ExitStack()
-        self._by_block: tuple[int, list[Tensor]] = -1, []  # a step, and SHD's terms in each of its passes
+        self._by_block: tuple[int, list[Tensor]] = (
+            -1,
+            [],
+        )  # a step, and SHD's terms in its passes, times their samples
 
     def __enter__(self) -> TrainingLoss:
         for capture in (self._student, self._teacher):
@@ -72,7 +75,7 @@ class TrainingLoss:
             step: counted from 0.
         """
         terms = self._pass(model, batch, step)
-        self._keep_by_block(step)
+        self._keep_by_block(step, len(batch.clean))
         if batch.mask:
             masked = replace(batch, condition={**batch.condition, **batch.mask}, mask={})
             terms |= {name + MASKED: term for name, term in self._pass(model, masked, step).items()}
@@ -84,12 +87,12 @@ class TrainingLoss:
         return weights | {name + MASKED: weight for name, weight in weights.items()}
 
     def shd_by_block(self, step: int) -> dict[str, Tensor]:
-        """By student block the SHD term of the step just taken, mean over its passes; empty if it has none."""
+        """By student block the SHD term of the step just taken, summed over its samples; empty if it has none."""
         kept_of, terms = self._by_block
         shd = self.shd
         if shd is None or shd.loss.last is None or kept_of != step:
             return {}
-        return dict(zip(shd.loss.last[0], torch.stack(terms).mean(0), strict=True))
+        return dict(zip(shd.loss.last[0], torch.stack(terms).sum(0), strict=True))
 
     @property
     def shd(self) -> SHD | None:
@@ -127,13 +130,13 @@ class TrainingLoss:
                 terms[first] = terms[first] + 0 * prediction.sum()
         return terms
 
-    def _keep_by_block(self, step: int) -> None:
+    def _keep_by_block(self, step: int, samples: int) -> None:
         """Keep SHD's terms by block where all tokens were seen; nothing is computed before a step is logged."""
         if self.shd is None or self.shd.loss.last is None or not self.shd.weight(step, self.max_steps):
             return
         if self._by_block[0] != step:
             self._by_block = step, []
-        self._by_block[1].append(self.shd.loss.last[1])
+        self._by_block[1].append(self.shd.loss.last[1] * samples)
 
 
 class _Capture:

@@ -15,6 +15,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig
 from shd_diffusion.data import LatentSource, Source, build_source
+from shd_diffusion.data.latent_space import hash_model
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.evaluation import check_settings
 from shd_diffusion.files import replacing_folder, write_json, write_text
@@ -40,12 +41,10 @@ class Run:
     """A run that is about to train.
 
     Attributes:
-        folder: where everything goes.
-        parts: what it is made of, checked.
         sampler: the scheduler that its pipeline is saved with.
         vae: that latents are decoded by; None for pixels.
         validation: while it trains; None where none is wanted.
-        accelerator: of its processes.
+        inputs: hashes of what the run begins with, by the key of the config that names it.
     """
 
     folder: RunFolder
@@ -54,15 +53,14 @@ class Run:
     vae: ModelMixin | None
     validation: Validation | None
     accelerator: Accelerator
+    inputs: dict[str, str]
 
 
 def train(config: TrainTeacherConfig | DistillConfig, output: Path, source: str) -> None:
     """Train a model, from a teacher where the config names one, and save it as a pipeline.
 
     Args:
-        config: what to train, on what.
         output: the run folder; a run of the same config in it is continued.
-        source: where the config stands, for messages.
 
     Raises:
         UserError: the config cannot be carried out, or the folder belongs to another run.
@@ -85,7 +83,7 @@ def _train(run: Run) -> None:
     folder, parts, accelerator, config = run.folder, run.parts, run.accelerator, run.parts.config
     accelerator.wait_for_everyone()  # everyone has seen the folder as it was
     if accelerator.is_main_process:
-        folder.create(config)
+        folder.create(config, run.inputs)
     start_trackers(accelerator, config)
     accelerator.wait_for_everyone()
     teacher = None if parts.teacher is None else parts.teacher.model
@@ -122,18 +120,22 @@ def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source:
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     parts = build(config, source, data)
+    inputs = {"data": data.fingerprint()}
+    if parts.teacher is not None:
+        inputs["teacher.path"] = hash_model(parts.teacher.model)
+    folder.check_inputs(inputs)
     try:
-        check_settings(config.evaluate, config.data.name)
         check_sampling(config.sample, parts.process.scheduler)
         sampler = make_scheduler(
             config.sample.scheduler, config.sample.scheduler_arguments, parts.process.scheduler
         )
         vae = _load_vae(data)
         validation = make_validation(config, sampler, vae, data, accelerator.device)
+        check_settings(config.evaluate, config.data.name)
     except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
     parts.model.to(accelerator.device)  # where captures and terms look for it
-    return Run(folder, parts, sampler, vae, validation, accelerator)
+    return Run(folder, parts, sampler, vae, validation, accelerator, inputs)
 
 
 def _load_vae(data: Source) -> ModelMixin | None:
@@ -178,13 +180,7 @@ def _fit(run: Run, loss: TrainingLoss) -> ModelMixin:
     parts, device = run.parts, run.accelerator.device
     try:
         return fit(
-            parts.model,
-            loss,
-            parts.loader(device),
-            run.folder,
-            parts.config,
-            run.accelerator,
-            run.validation,
+            parts.model, loss, parts.loader(device), run.folder, parts.config, run.accelerator, run.validation
         )
     except BackendCompilerFailed as error:
         raise UserError(

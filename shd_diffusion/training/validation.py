@@ -27,23 +27,12 @@ SMALLEST = 48  # pixels: the width of an image in the picture, at least
 
 
 def make_validation(
-    config: RunConfig,
-    sampler: SchedulerMixin,
-    vae: ModelMixin | None,
-    data: Source,
-    device: torch.device,
+    config: RunConfig, sampler: SchedulerMixin, vae: ModelMixin | None, data: Source, device: torch.device
 ) -> Validation | None:
     """The Fréchet distance of a model in training, and a picture of its samples; None where it is not validated.
 
     The samples are the first of those that `sample` would draw, in fewer steps, so they compare between runs. The
     processes take turns at them.
-
-    Args:
-        config: of the run.
-        sampler: the scheduler that samples.
-        vae: decodes the samples of a model in latents.
-        data: that the model is trained on.
-        device: where the samples are made.
 
     Raises:
         UserError: the images to compare with, or the extractor's weights, cannot be read, or do not fit each other.
@@ -52,7 +41,6 @@ def make_validation(
     if not wanted.every:
         return None
     name = extractor_name(evaluate.extractor, config.data.name)
-    extractor = load_extractor(name, evaluate.extractor_weights).to(device)
     only = image_size_of(name)
     reference = evaluate.reference or reference_images(config.data)  # a file of statistics needs no images
     height, width = data.image_size
@@ -61,6 +49,7 @@ def make_validation(
             f"key `train.validation`: `{name}` takes {only}×{only} images only, not {width}×{height}; "
             "set `evaluate.extractor` to another, or `train.validation.every` to 0"
         )
+    extractor = load_extractor(name, evaluate.extractor_weights).to(device)
     statistics = open_reference(
         reference, extractor, evaluate.batch_size, evaluate.resize, min(height, width)
     ).statistics["features"]

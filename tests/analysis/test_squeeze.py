@@ -12,11 +12,14 @@ from commands import TEACHER_CONFIG, command
 from diffusers import ModelMixin
 
 from shd_diffusion.analysis.measure import MeasurementPlan, measure
-from shd_diffusion.config import DataConfig, DiffusionConfig
-from shd_diffusion.data import build_source
-from shd_diffusion.losses.denoising import forward_process
+from shd_diffusion.data import DataConfig, build_source
+from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
 
 PLAN = MeasurementPlan(samples=3, timesteps=2, calibration=4)
+
+
+def process() -> ForwardProcess:
+    return ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig()))
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +29,13 @@ def model() -> ModelMixin:
 
 @pytest.fixture(scope="module")
 def found(model: ModelMixin) -> dict:
-    return measure(model, build_source(DataConfig()), forward_process(DiffusionConfig()), [4, 2, 1], PLAN)
+    return measure(
+        model,
+        build_source(DataConfig()),
+        process(),
+        [4, 2, 1],
+        PLAN,
+    )
 
 
 def cases(found: dict, heads: int) -> dict:
@@ -81,13 +90,19 @@ def test_squeezed_maps_lose_less_than_uniform_ones(found: dict) -> None:
 
 
 def test_the_same_seed_measures_the_same(model: ModelMixin, found: dict) -> None:
-    again = measure(model, build_source(DataConfig()), forward_process(DiffusionConfig()), [1], PLAN)
+    again = measure(
+        model,
+        build_source(DataConfig()),
+        process(),
+        [1],
+        PLAN,
+    )
     assert again["squeezings"] == [case for case in found["squeezings"] if case["heads"] == 1]
 
 
 def test_blocks_of_one_head_are_left_as_they_are() -> None:
-    data, process = build_source(DataConfig()), forward_process(DiffusionConfig())
-    found = measure(randomised(dit(heads=1)), data, process, [1], PLAN)
+    data = build_source(DataConfig())
+    found = measure(randomised(dit(heads=1)), data, process(), [1], PLAN)
     assert all(block["pairs"] == [] for block in found["blocks"].values())
     assert all(case["output_error"]["mean"] < 1e-9 for case in found["squeezings"])
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from shd_diffusion.analysis.squeezed_model import squeezed_attention
 from shd_diffusion.analysis.strategies import STRATEGIES, by_teacher_head
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
-from shd_diffusion.models.adapter import freeze, predict
+from shd_diffusion.models.denoiser import freeze, predict
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.squeezing import plan_merges
 
@@ -54,7 +54,7 @@ def randomised(model: ModelMixin) -> ModelMixin:
 
 def run(model: ModelMixin) -> Tensor:
     noised = torch.randn(2, model.config["in_channels"], 8, 8, generator=torch.Generator().manual_seed(1))
-    return predict(model, noised, torch.tensor([30, 700]), torch.tensor([1, 9]))
+    return predict(model, noised, torch.tensor([30, 700]), {"class_labels": torch.tensor([1, 9])})
 
 
 def squeeze(record: AttentionRecord) -> Tensor:

@@ -8,6 +8,8 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers.models.transformers.transformer_ideogram4 import LLM_TOKEN_INDICATOR, OUTPUT_IMAGE_INDICATOR
+from diffusers.models.transformers.transformer_wan_animate_2 import WanAnimate2KVCache
 from torch import Tensor, nn
 
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
@@ -89,6 +91,63 @@ MDTV2 = {
     "sample_size": 8,
     "num_embeds_ada_norm": 10,
 }
+PACKED = {
+    **SMALL,
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "joint_attention_dim": 6,
+    "axes_dims_rope": (2, 2, 4),
+}
+JOINT_AND_SINGLE = (
+    ("transformer_blocks.0.attn", "joint"),
+    ("transformer_blocks.0.attn:context", "joint"),
+    ("single_transformer_blocks.0.attn", "self"),
+)
+
+
+def _packed() -> dict[str, Any]:
+    """What the kin of Flux are called with."""
+    return {
+        "hidden_states": torch.randn(BATCH, 12, 4),
+        "encoder_hidden_states": _text(6),
+        "timestep": torch.tensor([0.1, 0.9]),
+        "img_ids": _ids(3, 4, 3),
+        "txt_ids": torch.zeros(TEXT, 3),
+    }
+
+
+HUNYUAN_VIDEO = {
+    **SMALL,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 1,
+    "num_refiner_layers": 1,
+    "patch_size": 2,
+    "text_embed_dim": 6,
+    "pooled_projection_dim": 4,
+    "rope_axes_dim": (2, 2, 4),
+}
+HUNYUAN_VIDEO_RECORDS = (
+    ("context_embedder.token_refiner.refiner_blocks.0.attn", "self"),
+    ("transformer_blocks.0.attn", "joint"),
+    ("transformer_blocks.0.attn:context", "joint"),
+    ("single_transformer_blocks.0.attn", "joint"),
+    ("single_transformer_blocks.0.attn:context", "joint"),
+)
+
+
+def _hunyuan_video() -> dict[str, Any]:
+    return {
+        "timestep": _steps(),
+        "encoder_hidden_states": _text(6),
+        "encoder_attention_mask": _padding(torch.float32),
+        "pooled_projections": torch.randn(BATCH, 4),
+        "guidance": torch.ones(BATCH),
+    }
+
+
 FAMILIES: dict[str, Family] = {
     "dit": Family(
         diffusers.DiTTransformer2DModel,
@@ -600,5 +659,378 @@ FAMILIES: dict[str, Family] = {
             "attention_mask": _padding(),
         },
         (("blocks.0.attention", "joint"),),
+    ),
+    "bria": Family(
+        diffusers.BriaTransformer2DModel,
+        {**PACKED, "pooled_projection_dim": None},
+        _packed,
+        JOINT_AND_SINGLE,
+    ),
+    "bria-fibo": Family(
+        diffusers.BriaFiboTransformer2DModel,
+        {**PACKED, "pooled_projection_dim": None, "text_encoder_dim": 3},
+        lambda: {**_packed(), "text_encoder_layers": [torch.randn(BATCH, TEXT, 3)] * 2},
+        JOINT_AND_SINGLE,
+    ),
+    "longcat-image": Family(
+        diffusers.LongCatImageTransformer2DModel,
+        {**PACKED, "pooled_projection_dim": 6},
+        lambda: {**_packed(), "guidance": torch.full((BATCH,), 3.5)},
+        JOINT_AND_SINGLE,
+    ),
+    "ovis-image": Family(
+        diffusers.OvisImageTransformer2DModel, {**PACKED, "out_channels": 4}, _packed, JOINT_AND_SINGLE
+    ),
+    "hunyuan-video": Family(
+        diffusers.HunyuanVideoTransformer3DModel,
+        HUNYUAN_VIDEO,
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 4, 2, 4, 4),
+            **_hunyuan_video(),
+        },
+        HUNYUAN_VIDEO_RECORDS,
+    ),
+    "framepack": Family(
+        diffusers.HunyuanVideoFramepackTransformer3DModel,
+        {**HUNYUAN_VIDEO, "has_image_proj": True, "image_proj_dim": 6, "has_clean_x_embedder": True},
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 4, 3, 4, 4),
+            **_hunyuan_video(),
+            "image_embeds": torch.randn(BATCH, 4, 6),
+            "indices_latents": torch.ones(3),
+            "latents_clean": torch.randn(BATCH, 4, 2, 4, 4),
+            "indices_latents_clean": torch.ones(2),
+            "latents_history_2x": torch.randn(BATCH, 4, 2, 4, 4),
+            "indices_latents_history_2x": torch.ones(2),
+            "latents_history_4x": torch.randn(BATCH, 4, 8, 4, 4),
+            "indices_latents_history_4x": torch.ones(8),
+        },
+        HUNYUAN_VIDEO_RECORDS,
+    ),
+    "hunyuan-video 1.5": Family(
+        diffusers.HunyuanVideo15Transformer3DModel,
+        {
+            **SMALL,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "num_refiner_layers": 1,
+            "patch_size": 1,
+            "text_embed_dim": 6,
+            "text_embed_2_dim": 4,
+            "image_embed_dim": 6,
+            "rope_axes_dim": (2, 2, 4),
+            "target_size": 8,
+            "task_type": "t2v",
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 4, 1, 4, 4),
+            "timestep": torch.tensor([3.0, 700.0]),
+            "encoder_hidden_states": _text(6),
+            "encoder_hidden_states_2": torch.randn(BATCH, 4, 4),
+            "encoder_attention_mask": _padding(torch.float32),
+            "encoder_attention_mask_2": torch.ones(BATCH, 4),
+            "image_embeds": torch.zeros(BATCH, 3, 6),
+        },
+        (
+            ("context_embedder.token_refiner.refiner_blocks.0.attn", "self"),
+            ("transformer_blocks.0.attn", "joint"),
+            ("transformer_blocks.0.attn:context", "joint"),
+        ),
+    ),
+    "easyanimate": Family(
+        diffusers.EasyAnimateTransformer3DModel,
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 16,
+            "in_channels": 4,
+            "out_channels": 4,
+            "mmdit_layers": 1,
+            "num_layers": 2,
+            "patch_size": 2,
+            "text_embed_dim": 6,
+            "time_embed_dim": 8,
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 4, 1, 8, 8),
+            "timestep": _steps(),
+            "encoder_hidden_states": _text(6),
+        },
+        (
+            ("transformer_blocks.0.attn1", "joint"),
+            ("transformer_blocks.0.attn1:context", "joint"),
+            ("transformer_blocks.1.attn1", "joint"),
+        ),
+    ),
+    "motif-video": Family(
+        diffusers.MotifVideoTransformer3DModel,
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 12,
+            "in_channels": 4,
+            "out_channels": 4,
+            "num_layers": 1,
+            "num_single_layers": 1,
+            "num_decoder_layers": 0,
+            "patch_size": 1,
+            "text_embed_dim": 6,
+            "image_embed_dim": 4,
+            "rope_axes_dim": (4, 4, 4),
+            "enable_text_cross_attention_dual": False,
+            "enable_text_cross_attention_single": False,
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 4, 2, 4, 4),
+            "timestep": _steps(),
+            "encoder_hidden_states": _text(6),
+        },
+        (
+            ("transformer_blocks.0.attn", "joint"),
+            ("transformer_blocks.0.attn:context", "joint"),
+            ("single_transformer_blocks.0.attn", "joint"),
+            ("single_transformer_blocks.0.attn:context", "joint"),
+        ),
+    ),
+    "ideogram4": Family(
+        diffusers.Ideogram4Transformer2DModel,
+        {
+            **SMALL,
+            "in_channels": 4,
+            "num_layers": 1,
+            "intermediate_size": 16,
+            "adaln_dim": 8,
+            "llm_features_dim": 6,
+            "mrope_section": (2, 1, 1),
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 9, 4),
+            "encoder_hidden_states": torch.randn(BATCH, 9, 6),
+            "timestep": torch.tensor([0.1, 0.9]),
+            "position_ids": torch.arange(9)[None, :, None].expand(BATCH, -1, 3),
+            "segment_ids": torch.ones(BATCH, 9, dtype=torch.long),
+            "indicator": torch.tensor([LLM_TOKEN_INDICATOR] * TEXT + [OUTPUT_IMAGE_INDICATOR] * 4).expand(
+                BATCH, -1
+            ),
+        },
+        (("layers.0.attention", "self"),),
+    ),
+    "joyimage": Family(
+        diffusers.JoyImageEditTransformer3DModel,
+        {
+            "patch_size": [1, 2, 2],
+            "in_channels": 4,
+            "hidden_size": 32,
+            "num_attention_heads": 2,
+            "text_dim": 6,
+            "num_layers": 1,
+            "rope_dim_list": [4, 6, 6],
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 4, 1, 4, 4),
+            "encoder_hidden_states": _text(6),
+            "timestep": _steps(),
+        },
+        (
+            ("double_blocks.0.attn", "joint"),
+            ("double_blocks.0.attn:context", "joint"),
+        ),
+    ),
+    "krea2": Family(
+        diffusers.Krea2Transformer2DModel,
+        {
+            "num_attention_heads": 4,
+            "attention_head_dim": 8,
+            "num_key_value_heads": 2,
+            "in_channels": 4,
+            "num_layers": 1,
+            "intermediate_size": 16,
+            "timestep_embed_dim": 8,
+            "text_hidden_dim": 8,
+            "num_text_layers": 3,
+            "text_num_attention_heads": 2,
+            "text_num_key_value_heads": 1,
+            "text_intermediate_size": 16,
+            "num_layerwise_text_blocks": 1,
+            "num_refiner_text_blocks": 1,
+            "axes_dims_rope": (4, 2, 2),
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 4, 4),
+            "encoder_hidden_states": torch.randn(BATCH, TEXT, 3, 8),
+            "timestep": torch.tensor([0.1, 0.9]),
+            "position_ids": torch.cat([torch.zeros(TEXT, 3), _ids(2, 2, 3)]),
+            "encoder_attention_mask": _padding(),
+        },
+        (
+            ("text_fusion.layerwise_blocks.0.attn", "self"),
+            ("text_fusion.refiner_blocks.0.attn", "self"),
+            ("transformer_blocks.0.attn", "self"),
+        ),
+    ),
+    "lumina-next": Family(
+        diffusers.LuminaNextDiT2DModel,
+        {
+            "sample_size": 8,
+            "in_channels": 4,
+            "hidden_size": 24,
+            "num_layers": 1,
+            "num_attention_heads": 3,
+            "num_kv_heads": 1,
+            "multiple_of": 8,
+            "cross_attention_dim": 6,
+            "learn_sigma": False,
+        },
+        lambda: {
+            "hidden_states": _image(),
+            "encoder_hidden_states": _text(6),
+            "timestep": torch.tensor([0.1, 0.9]),
+            "encoder_mask": _padding(torch.float32),
+            "image_rotary_emb": torch.randn(384, 384, 4),
+            "cross_attention_kwargs": {},
+        },
+        (("layers.0.attn1", "self"), ("layers.0.attn2", "cross")),
+    ),
+    "cosmos3": Family(
+        diffusers.Cosmos3OmniTransformer,
+        {
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "head_dim": 6,
+            "hidden_size": 12,
+            "intermediate_size": 16,
+            "latent_channel": 2,
+            "latent_patch_size": 1,
+            "patch_latent_dim": 2,
+            "num_hidden_layers": 1,
+            "rope_axes_dim": [1, 1, 1],
+            "vocab_size": 8,
+        },
+        lambda: {
+            "input_ids": torch.tensor([1, 2, 3]),
+            "text_indexes": torch.arange(3),
+            "position_ids": torch.arange(7).expand(3, -1),
+            "und_len": 3,
+            "sequence_length": 7,
+            "vision_tokens": [torch.randn(1, 2, 1, 2, 2)],
+            "vision_token_shapes": [(1, 2, 2)],
+            "vision_sequence_indexes": torch.arange(3, 7),
+            "vision_mse_loss_indexes": torch.arange(3, 7),
+            "vision_timesteps": torch.ones(4),
+            "vision_noisy_frame_indexes": [torch.tensor([0])],
+        },
+        (
+            ("layers.0.self_attn", "joint"),
+            ("layers.0.self_attn:context", "joint"),
+        ),
+    ),
+    "ace-step": Family(
+        diffusers.AceStepTransformer1DModel,
+        {
+            "hidden_size": 32,
+            "intermediate_size": 16,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "head_dim": 8,
+            "in_channels": 12,
+            "audio_acoustic_hidden_dim": 4,
+            "patch_size": 2,
+            "sliding_window": 2,
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 8, 4),
+            "timestep": torch.tensor([0.1, 0.9]),
+            "timestep_r": torch.tensor([0.1, 0.9]),
+            "encoder_hidden_states": _text(32),
+            "context_latents": torch.randn(BATCH, 8, 8),
+        },
+        (
+            ("layers.0.self_attn", "self"),
+            ("layers.0.cross_attn", "cross"),
+            ("layers.1.self_attn", "self"),
+            ("layers.1.cross_attn", "cross"),
+        ),
+    ),
+    "stable-audio-3": Family(
+        diffusers.StableAudio3DiTModel,
+        {
+            "io_channels": 4,
+            "patch_size": 1,
+            "embed_dim": 32,
+            "depth": 1,
+            "num_heads": 4,
+            "cond_token_dim": 6,
+            "global_cond_dim": 4,
+            "local_add_cond_dim": 4,
+            "timestep_features_dim": 8,
+            "ff_mult": 2,
+            "num_memory_tokens": 3,
+            "use_differential_attention": False,
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 4, 8),
+            "timestep": torch.tensor([0.1, 0.9]),
+            "encoder_hidden_states": _text(6),
+            "global_hidden_states": torch.randn(BATCH, 4),
+        },
+        (
+            ("transformer_blocks.0.self_attn", "self"),
+            ("transformer_blocks.0.cross_attn", "cross"),
+        ),
+    ),
+    "mochi": Family(
+        diffusers.MochiTransformer3DModel,
+        {
+            "num_attention_heads": 2,
+            "attention_head_dim": 8,
+            "num_layers": 2,
+            "pooled_projection_dim": 6,
+            "in_channels": 4,
+            "text_embed_dim": 16,
+            "time_embed_dim": 4,
+            "max_sequence_length": TEXT,
+        },
+        lambda: {
+            "hidden_states": torch.randn(BATCH, 4, 1, 4, 8),
+            "encoder_hidden_states": _text(16),
+            "timestep": _steps(),
+            "encoder_attention_mask": _padding(),
+        },
+        (
+            ("transformer_blocks.0.attn1", "joint"),
+            ("transformer_blocks.1.attn1", "joint"),
+        ),
+    ),
+    "wan-animate-2": Family(
+        diffusers.WanAnimate2Transformer3DModel,
+        {
+            "patch_size": (1, 2, 2),
+            "text_len": TEXT,
+            "in_dim": 8,
+            "dim": 48,
+            "ffn_dim": 16,
+            "freq_dim": 8,
+            "text_dim": 6,
+            "out_dim": 4,
+            "num_heads": 3,
+            "num_layers": 1,
+            "use_img_emb": True,
+        },
+        lambda: {
+            "hidden_states": [torch.randn(4, 2, 4, 4)],
+            "timestep": torch.tensor([1.0]),
+            "encoder_hidden_states": [torch.randn(TEXT, 6)],
+            "condition_latents": [torch.randn(4, 2, 4, 4)],
+            "encoder_hidden_states_image": torch.randn(1, 3, 1280),
+            "kv_cache": WanAnimate2KVCache(1),
+            "kv_cache_mode": "extract",
+            "seq_len": 8,
+            "offset_grid_sizes": torch.tensor([[2, 2, 2]]),
+        },
+        (
+            ("blocks.0.self_attn", "self"),
+            ("blocks.0.cross_attn", "cross"),
+            ("blocks.0.cross_attn:image", "cross"),
+        ),
     ),
 }

@@ -328,7 +328,7 @@ def test_an_order_of_two_streams_that_a_trial_run_does_not_tell_is_refused() -> 
     model = FAMILIES["sd3"].build()
     model.transformer_blocks[0].attn.set_processor(Interleaved())
     with pytest.raises(
-        ValueError, match="Interleaved joins image and text .* 5 query rows are not one stream"
+        ValueError, match=r"Interleaved joins image and text .* 5 query rows are not one stream"
     ):
         AttentionCapture(model)
 

@@ -14,6 +14,9 @@ from torch import Tensor, nn
 from shd_diffusion.attention import AttentionCapture, AttentionRecord, attention_blocks
 
 ALL = list(FAMILIES)
+SHARED_KEYS = {"lumina2": {2}, "lumina-next": {1}, "krea2": {1, 2}, "cosmos3": {1}, "ace-step": {2}}
+GATED = {"krea2", "lumina-next"}  # what heads attended to is multiplied by a gate before it is projected
+TEXT_FIRST = {"cogview4", "easyanimate"}
 FUSING = [
     "unet2d-condition",
     "pixart",
@@ -77,10 +80,10 @@ def test_the_listing_agrees_with_the_records(name: str) -> None:
             record.query.shape[-1],
         )
         assert record.output_weight.shape[1] == block.heads * block.head_dim
-        assert block.key_value_heads == (2 if name == "lumina2" else block.heads)
+        assert block.key_value_heads in SHARED_KEYS.get(name, {block.heads})
 
 
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in GATED])
 def test_heads_add_up_to_the_output_of_the_block(name: str) -> None:
     """sum_h A_h X_h + bias is what the output projection returned, read off the projection itself."""
     family = FAMILIES[name]
@@ -107,8 +110,10 @@ def test_heads_add_up_to_the_output_of_the_block(name: str) -> None:
         if f"{path}:image" in records:  # one projection of the sum of both passes
             image = records[f"{path}:image"]
             actual = actual + (image.maps() @ (image.value @ _by_head(image))).sum(dim=1)
-        if name == "cogview4":  # one projection of both streams, the text first
-            expected = expected[:, 5:] if path.endswith("attn1") else expected[:, :5]
+        expected = expected.reshape(actual.shape[0], -1, actual.shape[2])  # Cosmos3 has no batch
+        if (rest := expected.shape[1] - actual.shape[1]) > 0:  # one projection of both streams
+            first = path.endswith(":context") == (name in TEXT_FIRST)
+            expected = expected[:, :-rest] if first else expected[:, rest:]
         if record.mask is not None:  # rows without any key are nothing's output: kernels make them 0
             alive = (record.mask > -1e29).any(dim=-1).any(dim=1).expand(actual.shape[:2])
             actual, expected = actual[alive], expected[alive]

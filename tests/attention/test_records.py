@@ -95,3 +95,22 @@ def test_logits_of_masked_keys_are_finite_and_their_maps_exactly_zero() -> None:
     _, record = record_of(*qkv(), KEPT)
     assert record.logits().isfinite().all() and record.logits(100.0).log_softmax(-1).isfinite().all()
     assert (record.maps(100.0)[~KEPT.expand_as(record.maps())] == 0).all()
+
+
+@pytest.mark.parametrize("low", [-10000.0, float("-inf"), torch.finfo(torch.float32).min])
+def test_a_large_negative_mask_ends_as_a_bool_mask_does(low: float) -> None:
+    _, expected = record_of(*qkv(), KEPT[0, 0])
+    _, record = record_of(*qkv(), torch.zeros(QUERIES, KEYS).masked_fill(~KEPT[0, 0], low))
+    assert record.mask is not None and record.mask.shape == (1, 1, QUERIES, KEYS)
+    assert torch.equal(record.mask, expected.mask)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_logits_of_some_samples_and_rows_are_those_of_all(temperature: float) -> None:
+    query, key, value = (tensor.double() for tensor in qkv())
+    _, record = record_of(query, key, value, KEPT)
+    whole = record.logits(temperature)
+    # float64: a product of fewer rows may be summed in another order
+    torch.testing.assert_close(
+        record.logits(temperature, slice(1, 2), slice(1, 4)), whole[1:2, :, 1:4], rtol=1e-12, atol=1e-12
+    )

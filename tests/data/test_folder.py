@@ -152,7 +152,8 @@ def test_without_the_library_it_is_said_what_to_install(monkeypatch: pytest.Monk
     ],
 )
 def test_keys_belong_to_their_data_set(keys: dict[str, object], message: str):
-    from shd_diffusion.config import PrepareConfig, parse_config
+    from shd_diffusion.config import parse_config
+    from shd_diffusion.data.prepare import PrepareConfig
 
     with pytest.raises(UserError) as error:
         parse_config({"data": keys, "prepare": {"vae": "v"}}, PrepareConfig, "c.yaml")

@@ -15,9 +15,9 @@ from diffusers import AutoencoderKL
 from image_files import BROKEN, NUM_IMAGES, SIZE
 from safetensors.torch import load_file, save_file
 
-from shd_diffusion.config import DataConfig, EncodeConfig, PrepareConfig
-from shd_diffusion.data import build_source, open_dataset, reference_images
+from shd_diffusion.data import DataConfig, build_source, open_dataset, reference_images
 from shd_diffusion.data.latent_space import LatentSpace
+from shd_diffusion.data.prepare import EncodeConfig, PrepareConfig
 from shd_diffusion.data.prepare import prepare as run_prepare
 from shd_diffusion.errors import UserError
 
@@ -232,11 +232,29 @@ TWO = """
 import sys
 from pathlib import Path
 from accelerate import PartialState
-from shd_diffusion.config import PrepareConfig
+from shd_diffusion.data.prepare import PrepareConfig
+from shd_diffusion.data import DataConfig, build_source
 from shd_diffusion.data.prepare import prepare
+from shd_diffusion.errors import UserError
 config = PrepareConfig.model_validate_json(sys.argv[1])
 prepare(config, Path(sys.argv[2]), "prepare.yaml")
 assert PartialState().num_processes == 2
+latents = DataConfig(name="latents", path=sys.argv[2])
+assert len(build_source(latents)) == 14
+PartialState().wait_for_everyone()
+if PartialState().is_main_process:
+    shard = Path(sys.argv[2], "shards", "latents-00001.safetensors")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+PartialState().wait_for_everyone()
+try:
+    build_source(latents)
+    raise AssertionError("a damaged shard was taken")
+except UserError as error:
+    assert "latents-00001.safetensors: damaged" in str(error)
+if PartialState().is_main_process:
+    shard.write_bytes(whole)
+PartialState().wait_for_everyone()
 PartialState().destroy_process_group()
 """
 

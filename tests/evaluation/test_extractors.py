@@ -13,7 +13,7 @@ from torch import nn
 from torch_fidelity.feature_extractor_clip import CLIPVisual
 from transformers import Dinov2Config, Dinov2Model
 
-from shd_diffusion.data.labelled import ImagesInMemory
+from shd_diffusion.data.image_sets import ImagesInMemory
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import classifiers, load_extractor
 from shd_diffusion.evaluation.dinov2 import convert, resize_positions

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from shd_diffusion.attention import AttentionRecord
+from shd_diffusion.losses import SHDConfig, SHDLoss
 from shd_diffusion.squeezing import squeeze_heads
+
+
+def shd(seed: int = 0, **options: Any) -> SHDLoss:
+    """The loss with these options of its section; a plan may be made of tuples."""
+    if isinstance(plan := options.get("pairing"), tuple):
+        options["pairing"] = [[list(group) for group in level] for level in plan]
+    return SHDLoss(SHDConfig(**options), seed)
 
 
 def record(

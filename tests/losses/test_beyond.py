@@ -1,84 +1,35 @@
-"""Assigned heads, matched plans, grids of different size, memory, and the explanation for the report."""
-
-from dataclasses import replace
+"""Matched plans, token grids of different size, memory, and what the loss compares, for the report."""
 
 import pytest
 import torch
-from blocks_of_records import literal_divergence, pair, record, softmax, squeezed
+from blocks_of_records import literal_divergence, pair, record, shd, softmax, squeezed
 from live_memory import LiveMemory
 
-from shd_diffusion.losses import SHDLoss
-from shd_diffusion.losses.grids import take
+from shd_diffusion.losses.token_grid import take
 from shd_diffusion.squeezing import plans_from_json, plans_to_json, squeeze_heads
-
-# --- assignment ----------------------------------------------------------------------------------------------
-
-
-def shuffled(block, order):
-    return replace(
-        block, query=block.query.detach()[:, order].requires_grad_(), key=block.key.detach()[:, order]
-    )
-
-
-def test_optimal_assignment_finds_shuffled_heads():
-    teacher = {"t": record(heads=4)}
-    student = {"s": shuffled(teacher["t"], [2, 0, 3, 1])}
-    assert SHDLoss()(teacher, student) > 0.1
-    assert SHDLoss(assignment="optimal")(teacher, student).item() == pytest.approx(0, abs=1e-12)
-
-
-def test_optimal_assignment_has_the_least_cost_of_all():
-    from itertools import permutations
-
-    teacher, student = {"t": record(heads=8)}, {"s": record(heads=4, seed=9, learns=True)}
-    target, maps = squeezed(teacher["t"], 4), softmax(student["s"], 1.0)
-    least = min(
-        literal_divergence("forward_kl", target[:, list(p)], maps).mean().item()
-        for p in permutations(range(4))
-    )
-    for chunk_rows in (None, 2):
-        loss = SHDLoss(assignment="optimal", chunk_rows=chunk_rows)(teacher, student)
-        assert loss.item() == pytest.approx(least)
-
-
-def test_the_assignment_follows_a_running_mean_and_survives_a_restart():
-    teacher = {"t": record(heads=3)}
-    first, other = ({"s": shuffled(teacher["t"], order)} for order in ([2, 0, 1], [0, 1, 2]))
-    loss = SHDLoss(assignment="optimal")
-    loss(teacher, first)
-    moved = loss(teacher, other)  # one step does not turn the mean
-    assert moved > 0.1
-    resumed = SHDLoss(assignment="optimal")
-    resumed.load_state_dict({name: tensor.clone() for name, tensor in loss.state_dict().items()})
-    assert resumed(teacher, other) == loss(teacher, other)
-    for _ in range(30):
-        last = loss(teacher, other)
-    assert last.item() == pytest.approx(0, abs=1e-12)
-    assert SHDLoss().state_dict() == {}
-
 
 # --- matched plans -------------------------------------------------------------------------------------------
 
 
 def test_matched_plans_are_calibrated_once_and_kept():
     teacher, student = pair(teacher_heads=6, student_heads=3)
-    loss = SHDLoss(pairing="matched")
+    loss = shd(pairing="matched")
     with pytest.raises(ValueError, match=r"s0.*calibrate"):
         loss(teacher, student)
     plans = loss.calibrate([(teacher, student), pair(teacher_heads=6, student_heads=3, samples=1)])
     assert set(plans) == {"s0", "s1"}
-    again = SHDLoss(pairing="matched")
+    again = shd(pairing="matched")
     again.plans = plans_from_json(plans_to_json(plans))
     assert again(teacher, student) == loss(teacher, student)
-    explicit = SHDLoss(pairing=plans["s0"], layer_map={"s0": "t1"})(teacher, student)
-    assert explicit == SHDLoss(pairing=plans["s0"], layer_map=[1, None])(teacher, student)
+    explicit = shd(pairing=plans["s0"], layer_map={"s0": "t1"})(teacher, student)
+    assert explicit == shd(pairing=plans["s0"], layer_map=[1, None])(teacher, student)
 
 
 def test_calibrating_on_numbers_that_are_not_finite_names_the_block():
     teacher, student = pair(teacher_heads=4, student_heads=2)
     teacher["t3"].value[0, 0, 0, 0] = torch.inf
     with pytest.raises(ValueError, match=r"s1.* not finite"):
-        SHDLoss(pairing="matched").calibrate([(teacher, student)])
+        shd(pairing="matched").calibrate([(teacher, student)])
 
 
 # --- grids of different size ---------------------------------------------------------------------------------
@@ -104,7 +55,7 @@ def test_finer_maps_are_pooled(finer, chunk_rows, divergence):
     fine, coarse = (36, 9)
     teacher = {"t": record(heads=4, queries=fine if finer == "teacher" else coarse)}
     student = {"s": record(heads=2, queries=fine if finer == "student" else coarse, seed=4, learns=True)}
-    loss = SHDLoss(chunk_rows=chunk_rows, divergence=divergence, temperature=1.5)(teacher, student)
+    loss = shd(chunk_rows=chunk_rows, divergence=divergence, temperature=1.5)(teacher, student)
     p, q = squeezed(teacher["t"], 2, 1.5), softmax(student["s"], 1.5)
     p, q = (on_coarse_grid(m, 6, 2) if m.shape[2] == fine else m for m in (p, q))
     expected = literal_divergence(divergence, p, q).mean() * 1.5**2
@@ -121,7 +72,7 @@ def test_cross_attention_pools_its_queries_only():
     student = {"s": record(heads=2, queries=9, keys=5, kind="cross", seed=4, learns=True)}
     p = on_coarse_grid(squeezed(teacher["t"], 2), 6, 2, keys=False)
     expected = literal_divergence("forward_kl", p, softmax(student["s"], 1.0)).mean()
-    torch.testing.assert_close(SHDLoss()(teacher, student), expected)
+    torch.testing.assert_close(shd()(teacher, student), expected)
 
 
 def test_rows_of_a_pooled_map_are_sampled_whole():
@@ -129,7 +80,7 @@ def test_rows_of_a_pooled_map_are_sampled_whole():
         {"t": record(heads=2, queries=36)},
         {"s": record(heads=2, queries=9, seed=4, learns=True)},
     )
-    values = [SHDLoss(rows=1 / 9)(teacher, student, step=step).item() for step in range(60)]
+    values = [shd(rows=1 / 9)(teacher, student, step=step).item() for step in range(60)]
     rows = literal_divergence(
         "forward_kl", on_coarse_grid(softmax(teacher["t"], 1), 6, 2), softmax(student["s"], 1)
     )
@@ -137,12 +88,38 @@ def test_rows_of_a_pooled_map_are_sampled_whole():
     assert {round(value, 9) for value in values} == {round(value, 9) for value in by_row}
 
 
-@pytest.mark.parametrize(("theirs", "ours", "kind"), [(36, 16, "self"), (12, 3, "self"), (36, 9, "joint")])
-def test_grids_that_do_not_divide_are_an_error(theirs, ours, kind):
-    teacher = {"t": record(heads=2, queries=theirs, kind=kind)}
-    student = {"s": record(heads=2, queries=ours, kind=kind)}
-    with pytest.raises(ValueError, match=f"{theirs} and {ours} tokens"):
-        SHDLoss()(teacher, student)
+@pytest.mark.parametrize(("fine", "coarse", "kind"), [(36, 16, "self"), (12, 3, "self"), (36, 9, "joint")])
+def test_grids_that_do_not_divide_are_an_error(fine, coarse, kind):
+    teacher = {"t": record(heads=2, queries=fine, kind=kind)}
+    student = {"s": record(heads=2, queries=coarse, kind=kind)}
+    with pytest.raises(ValueError, match=f"{fine} and {coarse} tokens"):
+        shd()(teacher, student)
+
+
+@pytest.mark.parametrize("finer", ["teacher", "student"])
+@pytest.mark.parametrize("size", [(2, 4), (4, 2), (16, 32)])
+def test_grids_of_samples_that_are_not_square(size, finer):
+    """Each query and key of the coarse grid against its 2 × 2 tokens, summed one by one."""
+    height, width = (4, 8) if size[0] < size[1] else (8, 4)
+    teacher = {"t": record(heads=4, queries=32 if finer == "teacher" else 8)}
+    student = {"s": record(heads=2, queries=32 if finer == "student" else 8, seed=4, learns=True)}
+
+    def coarse(maps):
+        found = torch.zeros(*maps.shape[:2], 8, 8, dtype=maps.dtype)
+        for query in range(32):
+            for key in range(32):
+                row, column = (
+                    (token // width // 2) * (width // 2) + token % width // 2 for token in (query, key)
+                )
+                found[:, :, row, column] += maps[:, :, query, key] / 4
+        return found
+
+    p, q = squeezed(teacher["t"], 2), softmax(student["s"], 1.0)
+    p, q = (coarse(m) if m.shape[2] == height * width else m for m in (p, q))
+    expected = literal_divergence("forward_kl", p, q).mean()
+    torch.testing.assert_close(shd()(teacher, student, size=size), expected)
+    with pytest.raises(ValueError, match="tokens"):
+        shd()(teacher, student)  # as a square it is no grid
 
 
 # --- memory --------------------------------------------------------------------------------------------------
@@ -150,14 +127,14 @@ def test_grids_that_do_not_divide_are_an_error(theirs, ours, kind):
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"granularity": "row"}, {"merge": "joint"}, {"temperature": 2.0}, {"assignment": "optimal"}],
+    [{}, {"granularity": "row"}, {"merge": "joint"}, {"temperature": 2.0}],
 )
 def test_memory_grows_no_faster_than_the_tokens(options):
     def most(tokens):  # bytes: all that are held at one time, and those of one tensor
         teacher = {"t": record(samples=1, heads=4, queries=tokens, dtype=torch.float32)}
         student = {"s": record(samples=1, heads=2, queries=tokens, dtype=torch.float32, learns=True)}
         with LiveMemory() as seen:
-            SHDLoss(chunk_rows=16, **options)(teacher, student).backward()
+            shd(chunk_rows=16, **options)(teacher, student).backward()
         return seen.peak, seen.largest
 
     few, many = most(256), most(1024)
@@ -165,14 +142,14 @@ def test_memory_grows_no_faster_than_the_tokens(options):
     assert many[1] <= 4 * 4 * 16 * 1024 * (4 if options.get("merge") == "joint" else 1)
 
 
-# --- explanation ---------------------------------------------------------------------------------------------
+# --- inspection ---------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("granularity", ["sample", "row"])
-def test_the_explanation_is_what_the_loss_compares(granularity):
+def test_an_inspection_is_what_the_loss_compares(granularity):
     teacher, student = pair()
-    loss = SHDLoss(temperature=2.0, granularity=granularity, rows=0.5)
-    found = loss.explain(teacher, student)
+    loss = shd(temperature=2.0, granularity=granularity, rows=0.5)
+    found = loss.inspect(teacher, student)
     assert list(found) == ["s0", "s1"]
     one = found["s1"]
     torch.testing.assert_close(one.teacher, softmax(teacher["t3"], 2.0))
@@ -180,7 +157,7 @@ def test_the_explanation_is_what_the_loss_compares(granularity):
     torch.testing.assert_close(one.squeezed, squeezed(teacher["t3"], 2, 2.0, granularity=granularity))
     expected = literal_divergence("forward_kl", one.squeezed, one.student).mean(-1)
     torch.testing.assert_close(one.divergence, expected)
-    whole = SHDLoss(temperature=2.0, granularity=granularity)(teacher, student)
+    whole = shd(temperature=2.0, granularity=granularity)(teacher, student)
     mean = torch.stack([block.divergence.mean() for block in found.values()]).mean() * 4
     torch.testing.assert_close(mean, whole.detach())
     block = teacher["t3"]
@@ -189,15 +166,6 @@ def test_the_explanation_is_what_the_loss_compares(granularity):
     )
     for name in ("coefficients", "weights", "residual"):
         torch.testing.assert_close(getattr(one, name), getattr(details, name))
-
-
-def test_the_explanation_of_assigned_heads_is_in_the_students_order():
-    teacher = {"t": record(heads=4)}
-    student = {"s": shuffled(teacher["t"], [2, 0, 3, 1])}
-    loss = SHDLoss(assignment="optimal")
-    loss(teacher, student)
-    found = loss.explain(teacher, student)["s"]
-    torch.testing.assert_close(found.squeezed, found.student)
 
 
 def test_take_keeps_a_mask_with_its_rows_and_keys():

@@ -1,6 +1,6 @@
 import pytest
 
-from shd_diffusion.losses import map_blocks
+from shd_diffusion.losses.layer_map import map_blocks
 
 
 def blocks(prefix, kinds):

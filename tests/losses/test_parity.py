@@ -11,11 +11,11 @@ from golden.float64 import InFloat64
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shd_diffusion.config import DiffusionConfig
-from shd_diffusion.losses.denoising import forward_process
-from shd_diffusion.losses.variance import variational_bound
-from shd_diffusion.training.draws import Draws
-from shd_diffusion.training.methods import DenoisingLoss, make_batch
+from shd_diffusion.losses.denoise import Denoise, DenoiseConfig
+from shd_diffusion.losses.term import Batch, StepOutputs, TermConfig
+from shd_diffusion.losses.variance import Variance, variational_bound
+from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
+from shd_diffusion.models.trace import Trace
 
 RECORDED = load_file(Path(__file__).parents[1] / "golden" / "losses.safetensors")
 CLEAN, NOISE, PREDICTION, TIMESTEPS = (RECORDED[k] for k in ("clean", "noise", "prediction", "timesteps"))
@@ -40,21 +40,30 @@ def assert_near(found: Tensor, expected: Tensor, in_float32: float) -> None:
     assert ((found - expected).abs().max() / expected.abs().max()).item() < tolerance
 
 
-def terms_of(dtype: torch.dtype, gamma: float | None, sample: int) -> dict[str, Tensor]:
-    """The terms of a batch of one sample, by the way that a training step takes."""
-    config = DiffusionConfig(learned_variance=True, min_snr_gamma=gamma)
-    process, part = forward_process(config), slice(sample, sample + 1)
-    never = torch.zeros(1, dtype=torch.bool)
-    draws = Draws(NOISE[part].to(dtype), TIMESTEPS[part], never, never, None)
-    batch = make_batch(process, CLEAN[part].to(dtype), torch.zeros(1, dtype=torch.long), draws, 0)
-    return DenoisingLoss(process, config)(PREDICTION[part].to(dtype), batch)
+def process() -> ForwardProcess:
+    return ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig()))
+
+
+STUDENT = Trace(CLEAN.shape[1:], {}, PREDICTION[:1])  # predicts a variance
+
+
+def term_of(name: str, dtype: torch.dtype, gamma: float | None, sample: int) -> Tensor:
+    """A term of a batch of one sample."""
+    clean, noise, prediction = (part[sample : sample + 1].to(dtype) for part in (CLEAN, NOISE, PREDICTION))
+    timesteps = TIMESTEPS[sample : sample + 1]
+    batch = Batch(clean, noise, process().noised(clean, noise, timesteps), timesteps, {})
+    term = {
+        "denoise": Denoise(DenoiseConfig(min_snr_gamma=gamma), STUDENT, None),
+        "variance": Variance(TermConfig(), STUDENT, None),
+    }[name]
+    return term(StepOutputs(process(), batch, prediction))
 
 
 @authors
 @dtypes
 def test_noising(author: str, dtype: torch.dtype) -> None:
     with precision(dtype):
-        noised = forward_process(DiffusionConfig()).noised(CLEAN.to(dtype), NOISE.to(dtype), TIMESTEPS)
+        noised = process().noised(CLEAN.to(dtype), NOISE.to(dtype), TIMESTEPS)
     assert_near(noised, RECORDED[f"{author}/noised"], in_float32=5e-7)
 
 
@@ -68,7 +77,7 @@ def test_terms_of_every_timestep(
 ) -> None:
     """L_simple, with MDT weighed by min-SNR, and L_vlb; two of the timesteps are the first one, with its likelihood."""
     with precision(dtype):
-        found = torch.stack([terms_of(dtype, AUTHORS[author], sample)[term] for sample in SAMPLES])
+        found = torch.stack([term_of(term, dtype, AUTHORS[author], sample) for sample in SAMPLES])
     assert_near(found, RECORDED[f"{author}/{recorded}"], in_float32)
 
 
@@ -76,19 +85,17 @@ def test_terms_of_every_timestep(
 @dtypes
 def test_the_bound_trains_the_variance_alone(author: str, dtype: torch.dtype) -> None:
     with precision(dtype):
-        process = forward_process(DiffusionConfig(learned_variance=True))
         clean, prediction = CLEAN.to(dtype), PREDICTION.to(dtype, copy=True).requires_grad_()
-        noised = process.noised(clean, NOISE.to(dtype), TIMESTEPS)
-        variational_bound(process, prediction, clean, noised, TIMESTEPS).backward()
+        noised = process().noised(clean, NOISE.to(dtype), TIMESTEPS)
+        variational_bound(process(), prediction, clean, noised, TIMESTEPS).backward()
     mean, variance = prediction.grad.chunk(2, dim=1)
     assert not mean.any() and variance.flatten(1).any(1).all()
     assert_near(prediction.grad, RECORDED[f"{author}/vb_gradient"], in_float32=5e-5)
 
 
 def test_the_bound_is_finite_whatever_is_predicted() -> None:
-    process = forward_process(DiffusionConfig(learned_variance=True))
-    noised = process.noised(CLEAN, NOISE, TIMESTEPS)
+    noised = process().noised(CLEAN, NOISE, TIMESTEPS)
     prediction = torch.cat([100 * PREDICTION[:, :3], 3 * PREDICTION[:, 3:]], 1).requires_grad_()
-    bound = variational_bound(process, prediction, CLEAN, noised, TIMESTEPS)
+    bound = variational_bound(process(), prediction, CLEAN, noised, TIMESTEPS)
     bound.backward()
     assert bound.isfinite() and prediction.grad.isfinite().all()

@@ -1,6 +1,6 @@
 import pytest
 
-from shd_diffusion.losses import schedule_weight
+from shd_diffusion.losses.weight_schedule import schedule_weight
 
 
 @pytest.mark.parametrize(

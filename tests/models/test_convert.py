@@ -20,8 +20,8 @@ from torch import Tensor
 
 import shd_diffusion.models
 from shd_diffusion.errors import UserError
-from shd_diffusion.models.adapter import null_label, sample_shape
 from shd_diffusion.models.convert import convert_checkpoint
+from shd_diffusion.models.denoiser import num_classes, sample_shape
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.factory import OWN_CLASSES, load_model
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
@@ -87,7 +87,7 @@ def test_a_converted_folder_is_a_teacher_and_samples(kind: Kind, tmp_path: Path)
     converted(kind, tmp_path, recorded(kind, "checkpoint/"))
     model = load_model(str(tmp_path / "model"))
     assert isinstance(model, CLASSES[kind])
-    assert null_label(model) == 5 and sample_shape(model) == (4, 8, 8)
+    assert num_classes(model) == 5 and sample_shape(model) == (4, 8, 8)
     pipeline = ClassConditionalPipeline(model.eval(), DDIMScheduler())
     pipeline.save_pretrained(tmp_path / "pipeline")
     loaded = ClassConditionalPipeline.from_pretrained(tmp_path / "pipeline")

@@ -77,7 +77,7 @@ def write(path: Path, content: Any) -> None:
 
 
 def write_log(path: Path, terms: list[str], fid: float, rng: np.random.Generator) -> None:
-    """60 logged steps with a decaying, noisy loss; the distance watched at four of them."""
+    """60 logged steps with a decaying, noisy loss; the validation at four of them."""
     lines = []
     for step in range(10, 601, 10):
         level = 0.05 + np.exp(-step / 120)
@@ -89,11 +89,11 @@ def write_log(path: Path, terms: list[str], fid: float, rng: np.random.Generator
             "terms": {term: {"value": v, "weighted": v, "share": v / total} for term, v in values.items()},
         }  # fmt: skip
         if "shd" in terms:
-            entry["divergence"] = {
+            entry["shd_by_block"] = {
                 f"transformer_blocks.{i}.attn1": values["shd"] * 3**i * 3 / 13 for i in range(BLOCKS)
             }
         if step % 150 == 0:
-            entry["watch"] = {"fid": fid * (1 + 300 / step)}
+            entry["validation"] = {"fid": fid * (1 + 300 / step)}
         lines.append(json.dumps(entry))
     path.write_text("\n".join(lines) + "\n")
 

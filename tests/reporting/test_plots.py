@@ -207,9 +207,9 @@ def test_the_divergence_is_a_curve_a_block_in_the_colours_of_depth(
     deep = fresh_run("kd-shd")
     log = [json.loads(line) for line in (deep / "metrics.jsonl").read_text().splitlines()]
     for entry in log[1::2]:  # the term counts at every other logged step
-        del entry["divergence"]
+        del entry["shd_by_block"]
     for entry in log[::2]:
-        entry["divergence"] = {f"blocks.{i}": (1 + i) / entry["step"] for i in range(28)}
+        entry["shd_by_block"] = {f"blocks.{i}": (1 + i) / entry["step"] for i in range(28)}
     (deep / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
     (plot,) = shd_by_block(read_runs([deep]))
     for colour in DEPTH_COLOURS:
@@ -233,7 +233,7 @@ def test_figures_do_without_numbers_that_are_not_there(fresh_run: Callable[[str]
         '{"step": 2, "terms": {"denoise": {"value": 0.0, "share": 1.0}}}\n'
     )
     (folder / "evaluation" / "metrics.json").write_text('{"fid": NaN, "precision": Infinity, "protocol": {}}')
-    sampling = json.loads((folder / "samples" / "sampling.json").read_text()) | {"labels": []}
+    sampling = json.loads((folder / "samples" / "sampling.json").read_text()) | {"labels": None}
     (folder / "samples" / "sampling.json").write_text(json.dumps(sampling))
     runs = read_runs([folder])
     styles = run_styles(runs)

@@ -41,9 +41,9 @@ def test_a_log_has_one_value_a_step_and_nan_where_a_term_was_not_computed(tmp_pa
         {
             "step": 2,
             "terms": {"denoise": {"value": 1.0, "share": 0.25}, "shd": {"value": 3.0, "share": 0.75}},
-            "divergence": {"blocks.0.attn": 4.0, "blocks.1.attn": 2.0},
+            "shd_by_block": {"blocks.0.attn": 4.0, "blocks.1.attn": 2.0},
         },
-        {"step": 3, "terms": {"denoise": {"value": 0.5, "share": 1.0}}, "watch": {"fid": 7.0}},
+        {"step": 3, "terms": {"denoise": {"value": 0.5, "share": 1.0}}, "validation": {"fid": 7.0}},
     ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "ter')  # cut off by an interruption
@@ -114,13 +114,12 @@ def test_no_run_at_all() -> None:
         ("evaluation/metrics.json", "[]", "metrics.json: Input should be"),
         ("evaluation/metrics.json", "5", "metrics.json: Input should be"),
         ("evaluation/metrics.json", '{"per_class_fid": [1]}', "metrics.json: key `per_class_fid`"),
-        ("evaluation/metrics.json", '{"fid": 1, "fid_interval": 2}', "metrics.json: key `intervals.fid`"),
         ("evaluation/metrics.json", '{"protocol": 5}', "metrics.json: key `protocol`"),
         ("metrics.jsonl", '{}\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
         ("metrics.jsonl", '5\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
         ("metrics.jsonl", "[" * 100_000 + '\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
         ("metrics.jsonl", '{"step": 1, "terms": [1]}\n{"step": 1}\n', "line 1 is not a logged step"),
-        ("metrics.jsonl", '{"step": 1, "watch": {}}\n{"step": 1}\n', "line 1 is not a logged step"),
+        ("metrics.jsonl", '{"step": 1, "validation": {}}\n{"step": 1}\n', "line 1 is not a logged step"),
         ("metrics.jsonl", b"\xff\xfe\n", "metrics.jsonl: cannot be read"),
     ],
 )

@@ -85,14 +85,13 @@ def test_a_missing_metric_is_a_dash_and_never_the_best(
     assert "Class accuracy ↑" not in cells(table_of(fresh, other))["Run"]
 
 
-def test_intervals_stand_beside_their_metrics(fresh_run: Callable[[str], Path]) -> None:
+def test_a_metric_has_a_column_where_a_run_has_it(fresh_run: Callable[[str], Path]) -> None:
     run = fresh_run("kd")
-    edit_metrics(run, fid_interval=[370.1, 402.46], fid_infinity=380.04)
-    table = table_of(run)
-    rows = cells(table)
-    assert rows["kd"][2] == "389.70 [370.10, 402.46]"
-    assert rows["kd"][rows["Run"].index("FID∞ ↓")] == "380.04"
-    assert table.note.endswith("Brackets hold the 95 % interval by bootstrap.")
+    assert "FID∞ ↓" not in cells(table_of(run))["Run"]
+    edit_metrics(run, fid_infinity=380.04, cmmd=0.25, kid_mean=None)
+    rows = cells(table_of(run))
+    assert [rows["kd"][rows["Run"].index(title)] for title in ("FID∞ ↓", "CMMD ↓")] == ["380.04", "0.250"]
+    assert "KID ↓" not in rows["Run"]
 
 
 def test_markdown_takes_text_as_text() -> None:

@@ -61,7 +61,14 @@ def test_samples_without_labels_have_no_labels_there(folder: Path) -> None:
 
 def test_the_evaluation_of_the_archive_is_that_of_the_images(run: Path) -> None:
     assert command("sample", run, *sets(*FEW_IMAGES), "--npz")[0] == 0
-    options = ["--reference", "digits", "--extractor", "digits-classifier", "--metrics", "fid,kid,prc"]
+    options = [
+        "--reference",
+        "digits",
+        "--extractor",
+        "digits-classifier",
+        "--metrics",
+        "fid,kid,prc,accuracy",
+    ]
     found = [
         json.loads(command("evaluate", images, *options)[1])
         for images in (run / "samples", run / "samples" / "samples.npz")

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shd_diffusion.squeezing import plan_merges, prepare, squeeze_heads
+from shd_diffusion.squeezing import plan_merges, prepare_squeezer, squeeze_heads
 
 SIZES = [(2, 1), (3, 2), (7, 2), (9, 3), (12, 5), (12, 6), (16, 6)]
 ALPHA = {"closed_form": oracles.best_alpha, "mean": oracles.mean_alpha, "select": oracles.select_alpha}
@@ -50,7 +50,7 @@ def test_an_explicit_plan_and_a_prepared_one():
     plan = (((0, 3), (4, 1), (2,)), ((2, 0), (1,)))
     expected, _ = oracles.squeeze(maps, values, weight, plan)
     np.testing.assert_allclose(squeeze_heads(maps, values, weight, 2, pairing=plan), expected, atol=1e-12)
-    squeezer = prepare(plan, weight, 5)
+    squeezer = prepare_squeezer(plan, weight, 5)
     np.testing.assert_allclose(
         squeeze_heads(maps, values, weight, 2, squeezer=squeezer), expected, atol=1e-12
     )
@@ -166,7 +166,7 @@ def test_shapes_that_do_not_fit_are_an_error():
     with pytest.raises(ValueError, match="plan"):
         squeeze_heads(maps, values, weight, 2, pairing=plan_merges(4, 3))
     with pytest.raises(ValueError, match="the squeezer leads to 3 heads, not to 2"):
-        squeeze_heads(maps, values, weight, 2, squeezer=prepare(plan_merges(4, 3), weight, 4))
+        squeeze_heads(maps, values, weight, 2, squeezer=prepare_squeezer(plan_merges(4, 3), weight, 4))
     with pytest.raises(ValueError, match="joint"):
         squeeze_heads(maps, values, weight, 2, pairing=(((0, 1, 2), (3,)),))
 

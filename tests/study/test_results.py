@@ -144,7 +144,7 @@ def test_steps_that_were_left_out_count_as_time(study: StudyConfig, tmp_path: Pa
     lines = [
         {"step": 10, "seconds_per_step": 2.0},
         {"step": 11, "skipped": ["denoise"]},
-        {"step": 20, "seconds_per_step": 3.0, "watch": {"fid": 7.0}},
+        {"step": 20, "seconds_per_step": 3.0, "validation": {"fid": 7.0}},
     ]
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     run.summary_file.write_text('{"stage": "distill", "parameters": 5, "heads": 2}')

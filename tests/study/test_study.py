@@ -19,7 +19,7 @@ from shd_diffusion.study import runner
 
 STEPS = {
     "train.max_steps": 10, "train.batch_size": 8, "train.checkpoint_every": 5, "train.log_every": 5,
-    "train.watch.every": 5, "train.watch.num_images": 24, "train.watch.num_inference_steps": 2,
+    "train.validation.every": 5, "train.validation.num_images": 24, "train.validation.num_inference_steps": 2,
     "sample.num_images": 24, "sample.num_inference_steps": 2,
 }  # fmt: skip
 

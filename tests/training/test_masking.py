@@ -13,11 +13,13 @@ from diffusers import DiTTransformer2DModel
 from safetensors import safe_open
 from torch import Tensor
 
+from shd_diffusion.config import TrainTeacherConfig, read_config
+from shd_diffusion.data import build_source
 from shd_diffusion.losses.term import Batch, StepOutputs, Term, TermConfig
 from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.models.teacher import Teacher
-from shd_diffusion.training.build import _prepare_masking
+from shd_diffusion.training.build import _check_masking, build
 from shd_diffusion.training.objectives import TrainingLoss
 
 CONFIGS = ROOT / "configs" / "digits"
@@ -63,25 +65,23 @@ def test_every_batch_is_seen_whole_and_masked_with_the_same_weight() -> None:
     assert loss.weights(3) == {"seen": 0.5, "seen_masked": 0.5}
 
 
-def test_without_masking_what_only_it_trains_is_frozen() -> None:
-    model = mdtv2()
-    _prepare_masking(model, None, 0.0)
-    model(torch.randn(2, 1, 8, 8), torch.tensor([1, 2]), torch.tensor([1, 2])).sample.sum().backward()
-    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
-    assert not model.mask_token.requires_grad and not next(model.side_block.parameters()).requires_grad
-    masked = mdtv2()
-    _prepare_masking(masked, None, 0.3)
-    assert all(parameter.requires_grad for parameter in masked.parameters())
+def test_without_masking_what_only_it_trains_is_frozen(tmp_path: Path) -> None:
+    for ratio, frozen in ((0.0, {"mask_token", "side_block"}), (0.3, set())):
+        overrides = ["model.arguments.num_layers=4", *SHORT, f"train.mask_ratio={ratio}"]
+        config = read_config(CONFIGS / "mdtv2-teacher.yaml", TrainTeacherConfig, overrides)
+        model = build(config, "here", build_source(config.data)).model
+        names = {name.partition(".")[0] for name, p in model.named_parameters() if not p.requires_grad}
+        assert names == frozen
 
 
 def test_models_that_cannot_share_a_mask_are_named() -> None:
     dit = DiTTransformer2DModel(num_layers=1, out_channels=1, num_embeds_ada_norm=10, **SIZES)
     with pytest.raises(ValueError, match="DiTTransformer2DModel takes no token mask"):
-        _prepare_masking(mdtv2(), Teacher(dit), 0.3)
+        _check_masking(mdtv2(), Teacher(dit), 0.3)
     with pytest.raises(ValueError, match="16 tokens of the student and 4 of the teacher"):
-        _prepare_masking(mdtv2(), Teacher(mdtv2(patch_size=4)), 0.3)
+        _check_masking(mdtv2(), Teacher(mdtv2(patch_size=4)), 0.3)
     with pytest.raises(ValueError, match=r"mask_ratio 0\.79"):
-        _prepare_masking(mdtv2(patch_size=4), None, 0.79)
+        _check_masking(mdtv2(patch_size=4), None, 0.79)
 
 
 @pytest.mark.parametrize("layer_map", ["uniform", "[3, 7, 8, 9]"])

@@ -223,3 +223,51 @@ def test_the_environment_does_not_override_the_config(
     run = distill(folder, tmp_path / "run")
     first, second = weights(run), weights(folder / "plain")
     assert all(torch.equal(first[name], second[name]) for name in second)
+
+
+@pytest.mark.parametrize(("teacher_channels", "student_channels"), [(2, 1), (1, 2)])
+def test_a_learned_variance_is_the_students_own_affair(
+    teacher_channels: int, student_channels: int, tmp_path: Path
+) -> None:
+    """Whether the teacher has one or not, the student's pipeline samples by DDPM as the student predicts."""
+    teacher = sets(*SHORT, *TEACHER, f"model.arguments.out_channels={teacher_channels}", "train.max_steps=1")
+    assert command("train-teacher", TEACHER_CONFIG, "--output", tmp_path / "teacher", *teacher)[0] == 0
+    run = distill(
+        tmp_path,
+        tmp_path / "run",
+        f"student.arguments.out_channels={student_channels}",
+        "sample.scheduler=DDPMScheduler",
+        "sample.num_images=4",
+        "sample.num_inference_steps=3",
+    )
+    assert set(log(run)[0]["terms"]) == {"denoise", "output", "shd"} | (
+        {"variance"} if student_channels == 2 else set()
+    )
+    kind = json.loads((run / "pipeline" / "scheduler" / "scheduler_config.json").read_text())["variance_type"]
+    assert kind == ("learned_range" if student_channels == 2 else "fixed_small")
+    assert command("sample", run)[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("losses.shd.layer_map=[0, 2, 2, 3]", "15 and 16 tokens"),
+        ("losses.aligner.weight=1", "token grids differ"),
+    ],
+)
+def test_terms_that_masked_passes_do_not_allow_are_refused(override: str, says: str, tmp_path: Path) -> None:
+    """MDTv2's encoder sees the kept tokens, its decoder all: maps of the two do not compare."""
+    configs, teacher = TEACHER_CONFIG.parent, tmp_path / "teacher"
+    more = sets("train.max_steps=1", "train.batch_size=4")
+    assert command("train-teacher", configs / "mdtv2-teacher.yaml", "--output", teacher, *more)[0] == 0
+    arguments = sets(override, f"teacher.path={teacher}")
+    run = tmp_path / "run"
+    code, _, errors = command("distill", configs / "mdtv2-distill.yaml", "--output", run, *more, *arguments)
+    assert code == 2 and "train.mask_ratio" in errors and says in errors, errors
+    assert not run.exists()
+
+
+def test_a_pretrained_model_is_not_also_described(folder: Path, tmp_path: Path) -> None:
+    arguments = sets(*SHORT, f"teacher.path={folder / 'teacher'}", f"student.pretrained={folder / 'plain'}")
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
+    assert code == 2 and "`pretrained` gives class and arguments too" in errors

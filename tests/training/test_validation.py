@@ -92,3 +92,20 @@ def test_wandb_gets_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_array_equal(
         np.asarray(Image.open(tmp_path / "validation" / "step-00000007.png")), pixels
     )
+
+
+def test_it_computes_in_float32_whatever_the_training_computes_in(tmp_path: Path) -> None:
+    """Under bf16 the picture is what `sample` draws afterwards, to the level that another memory layout rounds by."""
+    run, more = tmp_path / "run", sets("train.mixed_precision=bf16", "train.max_steps=2")
+    assert (
+        command("train-teacher", TEACHER_CONFIG, "--output", run, *sets(*SHORT, *SMALL, *VALIDATION), *more)[
+            0
+        ]
+        == 0
+    )
+    picture = np.asarray(Image.open(run / "validation" / "step-00000002.png")).astype(int)
+    pipeline = ClassConditionalPipeline.from_pretrained(run / "pipeline")
+    images = to_rgb_bytes(sample_images(pipeline, range(32), SampleConfig(num_inference_steps=2)))
+    for index in (0, 9):
+        shown = picture[2:50:6, 2 + 50 * index : 50 + 50 * index : 6]
+        assert np.abs(shown - images[index].permute(1, 2, 0).numpy()).max() <= 1

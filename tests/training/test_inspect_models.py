@@ -11,8 +11,14 @@ from diffusers import ModelMixin
 from rich.console import Console
 
 from shd_diffusion.attention import AttentionCapture
-from shd_diffusion.models.inspect import inspect_model, inspect_pair, render
 from shd_diffusion.models.mdtv2 import MDTV2_SIZES, MDTv2Transformer2DModel
+from shd_diffusion.training.inspect_models import (
+    inspect_model,
+    merges_of,
+    pair_rows,
+    render,
+    render_pair,
+)
 
 
 def dit(heads: int = 12, blocks: int = 6, patch: int = 2) -> ModelMixin:
@@ -28,9 +34,15 @@ def dit(heads: int = 12, blocks: int = 6, patch: int = 2) -> ModelMixin:
     )
 
 
-def printed(*arguments: ModelMixin) -> str:
-    console = Console(width=200, record=True, file=StringIO())
-    console.print(render(*arguments))
+def printed(teacher: ModelMixin, student: ModelMixin | None = None, width: int = 200) -> str:
+    """A model's blocks, or the pairs of two, as a terminal shows them."""
+    rows = inspect_model(teacher)
+    table = render(teacher, rows)
+    if student is not None:
+        student_rows = inspect_model(student)
+        table = render_pair(rows, student_rows, pair_rows(rows, student_rows))
+    console = Console(width=width, record=True, file=StringIO())
+    console.print(table)
     return console.export_text()
 
 
@@ -56,17 +68,16 @@ def test_the_largest_mdtv2_is_listed_without_memory() -> None:
 
 
 def test_a_student_of_fewer_heads_and_blocks() -> None:
-    pairs = inspect_pair(inspect_model(dit(12, 6)), inspect_model(dit(5, 3)))
-    assert [pair.teacher.block.name for pair in pairs] == [f"transformer_blocks.{i}.attn1" for i in (1, 3, 5)]
-    assert all([len(groups) for groups in pair.plan] == [6, 5] and pair.problem is None for pair in pairs)
+    teacher, student = inspect_model(dit(12, 6)), inspect_model(dit(5, 3))
+    pairs = pair_rows(teacher, student)
+    assert list(pairs.values()) == [f"transformer_blocks.{i}.attn1" for i in (1, 3, 5)]
+    assert [len(groups) for groups in merges_of(teacher[1], student[0])] == [6, 5]
     text = printed(dit(12, 6), dit(5, 3))
     assert "12→6→5" in text and "0+1+2+3 4+5 6+7 8+9 10+11" in text
 
 
 def test_a_narrow_terminal_cuts_no_name() -> None:
-    console = Console(width=80, record=True, file=StringIO())
-    console.print(render(dit(12, 2), dit(5, 2)))
-    text = console.export_text()
+    text = printed(dit(12, 2), dit(5, 2), width=80)
     assert "12→6→5" in text and "0.attn1" in text and "…" not in text
 
 
@@ -76,14 +87,15 @@ def test_a_coarser_student_is_paired_and_shown() -> None:
 
 
 def test_pairs_that_cannot_be_compared_say_why() -> None:
-    (pair, *_) = inspect_pair(inspect_model(dit(2)), inspect_model(dit(4)))
-    assert pair.plan == () and pair.problem is not None and "cannot be squeezed to 4" in pair.problem
+    teacher, student = inspect_model(dit(2)), inspect_model(dit(4))
+    with pytest.raises(ValueError, match="cannot be squeezed to 4"):
+        merges_of(teacher[0], student[0])
     assert "cannot be squeezed to 4" in printed(dit(2), dit(4))
 
 
 def test_an_unmappable_student_is_an_error() -> None:
     with pytest.raises(ValueError, match="block"):
-        inspect_pair(inspect_model(dit(4, 1)), inspect_model(dit(2, 3)), [0, 1, 2])
+        pair_rows(inspect_model(dit(4, 1)), inspect_model(dit(2, 3)), [0, 1, 2])
 
 
 def test_blocks_that_an_ordinary_pass_skips_are_listed_and_not_paired() -> None:
@@ -92,7 +104,7 @@ def test_blocks_that_an_ordinary_pass_skips_are_listed_and_not_paired() -> None:
     )
     rows = inspect_model(model)
     assert [row.block.name for row in rows if row.record is None] == ["side_block.attn"]
-    assert "side_block.attn" not in [pair.student.block.name for pair in inspect_pair(rows, rows)]
+    assert "side_block.attn" not in pair_rows(rows, rows)
 
 
 def test_a_text_to_image_model_is_listed_without_tokens() -> None:
@@ -110,5 +122,5 @@ def test_a_text_to_image_model_is_listed_without_tokens() -> None:
     )
     linear, cross = inspect_model(model)
     assert not linear.block.capturable and cross.block.capturable and cross.tokens == "?"
-    assert [pair.student.block.kind for pair in inspect_pair([linear, cross], [linear, cross])] == ["cross"]
+    assert list(pair_rows([linear, cross], [linear, cross])) == [cross.block.name]
     assert "linear attention has no softmax" in printed(model)
