@@ -54,9 +54,9 @@ def squeezed_class(kind: type[ModelMixin]) -> type[ModelMixin]:
         heads, neurons = dict(squeezed_heads or {}), dict(squeezed_neurons or {})
         self.register_to_config(squeezed_heads=heads, squeezed_neurons=neurons)
         for name, count in heads.items():
-            cut_heads(self, name, torch.arange(count))
+            cut_heads(self, name, torch.arange(count, device="cpu"))
         for name, count in neurons.items():
-            cut_neurons(self.get_submodule(name), torch.arange(count))
+            cut_neurons(self.get_submodule(name), torch.arange(count, device="cpu"))
 
     # diffusers reads from the signature what a config may hold.
     own = list(inspect.signature(__init__).parameters.values())[2:4]
@@ -123,7 +123,9 @@ def neurons(layer: FeedForward) -> int:
 def check_heads_can_be_cut(model: nn.Module, name: str) -> None:
     """Raise ValueError unless heads can leave the attention block of that name."""
     module: Any = model.get_submodule(name)
-    if not output_layers(module) or any(getattr(module, layer, None) is None for layer in _ROWS[:3]):
+    # what has no `inner_dim` or no `set_processor` (Mochi's) is none of diffusers' usual layouts
+    usual = hasattr(module, "inner_dim") and hasattr(module, "set_processor") and output_layers(module)
+    if not usual or any(getattr(module, layer, None) is None for layer in _ROWS[:3]):
         kind = type(module).__name__
         raise ValueError(f"attention block `{name}` is a {kind} of a layout whose heads cannot be squeezed")
     if getattr(module, "fused_projections", False):
@@ -156,7 +158,7 @@ def cut_heads(model: nn.Module, name: str, kept: Tensor) -> None:
     if not len(kept) or int(kept.max()) >= module.heads:
         raise ValueError(f"attention block `{name}` has {module.heads} heads, not those: {kept.tolist()}")
     width = module.inner_dim // module.heads
-    channels = (kept[:, None] * width + torch.arange(width)).flatten()
+    channels = (kept[:, None] * width + torch.arange(width, device=kept.device)).flatten()
     for linear in input_layers(module).values():
         _keep_rows(linear, channels)
     for linear in output_layers(module).values():
