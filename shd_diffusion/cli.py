@@ -308,6 +308,30 @@ def squeeze(
 
 @app.command()
 @stage
+def compress(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a teacher.")],
+    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The pipeline folder to write.")],
+    heads: Annotated[float | None, typer.Option(help="Of every attention block; below 1 a share.")] = None,
+    neurons: Annotated[float | None, typer.Option(help="Of every feed-forward; below 1 a share.")] = None,
+    blocks: Annotated[int | None, typer.Option(min=1, help="How many stay.")] = None,
+    images: Annotated[int, typer.Option(min=64, help="To calibrate on.")] = 1024,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Fewer, wider heads, in the teacher's own class.")
+    ] = False,
+) -> None:
+    """Make a smaller pipeline from a teacher's weights, without training; heal it by `student.pretrained`."""
+    from rich.console import Console
+
+    from shd_diffusion.compression.compress_run import compress_run, table
+    from shd_diffusion.run_folder import RunFolder
+
+    results = compress_run(RunFolder(run), output, _count(heads), _count(neurons), blocks, images, plain)
+    Console().print(table(results))
+    typer.echo(f"compressed: {output}")
+
+
+@app.command()
+@stage
 def study(
     config: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, see configs/studies/.")],
     set_: Overrides = None,
@@ -325,6 +349,11 @@ def study(
     page = run_study(parsed, output or Path(parsed.output), command_line="shd_diffusion.cli")
     typer.echo(page.with_suffix(".md").read_text(encoding="utf-8"))
     typer.echo(f"study: {page}")
+
+
+def _count(number: float | None) -> int | float | None:
+    """A share below 1, a number from 1 on."""
+    return number if number is None or number < 1 else int(number)
 
 
 def _output(config: Any, output: Path | None, source: Path) -> Path:

@@ -6,5 +6,6 @@ module that is already imported.
 
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
+from shd_diffusion.models.squeezed import squeezed_class
 
-__all__ = ["MDTv2Transformer2DModel", "OriginalDiTTransformer2DModel"]
+__all__ = ["MDTv2Transformer2DModel", "OriginalDiTTransformer2DModel", "squeezed_class"]

@@ -14,6 +14,7 @@ from pydantic import Field, model_validator
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json
+from shd_diffusion.models import squeezed
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.section import Section
@@ -68,12 +69,12 @@ OWN_CLASSES = {kind.__name__: kind for kind in (MDTv2Transformer2DModel, Origina
 
 
 def model_class(name: str) -> type[ModelMixin]:
-    """A denoiser class by its name, one of the project's or of diffusers.
+    """A denoiser class by its name, one of the project's, of diffusers, or `Squeezed` and such a name.
 
     Raises:
         ValueError: no class of that name is a diffusers model.
     """
-    found = OWN_CLASSES.get(name) or getattr(diffusers, name, None)
+    found = OWN_CLASSES.get(name) or getattr(diffusers, name, None) or getattr(squeezed, name, None)
     if not (isinstance(found, type) and issubclass(found, ModelMixin)):
         raise ValueError(f"`{name}` is no model class of diffusers {diffusers.__version__}")
     return found

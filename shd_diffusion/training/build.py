@@ -92,7 +92,7 @@ def build(
     with check(key):
         model = new_model(config, model_config)
         data = copy(data)
-        data.condition_names = _conditions_of(model, data)
+        data.condition_names = conditions_of(model, data)
         student_trace = _trace(model, data)
         _check_classes(model, data)
     teacher_trace = None
@@ -189,7 +189,7 @@ def open_model(name: str) -> ModelMixin:
         raise UserError(f"{name}: {error}") from error
 
 
-def _conditions_of(model: ModelMixin, data: Source) -> list[str]:
+def conditions_of(model: ModelMixin, data: Source) -> list[str]:
     """The conditions that the data have and the model takes: an unconditional one is trained without their labels."""
     without = {"class_labels"} if num_classes(model) is None else set()
     return [name for name in data.condition_names if name not in without]

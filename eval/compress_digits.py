@@ -1,0 +1,111 @@
+"""Launch file: compress a trained digits teacher in place, sample from what comes out, and evaluate it.
+
+python eval/compress_digits.py runs/digits/teacher/pipeline --output docs/results/compress-digits.json
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from shd_diffusion.compression import compress
+from shd_diffusion.compression.attention import HeadOptions
+from shd_diffusion.compression.compress import Batch
+from shd_diffusion.config import TrainTeacherConfig, read_config
+from shd_diffusion.data.datasets import build_source, reference_images
+from shd_diffusion.environment import describe_environment
+from shd_diffusion.evaluation.evaluate import compute_metrics
+from shd_diffusion.files import write_json
+from shd_diffusion.models.denoiser import count_parameters, drop_condition, null_condition, predict
+from shd_diffusion.models.forward_process import ForwardProcess
+from shd_diffusion.randomness import generator
+from shd_diffusion.sampling.open_pipeline import open_pipeline
+from shd_diffusion.sampling.sample_run import sample_pipeline
+
+# Arguments of `compress`.
+CASES: dict[str, dict[str, Any]] = {
+    "teacher": {},
+    "6 heads": {"heads": 6},
+    "half of the neurons": {"neurons": 0.5},
+    "6 heads, half of the neurons": {"heads": 6, "neurons": 0.5},
+    "4 heads": {"heads": 4},
+    "3 heads": {"heads": 3},
+    "2 heads": {"heads": 2},
+    "1 head": {"heads": 1},
+    "a quarter of the neurons": {"neurons": 0.25},
+    "4 heads, a quarter of the neurons": {"heads": 4, "neurons": 0.25},
+    "6 wider heads, plain": {"heads": 6, "plain": True},
+    "5 blocks": {"blocks": 5},
+    "4 blocks": {"blocks": 4},
+}
+
+
+def calibration(
+    config: TrainTeacherConfig, process: ForwardProcess, count: int, batch: int, null: Any
+) -> list[Batch]:
+    """Noised training images with their conditions, some dropped, as the teacher was trained on."""
+    source, draw = build_source(config.data), generator(config.seed, "compress")
+    clean, condition = source.first(len(source))
+    chosen = torch.randint(len(source), (count,), generator=draw)
+    clean = clean[chosen]
+    noise = torch.randn(clean.shape, generator=draw)
+    timesteps = process.timesteps(torch.rand(count, generator=draw))
+    dropped = torch.rand(count, generator=draw) < config.train.condition_dropout
+    condition = drop_condition({name: value[chosen] for name, value in condition.items()}, null, dropped)
+    noised = process.noised(clean, noise, timesteps)
+    return [
+        (noised[part], timesteps[part], {name: value[part] for name, value in condition.items()})
+        for part in torch.arange(count).split(batch)
+    ]
+
+
+def main(
+    teacher: Annotated[
+        str, typer.Argument(metavar="PIPELINE", help="The pipeline folder of a trained teacher.")
+    ],
+    output: Annotated[Path, typer.Option(help="JSON file for the results.")],
+    config: Annotated[Path, typer.Option(help="Its config.")] = Path("configs/digits/teacher.yaml"),
+    case: Annotated[list[str] | None, typer.Option(help="Some of the cases.")] = None,
+    images: Annotated[int, typer.Option(help="Calibration images.")] = 1024,
+    batch: Annotated[int, typer.Option(help="Images of a forward pass.")] = 128,
+    pairing: str = "matched",
+    queries: str = "select",
+) -> None:
+    """Compress, sample and evaluate each case."""
+    settings = read_config(config, TrainTeacherConfig)
+    options = HeadOptions(pairing=pairing, queries=queries)  # type: ignore[arg-type]
+    results: dict[str, Any] = {}
+    for name in case or list(CASES):
+        pipeline = open_pipeline(teacher)
+        model = pipeline.denoiser
+        process = ForwardProcess.from_scheduler(pipeline.scheduler)
+        batches = calibration(settings, process, images, batch, null_condition(model))
+        began = time.perf_counter()
+        found = compress(model, batches, predict, options=options, **CASES[name])
+        seconds = time.perf_counter() - began
+        pipeline.register_modules(denoiser=found.model)
+        with TemporaryDirectory() as folder:
+            samples = Path(folder) / "samples"
+            sampled = sample_pipeline(pipeline, settings.sample, samples, {}, name, teacher)
+            reference = reference_images(settings.data)
+            metrics = compute_metrics(samples, reference, settings.evaluate, sampled["labels"])
+        results[name] = {
+            "fid": metrics["fid"],
+            "lost": found.lost,
+            "parameters": count_parameters(found.model),
+            "seconds": round(seconds, 1),
+            "parts": [
+                [p.name, p.before, p.after, round(p.lost_before, 4), round(p.lost, 4)] for p in found.parts
+            ],
+        }
+        print(name, results[name]["fid"], found.lost, results[name]["seconds"], flush=True)
+        write_json(output, {"cases": results, "environment": describe_environment()})
+
+
+if __name__ == "__main__":
+    typer.run(main)

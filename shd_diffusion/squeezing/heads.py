@@ -1,0 +1,198 @@
+"""M heads into N by least squares on the weights (docs/method.md section 8).
+
+A head j of the smaller block attends with a map A'_j of its own and adds A'_j H W^V_jᵀ W^O_j to the output, with H the
+inputs of the keys and values. For fixed maps this is a regression of the teacher's output O on the features
+F_j = A'_j H with weights P_j = W^V_jᵀ W^O_j of rank d, and all that it needs are the moments of F and O.
+
+Value and output weights are held as they multiply from the right: V_j (c, d) and O_j (d, C), P_j = V_j O_j.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from shd_diffusion.squeezing.moments import Moments, inverse_root, ridge, solve, squared_error
+from shd_diffusion.squeezing.plan import Group, Round
+
+ROUNDS = 4
+RIDGE = 1e-5
+
+
+def head_movements(maps: Tensor, values: Tensor, grams: Tensor) -> Tensor:
+    """How much each head moves the output: |A_h X_h - its mean over the queries|², summed over samples.
+
+    Args:
+        maps: A, (B, M, Q, K).
+        values: V, (B, M, K, d).
+        grams: W_h W_hᵀ of the heads' output weights W_h (d, C), (M, d, d).
+
+    Returns:
+        (M,), float64.
+    """
+    attended = maps @ values  # A_h V_h, (B, M, Q, d)
+    centred = (attended - attended.mean(-2, keepdim=True)).double()
+    products = (centred.mT @ centred).sum(0)
+    return (products * grams.to(products)).sum((-2, -1))
+
+
+def select_heads(groups: Round, movements: Tensor) -> tuple[int, ...]:
+    """`select`: of each group the head that moves the output most, whose queries and keys the merged head keeps.
+
+    It leaves rotary embeddings and normalised queries and keys valid.
+    """
+    return tuple(max(group, key=lambda head: float(movements[head])) for group in groups)
+
+
+def factor_queries_keys(
+    queries: Tensor,
+    keys: Tensor,
+    shares: Tensor,
+    query_gram: Tensor,
+    key_gram: Tensor,
+    width: int,
+) -> tuple[Tensor, Tensor]:
+    """`factor`: the logits Σ_h w_h W^Q_h W^K_hᵀ of a group as one head of `width`, closest in the inputs' metric.
+
+    The rank-d minimiser of |R_q (M - Q Kᵀ) R_k|, R the roots of the Gram matrices: the SVD of R_q M R_k, computed in
+    the span of the group's weights. Only for blocks without rotary embeddings and without normalised queries and keys.
+
+    Args:
+        queries: W^Q_h of g heads as they multiply from the right, (g, c, d).
+        keys: W^K_h, (g, c', d).
+        shares: w, (g,).
+        query_gram: of the queries' inputs, (c, c).
+        key_gram: of the keys' inputs about their mean, (c', c'); what all keys share no softmax sees.
+        width: of the merged head.
+
+    Returns:
+        (c, width) and (c', width), float64; zeros fill what the rank leaves over.
+    """
+    a = (queries.double() * shares.double()[:, None, None]).transpose(0, 1).flatten(1)  # (c, g·d)
+    b = keys.double().transpose(0, 1).flatten(1)  # (c', g·d), M = a bᵀ
+    root_a, root_b = inverse_root(a.T @ query_gram @ a), inverse_root(b.T @ key_gram @ b)
+    # R_q a root_a and R_k b root_b have orthonormal columns, so the SVD of M in the metric is that of the core.
+    core = root_a.T @ (a.T @ query_gram @ a) @ (b.T @ key_gram @ b) @ root_b
+    left, sizes, right = torch.linalg.svd(core, full_matrices=False)
+    rank = min(width, len(sizes))
+    halves = sizes[:rank].sqrt()
+    merged = a @ (root_a @ (left[:, :rank] * halves)), b @ (root_b @ (right[:rank].T * halves))
+    found_queries, found_keys = (torch.nn.functional.pad(each, (0, width - rank)) for each in merged)
+    return found_queries, found_keys
+
+
+def merge_values(
+    values: Tensor, outputs: Tensor, groups: Sequence[Group], grams: Tensor, width: int
+) -> tuple[Tensor, Tensor]:
+    """Where the refit starts: rank-d factors of Σ_h W^V_h W^O_h over each group, closest in a metric of its own.
+
+    The minimiser of |R_j (M_j - V_j O_j)|, R_j the root of the Gram matrix: O_j spans the first right singular vectors
+    of R_j M_j.
+
+    Args:
+        values: W^V of the teacher's heads as they multiply from the right, (M, c, d).
+        outputs: W^O, (M, d, C).
+        groups: N groups of heads.
+        grams: of what each merged head's values are made from, F_j = A'_j H, (N, c, c).
+        width: d of the merged heads.
+
+    Returns:
+        V (N, c, width) and O (N, width, C), float64.
+    """
+    merged = [
+        reduced(sum_of_circuits(values, outputs, group), gram, width)
+        for group, gram in zip(groups, grams, strict=True)
+    ]
+    return torch.stack([v for v, _ in merged]), torch.stack([o for _, o in merged])
+
+
+def sum_of_circuits(values: Tensor, outputs: Tensor, group: Group) -> Tensor:
+    """Σ_h W^V_h W^O_h over a group, (c, C): its value-output circuit (Elhage et al. 2021)."""
+    heads = list(group)
+    return torch.einsum("hcd,hdo->co", values[heads].double(), outputs[heads].double())
+
+
+def reduced(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The rank-r V O closest to a weight (c, C) in the metric of a Gram matrix (c, c): reduced-rank regression.
+
+    Where `weight` is the least-squares solution, V O is the least-squares solution among those of that rank (Eckart
+    and Young; Izenman 1975). Scaled so that each column of V is as long as its row of O: training goes on evenly.
+
+    Returns:
+        V (c, r) and O (r, C); zeros fill what the rank leaves over.
+    """
+    metric = weight.T @ (gram @ weight)
+    top = torch.linalg.eigh((metric + metric.T) / 2).eigenvectors[:, -rank:].flip(1)
+    values = weight @ top
+    length = values.norm(dim=0).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
+    missing = rank - top.shape[1]
+    pad = torch.nn.functional.pad
+    return pad(values / length, (0, missing)), pad((top * length).T, (0, 0, 0, missing))
+
+
+def refit_heads(
+    moments: Moments, values: Tensor, outputs: Tensor, rounds: int = ROUNDS, strength: float = RIDGE
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Fit value and output weights of N heads with fixed maps to a target, from where they start.
+
+    The objective |Y - Σ_j F_j V_j O_j|² + λ Σ_j |V_j O_j|² is minimised in turn over all O (ridge regression on the
+    mixed values F_j V_j), and over V_j and O_j head by head (reduced-rank regression of what the other heads leave
+    over). Each step is an exact minimum over its part, so that the objective never rises.
+
+    Args:
+        moments: of the features [F_1, ..., F_N] side by side, (T, N·c), and the targets (T, C); centred where a
+            constant beside them is free.
+        values: V, (N, c, d).
+        outputs: O, (N, d, C).
+        rounds: of both steps.
+        strength: λ over the mean of the Gram matrix's diagonal.
+
+    Returns:
+        V (N, c, d), O (N, d, C) and the objective before and after every step, 1 + rounds·(1 + N) numbers.
+
+    Raises:
+        ValueError: the moments do not fit the heads.
+    """
+    heads, inputs, width = values.shape
+    if moments.gram.shape[0] != heads * inputs:
+        raise ValueError(
+            f"moments of {moments.gram.shape[0]} features do not fit {heads} heads of {inputs} inputs"
+        )
+    values, outputs = values.double().clone(), outputs.double().clone()
+    penalty = ridge(moments.gram, strength)
+    gram = moments.gram.clone()
+    gram.diagonal().add_(penalty)
+    blocks = gram.unflatten(0, (heads, inputs)).unflatten(2, (heads, inputs))  # (N, c, N, c)
+    cross = moments.cross.unflatten(0, (heads, inputs))
+    roots = [inverse_root(blocks[j, :, j]) for j in range(heads)]
+    circuits = values @ outputs  # P, (N, c, C)
+    objective = [squared_error(gram, moments.cross, moments.energy, circuits.flatten(0, 1))]
+
+    for _ in range(rounds):
+        # Gram matrix of all features with the mixed values F_j V_j, (N, c, N·d), and of these, (N·d, N·d)
+        half = torch.cat([blocks[:, :, j] @ values[j] for j in range(heads)], 2)
+        mixed = (values.mT @ half).flatten(0, 1)
+        outputs = solve(mixed, (values.mT @ cross).flatten(0, 1)).unflatten(0, (heads, width))
+        circuits = values @ outputs
+        # Σ_i G_ji V_i O_i for every head j, kept up to date as heads change
+        fitted = half @ outputs.flatten(0, 1)
+        objective.append(_error(moments, circuits, fitted))
+        for j in range(heads):
+            own, before = blocks[j, :, j], (values[j].clone(), outputs[j].clone())
+            residual = cross[j] - fitted[j] + (own @ values[j]) @ outputs[j]
+            best = roots[j] @ (roots[j].T @ residual)
+            values[j], outputs[j] = reduced(best, own, width)
+            circuits[j] = values[j] @ outputs[j]
+            # in the span of the old and the new values: 2 d columns instead of C
+            change = blocks[:, :, j] @ torch.cat([values[j], before[0]], 1)
+            fitted += change @ torch.cat([outputs[j], -before[1]])
+            objective.append(_error(moments, circuits, fitted))
+    return values, outputs, objective
+
+
+def _error(moments: Moments, circuits: Tensor, fitted: Tensor) -> float:
+    """`squared_error` from G P, which is there already."""
+    cross = moments.cross.view_as(circuits)
+    return float((moments.energy + (circuits * (fitted - 2 * cross)).sum()).clamp_min(0))

@@ -1,0 +1,78 @@
+"""Fewer neurons in a feed-forward layer, by the optimal brain surgeon's rule (docs/method.md section 8).
+
+Hassibi and Stork, "Second order derivatives for network pruning: Optimal Brain Surgeon" (NIPS 1992); for whole rows of
+a weight and with a layer's own least squares as the objective: OBS-Diff (arXiv 2510.06751).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from shd_diffusion.squeezing.moments import Moments, ridge, solve
+
+RIDGE = 1e-5
+_TOGETHER = 64  # removals whose corrections are applied to the large matrices in one product
+
+
+def remove_neurons(
+    moments: Moments, weight: Tensor, keep: int, strength: float = RIDGE
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Remove neurons one by one, each time the one whose loss is least, and correct the others' weights.
+
+    The objective |Y - Z W|² + λ |W - W_0|² first has all its weights W at their minimum. With G = ZᵀZ + λ, removing
+    neuron j and refitting the others adds |w_j|² / (G⁻¹)_jj to it, and W -= (G⁻¹)_:j w_j / (G⁻¹)_jj is the refit.
+    A gated unit is one neuron: its activation is the product of value and gate, and both leave with it.
+
+    Args:
+        moments: of the activations Z (T, n) and the layer's outputs Y (T, C); centred where the layer has a bias.
+        weight: W_0, the layer's output weight as it multiplies from the right, (n, C).
+        keep: neurons that stay, 1 to n; n returns the weights as they are.
+        strength: λ over the mean of the Gram matrix's diagonal.
+
+    Returns:
+        The neurons that stay (keep,), ascending; their weights (keep, C), float64; and the objective at the first
+        minimum and after each removal, 1 + n - keep numbers.
+
+    Raises:
+        ValueError: `keep` is not between 1 and n.
+    """
+    neurons = len(weight)
+    if not 1 <= keep <= neurons:
+        raise ValueError(f"{keep} of {neurons} neurons cannot be kept: 1 to {neurons} can")
+    start = weight.double()
+    if keep == neurons:
+        return torch.arange(neurons, device=weight.device), start, [moments.loss(start)]
+    penalty = ridge(moments.gram, strength)
+    gram = moments.gram.clone()
+    gram.diagonal().add_(penalty)
+    cross = moments.cross + penalty * start
+    inverse = torch.linalg.inv(gram)
+    weight = inverse @ cross
+    change = weight - start
+    objective = [moments.loss(weight) + penalty * float(change.square().sum())]
+
+    energies, diagonal = weight.square().sum(1), inverse.diagonal().clone()  # |w_j|², (G⁻¹)_jj
+    alive = torch.ones(neurons, dtype=torch.bool, device=weight.device)
+    for done in range(0, neurons - keep, _TOGETHER):
+        count = min(_TOGETHER, neurons - keep - done)
+        # Since the last product: inverse - U Uᵀ and weight - U A are the matrices as they are.
+        u, a = inverse.new_zeros(neurons, count), weight.new_zeros(count, weight.shape[1])
+        for k in range(count):
+            losses = torch.where(alive, energies / diagonal, torch.inf)
+            j = int(losses.argmin())
+            objective.append(objective[-1] + float(losses[j]))
+            alive[j] = False
+            column = inverse[:, j] - u @ u[j]
+            scale = column[j].rsqrt()
+            row = (weight[j] - u[j] @ a) * scale
+            column = column * scale
+            inner = weight @ row - u @ (a @ row)  # w_i · a_k
+            energies += column * (column * row.square().sum() - 2 * inner)
+            diagonal -= column.square()
+            u[:, k], a[k] = column, row
+        inverse -= u @ u.T
+        weight -= u @ a
+    kept = alive.nonzero()[:, 0]
+    # Solved anew, without the rounding of many corrections.
+    return kept, solve(gram[kept][:, kept], cross[kept]), objective

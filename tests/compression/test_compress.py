@@ -1,0 +1,302 @@
+"""A whole model compressed: what must be lossless is, and every part is the least-squares fit that it says it is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from families import FAMILIES, Family, output
+from small_models import small_dit
+from torch import Tensor, nn
+
+from shd_diffusion.attention import AttentionCapture, attention_blocks
+from shd_diffusion.compression import compress
+from shd_diffusion.compression.attention import HeadOptions
+from shd_diffusion.models.squeezed import cut_heads, input_layers, shape, squeezed_class
+
+SQUEEZABLE = [
+    "dit",
+    "mdtv2",
+    "mdtv2 masked",
+    "unet2d-condition",
+    "uvit2d",
+    "pixart",
+    "hunyuan-dit",
+    "sd3",
+    "cogview4",
+    "qwen-image",
+    "auraflow",
+]
+
+
+def run_family(model: nn.Module, _: Any, __: Any, inputs: dict[str, Any]) -> Tensor:
+    return output(model(**inputs))
+
+
+def batches_of(family: Family, seeds: tuple[int, ...] = (1, 2, 3)) -> list[Any]:
+    return [(None, None, family.draw(seed)) for seed in seeds]
+
+
+def random_dit(heads: int = 4, layers: int = 2, seed: int = 0) -> nn.Module:
+    """With every parameter random: as initialised, its blocks compute nothing."""
+    torch.manual_seed(seed)
+    model = small_dit(heads, layers=layers)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def dit_batches(count: int = 3, samples: int = 8) -> list[Any]:
+    draw = torch.Generator().manual_seed(5)
+    return [
+        (
+            torch.randn(samples, 1, 8, 8, generator=draw),
+            torch.randint(1000, (samples,), generator=draw),
+            torch.randint(11, (samples,), generator=draw),
+        )
+        for _ in range(count)
+    ]
+
+
+def run_dit(model: nn.Module, noised: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    return model(noised, timestep=timesteps, class_labels=labels).sample
+
+
+@pytest.mark.parametrize("name", sorted(FAMILIES))
+def test_all_heads_and_all_neurons_are_the_teacher(name):
+    family = FAMILIES[name]
+    teacher = family.build()
+    has_neurons = {"neurons": 1.0} if any("ff" in part for part in shape(teacher)) else {}
+    found = compress(teacher, batches_of(family, (1,)), run_family, heads=1.0, **has_neurons)
+    assert type(found.model) is type(teacher) and found.parts == ()
+    expected = output(teacher(**family.draw(7)))
+    torch.testing.assert_close(output(found.model(**family.draw(7))), expected, rtol=1e-5, atol=1e-6)
+    assert found.lost < 1e-10
+
+
+@pytest.mark.parametrize("name", SQUEEZABLE)
+def test_fewer_heads_and_neurons_lose_little_and_load_again(name, tmp_path):
+    family = FAMILIES[name]
+    teacher = family.build()
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    neurons = None if name == "auraflow" else 0.5  # its feed-forward is of another layout
+    found = compress(teacher, batches_of(family), run_family, heads=0.5, neurons=neurons)
+    assert found.parts and all(part.after < part.before for part in found.parts)
+    assert all(0 <= part.lost <= 1 for part in found.parts)
+    assert all(part.lost <= part.lost_before + 1e-6 for part in found.parts if part.what == "heads")
+    assert found.lost < 0.1  # far from the 1 of a model that predicts 0
+    torch.testing.assert_close(dict(teacher.state_dict()), before, rtol=0, atol=0)
+
+    found.model.save_pretrained(tmp_path)
+    kind = squeezed_class(type(teacher))
+    assert isinstance(found.model, kind) and found.model.config["_class_name"] == kind.__name__
+    loaded = kind.from_pretrained(tmp_path, use_safetensors=True).eval()
+    torch.testing.assert_close(
+        output(loaded(**family.draw(9))), output(found.model(**family.draw(9))), rtol=0, atol=0
+    )
+    with AttentionCapture(loaded) as capture:
+        loaded(**family.draw(9))
+        heads = {record.name: record.heads for record in capture.records.values()}
+    for part in found.parts:
+        if part.what == "heads":
+            assert heads[part.name] == part.after
+
+
+def test_heads_and_neurons_that_double_others_leave_without_loss():
+    teacher = random_dit(4)
+    for block in teacher.transformer_blocks:
+        for layer in (block.attn1.to_q, block.attn1.to_k, block.attn1.to_v):
+            for each in (layer.weight, layer.bias):
+                by_head = each.data.unflatten(0, (4, 8))
+                by_head[2], by_head[3] = by_head[0], by_head[1]
+        first = block.ff.net[0].proj
+        for each in (first.weight, first.bias):
+            each.data[64:] = each.data[:64]
+    found = compress(teacher, dit_batches(8, 16), run_dit, heads=2, neurons=64)
+    assert {(part.what, part.after) for part in found.parts} == {("heads", 2), ("neurons", 64)}
+    # the ridge takes 1e-5 of the mean square, the square of which is lost; and the maps are float32
+    assert max(part.lost for part in found.parts) < 1e-6 and found.lost < 1e-6
+
+
+@pytest.mark.parametrize("name", ["sd3", "qwen-image", "auraflow", "cogview4"])
+def test_doubled_heads_of_joint_blocks_leave_without_loss(name):
+    """Each stream's output weights differ by head, its queries, keys and values do not."""
+    family = FAMILIES[name]
+    teacher = family.build()
+    blocks = [block for block in attention_blocks(teacher).values() if block.heads > 1]
+    for block in blocks:
+        for layer in input_layers(teacher.get_submodule(block.name)).values():
+            for parameter in layer.parameters():
+                by_head = parameter.data.unflatten(0, (block.heads, -1))
+                by_head[1:] = by_head[:1].clone()
+    found = compress(teacher, batches_of(family), run_family, heads={block.name: 1 for block in blocks})
+    assert [part.name for part in found.parts] == [block.name for block in blocks]
+    assert max(part.lost for part in found.parts) < 1e-6 and found.lost < 1e-6
+
+
+def test_a_block_is_the_least_squares_fit_of_its_own_features():
+    """Output weights and bias solve the normal equations of the mixed values, on the rows themselves."""
+    teacher, batches = random_dit(4, layers=1), dit_batches()
+    found = compress(teacher, batches, run_dit, heads=2, options=HeadOptions(pairing="adjacent"))
+    (part,) = found.parts
+    features, targets = [], []
+    for batch in batches:
+        for model, into in ((found.model, features), (teacher, targets)):
+            linear = model.transformer_blocks[0].attn1.to_out[0]
+            keep = lambda module, args, result, into=into: into.append((args[0], result))  # noqa: E731
+            with torch.no_grad(), linear.register_forward_hook(keep):
+                run_dit(model, *batch)
+    mixed = torch.cat([args for args, _ in features]).flatten(0, 1).double().numpy()
+    fitted = torch.cat([result for _, result in features]).flatten(0, 1).double().numpy()
+    wanted = torch.cat([result for _, result in targets]).flatten(0, 1).double().numpy()
+    energy = ((wanted - wanted.mean(0)) ** 2).sum()
+    assert part.lost == pytest.approx(((wanted - fitted) ** 2).sum() / energy, rel=1e-3)  # float32 weights
+    ones = np.concatenate([mixed, np.ones((len(mixed), 1))], 1)
+    best = ones @ np.linalg.lstsq(ones, wanted, rcond=None)[0]
+    # No output weights on these values do better, but for what the last head's step has left to the next round.
+    assert ((wanted - best) ** 2).sum() / energy == pytest.approx(part.lost, rel=0.05)
+
+
+@pytest.mark.parametrize("queries", ["select", "factor"])
+@pytest.mark.parametrize("pairing", ["adjacent", "matched"])
+def test_every_way_of_merging_is_better_than_dropping_heads(queries, pairing):
+    teacher, batches = random_dit(4), dit_batches()
+    options = HeadOptions(pairing=pairing, queries=queries)
+    found = compress(teacher, batches, run_dit, heads=2, options=options)
+    dropped = random_dit(4)
+    for name in ("transformer_blocks.0.attn1", "transformer_blocks.1.attn1"):
+        cut_heads(dropped, name, torch.tensor([0, 1]))
+    error = energy = 0.0
+    for batch in dit_batches(2):
+        expected = run_dit(teacher, *batch).detach()
+        error += (run_dit(dropped, *batch).detach() - expected).square().sum().item()
+        energy += expected.square().sum().item()
+    assert found.lost < 0.5 * error / energy
+
+
+def test_a_part_of_the_rows_gives_nearly_the_same_fit():
+    teacher, batches = random_dit(4, layers=1), dit_batches(8, 16)
+    losses = [
+        compress(teacher, batches, run_dit, heads=2, options=HeadOptions(rows=rows)).lost
+        for rows in (None, 8)
+    ]
+    assert losses[0] <= losses[1] * 1.01 < losses[0] * 1.5
+
+
+def test_counts_differ_by_block_and_what_is_not_named_stays():
+    counts = {"heads": {"transformer_blocks.1.attn1": 3}, "neurons": {"transformer_blocks.0.ff": 10}}
+    found = compress(random_dit(4), dit_batches(1), run_dit, **counts)
+    assert shape(found.model) == {
+        "transformer_blocks.0.attn1": 4,
+        "transformer_blocks.1.attn1": 3,
+        "transformer_blocks.0.ff": 10,
+        "transformer_blocks.1.ff": 128,
+    }
+    assert found.model.config["squeezed_heads"] == counts["heads"]
+    assert found.model.config["squeezed_neurons"] == counts["neurons"]
+    again = compress(found.model, dit_batches(1), run_dit, heads={"transformer_blocks.1.attn1": 1})
+    assert type(again.model) is type(found.model)
+    assert shape(again.model) == {**shape(found.model), "transformer_blocks.1.attn1": 1}
+    assert again.model.config["squeezed_heads"] == {"transformer_blocks.1.attn1": 1}
+
+
+def test_the_blocks_that_matter_least_leave_and_the_class_stays(tmp_path):
+    teacher = random_dit(4, layers=4)
+    for index in (1, 3):  # two that do next to nothing
+        for layer in (
+            teacher.transformer_blocks[index].attn1.to_out[0],
+            teacher.transformer_blocks[index].ff.net[2],
+        ):
+            layer.weight.data *= 1e-3
+            layer.bias.data *= 1e-3
+    found = compress(teacher, dit_batches(), run_dit, blocks=2)
+    assert [part.name for part in found.parts] == ["transformer_blocks.1", "transformer_blocks.3"]
+    assert type(found.model) is type(teacher) and found.model.config["num_layers"] == 2
+    assert found.lost < 1e-3
+    found.model.save_pretrained(tmp_path)
+    loaded = type(teacher).from_pretrained(tmp_path).eval()
+    batch = dit_batches(1)[0]
+    torch.testing.assert_close(run_dit(loaded, *batch), run_dit(found.model, *batch), rtol=0, atol=0)
+
+    heads = {f"transformer_blocks.{index}.attn1": 2 for index in (0, 1, 2)}  # by the teacher's paths
+    both = compress(teacher, dit_batches(), run_dit, blocks=2, heads=heads)
+    assert [part.name for part in both.parts[2:]] == [
+        "transformer_blocks.0.attn1",
+        "transformer_blocks.2.attn1",
+    ]
+    assert shape(both.model)["transformer_blocks.1.attn1"] == 2
+
+
+@pytest.mark.parametrize("name", ["dit", "mdtv2 masked", "pixart"])
+def test_plain_models_are_of_the_teachers_class(name, tmp_path):
+    family = FAMILIES[name]
+    teacher = family.build()
+    found = compress(teacher, batches_of(family), run_family, heads=2, plain=True)
+    assert type(found.model) is type(teacher)
+    assert (found.model.config["num_attention_heads"], found.model.config["attention_head_dim"]) == (2, 12)
+    found.model.save_pretrained(tmp_path)
+    loaded = type(teacher).from_pretrained(tmp_path).eval()
+    torch.testing.assert_close(
+        output(loaded(**family.draw(9))), output(found.model(**family.draw(9))), rtol=0, atol=0
+    )
+    assert found.lost < 0.1
+
+
+def test_a_plain_model_needs_every_block_to_run():
+    family = FAMILIES["mdtv2"]  # whose side block runs in masked passes only
+    with pytest.raises(ValueError, match=r"`side_block.attn` runs with no calibration batch"):
+        compress(family.build(), batches_of(family), run_family, heads=2, plain=True)
+    found = compress(family.build(), batches_of(family), run_family, heads=2)
+    assert shape(found.model)["side_block.attn"] == 3
+
+
+def test_a_merge_in_wide_heads_of_heads_with_the_same_maps_loses_nothing():
+    teacher = random_dit(4)
+    for block in teacher.transformer_blocks:
+        for layer in (block.attn1.to_q, block.attn1.to_k):
+            for each in (layer.weight, layer.bias):
+                by_head = each.data.unflatten(0, (4, 8))
+                by_head[1::2] = by_head[::2].clone()
+    options = HeadOptions(pairing="adjacent")
+    found = compress(teacher, dit_batches(8, 16), run_dit, heads=2, plain=True, options=options)
+    assert max(part.lost for part in found.parts) < 1e-6 and found.lost < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"heads": 5}, "`transformer_blocks.0.attn1` has 4 heads, which cannot become 5"),
+        ({"heads": {"nothing": 1}}, "no `nothing` with heads"),
+        ({"neurons": 1.5}, "a share of 1.5 neurons"),
+        ({"neurons": 0}, "cannot become 0"),
+        ({"blocks": 3}, "has 2 blocks, which cannot become 3"),
+        ({"heads": 3, "plain": True}, "no config of DiTTransformer2DModel has 3 heads in its width"),
+        ({"neurons": 0.5, "plain": True}, "no config of the class has fewer neurons"),
+    ],
+)
+def test_wrong_counts_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        compress(random_dit(4), dit_batches(1), run_dit, **wrong)
+
+
+def test_no_batches_and_no_stack_of_blocks_are_refused():
+    with pytest.raises(ValueError, match="no calibration batches"):
+        compress(random_dit(4), [], run_dit, heads=2)
+    family = FAMILIES["mdtv2"]
+    with pytest.raises(ValueError, match="no stack of `num_layers` blocks"):
+        compress(family.build(), batches_of(family), run_family, blocks=2)
+
+
+def test_a_class_that_diffusers_would_load_as_another_is_refused():
+    family = FAMILIES["transformer2d"]
+    with pytest.raises(ValueError, match="loads a Transformer2DModel as another class"):
+        compress(family.build(), batches_of(family, (1,)), run_family, heads=1)
+
+
+def test_blocks_of_linear_attention_only_cannot_be_squeezed():
+    family = FAMILIES["sana"]
+    linear = [name for name in shape(family.build()) if name.endswith("attn1")]
+    with pytest.raises(ValueError, match="linear attention has no softmax"):
+        compress(family.build(), batches_of(family), run_family, heads={linear[0]: 1})

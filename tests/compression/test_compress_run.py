@@ -1,0 +1,66 @@
+"""`compress` through the command line: from a run to a smaller pipeline, and its healing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, command, sets
+
+from shd_diffusion.sampling import ClassConditionalPipeline
+
+
+@pytest.fixture(scope="module")
+def compressed(runs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("compressed") / "six"
+    code, output, errors = command(
+        "compress", runs / "teacher", "--heads", 6, "--neurons", 0.5, "--images", 64, "--output", folder
+    )
+    assert code == 0, errors
+    assert f"compressed: {folder}" in output
+    return folder
+
+
+def test_it_has_fewer_heads_and_neurons_and_says_what_they_lost(compressed: Path) -> None:
+    found = json.loads((compressed / "compression.json").read_text())
+    assert {(part["what"], part["before"], part["after"]) for part in found["parts"]} == {
+        ("heads", 12, 6), ("neurons", 384, 192),
+    }  # fmt: skip
+    heads = [part for part in found["parts"] if part["what"] == "heads"]
+    assert all(0 <= part["lost"] <= part["lost_before"] for part in heads)  # the refit loses nothing
+    pipeline = ClassConditionalPipeline.from_pretrained(compressed)
+    parameters = sum(parameter.numel() for parameter in pipeline.denoiser.parameters())
+    assert parameters == found["parameters"]["after"] < found["parameters"]["before"]
+    assert "shd-diffusion" in (compressed / "README.md").read_text()
+
+
+def test_it_is_evaluated_and_healed_like_any_other(compressed: Path, runs: Path, tmp_path: Path) -> None:
+    code, output, errors = command(
+        "evaluate",
+        compressed,
+        "--reference",
+        "digits",
+        "--extractor",
+        "digits-classifier",
+        *sets(*FEW_IMAGES),
+    )
+    assert code == 0 and json.loads(output)["fid"] > 0, errors
+    config = tmp_path / "heal.yaml"
+    text = DISTILL_CONFIG.read_text()
+    start, end = text.index("student:"), text.index("losses:")
+    config.write_text(f"{text[:start]}student:\n  pretrained: {compressed}\n\n{text[end:]}")
+    more = sets(*SHORT, "train.max_steps=2", f"teacher.path={runs / 'teacher'}")
+    code, _, errors = command("distill", config, "--output", tmp_path / "healed", *more)
+    assert code == 0, errors
+    assert json.loads((tmp_path / "healed" / "summary.json").read_text())["heads"] == 6
+
+
+@pytest.mark.parametrize(
+    ("options", "says"), [(["--heads", 13], "13"), (["--blocks", 7], "7"), (["--heads", 5, "--plain"], "5")]
+)
+def test_what_cannot_be_had_is_one_line(options: list, says: str, runs: Path, tmp_path: Path) -> None:
+    code, _, errors = command("compress", runs / "teacher", *options, "--output", tmp_path / "no")
+    message = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(message) == 1 and says in message[0], errors
+    assert not (tmp_path / "no").exists()

@@ -1,0 +1,187 @@
+"""Heads of a smaller block, against least squares on the rows themselves (numpy and scipy, float64)."""
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+
+from shd_diffusion.squeezing.heads import (
+    factor_queries_keys,
+    head_movements,
+    merge_values,
+    reduced,
+    refit_heads,
+    select_heads,
+)
+from shd_diffusion.squeezing.moments import Moments
+
+ROWS, HEADS, INPUTS, WIDTH, CHANNELS = 60, 3, 5, 2, 6
+
+
+def random_case(seed: int = 0) -> tuple[np.ndarray, np.ndarray, torch.Tensor, torch.Tensor]:
+    """Features of every head (T, N, c), targets that they explain in part, and V, O to start from."""
+    random = np.random.default_rng(seed)
+    features = random.normal(size=(ROWS, HEADS, INPUTS)) + 0.5 * random.normal(size=(ROWS, 1, INPUTS))
+    true = random.normal(size=(HEADS, INPUTS, CHANNELS))
+    targets = np.einsum("tjc,jco->to", features, true) + random.normal(size=(ROWS, CHANNELS)) + 2
+    start = random.normal(size=(HEADS, INPUTS, WIDTH)), random.normal(size=(HEADS, WIDTH, CHANNELS))
+    return features, targets, *map(torch.from_numpy, start)
+
+
+def moments_of(features: np.ndarray, targets: np.ndarray, batches: int = 3) -> Moments:
+    flat = features.reshape(len(features), -1)
+    moments = Moments.zeros(flat.shape[1], targets.shape[1])
+    for rows in np.array_split(np.arange(len(flat)), batches):
+        moments.add(torch.from_numpy(flat[rows]), torch.from_numpy(targets[rows]))
+    return moments
+
+
+def least_squares(features: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    return scipy.linalg.lstsq(features, targets)[0]
+
+
+def literal_refit(features, targets, values, outputs, rounds, penalty):
+    """docs/method.md section 8, step 4, on the rows; the penalty as rows of its own."""
+    _, heads, inputs = features.shape
+    targets = np.concatenate([targets, np.zeros((heads * inputs, targets.shape[1]))])
+    extra = np.sqrt(penalty) * np.eye(heads * inputs).reshape(-1, heads, inputs)
+    features = np.concatenate([features, extra])
+    circuits = [v @ o for v, o in zip(values, outputs, strict=True)]
+
+    def error() -> float:
+        return float(((targets - sum(features[:, j] @ circuits[j] for j in range(heads))) ** 2).sum())
+
+    errors = [error()]
+    width = values.shape[2]
+    for _ in range(rounds):
+        mixed = np.concatenate([features[:, j] @ values[j] for j in range(heads)], 1)
+        outputs = least_squares(mixed, targets).reshape(heads, width, -1)
+        circuits = [v @ o for v, o in zip(values, outputs, strict=True)]
+        errors.append(error())
+        for j in range(heads):
+            others = sum(features[:, i] @ circuits[i] for i in range(heads) if i != j)
+            best = least_squares(features[:, j], targets - others)
+            right = np.linalg.svd(features[:, j] @ best)[2][:width]
+            circuits[j] = best @ right.T @ right
+            values[j] = best @ right.T
+            errors.append(error())
+    return circuits, errors
+
+
+@pytest.mark.parametrize("centre", [False, True])
+def test_the_refit_is_least_squares_on_the_rows(centre):
+    features, targets, values, outputs = random_case()
+    moments = moments_of(features, targets)
+    if centre:
+        moments = moments.centred()
+        features, targets = features - features.mean(0), targets - targets.mean(0)
+    strength = 1e-2
+    penalty = strength * np.mean(features.reshape(ROWS, -1) ** 2) * ROWS
+    found_values, found_outputs, objective = refit_heads(moments, values, outputs, 3, strength)
+    circuits, errors = literal_refit(features, targets, values.numpy().copy(), outputs.numpy(), 3, penalty)
+    np.testing.assert_allclose(found_values @ found_outputs, np.stack(circuits), rtol=1e-7, atol=1e-9)
+    np.testing.assert_allclose(objective, errors, rtol=1e-9)
+
+
+def test_the_objective_never_rises_and_is_what_it_says():
+    for seed in range(5):
+        features, targets, values, outputs = random_case(seed)
+        moments = moments_of(features, targets)
+        found_values, found_outputs, objective = refit_heads(moments, values, outputs, 6, 0.0)
+        assert len(objective) == 1 + 6 * (1 + HEADS)
+        # a step may rise by the rounding of sums as large as the first objective
+        assert all(np.diff(objective) <= 1e-12 * objective[0])
+        assert objective[-1] < 0.9 * objective[0]
+        fitted = np.einsum("tjc,jco->to", features, (found_values @ found_outputs).numpy())
+        assert objective[-1] == pytest.approx(((targets - fitted) ** 2).sum(), rel=1e-9)
+
+
+def test_one_head_as_wide_as_its_inputs_reaches_the_least_squares_solution():
+    features, targets, _, _ = random_case()
+    features = features[:, :1]
+    start = torch.ones(1, INPUTS, INPUTS), torch.ones(1, INPUTS, CHANNELS)
+    values, outputs, _ = refit_heads(moments_of(features, targets), *start, 1, 0.0)
+    np.testing.assert_allclose((values @ outputs)[0], least_squares(features[:, 0], targets), rtol=1e-8)
+
+
+def test_heads_that_explain_the_target_stay_as_they_are():
+    features, _, values, outputs = random_case()
+    circuits = values @ outputs
+    targets = np.einsum("tjc,jco->to", features, circuits.numpy())
+    found_values, found_outputs, objective = refit_heads(
+        moments_of(features, targets), values, outputs, 2, 0.0
+    )
+    torch.testing.assert_close(found_values @ found_outputs, circuits, rtol=1e-7, atol=1e-7)
+    assert max(objective) < 1e-10 * (targets**2).sum()
+
+
+def test_the_refit_of_features_of_no_full_rank_is_finite():
+    features, targets, values, outputs = random_case()
+    features[:, 1] = features[:, 0]
+    features[:, :, 4] = features[:, :, 3]
+    values[2] = 0
+    found_values, found_outputs, objective = refit_heads(
+        moments_of(features, targets), values, outputs, 3, 0.0
+    )
+    assert (found_values @ found_outputs).isfinite().all()
+    # rounding of 1e-16 comes back through a pseudo-inverse whose cut is at 1e-14
+    assert all(np.diff(objective) <= 1e-9 * objective[0])
+
+
+def test_moments_that_fit_no_heads_are_refused():
+    with pytest.raises(ValueError, match="4 features do not fit 3 heads of 5 inputs"):
+        refit_heads(Moments.zeros(4, CHANNELS), *random_case()[2:])
+
+
+@pytest.mark.parametrize("rank", [1, 3, 6, 8])
+def test_reduced_is_the_truncated_svd_in_the_metric(rank):
+    random = np.random.default_rng(3)
+    inputs, weight = random.normal(size=(40, 5)), random.normal(size=(5, 6))
+    values, outputs = reduced(torch.from_numpy(weight), torch.from_numpy(inputs.T @ inputs), rank)
+    left, sizes, right = np.linalg.svd(inputs @ weight, full_matrices=False)
+    expected = (left[:, :rank] * sizes[:rank]) @ right[:rank]
+    np.testing.assert_allclose(inputs @ (values @ outputs).numpy(), expected, atol=1e-10)
+    assert values.shape == (5, rank) and outputs.shape == (rank, 6)
+    torch.testing.assert_close(values.norm(dim=0), outputs.norm(dim=1), rtol=1e-9, atol=1e-12)
+
+
+def test_values_merge_to_the_closest_of_their_rank():
+    random = np.random.default_rng(4)
+    values, outputs = random.normal(size=(4, 5, 2)), random.normal(size=(4, 2, 6))
+    inputs = random.normal(size=(3, 30, 5))
+    grams = torch.from_numpy(inputs.transpose(0, 2, 1) @ inputs)
+    merged_values, merged_outputs = merge_values(
+        torch.from_numpy(values), torch.from_numpy(outputs), [(0, 2), (1,), (3,)], grams, 2
+    )
+    pair = values[0] @ outputs[0] + values[2] @ outputs[2]
+    left, sizes, right = np.linalg.svd(inputs[0] @ pair)
+    circuits = (merged_values @ merged_outputs).numpy()
+    np.testing.assert_allclose(inputs[0] @ circuits[0], (left[:, :2] * sizes[:2]) @ right[:2], atol=1e-10)
+    np.testing.assert_allclose(circuits[1:], [values[h] @ outputs[h] for h in (1, 3)], atol=1e-12)
+
+
+def test_factored_queries_and_keys_are_the_truncated_svd_in_both_metrics():
+    random = np.random.default_rng(5)
+    queries, keys = random.normal(size=(2, 6, 3)), random.normal(size=(2, 5, 3))
+    shares = np.array([0.7, 0.3])
+    over_queries, over_keys = random.normal(size=(40, 6)), random.normal(size=(40, 5))
+    grams = [torch.from_numpy(inputs.T @ inputs) for inputs in (over_queries, over_keys)]
+    logits = over_queries @ np.einsum("h,hcd,hed->ce", shares, queries, keys) @ over_keys.T
+    left, sizes, right = np.linalg.svd(logits)
+    for width in (3, 8):
+        query, key = factor_queries_keys(*map(torch.from_numpy, (queries, keys, shares)), *grams, width)
+        assert query.shape == (6, width) and key.shape == (5, width)
+        found = over_queries @ (query @ key.T).numpy() @ over_keys.T
+        np.testing.assert_allclose(found, (left[:, :width] * sizes[:width]) @ right[:width], atol=1e-9)
+
+
+def test_movements_are_what_the_output_varies_over_queries_and_the_largest_is_selected():
+    generator = torch.Generator().manual_seed(0)
+    maps = torch.randn(2, 4, 7, 7, generator=generator).mul(2).softmax(-1)
+    values = torch.randn(2, 4, 7, 3, generator=generator)
+    weights = torch.randn(4, 3, 5, generator=generator)
+    found = head_movements(maps, values, weights @ weights.mT)
+    contributions = (maps.double() @ values.double() @ weights.double()).numpy()  # (B, M, Q, C)
+    moved = contributions - contributions.mean(2, keepdims=True)
+    np.testing.assert_allclose(found, (moved**2).sum((0, 2, 3)), rtol=1e-5)  # the maps are float32
+    assert select_heads(((0, 1), (2,), (3,)), torch.tensor([1.0, 2.0, 0.1, 0.2])) == (1, 2, 3)
