@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from heads_of_a_kind import make_heads_alike, shuffle_heads, weaken_heads
 
 from shd_diffusion.cli import stage
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_folder
 from shd_diffusion.models.factory import find_model_folder, load_model
-from shd_diffusion.models.heads import make_heads_alike, shuffle_heads, weaken_heads
 
 
 @stage

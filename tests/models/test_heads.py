@@ -10,12 +10,12 @@ import torch
 import typer
 from alter_heads import alter
 from diffusers import ModelMixin
+from heads_of_a_kind import make_heads_alike, shuffle_heads, weaken_heads
 from small_models import small_dit
 from torch import Tensor
 from typer.testing import CliRunner
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
-from shd_diffusion.models.heads import make_heads_alike, shuffle_heads, weaken_heads
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 
 
