@@ -1,0 +1,55 @@
+"""Where the gradients of a step go: to the student and to the parameters of the loss, and to nothing else."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from commands import DISTILL_CONFIG
+from small_models import small_dit
+
+from shd_diffusion.config import DistillConfig, read_config
+from shd_diffusion.data import build_source
+from shd_diffusion.models.teacher import Teacher
+from shd_diffusion.training.batches import BatchLayout
+from shd_diffusion.training.build import build
+from shd_diffusion.training.launch import make_accelerator
+from shd_diffusion.training.loop import take_step
+from shd_diffusion.training.objectives import TrainingLoss
+from shd_diffusion.training.train_state import TrainState
+
+OVERRIDES = [
+    *("student.arguments.num_layers=2", "train.batch_size=4", "train.warmup_steps=0"),
+    *(
+        f"losses.{name}.weight=1"
+        for name in ("features", "vkd", "attention_output", "attention_mse", "aligner")
+    ),
+]
+
+
+def test_they_reach_the_student_and_the_projectors_and_nobody_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_config(DISTILL_CONFIG, DistillConfig, OVERRIDES)
+    teacher = small_dit(12)  # not even frozen
+    parts = build(config, "here", build_source(config.data), Teacher(teacher))
+    accelerator = make_accelerator(config.train, tmp_path)
+    loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, config.train.max_steps)
+    state = TrainState.prepare(parts.model, loss.parameters(), config.train, accelerator)
+    monkeypatch.setattr(state.optimizer, "zero_grad", lambda: None)
+    before = [shadow.clone() for shadow in state.ema.shadow_params]
+    layout = BatchLayout(config.train.batch_size)
+    with loss:
+        batches = parts.loader(accelerator.device)(layout, 0).step(0)
+        take_step(state, loss, batches, layout.num_passes, 0, config.train, accelerator)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+    assert all(shadow.grad is None and not shadow.requires_grad for shadow in state.ema.shadow_params)
+    assert all(value.grad is None and not value.requires_grad for value in parts.null.values())
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in loss.parameters())
+    silent = [name for name, p in parts.model.named_parameters() if p.grad is None]
+    assert silent == []
+    queries = parts.model.get_submodule("transformer_blocks.0.attn1.to_q").weight
+    assert queries.grad is not None and queries.grad.abs().max() > 0
+    moved = [not torch.equal(old, new) for old, new in zip(before, state.ema.shadow_params, strict=True)]
+    assert any(moved)  # the average follows the weights, not the gradients
