@@ -1,6 +1,7 @@
 """The loss against its definition with whole maps in float64, by value and by gradient."""
 
 import itertools
+import os
 import shutil
 from dataclasses import dataclass, replace
 
@@ -279,6 +280,10 @@ def test_under_torch_compile(rows):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile takes a C++ compiler on a CPU")
+@pytest.mark.skipif(
+    os.environ.get("ATEN_CPU_CAPABILITY") == "default",
+    reason="torch 2.14's code generator writes at::vec without declaring it where it may use no vector instructions",
+)
 def test_compiled_by_itself():
     teacher, student = pair(blocks=1)
     options = {"rows": 0.5, "chunk_rows": 10}
