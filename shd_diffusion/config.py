@@ -267,7 +267,9 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
 
 def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     """The first finding in one line: the key, what is wrong, what was meant."""
-    first = error.errors(include_url=False)[0]
+    found = error.errors(include_url=False)
+    # a misspelt key is missing as well: what was meant is said first
+    first = next((one for one in found if one["type"] == "extra_forbidden"), found[0])
     location = first["loc"]
     key = ".".join(str(part) for part in location if not _is_union_tag(part))
     if first["type"] == "extra_forbidden":

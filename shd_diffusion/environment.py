@@ -30,7 +30,7 @@ def describe_environment() -> dict[str, Any]:
             "accelerator": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         },
         "commit": _commit(),
-        "command": shlex.join(["shd-diffusion", *sys.argv[1:]]),
+        "command": shlex.join([_program(), *sys.argv[1:]]),
         "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -45,6 +45,12 @@ def _commit() -> str | None:
         return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def _program() -> str:
+    """The installed command, or the launch file that torchrun or accelerate were given."""
+    started = Path(sys.argv[0])
+    return f"pipelines/{started.name}" if started.parent.name == "pipelines" else "shd-diffusion"
 
 
 def _git(*arguments: str) -> str:

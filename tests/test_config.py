@@ -123,3 +123,9 @@ def test_what_breaks_the_parser_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError, match=r"bad\.yaml"):
         read_config(tmp_path / "bad.yaml", TrainTeacherConfig)
+
+
+def test_a_misspelt_key_is_named_rather_than_the_one_that_is_missing(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text("train: {max_steps: 3, batchsize: 8}\nmodel: {}\n")
+    with pytest.raises(UserError, match=r"unknown key `train\.batchsize`; did you mean `batch_size`"):
+        read_config(tmp_path / "mine.yaml", TrainTeacherConfig)

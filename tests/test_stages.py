@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from shd_diffusion.environment import describe_environment
 from shd_diffusion.sampling import ClassConditionalPipeline
 
 
@@ -307,3 +308,20 @@ def test_token_grids_that_do_not_divide_are_refused_before_anything_is_written(t
     code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *overrides)
     assert code == 2 and "losses.shd" in errors and "16 and 9 tokens" in errors, errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_another_image_size_is_refused(runs: Path, tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    shutil.copytree(runs / "teacher", teacher)
+    index = teacher / "pipeline" / "model_index.json"
+    index.write_text(json.dumps(json.loads(index.read_text()) | {"sample_shape": [1, 16, 16]}))
+    arguments = sets(*SHORT, f"teacher.path={teacher}")
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
+    assert code == 2 and "(1, 16, 16)" in errors and "(1, 8, 8)" in errors and not (tmp_path / "run").exists()
+
+
+def test_the_command_of_a_launch_file_is_that_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["/somewhere/pipelines/distill.py", "a.yaml"])
+    assert describe_environment()["command"] == "pipelines/distill.py a.yaml"
+    monkeypatch.setattr("sys.argv", ["/usr/bin/shd-diffusion", "distill", "a.yaml"])
+    assert describe_environment()["command"] == "shd-diffusion distill a.yaml"

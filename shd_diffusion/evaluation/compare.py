@@ -27,9 +27,7 @@ def compare_metrics(first: Any, second: Any, anyway: bool = False) -> dict[str, 
     lines = differing(first["protocol"], second["protocol"])
     if lines and not anyway:
         raise UserError(
-            "\n  ".join(
-                ["these metrics cannot be compared (--anyway does it), their protocols differ:", *lines]
-            )
+            "; ".join(["these metrics cannot be compared (--anyway does it), their protocols differ", *lines])
         )
     return {
         key: {"first": first[key], "second": second[key], "difference": second[key] - first[key]}

@@ -30,7 +30,8 @@ class ModelConfig(Section):
 
     @model_validator(mode="after")
     def _is_given_once(self) -> ModelConfig:
-        if self.pretrained is not None and (self.arguments or "class_name" in self.model_fields_set):
+        other_class = self.class_name != type(self).model_fields["class_name"].default
+        if self.pretrained is not None and (self.arguments or other_class):
             raise ValueError(
                 "`pretrained` gives class and arguments too; remove `class` and `arguments`, or it"
             )

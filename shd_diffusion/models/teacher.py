@@ -32,12 +32,14 @@ class Teacher:
         scheduler: of its pipeline; None where the model is no part of one.
         vae: where its pipeline's VAE can be loaded from; None where it works on pixels, or is no part of a pipeline.
         in_pipeline: whether it is part of a pipeline, which then says all of this.
+        sample_shape: (C, H, W) of what it was trained on, where its pipeline says it.
     """
 
     model: ModelMixin
     scheduler: SchedulerMixin | None = None
     vae: str | None = None
     in_pipeline: bool = False
+    sample_shape: tuple[int, ...] | None = None
 
 
 def load_teacher(config: TeacherConfig) -> Teacher:
@@ -58,7 +60,11 @@ def load_teacher(config: TeacherConfig) -> Teacher:
         if kind := getattr(diffusers, str((index.get("scheduler") or [None, ""])[1]), None):
             scheduler = kind.from_pretrained(place, subfolder="scheduler")
         has_vae = bool((index.get("vae") or [None])[0])
-        return Teacher(model, scheduler, place if has_vae else None, in_pipeline=True)
+        shape = index.get("sample_shape")
+        sample_shape = None if shape is None else tuple(int(size) for size in shape)
+        return Teacher(
+            model, scheduler, place if has_vae else None, in_pipeline=True, sample_shape=sample_shape
+        )
     except UserError:
         raise
     except Exception as error:  # diffusers raises errors of any kind on damaged files

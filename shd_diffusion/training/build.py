@@ -89,6 +89,8 @@ def build(
     if isinstance(config, DistillConfig) and teacher is None:
         with check("teacher.path"):
             teacher = load_teacher(config.teacher)
+    with check("data.path"):
+        data.example()  # reads the first item
     with check(key):
         model = new_model(config, model_config)
         data = copy(data)
@@ -245,13 +247,18 @@ def _check_pair(teacher: Teacher, student: ModelMixin, path: str) -> None:
 
 
 def _check_latent_space(teacher: Teacher, data: Source, path: str) -> None:
-    """See that the data are in the space that the teacher was trained in.
+    """See that the data are in the space that the teacher was trained in, and of its size.
 
     Raises:
         ValueError: they are not, as far as the teacher's pipeline tells.
     """
     if not teacher.in_pipeline:
         return
+    if teacher.sample_shape not in (None, tuple(data.shape)):
+        raise ValueError(
+            f"{path} was trained on samples {teacher.sample_shape}, but `data` gives {tuple(data.shape)}; make "
+            "them equal"
+        )
     if not isinstance(data, LatentSource):
         if teacher.vae is not None:
             raise ValueError(

@@ -54,6 +54,10 @@ def test_it_is_evaluated_and_healed_like_any_other(compressed: Path, runs: Path,
     code, _, errors = command("distill", config, "--output", tmp_path / "healed", *more)
     assert code == 0, errors
     assert json.loads((tmp_path / "healed" / "summary.json").read_text())["heads"] == 6
+    # its config.yaml reads back: it is sampled, and goes on
+    assert command("sample", tmp_path / "healed", *sets(*FEW_IMAGES))[0] == 0
+    more += sets("train.max_steps=3")
+    assert command("distill", config, "--output", tmp_path / "healed", *more)[0] == 0
 
 
 @pytest.mark.parametrize(
