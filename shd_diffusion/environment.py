@@ -48,9 +48,10 @@ def _commit() -> str | None:
 
 
 def _program() -> str:
-    """The installed command, or the launch file that torchrun or accelerate were given."""
+    """The installed command, or the launch file that python, torchrun or accelerate were given."""
     started = Path(sys.argv[0])
-    return f"pipelines/{started.name}" if started.parent.name == "pipelines" else "shd-diffusion"
+    room = started.parent.name
+    return f"{room}/{started.name}" if room in ("pipelines", "eval") else "shd-diffusion"
 
 
 def _git(*arguments: str) -> str:
