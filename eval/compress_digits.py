@@ -10,20 +10,18 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
-import torch
 import typer
 
 from shd_diffusion.compression import compress
 from shd_diffusion.compression.attention import HeadOptions
-from shd_diffusion.compression.compress import Batch
+from shd_diffusion.compression.compress_run import calibration_batches
 from shd_diffusion.config import TrainTeacherConfig, read_config
 from shd_diffusion.data.datasets import build_source, reference_images
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.evaluation.evaluate import compute_metrics
 from shd_diffusion.files import write_json
-from shd_diffusion.models.denoiser import count_parameters, drop_condition, null_condition, predict
+from shd_diffusion.models.denoiser import count_parameters, predict
 from shd_diffusion.models.forward_process import ForwardProcess
-from shd_diffusion.randomness import generator
 from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.sample_run import sample_pipeline
 
@@ -45,25 +43,6 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def calibration(
-    config: TrainTeacherConfig, process: ForwardProcess, count: int, batch: int, null: Any
-) -> list[Batch]:
-    """Noised training images with their conditions, some dropped, as the teacher was trained on."""
-    source, draw = build_source(config.data), generator(config.seed, "compress")
-    clean, condition = source.first(len(source))
-    chosen = torch.randint(len(source), (count,), generator=draw)
-    clean = clean[chosen]
-    noise = torch.randn(clean.shape, generator=draw)
-    timesteps = process.timesteps(torch.rand(count, generator=draw))
-    dropped = torch.rand(count, generator=draw) < config.train.condition_dropout
-    condition = drop_condition({name: value[chosen] for name, value in condition.items()}, null, dropped)
-    noised = process.noised(clean, noise, timesteps)
-    return [
-        (noised[part], timesteps[part], {name: value[part] for name, value in condition.items()})
-        for part in torch.arange(count).split(batch)
-    ]
-
-
 def main(
     teacher: Annotated[
         str, typer.Argument(metavar="PIPELINE", help="The pipeline folder of a trained teacher.")
@@ -79,12 +58,13 @@ def main(
     """Compress, sample and evaluate each case."""
     settings = read_config(config, TrainTeacherConfig)
     options = HeadOptions(pairing=pairing, queries=queries)  # type: ignore[arg-type]
+    source, reference = build_source(settings.data), reference_images(settings.data)
     results: dict[str, Any] = {}
     for name in case or list(CASES):
         pipeline = open_pipeline(teacher)
         model = pipeline.denoiser
         process = ForwardProcess.from_scheduler(pipeline.scheduler)
-        batches = calibration(settings, process, images, batch, null_condition(model))
+        batches = calibration_batches(settings, model, source, process, images, batch)
         began = time.perf_counter()
         found = compress(model, batches, predict, options=options, **CASES[name])
         seconds = time.perf_counter() - began
@@ -92,7 +72,6 @@ def main(
         with TemporaryDirectory() as folder:
             samples = Path(folder) / "samples"
             sampled = sample_pipeline(pipeline, settings.sample, samples, {}, name, teacher)
-            reference = reference_images(settings.data)
             metrics = compute_metrics(samples, reference, settings.evaluate, sampled["labels"])
         results[name] = {
             "fid": metrics["fid"],

@@ -9,7 +9,6 @@ from typing import Any
 from diffusers import ModelMixin
 from rich.table import Table
 
-from shd_diffusion.compression.attention import HeadOptions
 from shd_diffusion.compression.compress import Batch, CompressedModel, Counts, Part, compress
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import LatentSource, Source, build_source
@@ -75,8 +74,7 @@ def compress_run(
     batches = calibration_batches(config, model, source, process, images)
     before = count_parameters(model)
     try:
-        options = HeadOptions(pairing="matched")
-        found = compress(model, batches, predict, heads, neurons, blocks, options, plain, report=_tell)
+        found = compress(model, batches, predict, heads, neurons, blocks, plain=plain, report=_tell)
     except ValueError as error:
         raise UserError(f"{run.path}: cannot be compressed so: {error}") from error
     vae = source.load_vae() if isinstance(source, LatentSource) else None

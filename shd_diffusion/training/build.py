@@ -90,18 +90,19 @@ def build(
         with check("teacher.path"):
             teacher = load_teacher(config.teacher)
     with check("data.path"):
-        data.example()  # reads the first item
+        example = data.example()
     with check(key):
         model = new_model(config, model_config)
         data = copy(data)
         data.condition_names = conditions_of(model, data)
-        student_trace = _trace(model, data)
+        example = {name: example[name] for name in data.condition_names}
+        student_trace = _trace(model, data, example)
         _check_classes(model, data)
     teacher_trace = None
     with check("teacher.path"):
         if teacher is not None and isinstance(config, DistillConfig):
             _check_pair(teacher, model, config.teacher.path)
-            teacher_trace = _trace(teacher.model, data)
+            teacher_trace = _trace(teacher.model, data, example)
             _check_latent_space(teacher, data, config.teacher.path)
     with check(""):
         scheduler = scheduler_for(config.diffusion, teacher, student_trace.predicts_variance)
@@ -134,8 +135,10 @@ def build(
         if config.train.mask_ratio:
             masked = None
             if teacher is not None and teacher_trace is not None:
-                masked = _trace_masked(teacher.model, data, teacher_trace)
-            build_terms(config.losses, _trace_masked(model, data, student_trace), masked, config.seed)
+                masked = _trace_masked(teacher.model, data, example, teacher_trace)
+            build_terms(
+                config.losses, _trace_masked(model, data, example, student_trace), masked, config.seed
+            )
         if not config.train.mask_ratio:
             # DistributedDataParallel waits for the gradient of every parameter that is not frozen
             for name in student_trace.unreached:
@@ -197,13 +200,13 @@ def conditions_of(model: ModelMixin, data: Source) -> list[str]:
     return [name for name in data.condition_names if name not in without]
 
 
-def _trace(model: ModelMixin, data: Source) -> Trace:
-    """What a pass on the data looks like.
+def _trace(model: ModelMixin, data: Source, example: dict[str, Tensor]) -> Trace:
+    """What a pass on the data looks like, given the condition of one sample.
 
     Raises:
         ValueError: the model does not take them, or puts out something else than what it is given.
     """
-    found = trace(model, data.shape, data.example())
+    found = trace(model, data.shape, example)
     channels, *size = data.shape
     if found.output.shape[1] not in (channels, 2 * channels) or list(found.output.shape[2:]) != size:
         raise ValueError(
@@ -220,10 +223,10 @@ def _has_a_bound(process: ForwardProcess) -> bool:
     return process.objective != "epsilon" or bool(process.table[0].min() > 0)
 
 
-def _trace_masked(model: ModelMixin, data: Source, plain: Trace) -> Trace:
+def _trace_masked(model: ModelMixin, data: Source, example: dict[str, Tensor], plain: Trace) -> Trace:
     """What a masked pass looks like in a plain one's blocks, with one token left out: so many make no grid."""
     kept = {"ids_keep": torch.zeros(1, num_tokens(model) - 1, dtype=torch.long)}
-    masked = trace(model, data.shape, {**data.example(), **kept})
+    masked = trace(model, data.shape, {**example, **kept})
     return replace(masked, records={name: masked.records[name] for name in plain.records})
 
 
