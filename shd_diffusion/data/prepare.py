@@ -22,10 +22,11 @@ from shd_diffusion.data.datasets import DataConfig, open_dataset
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes, to_rgb
-from shd_diffusion.data.latent_space import LatentSpace, hash_model, load_vae
+from shd_diffusion.data.latent_space import LatentSpace, load_vae
 from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import holds_files, read_json, save_tensors, sha256, write_json, write_text
+from shd_diffusion.hashing import hash_model
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
 from shd_diffusion.section import Section

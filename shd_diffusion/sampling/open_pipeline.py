@@ -10,8 +10,8 @@ import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 
 import shd_diffusion.models  # noqa: F401 -- diffusers loads only classes of modules that are imported
-from shd_diffusion.data.latent_space import hash_model
 from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.hashing import hash_model
 from shd_diffusion.models.denoiser import num_classes
 from shd_diffusion.models.factory import is_hub_name
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
