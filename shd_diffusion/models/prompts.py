@@ -113,11 +113,8 @@ class PromptEncoder:
         }
         facts: list[Any] = [type(pipeline).__name__, options, self.size, self.arguments]
         module = inspect.getmodule(type(pipeline))
-        for cleans in (
-            "is_bs4_available",
-            "is_ftfy_available",
-        ):  # where installed, of the pipelines that ask for it
-            facts.append(hasattr(module, cleans) and getattr(module, cleans)())
+        cleaners = ("is_bs4_available", "is_ftfy_available")  # some pipelines clean prompts by what is installed
+        facts.append([hasattr(module, name) and getattr(module, name)() for name in cleaners])
         for name, part in sorted(pipeline.components.items()):
             if name.startswith("text_encoder") and part is not None:
                 facts.append([name, hash_model(part)])
