@@ -6,8 +6,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoModel, ModelMixin
@@ -142,9 +144,10 @@ def load_vae(path: str) -> ModelMixin:
     return vae.eval().requires_grad_(False)
 
 
-def hash_model(model: ModelMixin) -> str:
-    """SHA-256 of a model's config and weights; where it was loaded from does not matter."""
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
+def hash_model(model: Any) -> str:
+    """SHA-256 of the config and weights of a model of diffusers or transformers, wherever it was loaded from."""
+    settings = model.config if isinstance(model.config, Mapping) else model.config.to_diff_dict()
+    config = {key: value for key, value in settings.items() if not key.startswith("_")}
     digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
     for name, weight in sorted(model.state_dict().items()):
         digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())

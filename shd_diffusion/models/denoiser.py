@@ -111,15 +111,27 @@ def null_condition(model: nn.Module) -> dict[str, Tensor]:
 
 
 def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> dict[str, Tensor]:
-    """The condition with the null condition in the samples that are `dropped`, (B,) bool."""
+    """The condition with the null condition in the samples that are `dropped`, (B,) bool.
+
+    Where prompts are of any length, the shorter of both is padded with zeros, and its mask with False.
+    """
 
     def replaced(name: str, value: Tensor) -> Tensor:
-        if name not in null:  # such as a token mask: nothing to drop
+        if name not in null:  # such as a token mask, or sizes: nothing to drop
             return value
         where = dropped.to(value.device).view(-1, *[1] * (value.ndim - 1))
-        return torch.where(where, null[name].to(value), value)
+        other = null[name].to(value)
+        if value.ndim > 1 and other.shape[1] != value.shape[1]:
+            length = max(other.shape[1], value.shape[1])
+            value, other = (_padded(each, length) for each in (value, other))
+        return torch.where(where, other, value)
 
     return {name: replaced(name, value) for name, value in condition.items()}
+
+
+def _padded(value: Tensor, length: int) -> Tensor:
+    """(B, L, ...) with zeros up to (B, length, ...)."""
+    return F.pad(value, (0, 0) * (value.ndim - 2) + (0, length - value.shape[1]))
 
 
 def num_classes(model: nn.Module) -> int | None:
