@@ -128,4 +128,5 @@ def _evaluate(
         sampled.labels,
         sampled.protocol,
         nearest,
+        sampled.prompts,
     )

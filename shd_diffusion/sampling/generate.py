@@ -33,12 +33,14 @@ class Summary(BaseModel):
     Attributes:
         num_images: so many are finished.
         labels: of these; None where they are not made by class.
+        prompts: of these; None where they are not made from texts.
         seconds_per_image: of the last call, in one process.
         protocol: what they depend on.
     """
 
     num_images: int = Field(0, ge=0)
     labels: list[int] | None = None
+    prompts: list[str] | None = None
     seconds_per_image: float = 0.0
     protocol: dict[str, Any] = {}
 
