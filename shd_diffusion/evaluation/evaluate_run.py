@@ -123,4 +123,5 @@ def _evaluate(
         sampled.labels,
         sampled.protocol,
         nearest,
+        sampled.prompts,
     )
