@@ -240,14 +240,16 @@ def read_run_config(path: Path) -> TrainTeacherConfig | DistillConfig:
 
 
 def read_prepare_config(path: Path, overrides: Iterable[str] = ()) -> PrepareConfig:
-    """The config of `prepare`: a file of its own, or the section `prepare` of a training; errors as for `read_config`."""
+    """The config of `prepare`: a file of its own, or a section of a training's; errors as for `read_config`."""
     tree = _read_tree(path)
     if "student" not in tree and "model" not in tree:
         return read_config(path, PrepareConfig, overrides)
     kind: Any = DistillConfig if "student" in tree else TrainTeacherConfig
     config: RunConfig = read_config(path, kind, overrides)
     if config.prepare is None:
-        raise UserError(f"{path}: section `prepare` is missing; add it, with `output`, the folder of the cache")
+        raise UserError(
+            f"{path}: section `prepare` is missing; add it, with `output`, the folder of the cache"
+        )
     return PrepareConfig(
         output=config.prepare.output, data=config.data, prepare=config.prepare, pipeline=config.within
     )

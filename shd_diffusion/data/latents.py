@@ -62,7 +62,7 @@ class LatentCache(Dataset[dict[str, Tensor]]):
         return self.item(index, 0)
 
     def item(self, index: int, epoch: int) -> dict[str, Tensor]:
-        """Item `index`; of several captions each epoch has the next one, the first epoch not the first of every image."""
+        """Item `index`; of several captions each epoch takes the next one, the first epoch another one by image."""
         number = int(np.searchsorted(self.ends, index, side="right"))
         row = index - (int(self.ends[number - 1]) if number else 0)
         if number not in self.open_shards:

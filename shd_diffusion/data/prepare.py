@@ -135,7 +135,9 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     encoder = open_encoder(config, images, source)
     vae = config.prepare.vae or config.pipeline
     if vae is None:
-        raise UserError(f"{source}: key `prepare.vae` is missing; add it, or `pipeline`, whose VAE it then is")
+        raise UserError(
+            f"{source}: key `prepare.vae` is missing; add it, or `pipeline`, whose VAE it then is"
+        )
     try:
         space = LatentSpace(load_vae(vae).to(state.device))
     except UserError as error:
@@ -175,7 +177,9 @@ class ConditionEncoder:
         identity: of what the captions are encoded by; None without captions.
     """
 
-    def __init__(self, images: Images, prompts: PromptEncoder | None, identity: dict[str, Any] | None) -> None:
+    def __init__(
+        self, images: Images, prompts: PromptEncoder | None, identity: dict[str, Any] | None
+    ) -> None:
         self.images, self.prompts, self.identity = images, prompts, identity
 
     def counts(self, indices: list[int]) -> list[int]:

@@ -141,7 +141,7 @@ class _Epochs(Dataset[dict[str, Tensor]]):
 
 
 def stack_items(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Items with the same names, stacked to (B, ...); a shorter one is padded with zeros (a mask with False) at its end.
+    """Items with the same names, stacked to (B, ...); shorter ones are padded with zeros (masks with False) at the end.
 
     Only prompts differ in length, along their first axis.
     """

@@ -130,9 +130,7 @@ def fill_in(config: ModelConfig, path: str | None) -> ModelConfig:
     except Exception as error:  # the hub's client raises errors of any kind
         raise UserError(f"{path}: has no config of a model ({one_line(error)})") from error
     present = {key: value for key, value in settings.items() if key in known}
-    return config.model_copy(
-        update={"class_name": class_name, "arguments": {**present, **config.arguments}}
-    )
+    return config.model_copy(update={"class_name": class_name, "arguments": {**present, **config.arguments}})
 
 
 def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
@@ -186,7 +184,11 @@ def _load(kind: type[ModelMixin], path: str, subfolder: str | None, dtype: torch
 
 def find_model_folder(path: Path) -> Path | None:
     """The folder of the denoiser inside a run, a pipeline or a model folder; None if there is none."""
-    candidates = (*(path / "pipeline" / part for part in DENOISERS), *(path / part for part in DENOISERS), path)
+    candidates = (
+        *(path / "pipeline" / part for part in DENOISERS),
+        *(path / part for part in DENOISERS),
+        path,
+    )
     return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 

@@ -41,7 +41,7 @@ class ByPrompt:
         self.parameters = inspect.signature(type(pipeline).__call__).parameters
         given = {"guidance_scale": config.guidance_scale, "negative_prompt": config.negative_prompt}
         given |= {"height": size[0], "width": size[1]} if size is not None else {}
-        self.arguments = {key: value for key, value in given.items() if value is not None}
+        self.arguments: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
         self.arguments |= config.pipeline_arguments
         name = type(pipeline).__name__
         for key in self.arguments:

@@ -54,12 +54,14 @@ def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
             loaded = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
             if "prompt" not in inspect.signature(type(loaded).__call__).parameters:
                 known = ", ".join([ClassConditionalPipeline.__name__, *BY_CLASS])
-                raise ValueError(f"a {kind} is not sampled by prompt, by class or unconditionally; {known} are")
+                raise ValueError(
+                    f"a {kind} is not sampled by prompt, by class or unconditionally; {known} are"
+                )
             pipeline = loaded
         _check_weights(pipeline)
-        pipeline.scheduler.set_timesteps  # nothing is sampled without
+        # nothing is sampled without these
         if isinstance(pipeline, ClassConditionalPipeline):
-            pipeline.noise_shape, num_classes(pipeline.denoiser)
+            pipeline.noise_shape, num_classes(pipeline.denoiser), pipeline.scheduler.set_timesteps
     except Exception as error:
         # Any kind: a missing file is an OSError, a refused value a ValueError, a list for a mapping a TypeError or
         # AttributeError, a wrong shape a RuntimeError, no heads a ZeroDivisionError, torn weights a SafetensorError.

@@ -99,9 +99,7 @@ def make_sampler(
             raise UserError("key `sample.prompts`: the pipeline makes images by class; remove it")
         return ByClass(pipeline, config)
     size = None if run_config is None else run_config.data.image_size
-    return ByPrompt(
-        pipeline, config, prompts_of(config, run_config), None if size is None else (size, size)
-    )
+    return ByPrompt(pipeline, config, prompts_of(config, run_config), None if size is None else (size, size))
 
 
 def prompts_of(config: SampleConfig, run_config: RunConfig | None) -> Sequence[str]:
