@@ -4,12 +4,8 @@ how a VAE is called and how its latents are scaled.
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import AutoModel, ModelMixin
@@ -142,17 +138,6 @@ def load_vae(path: str) -> ModelMixin:
             f"{path}: a {type(vae).__name__} is no VAE; give one of diffusers, such as an AutoencoderKL"
         )
     return vae.eval().requires_grad_(False)
-
-
-def hash_model(model: Any) -> str:
-    """SHA-256 of the config and weights of a model of diffusers or transformers, wherever it was loaded from."""
-    settings = model.config if isinstance(model.config, Mapping) else model.config.to_diff_dict()
-    config = {key: value for key, value in settings.items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.contiguous().flatten().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _by_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:

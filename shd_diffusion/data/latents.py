@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shd_diffusion.data.latent_space import LatentScaling, hash_model, load_vae, sample_latents
+from shd_diffusion.data.latent_space import LatentScaling, load_vae, sample_latents
 from shd_diffusion.data.source import Source, mirrored_where
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import json_sha256, read_json, sha256
+from shd_diffusion.hashing import hash_model
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 

@@ -23,11 +23,12 @@ from shd_diffusion.data.datasets import DataConfig, open_dataset
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes, to_rgb
-from shd_diffusion.data.latent_space import LatentSpace, hash_model, load_vae
+from shd_diffusion.data.latent_space import LatentSpace, load_vae
 from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
-from shd_diffusion.data.source import stack_items
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import holds_files, read_json, save_tensors, sha256, write_json, write_text
+from shd_diffusion.hashing import hash_model
+from shd_diffusion.models.denoiser import pad
 from shd_diffusion.models.pipeline_folder import find_pipeline
 from shd_diffusion.models.prompts import PromptEncoder, load_for_prompts
 from shd_diffusion.processes import processes
@@ -375,7 +376,7 @@ def encode_shard(
             conditions += encoder.encode(indices)
             counts += encoder.counts(indices)
         advance(len(batch))
-    content = {"moments": torch.cat(moments), **stack_items(conditions)} if moments else {}
+    content = {"moments": torch.cat(moments), **pad(conditions)} if moments else {}
     if encoder.identity is not None:
         content["captions"] = torch.tensor([0, *counts]).cumsum(0)
     try:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset
 
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes
 from shd_diffusion.errors import UserError
+from shd_diffusion.models.denoiser import pad
 
 
 class Source(ABC):
@@ -72,14 +72,14 @@ class Source(ABC):
 
     def example(self) -> dict[str, Tensor]:
         """The condition of one sample, (1, ...) by argument, to see what shapes it has."""
-        return self.condition(stack_items([self.item(0, 0)]))
+        return self.condition(pad([self.item(0, 0)]))
 
     def first(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The first items as the model sees them, (count, *shape), and their condition.
 
         Nothing is flipped, and latents are at their mean.
         """
-        items = stack_items([self.item(index, 0) for index in range(count)])
+        items = pad([self.item(index, 0) for index in range(count)])
         noise = torch.zeros(count, *self.shape) if self.needs_noise else None
         return self.clean(items, torch.zeros(count, dtype=torch.bool), noise), self.condition(items)
 
@@ -92,7 +92,7 @@ class Source(ABC):
         loader: DataLoader[Any] = DataLoader(
             _Epochs(self),
             batch_sampler=sampler,
-            collate_fn=stack_items,
+            collate_fn=pad,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             # Without one the loader draws from torch's own generator, and dropout after it is another.
@@ -138,19 +138,6 @@ class _Epochs(Dataset[dict[str, Tensor]]):
     def __getitem__(self, number: int) -> dict[str, Tensor]:
         epoch, index = divmod(number, len(self.source))
         return self.source.item(index, epoch)
-
-
-def stack_items(items: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Items with the same names, stacked to (B, ...); shorter ones are padded with zeros (masks with False) at the end.
-
-    Only prompts differ in length, along their first axis.
-    """
-
-    def stacked(values: list[Tensor]) -> Tensor:
-        same = all(value.shape == values[0].shape for value in values)
-        return torch.stack(values) if same else pad_sequence(values, batch_first=True)
-
-    return {name: stacked([item[name] for item in items]) for name in items[0]}
 
 
 def mirrored_where(flipped: Tensor, straight: Tensor, mirrored: Tensor) -> Tensor:

@@ -14,8 +14,8 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 import shd_diffusion.models  # noqa: F401 -- diffusers loads only classes of modules that are imported
-from shd_diffusion.data.latent_space import hash_model
 from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.hashing import hash_model
 from shd_diffusion.models.denoiser import num_classes
 from shd_diffusion.models.factory import DENOISERS, is_hub_name
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline

@@ -15,8 +15,9 @@ from torch import Tensor
 
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, read_run_config
 from shd_diffusion.data import LatentSource, Source
-from shd_diffusion.data.latent_space import hash_model, load_vae
+from shd_diffusion.data.latent_space import load_vae
 from shd_diffusion.errors import UserError
+from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses import Term, build_terms
 from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens
 from shd_diffusion.models.factory import ModelConfig, build_model, fill_in, load_model

@@ -15,10 +15,10 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig
 from shd_diffusion.data import LatentSource, Source, build_source
-from shd_diffusion.data.latent_space import hash_model
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.evaluation import check_settings
 from shd_diffusion.files import replacing_folder, write_json, write_text
+from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.models.denoiser import count_parameters
 from shd_diffusion.models.factory import load_model
