@@ -28,7 +28,7 @@ from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import holds_files, read_json, save_tensors, sha256, write_json, write_text
 from shd_diffusion.hashing import hash_model
-from shd_diffusion.models.denoiser import pad
+from shd_diffusion.models.denoiser import NOT_DROPPED, pad
 from shd_diffusion.models.pipeline_folder import find_pipeline
 from shd_diffusion.models.prompts import PromptEncoder, load_for_prompts
 from shd_diffusion.processes import processes
@@ -150,7 +150,7 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     if state.is_main_process:
         for leftover in output.glob("shards/.*tmp*"):  # of a call that was killed
             leftover.unlink()
-        if null := encoder.null():
+        if null := encoder.null:
             save_tensors(null, output / NULL)
         if not (output / MANIFEST).exists():
             write_manifest(output, manifest)
@@ -176,12 +176,15 @@ class ConditionEncoder:
 
     Attributes:
         identity: of what the captions are encoded by; None without captions.
+        null: what stands for no condition, (1, ...) by argument, as far as it is known here.
     """
 
     def __init__(
         self, images: Images, prompts: PromptEncoder | None, identity: dict[str, Any] | None
     ) -> None:
         self.images, self.prompts, self.identity = images, prompts, identity
+        null = images.null if prompts is None else pad([prompts.null()])
+        self.null = {name: value for name, value in null.items() if name not in NOT_DROPPED}
 
     def counts(self, indices: list[int]) -> list[int]:
         """How many conditions each image has."""
@@ -203,12 +206,6 @@ class ConditionEncoder:
                     f"the embedding of {caption!r} is not finite; set `prepare.prompt_dtype` to float32"
                 )
         return found
-
-    def null(self) -> dict[str, Tensor]:
-        """What stands for no condition, (1, ...) by argument, as far as it is known here."""
-        if self.prompts is None:
-            return self.images.null
-        return {name: value[None] for name, value in self.prompts.null().items()}
 
 
 def open_encoder(config: PrepareConfig, images: Images, source: str) -> ConditionEncoder:
@@ -233,7 +230,8 @@ def open_encoder(config: PrepareConfig, images: Images, source: str) -> Conditio
             "name where the captions are"
         )
     settings = config.prepare
-    loaded = load_for_prompts(pipeline.name, getattr(torch, settings.prompt_dtype)).to(processes().device)
+    dtype: torch.dtype = getattr(torch, settings.prompt_dtype)
+    loaded = load_for_prompts(pipeline.name, dtype, processes().device)
     _, height, width = images.shape
     try:
         prompts = PromptEncoder(loaded, (height, width), settings.prompt_arguments)
@@ -283,7 +281,7 @@ def describe(
         "conditions": sorted(encoder.encode([0])[0]),
         "num_classes": images.num_classes,
         "class_names": images.class_names,
-        "null": NULL if encoder.null() else None,
+        "null": NULL if encoder.null else None,
         "shards": [],
     }
 

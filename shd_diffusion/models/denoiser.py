@@ -132,6 +132,13 @@ def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> di
     return {name: replaced(name, value) for name, value in condition.items()}
 
 
+NOT_DROPPED = frozenset(
+    {"guidance", "original_size", "target_size", "crop_coords"}
+    | {f"added_cond_kwargs.{name}" for name in ("time_ids", "resolution", "aspect_ratio")}
+)
+"""What is told of an image beside its prompt: it stays where the prompt is dropped."""
+
+
 def _padded(value: Tensor, length: int) -> Tensor:
     """(B, L, ...) with zeros up to (B, length, ...)."""
     return F.pad(value, (0, 0) * (value.ndim - 2) + (0, length - value.shape[1]))

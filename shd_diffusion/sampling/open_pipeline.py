@@ -45,13 +45,13 @@ def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
         raise UserError(f"{name}: its model_index.json is damaged ({one_line(error)})") from error
     try:
         if kind == ClassConditionalPipeline.__name__:
-            pipeline = ClassConditionalPipeline.from_pretrained(name, torch_dtype=dtype)
+            pipeline = ClassConditionalPipeline.from_pretrained(name, dtype=dtype)
         elif kind in BY_CLASS:
-            loaded = getattr(diffusers, kind).from_pretrained(name, torch_dtype=dtype)
+            loaded = getattr(diffusers, kind).from_pretrained(name, dtype=dtype)
             parts = getattr(loaded, BY_CLASS[kind]), loaded.scheduler, getattr(loaded, "vae", None)
             pipeline = ClassConditionalPipeline(*parts)
         else:
-            loaded = DiffusionPipeline.from_pretrained(name, torch_dtype=dtype)
+            loaded = DiffusionPipeline.from_pretrained(name, dtype=dtype)
             if "prompt" not in inspect.signature(type(loaded).__call__).parameters:
                 known = ", ".join([ClassConditionalPipeline.__name__, *BY_CLASS])
                 raise ValueError(

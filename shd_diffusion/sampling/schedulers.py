@@ -68,7 +68,7 @@ def own_scheduler(config: SampleConfig, present: SchedulerMixin) -> SchedulerMix
 def check_sampling(
     config: SampleConfig,
     present: SchedulerMixin,
-    choose: Callable[[SampleConfig, SchedulerMixin], SchedulerMixin],
+    choose: Callable[[SampleConfig, SchedulerMixin], SchedulerMixin] = usual_scheduler,
 ) -> SchedulerMixin:
     """See that images can be sampled so, before hours of training for them: the loop is run on a made-up prediction.
 

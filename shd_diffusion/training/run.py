@@ -25,7 +25,7 @@ from shd_diffusion.models.factory import load_model
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling, usual_scheduler
+from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling
 from shd_diffusion.sampling.schedulers import own_scheduler
 from shd_diffusion.squeezing.plan import plans_from_json, plans_to_json
 from shd_diffusion.training.build import Parts, build
@@ -132,7 +132,7 @@ def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source:
             if config.train.validation.every:
                 raise UserError("key `train.validation.every`: is for images by class; set it to 0")
         else:
-            sampler = check_sampling(config.sample, parts.process.scheduler, usual_scheduler)
+            sampler = check_sampling(config.sample, parts.process.scheduler)
             vae = _load_vae(data)
             validation = make_validation(config, sampler, vae, data, accelerator.device)
         check_settings(config.evaluate, config.data.name)
