@@ -198,6 +198,6 @@ def test_images_that_are_no_numbers_are_not_written(
 ) -> None:
     with torch.no_grad():
         pipeline.denoiser.proj_out_2.bias[0] = torch.nan
-    with pytest.raises(UserError, match=r"runs/test: its images are not finite"):
+    with pytest.raises(UserError, match=r"runs/test: cannot be sampled \(its images are not finite"):
         generate(pipeline, tmp_path)
     assert not files(tmp_path)
