@@ -18,6 +18,7 @@ from shd_diffusion.data.framing import Framing, buckets_of, square
 from shd_diffusion.data.hub import HubImages
 from shd_diffusion.data.image_sets import Images, ReferenceImages
 from shd_diffusion.data.latents import LatentSource, read_manifest
+from shd_diffusion.data.prompts import Prompts, no_images
 from shd_diffusion.data.published import cifar10, fashion_mnist
 from shd_diffusion.data.source import ImageSource, Source
 from shd_diffusion.errors import UserError, did_you_mean
@@ -29,6 +30,7 @@ class DataConfig(Section):
 
     `caption_column` switches captions on, and tells where they are: of `huggingface` a column of strings or lists of
     strings; of `image_folder` a key of `metadata.jsonl`, or `txt` for a .txt beside each image, one caption a line.
+    Of `prompts`, which have no images yet, it is a column too; without it `path` is a text file, one prompt a line.
     With captions sub-folders are no classes, a `label_column` is read where it is given, and images are turned
     upright as their EXIF orientation says.
 
@@ -127,6 +129,13 @@ DATASETS: dict[str, DataSet] = {
         needs=("path", "image_size"),
         takes=("split", "image_column", "label_column", "caption_column", "buckets", "horizontal_flip"),
     ),
+    "prompts": DataSet(
+        lambda config: Prompts(
+            config.path or "", config.split or "train", config.image_size or 0, config.caption_column
+        ),
+        needs=("path", "image_size"),
+        takes=("split", "caption_column"),
+    ),
     "latents": DataSet(
         lambda config: open_dataset(_made_from(config)), needs=("path",), takes=("horizontal_flip", "verify")
     ),
@@ -156,11 +165,13 @@ def build_source(config: DataConfig) -> Source:
     """What to train on.
 
     Raises:
-        UserError: as `open_dataset`; or images would come in several sizes.
+        UserError: as `open_dataset`; or there are no images, or images of several sizes.
     """
     if config.name == "latents":
         folder = Path(config.path or "")
         return LatentSource(folder, config.horizontal_flip, config.num_workers, config.verify)
+    if config.name == "prompts":
+        raise no_images(config.path)
     if config.buckets is not None:
         raise UserError(
             "data.buckets: images of several sizes are trained on as `shd-diffusion prepare` writes them; "
@@ -173,13 +184,15 @@ def reference_images(config: DataConfig) -> ReferenceImages:
     """The real images that samples are compared with, squares in any case; of latents, those that could be encoded.
 
     Raises:
-        UserError: as `open_dataset`.
+        UserError: as `open_dataset`; or there are no images.
     """
     left_out = []
     if config.name == "latents":
         shards = read_manifest(Path(config.path or ""))["shards"]
         left_out = [image["index"] for shard in shards for image in shard["unreadable"]]
         config = _made_from(config)
+    if config.name == "prompts":
+        raise no_images(config.path)
     config = config.model_copy(update={"buckets": None})
     parts = (config.name, config.path, config.split, config.image_size and f"{config.image_size} px")
     return ReferenceImages(open_dataset(config), " ".join(str(part) for part in parts if part), left_out)

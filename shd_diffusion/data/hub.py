@@ -69,7 +69,7 @@ class HubImages(ImageFiles):
     def captions(self, index: int) -> list[str]:
         if self.caption_column is None:
             return []
-        return captions_of(self.texts[index][self.caption_column], self.name(index))
+        return captions_at(self.texts, index, self.caption_column)
 
     def name(self, index: int) -> str:
         return f"{self.path}: image {index} of split {self.split}"
@@ -93,7 +93,7 @@ def load_table(path: str, split: str) -> Any:
         import datasets
     except ModuleNotFoundError:
         raise UserError(
-            "data.name: `huggingface` needs the library `datasets`; pip install 'shd-diffusion[datasets]'"
+            f"data.path: {path} needs the library `datasets`; pip install 'shd-diffusion[datasets]'"
         ) from None
     try:
         table: Any = datasets.load_dataset(path, split=split)
@@ -138,6 +138,12 @@ def caption_table(table: Any, column: str, path: str, name: Callable[[int], str]
             captions_of(caption, f"{name(index)}: column `{column}`")
         start += len(batch[column])
     return texts
+
+
+def captions_at(texts: Any, index: int, column: str) -> list[str]:
+    """The captions of an item of a `caption_table`."""
+    value = texts[index][column]
+    return value if isinstance(value, list) else [value]
 
 
 def _images(table: Any, column: str, path: str) -> Any:
