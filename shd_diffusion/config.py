@@ -89,11 +89,13 @@ class SampleConfig(Section):
 class EvaluateConfig(Section):
     """The metrics, the features that they are computed on, and what the images are compared with.
 
-    Without an `extractor` the data set decides; without `metrics` all usual ones are computed that can be.
+    Without an `extractor` the data set decides; without `metrics` all usual ones are computed that can be. The
+    `clip_model`, a folder or hub name, is what images are compared with their prompts by, and the extractor `clip`.
     """
 
     extractor: str | None = None
     extractor_weights: str | None = None
+    clip_model: str | None = None
     reference: str | None = None
     metrics: list[str] | None = None
     resize: Literal["none", "box", "bilinear", "bicubic", "lanczos"] = "none"

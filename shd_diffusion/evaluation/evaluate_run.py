@@ -8,8 +8,8 @@ from typing import Any
 from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, SampleConfig, override_config
 from shd_diffusion.data import reference_images
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation.evaluate import compute_metrics
-from shd_diffusion.evaluation.extractors import extractor_name, load_extractor
+from shd_diffusion.evaluation.evaluate import compute_metrics, load_models
+from shd_diffusion.evaluation.extractors import extractor_name
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.evaluation.metrics import check_settings
 from shd_diffusion.files import write_json
@@ -78,7 +78,7 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     config = override_config(EvaluationConfig(), overrides, "--set")
     reference = _given_reference(name, config.evaluate)
     check_settings(config.evaluate, reference)
-    load_extractor(extractor_name(config.evaluate.extractor, reference), config.evaluate.extractor_weights)
+    load_models(config.evaluate, reference)
 
     with processes().local_main_process_first():
         pipeline = open_pipeline(name)
