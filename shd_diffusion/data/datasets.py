@@ -12,6 +12,7 @@ from pathlib import Path
 from pydantic import Field, field_validator, model_validator
 
 from shd_diffusion.data.digits import digits
+from shd_diffusion.data.emoji import Emoji
 from shd_diffusion.data.folder import ImageFolder
 from shd_diffusion.data.hub import HubImages
 from shd_diffusion.data.image_sets import Images, ReferenceImages
@@ -74,6 +75,13 @@ DATASETS: dict[str, DataSet] = {
         lambda config: cifar10(Path(config.path or ""), config.split or "train"),
         needs=("path",),
         takes=("split", "horizontal_flip"),
+    ),
+    "emoji": DataSet(
+        lambda config: Emoji(
+            config.image_size or 0, config.split or "train", Path(config.path) if config.path else None
+        ),
+        needs=("image_size",),
+        takes=("path", "split"),
     ),
     "image_folder": DataSet(
         lambda config: ImageFolder(Path(config.path or ""), config.image_size or 0),

@@ -45,6 +45,10 @@ class Images(Dataset[dict[str, Tensor]]):
         """What the model is told of an image, by argument of the denoiser; the same names for all."""
         return {} if self.labels is None else {"class_labels": self.labels[index]}
 
+    def captions(self, index: int) -> list[str]:
+        """What an image shows, in words, each caption as good as another; empty without captions."""
+        return []
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"image": self.image(index), **self.condition(index)}
 
