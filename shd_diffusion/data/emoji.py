@@ -20,6 +20,7 @@ DEBIAN_FONT = Path("/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf")
 DRAWN_SIZE = 109  # the only size that this font has its bitmaps in
 SPLITS = ("train", "test")
 TEST_SHARE = 10  # one name in so many
+MAX_LENGTH = 48  # characters of a name: a text encoder's 16 tokens hold it, with the style
 
 
 class Emoji(Images):
@@ -80,7 +81,7 @@ class Emoji(Images):
 
 
 def symbol_name(character: str) -> str | None:
-    """The Unicode name of a symbol, lower case; None of what is no symbol, has half a flag or a number.
+    """The Unicode name of a symbol, lower case; None of what is no symbol, half a flag, a number, or long.
 
     In names from before there were colours (below U+1F000) black and white mean filled and outlined: the "heavy black
     heart" is red. There these words are left out, but of squares and circles, of which they are true.
@@ -88,7 +89,7 @@ def symbol_name(character: str) -> str | None:
     name = unicodedata.name(character, "").lower()
     if unicodedata.category(character) not in ("So", "Sm") or not name:
         return None
-    if name.startswith("regional indicator") or "cjk" in name:
+    if name.startswith("regional indicator") or "cjk" in name or len(name) > MAX_LENGTH:
         return None
     if ord(character) < 0x1F000 and not re.search("square|circle", name):
         name = re.sub(r"\b(black|white|heavy) ", "", name)

@@ -46,7 +46,7 @@ class Images(Dataset[dict[str, Tensor]]):
         return {} if self.labels is None else {"class_labels": self.labels[index]}
 
     def captions(self, index: int) -> list[str]:
-        """What an image shows, in words, each caption as good as another; empty without captions."""
+        """What is said of an image, one text or more; empty where the data set has no captions."""
         return []
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
@@ -58,7 +58,7 @@ class Images(Dataset[dict[str, Tensor]]):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that changes when images or conditions do, quick to compute: no image is decoded for it."""
+        """A hash that changes when images, captions or conditions do, quick to compute: no image is decoded for it."""
 
 
 class ImagesInMemory(Images):

@@ -16,7 +16,8 @@ from shd_diffusion.data import ReferenceImages
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.extractors import Extractor, extractor_name, load_extractor
 from shd_diffusion.evaluation.features import extract_features
-from shd_diffusion.evaluation.images import ImageSet, open_image_files, tensor_images
+from shd_diffusion.evaluation.image_prompts import image_prompts
+from shd_diffusion.evaluation.images import FolderImages, ImageSet, open_image_files, tensor_images
 from shd_diffusion.evaluation.metric import OF_THE_IMAGES, Metric, MetricInputs, Need
 from shd_diffusion.evaluation.metrics import check_settings, choose_metrics
 from shd_diffusion.evaluation.nearest import write_nearest
@@ -31,6 +32,7 @@ def compute_metrics(
     labels: Sequence[int] | None = None,
     protocol: dict[str, Any] | None = None,
     nearest: Path | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """The metrics of images against a reference: what `evaluation/metrics.json` holds.
 
@@ -41,6 +43,7 @@ def compute_metrics(
         labels: the class that was asked for, image by image.
         protocol: how the images were made (steps, scheduler, guidance, seed, ...); kept beside the metrics.
         nearest: where to write the real images that some of these resemble most, see `write_nearest`.
+        prompts: what was asked for, image by image; by default what lies beside the images, see `image_prompts`.
 
     Raises:
         UserError: images, reference or weights that cannot be read, or a metric that they do not allow.
@@ -50,10 +53,13 @@ def compute_metrics(
         raise UserError(
             f"{generated.name(0)}: {len(generated)} images are too few; sample {FEWEST_IMAGES} or more"
         )
-    if labels is not None and len(labels) != len(generated):
-        raise UserError(
-            f"{generated.name(0)}: {len(labels)} labels for {len(generated)} images; sample them anew"
-        )
+    for what, given in (("labels", labels), ("prompts", prompts)):
+        if given is not None and len(given) != len(generated):
+            raise UserError(
+                f"{generated.name(0)}: {len(given)} {what} for {len(generated)} images; sample them anew"
+            )
+    if prompts is None and isinstance(generated, FolderImages):
+        prompts = image_prompts(generated.folder, generated.paths)
     _, height, width = generated[0].shape
     source = config.reference or reference
     data = source if isinstance(source, str) else None
@@ -61,13 +67,13 @@ def compute_metrics(
     extractor = load_extractor(extractor_name(config.extractor, data), config.extractor_weights)
     real = open_reference(source, extractor, config.batch_size, config.resize, min(height, width))
     classes = torch.tensor(labels) if labels is not None else generated.labels
-    possible = _possible_needs(extractor, real, classes)
+    possible = _possible_needs(extractor, real, classes, prompts)
     metrics = choose_metrics(config.metrics, possible)
     roles = extract_features(generated, extractor, config.batch_size, "images")
     if nearest is not None and processes().is_main_process:
         write_nearest(nearest, generated, roles["features"], classes, real)
 
-    inputs = MetricInputs(roles, classes, real.statistics, real.features, real.labels)
+    inputs = MetricInputs(roles, classes, real.statistics, real.features, real.labels, prompts)
     depends_on = {metric.name: metric.protocol(inputs) for metric in metrics if metric.protocol}
     entries: dict[str, Any] = {}
     for metric in metrics:
@@ -85,11 +91,14 @@ def _open(images: Path | Tensor | ImageSet) -> ImageSet:
     return open_image_files(images) if isinstance(images, Path) else images
 
 
-def _possible_needs(extractor: Extractor, reference: Reference, labels: Tensor | None) -> set[Need]:
+def _possible_needs(
+    extractor: Extractor, reference: Reference, labels: Tensor | None, prompts: Sequence[str] | None
+) -> set[Need]:
     """The needs of metrics that are met."""
     met = {
         Need.SPATIAL: "spatial" in reference.statistics,
         Need.LABELS: labels is not None,
+        Need.PROMPTS: prompts is not None,
         Need.REFERENCE_IMAGES: reference.features is not None,
         Need.REFERENCE_LABELS: reference.labels is not None,
     }

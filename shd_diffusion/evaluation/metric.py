@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -20,11 +20,12 @@ class Need(StrEnum):
     CLIP = "a CLIP extractor"
     OWN_CLASSES = "a classifier of the data set's own classes as extractor"
     LABELS = "labels of the images"
+    PROMPTS = "prompts of the images, from `sampling.json`, `metadata.jsonl` or a .txt beside each"
     REFERENCE_IMAGES = "reference images, not only their statistics"
     REFERENCE_LABELS = "labels of the reference images"
 
 
-OF_THE_IMAGES = frozenset({Need.LABELS, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS})
+OF_THE_IMAGES = frozenset({Need.LABELS, Need.PROMPTS, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS})
 """Needs that images meet or do not, whatever the extractor."""
 
 
@@ -38,6 +39,7 @@ class MetricInputs:
         statistics: of the reference's features, by role.
         reference: features of the reference images, (R, D).
         reference_labels: their classes, (R,).
+        prompts: what the images were to show, N texts.
     """
 
     roles: Mapping[str, Tensor]
@@ -45,6 +47,7 @@ class MetricInputs:
     statistics: Mapping[str, Statistics]
     reference: Any
     reference_labels: Any
+    prompts: Sequence[str] | None = None
 
     @property
     def features(self) -> Tensor:
