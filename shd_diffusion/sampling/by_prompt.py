@@ -23,7 +23,8 @@ class ByPrompt:
     """An `ImageSampler` of a text-to-image pipeline; its scheduler is the one to sample with.
 
     Args:
-        prompts: P prompts, at least one; those of the images are prompts 0, ..., P-1, 0, ..., `images_per_prompt` times each.
+        prompts: at least one; images 0, 1, ... have them in their order, round and round, `images_per_prompt` times
+            each.
         size: height and width in pixels; None: the pipeline's default.
 
     Raises:
