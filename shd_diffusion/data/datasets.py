@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import Field, field_validator, model_validator
 
 from shd_diffusion.data.digits import digits
+from shd_diffusion.data.emoji import Emoji
 from shd_diffusion.data.folder import ImageFolder
 from shd_diffusion.data.framing import Framing, buckets_of, square
 from shd_diffusion.data.hub import HubImages
@@ -116,6 +117,13 @@ DATASETS: dict[str, DataSet] = {
         lambda config: cifar10(Path(config.path or ""), config.split or "train"),
         needs=("path",),
         takes=("split", "horizontal_flip"),
+    ),
+    "emoji": DataSet(
+        lambda config: Emoji(
+            config.image_size or 0, config.split or "train", Path(config.path) if config.path else None
+        ),
+        needs=("image_size",),
+        takes=("path", "split"),
     ),
     "image_folder": DataSet(
         lambda config: ImageFolder(Path(config.path or ""), framing_of(config), config.caption_column),
