@@ -21,8 +21,8 @@ from shd_diffusion.data.image_sets import Images, ReferenceImages
 from shd_diffusion.data.latents import LatentSource, read_manifest
 from shd_diffusion.data.prompts import Prompts, no_images
 from shd_diffusion.data.published import cifar10, fashion_mnist
-from shd_diffusion.data.shards import ShardedImages
 from shd_diffusion.data.source import ImageSource, Source
+from shd_diffusion.data.tar_images import ShardedImages
 from shd_diffusion.errors import UserError, did_you_mean
 from shd_diffusion.section import Section
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.framing import Framing
 from shd_diffusion.data.image_sets import ImageFiles
-from shd_diffusion.data.shard_index import IMAGE_EXTENSIONS, ShardIndex, index_of
+from shd_diffusion.data.tar_index import IMAGE_EXTENSIONS, ShardIndex, index_of
 from shd_diffusion.errors import UserError, one_line, printable_path
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
@@ -20,7 +20,7 @@ from shd_diffusion.progress import progress_bar
 class ShardedImages(ImageFiles):
     """The images of WebDataset shards in their order: `.jpg`, `.jpeg`, `.png` and `.webp`.
 
-    A shard is read through once, for its index (shard_index.py), which the processes of a launch share among
+    A shard is read through once, for its index (tar_index.py), which the processes of a launch share among
     themselves; then only the images that are asked for are read.
 
     Args:

@@ -17,7 +17,7 @@ from PIL import Image
 from test_prepare import make_config
 
 from shd_diffusion.config import DataConfig
-from shd_diffusion.data import build_source, open_dataset, shard_index, shards
+from shd_diffusion.data import build_source, open_dataset
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.prepare import prepare
@@ -141,13 +141,11 @@ def test_a_shard_is_read_through_once(folder: Path, tmp_path: Path, monkeypatch:
     first = shards_of(f"{folder}/*.tar")
     read: list[Path] = []
 
-    def counting(
-        shard: Path, column: str | None, original: Callable[..., Any] = shard_index.read_index
-    ) -> Any:
+    def counting(shard: Path, column: str | None, original: Callable[..., Any] = tar_index.read_index) -> Any:
         read.append(shard)
         return original(shard, column)
 
-    monkeypatch.setattr(shard_index, "read_index", counting)
+    monkeypatch.setattr(tar_index, "read_index", counting)
     again = shards_of(f"{folder}/*.tar")
     assert read == [] and again.fingerprint() == first.fingerprint()
     assert [again.captions(i) for i in range(8)] == [first.captions(i) for i in range(8)]
@@ -166,11 +164,11 @@ def test_a_shard_is_read_through_once(folder: Path, tmp_path: Path, monkeypatch:
 
 def test_processes_share_the_reading(folder: Path, monkeypatch: pytest.MonkeyPatch):
     orders = []
-    monkeypatch.setattr(shards, "index_of", lambda shard, column: orders[-1].append(shard.name) or [0])
+    monkeypatch.setattr(tar_images, "index_of", lambda shard, column: orders[-1].append(shard.name) or [0])
     for index in range(3):
         orders.append([])
         state = type("State", (), {"process_index": index, "num_processes": 3, "is_main_process": index == 0})
-        monkeypatch.setattr(shards, "processes", state)
+        monkeypatch.setattr(tar_images, "processes", state)
         shards_of(f"{folder}/*.tar")
     assert [order[0][5:8] for order in orders] == ["000", "001", "002"]
     assert all(sorted(order) == sorted(orders[0]) for order in orders)
