@@ -6,9 +6,7 @@ metrics of whole sets of images do not.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +19,7 @@ from torch import Tensor
 from shd_diffusion.data.images import to_rgb_bytes
 from shd_diffusion.evaluation.extractors import Extractor
 from shd_diffusion.evaluation.lpips import LPIPS
+from shd_diffusion.models.last_step import last_step
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.randomness import generator
@@ -106,28 +105,6 @@ def generate(pipeline: DiffusionPipeline, calls: Calls, places: Sequence[int]) -
             return_dict=False,
         )[0]
     return latents[-1], to_rgb_bytes(images * 2 - 1)
-
-
-@contextmanager
-def last_step(scheduler: Any) -> Iterator[list[Tensor]]:
-    """Keep what a scheduler's last step gives: the latents that a pipeline returns by `output_type="latent"`.
-
-    So one sampling gives latents and images.
-    """
-    step = scheduler.step
-    kept: list[Tensor] = []
-
-    @functools.wraps(step)  # pipelines look at its arguments
-    def keeping(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        kept[:] = [result[0]]
-        return result
-
-    scheduler.step = keeping
-    try:
-        yield kept
-    finally:
-        del scheduler.step
 
 
 @torch.no_grad()
