@@ -64,15 +64,27 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 # --- before training -----------------------------------------------------------------------------------------
 
 
+@app.command("make-pipeline")
+@stage
+def make_pipeline(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
+    """Make a text-to-image pipeline for a teacher to be trained in: text encoder, autoencoder, scheduler."""
+    from shd_diffusion.config import read_config
+    from shd_diffusion.models.text_pipeline import TextPipelineConfig, make_text_pipeline
+
+    parsed = read_config(config, TextPipelineConfig, set_ or [])
+    place = _output(parsed, output, config)
+    make_text_pipeline(parsed, place, str(config))
+    typer.echo(f"pipeline: {place}")
+
+
 @app.command()
 @stage
 def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
-    """Encode images through a VAE into a cache of latents."""
-    from shd_diffusion.config import read_config
-    from shd_diffusion.data.prepare import PrepareConfig
+    """Encode images, and their captions, into a cache that models are trained on."""
+    from shd_diffusion.config import read_prepare_config
     from shd_diffusion.data.prepare import prepare as run_stage
 
-    parsed = read_config(config, PrepareConfig, set_ or [])
+    parsed = read_prepare_config(config, set_ or [])
     run_stage(parsed, _output(parsed, output, config), str(config))
 
 

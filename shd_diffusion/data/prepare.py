@@ -1,4 +1,5 @@
-"""`prepare`: images through a VAE into a cache of latents, in shards, by as many processes as are launched.
+"""`prepare`: images through a VAE into a cache of latents, in shards, by as many processes as are launched; their
+captions, where they have some, through the text encoders of a text-to-image pipeline.
 
 A shard holds a fixed range of the images, so that it is the same whoever writes it. Beside it lies its record
 (checksum, counts, what could not be read), written last: a shard with a matching record is done.
@@ -6,27 +7,34 @@ A shard holds a fixed range of the images, so that it is the same whoever writes
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import DiffusionPipeline
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
+from shd_diffusion.data.conditions import CaptionEncoder, LabelEncoder
 from shd_diffusion.data.datasets import DataConfig, open_dataset
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes, to_rgb
 from shd_diffusion.data.latent_space import LatentSpace, load_vae
 from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
+from shd_diffusion.data.prompts import Prompts
+from shd_diffusion.data.sampled_latents import LatentSampler, TeacherSamplingConfig
+from shd_diffusion.data.cache_shards import Shard, plan_shards
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import holds_files, read_json, save_tensors, sha256, write_json, write_text
+from shd_diffusion.files import holds_files, save_tensors, sha256, write_json, write_text
 from shd_diffusion.hashing import hash_model
+from shd_diffusion.models.denoiser import pad
+from shd_diffusion.models.pipeline_folder import find_pipeline
+from shd_diffusion.models.prompts import load_for_prompts
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
 from shd_diffusion.section import Section
@@ -40,71 +48,40 @@ IDENTITY = {
     "num_source_images": "number of images",
     "image_shape": "image size (`data.image_size`)",
     "vae": "VAE (`prepare.vae`)",
+    "prompts": "text encoder, tokenizer or caption length (the pipeline's)",
+    "sampling": "`prepare.teacher_sampling`",
     "dtype": "`prepare.dtype`",
     "shard_size": "`prepare.shard_size`",
 }
 
 
 class EncodeConfig(Section):
-    """How `prepare` encodes images into a cache of latents.
+    """How `prepare` encodes images into a cache of latents, and their captions.
 
+    Without a `vae` it is that of the pipeline. `prompt_dtype` is that of the text encoders and of what they give;
+    `prompt_arguments` are given to the pipeline's call as they are, such as `max_sequence_length`.
     `max_corrupt_share`: of the images that may be unreadable and left out, before that is an error.
+    `teacher_sampling`: how the teacher samples the latents of a data set of prompts, which has no images.
     """
 
-    vae: str
+    output: str | None = None
+    vae: str | None = None
     batch_size: int = Field(16, ge=1)
     shard_size: int = Field(4096, ge=1)
     dtype: Literal["float32", "float16"] = "float32"
+    prompt_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    prompt_arguments: dict[str, Any] = Field(default_factory=dict)
     max_corrupt_share: float = Field(0.001, ge=0, le=1)
+    teacher_sampling: TeacherSamplingConfig = TeacherSamplingConfig()
 
 
 class PrepareConfig(Section):
-    """`prepare`: a cache of latents from images."""
+    """`prepare`: a cache of latents from images, and of embeddings from their captions by a `pipeline`."""
 
     output: str | None = None
     data: DataConfig
     prepare: EncodeConfig
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of the cache: the images from `start` up to `stop` of the source.
-
-    `identity` stands for all that it follows from.
-    """
-
-    folder: Path
-    number: int
-    start: int
-    stop: int
-    identity: str
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "shards" / f"latents-{self.number:05d}.safetensors"
-
-    @property
-    def record_file(self) -> Path:
-        return self.path.with_suffix(".json")
-
-    def read_record(self) -> dict[str, Any]:
-        return read_json(self.record_file)
-
-    def is_done(self) -> bool:
-        """Whether the shard is there, and as it was written."""
-        if not (self.record_file.is_file() and self.path.is_file()):
-            return False
-        try:
-            record = self.read_record()
-            whole = record["identity"] == self.identity and record["sha256"] == sha256(self.path)
-        except (UserError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            announce(f"{self.path}: damaged, or of another cache; it is written anew")
-        return whole
+    pipeline: str | None = None
 
 
 def prepare(config: PrepareConfig, output: Path, source: str) -> None:
@@ -122,24 +99,26 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
         )
     state = processes()
     images = open_dataset(config.data)
-    try:
-        space = LatentSpace(load_vae(config.prepare.vae).to(state.device))
-    except UserError as error:
-        raise UserError(f"{source}: key `prepare.vae`: {error}") from error
-    manifest = describe(config, images, space, source)
+    encoder = open_encoder(config, images, source)
+    space = open_space(config, source)
+    manifest = describe(config, images, space, encoder, source)
     check_identity(output, manifest["identity"])
-    shards = plan_shards(output, len(images), config.prepare.shard_size, checksum(manifest["identity"]))
+    shards = plan_shards(output, images, config.prepare.shard_size, checksum(manifest["identity"]))
     state.wait_for_everyone()  # until all have looked at the folder
     if state.is_main_process:
         for leftover in output.glob("shards/.*tmp*"):  # of a call that was killed
             leftover.unlink()
-        if images.null:
-            save_tensors(images.null, output / NULL)
+        if null := encoder.null:
+            save_tensors(null, output / NULL)
         if not (output / MANIFEST).exists():
             write_manifest(output, manifest)
     state.wait_for_everyone()
 
-    encode_shards(shards[state.process_index :: state.num_processes], images, space, config)
+    latents: Latents = encode_images
+    if isinstance(images, Prompts):
+        latents = teacher_latents(config, images, space, source)
+    mine = shards[state.process_index :: state.num_processes]
+    encode_shards(mine, images, space, encoder, latents, config)
     state.wait_for_everyone()
     records = [shard.read_record() for shard in shards]
     unreadable = [image for record in records for image in record["unreadable"]]
@@ -154,40 +133,99 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     state.wait_for_everyone()
 
 
-def describe(config: PrepareConfig, images: Images, space: LatentSpace, source: str) -> dict[str, Any]:
+def open_space(config: PrepareConfig, source: str) -> LatentSpace:
+    """The latent space of the VAE that a config names, or of its pipeline's.
+
+    Raises:
+        UserError: there is none.
+    """
+    vae = config.prepare.vae or config.pipeline
+    if vae is None:
+        raise UserError(
+            f"{source}: key `prepare.vae` is missing; add it, or `pipeline`, whose VAE it then is"
+        )
+    try:
+        return LatentSpace(load_vae(vae).to(processes().device))
+    except UserError as error:
+        raise UserError(f"{source}: key `prepare.vae`: {error}") from error
+
+
+def open_encoder(config: PrepareConfig, images: Images, source: str) -> LabelEncoder | CaptionEncoder:
+    """What encodes the conditions of a data set.
+
+    Raises:
+        UserError: there are captions but no pipeline that takes prompts, or the reverse.
+    """
+    pipeline = None if config.pipeline is None else find_pipeline(config.pipeline)
+    if pipeline is None or not pipeline.takes_prompts:
+        if config.data.caption_column is not None or isinstance(images, Prompts):
+            raise UserError(
+                f"{source}: key `data.caption_column`: captions are for a text-to-image pipeline, which "
+                f"{config.pipeline or 'nothing here'} is not; remove it"
+            )
+        return LabelEncoder(images)
+    if not images.captions(0):
+        raise UserError(
+            f"{source}: key `data.caption_column` is missing: {pipeline.name} makes images from prompts; "
+            "name where the captions are"
+        )
+    settings = config.prepare
+    dtype: torch.dtype = getattr(torch, settings.prompt_dtype)
+    loaded = load_for_prompts(pipeline.name, dtype, processes().device)
+    identity = {
+        "encoders": pipeline.hash_prompt_parts(),
+        "dtype": settings.prompt_dtype,
+        "arguments": settings.prompt_arguments,
+    }
+    first_only = isinstance(images, Prompts)
+    try:
+        return CaptionEncoder(images, loaded, settings.prompt_arguments, identity, first_only)
+    except (UserError, TypeError, ValueError) as error:  # pipelines refuse sizes and arguments as they like
+        raise UserError(
+            f"{source}: key `prepare.prompt_arguments`: {pipeline.name} takes no prompts so ({one_line(error)})"
+        ) from error
+
+
+def describe(
+    config: PrepareConfig,
+    images: Images,
+    space: LatentSpace,
+    encoder: LabelEncoder | CaptionEncoder,
+    source: str,
+) -> dict[str, Any]:
     """The manifest of a cache before any shard is written.
 
     Raises:
-        UserError: the VAE does not take images of this shape.
+        UserError: the VAE does not take images of this shape, or the pipeline no such captions.
     """
+    vae, settings = config.prepare.vae or config.pipeline, config.prepare
+    sampled = isinstance(images, Prompts)
     try:
         parts = space.parts(as_input(torch.zeros(1, *images.shape, dtype=torch.uint8).to(space.vae.device)))
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{source}: key `prepare.vae`: {config.prepare.vae} takes no images {images.shape} ({one_line(error)}); "
+            f"{source}: key `prepare.vae`: {vae} takes no images {images.shape} ({one_line(error)}); "
             "give another VAE or `data.image_size`"
         ) from None
-    conditions = {
-        name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        for name, value in images.condition(0).items()
-    }
     return {
         "identity": {
             "source": images.fingerprint(),
             "num_source_images": len(images),
             "image_shape": list(images.shape),
             "vae": hash_model(space.vae),  # with its scaling
-            "dtype": config.prepare.dtype,
-            "shard_size": config.prepare.shard_size,
+            **({} if encoder.identity is None else {"prompts": encoder.identity}),
+            **({"sampling": settings.teacher_sampling.model_dump()} if sampled else {}),
+            "dtype": settings.dtype,
+            "shard_size": settings.shard_size,
         },
         "data": config.data.model_dump(),
-        "vae": {"path": config.prepare.vae, "scaling": asdict(space.scaling)},
+        "vae": {"path": vae, "scaling": asdict(space.scaling)},
         "shape": list(parts[0].shape[1:]),
-        "has_variance": len(parts) == 2,
-        "conditions": conditions,
+        "has_variance": len(parts) == 2 and not sampled,
+        "conditions": sorted(encoder.encode(0)[0]),
         "num_classes": images.num_classes,
         "class_names": images.class_names,
-        "null": NULL if images.null else None,
+        "null": NULL if encoder.null else None,
         "shards": [],
     }
 
@@ -209,22 +247,25 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
         return
     present = read_manifest(output, complete=False)["identity"]
     for key, name in IDENTITY.items():
-        if present.get(key) != identity[key]:
+        if present.get(key) != identity.get(key):
             raise UserError(
                 f"{output / MANIFEST}: this cache was made with another {name} ({present.get(key)} there, "
-                f"{identity[key]} now); give another --output or delete the folder"
+                f"{identity.get(key)} now); give another --output or delete the folder"
             )
 
 
-def plan_shards(output: Path, count: int, size: int, identity: str) -> list[Shard]:
-    """The shards of `count` images, `size` in each but the last."""
-    return [
-        Shard(output, number, number * size, min((number + 1) * size, count), identity)
-        for number in range(math.ceil(count / size))
-    ]
+Latents = Callable[[Sequence[int], Images, LatentSpace, PrepareConfig], Iterator[tuple[Tensor, list[Any]]]]
+"""From indices to batches of moments (b, copies, k·C, h, w), with B attempts, of which b are no failure."""
 
 
-def encode_shards(shards: list[Shard], images: Images, space: LatentSpace, config: PrepareConfig) -> None:
+def encode_shards(
+    shards: list[Shard],
+    images: Images,
+    space: LatentSpace,
+    encoder: LabelEncoder | CaptionEncoder,
+    latents: Latents,
+    config: PrepareConfig,
+) -> None:
     """Encode the shards that are not done yet; end as soon as it is certain that too many are unreadable."""
     state = processes()
     name = f"prepare, process {state.process_index + 1} of {state.num_processes}"
@@ -234,44 +275,45 @@ def encode_shards(shards: list[Shard], images: Images, space: LatentSpace, confi
             if shard.is_done():
                 bar.update(len(shard))
             else:
-                encode_shard(shard, images, space, config, bar.update)
+                encode_shard(shard, images, space, encoder, latents, config, bar.update)
             unreadable += shard.read_record()["unreadable"]
             check_share(unreadable, len(images), config.prepare, shard.folder)
 
 
 def encode_shard(
-    shard: Shard, images: Images, space: LatentSpace, config: PrepareConfig, advance: Callable[[int], Any]
+    shard: Shard,
+    images: Images,
+    space: LatentSpace,
+    encoder: LabelEncoder | CaptionEncoder,
+    latents: Latents,
+    config: PrepareConfig,
+    advance: Callable[[int], Any],
 ) -> None:
-    """Encode the images of a shard, as they are and mirrored, and write it with its record.
+    """Encode the images of a shard, and write it with its record.
 
     Raises:
         UserError: latents are not finite, or the shard cannot be written.
     """
-    settings = config.prepare
-    attempts: DataLoader[Any] = DataLoader(
-        _Attempts(images, range(shard.start, shard.stop)),
-        batch_size=settings.batch_size,
-        num_workers=config.data.num_workers,
-        collate_fn=list,
-    )
-    encoded: list[dict[str, Tensor]] = []
+    moments: list[Tensor] = []
+    conditions: list[list[dict[str, Tensor]]] = []
     unreadable: list[dict[str, Any]] = []
-    for batch in attempts:
-        unreadable += [attempt for attempt in batch if "reason" in attempt]
-        if read := [attempt for attempt in batch if "image" in attempt]:
-            items = default_collate(read)
-            pixels = as_input(items.pop("image").to(space.vae.device))
-            both = torch.stack([space.encode(pixels), space.encode(pixels.flip(-1))], dim=1)
-            moments = both.to(DTYPES[settings.dtype]).cpu()
-            for row in (~moments.flatten(1).isfinite().all(dim=1)).nonzero():
+    for batch, attempts in latents(shard.indices, images, space, config):
+        unreadable += [attempt for attempt in attempts if "reason" in attempt]
+        read = [attempt["index"] for attempt in attempts if "reason" not in attempt]
+        if read:
+            moments.append(batch.to(DTYPES[config.prepare.dtype]).cpu())
+            for row in (~moments[-1].flatten(1).isfinite().all(dim=1)).nonzero():
                 raise UserError(
-                    f"{images.name(int(items['index'][row]))}: its latents are not finite in {settings.dtype}; "
-                    "remove the image, or set `prepare.dtype` to float32"
+                    f"{images.name(read[int(row)])}: its latents are not finite in {config.prepare.dtype}; "
+                    "remove it, or set `prepare.dtype` to float32"
                 )
-            del items["index"]
-            encoded.append({"moments": moments, **items})
-        advance(len(batch))
-    content = {name: torch.cat([part[name] for part in encoded]) for name in (encoded[0] if encoded else ())}
+            conditions += map(encoder.encode, read)
+        advance(len(attempts))
+    content: dict[str, Tensor] = {}
+    if moments:
+        content = {"moments": torch.cat(moments), **pad([each for image in conditions for each in image])}
+        if encoder.identity is not None:
+            content["captions"] = torch.tensor([0, *map(len, conditions)]).cumsum(0)
     try:
         save_tensors(content, shard.path)
         record = {
@@ -279,6 +321,7 @@ def encode_shard(
             "bytes": shard.path.stat().st_size,
             "sha256": sha256(shard.path),
             "images": len(shard) - len(unreadable),
+            "size": list(content["moments"].shape[3:]) if moments else [],
             "unreadable": unreadable,
             "identity": shard.identity,
         }
@@ -287,6 +330,52 @@ def encode_shard(
         raise UserError(
             f"{shard.path}: cannot be written ({error}); make room and run the same command again"
         ) from None
+
+
+def encode_images(
+    indices: Sequence[int], images: Images, space: LatentSpace, config: PrepareConfig
+) -> Iterator[tuple[Tensor, list[Any]]]:
+    """The moments of images, as they are and mirrored, (b, 2, k·C, h, w); see `Latents`."""
+    attempts: DataLoader[Any] = DataLoader(
+        _Attempts(images, indices),
+        batch_size=config.prepare.batch_size,
+        num_workers=config.data.num_workers,
+        collate_fn=list,
+    )
+    for batch in attempts:
+        read = [attempt.pop("image") for attempt in batch if "image" in attempt]
+        if not read:
+            yield torch.empty(0), batch
+            continue
+        pixels = as_input(torch.stack(read).to(space.vae.device))
+        yield torch.stack([space.encode(pixels), space.encode(pixels.flip(-1))], dim=1), batch
+
+
+def teacher_latents(config: PrepareConfig, images: Images, space: LatentSpace, source: str) -> Latents:
+    """What lets the teacher sample the latents of prompts, (b, 1, C, h, w); see `Latents`.
+
+    Raises:
+        UserError: the teacher cannot be loaded, or takes no such arguments.
+    """
+    settings, name = config.prepare, str(config.pipeline)
+    dtype: torch.dtype = getattr(torch, settings.prompt_dtype)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype).to(processes().device)
+        sampler = LatentSampler(
+            pipeline, space, images.shape[1:], settings.teacher_sampling, settings.prompt_arguments
+        )
+    except Exception as error:  # diffusers raises errors of any kind
+        raise UserError(f"{source}: {name} cannot sample latents ({one_line(error)})") from error
+
+    def sample(
+        indices: Sequence[int], images: Images, space: LatentSpace, config: PrepareConfig
+    ) -> Iterator[tuple[Tensor, list[Any]]]:
+        for start in range(0, len(indices), settings.batch_size):
+            batch = indices[start : start + settings.batch_size]
+            latents = sampler.sample(batch, [images.captions(index)[0] for index in batch])
+            yield latents[:, None], [{"index": index} for index in batch]
+
+    return sample
 
 
 def as_input(images: Tensor) -> Tensor:
@@ -317,7 +406,7 @@ def check_share(unreadable: list[dict[str, Any]], count: int, settings: EncodeCo
 class _Attempts(Dataset[dict[str, Any]]):
     """Attempts at reading images: items with their index, or which image cannot be read, and why."""
 
-    def __init__(self, images: Images, indices: range) -> None:
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
         self.images, self.indices = images, indices
 
     def __len__(self) -> int:
@@ -326,6 +415,6 @@ class _Attempts(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         index = self.indices[position]
         try:
-            return {**self.images[index], "index": index}
+            return {"image": self.images.image(index), "index": index}
         except UnreadableImage as error:
             return {"index": index, "name": self.images.name(index), "reason": str(error)}

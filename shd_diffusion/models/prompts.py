@@ -113,7 +113,10 @@ class PromptEncoder:
         }
         facts: list[Any] = [type(pipeline).__name__, options, self.size, self.arguments]
         module = inspect.getmodule(type(pipeline))
-        cleaners = ("is_bs4_available", "is_ftfy_available")  # some pipelines clean prompts by what is installed
+        cleaners = (
+            "is_bs4_available",
+            "is_ftfy_available",
+        )  # some pipelines clean prompts by what is installed
         facts.append([hasattr(module, name) and getattr(module, name)() for name in cleaners])
         for name, part in sorted(pipeline.components.items()):
             if name.startswith("text_encoder") and part is not None:
@@ -155,12 +158,19 @@ def record_calls(pipeline: DiffusionPipeline, prompts: list[str], **arguments: A
     """
     name = denoiser_name(pipeline)
     running, calls = copy.copy(pipeline), list[dict[str, Any]]()
-    running.__dict__[name] = _Recorder(getattr(pipeline, name), calls)
+    running.__dict__[name] = _Recorder(getattr(pipeline, name), calls, _device(pipeline))
     running.__dict__["scheduler"] = _stopping(pipeline.scheduler)
     running.set_progress_bar_config(disable=True)
     with contextlib.suppress(_FirstStep):
         running(prompt=prompts, **arguments)
     return calls
+
+
+def _device(pipeline: DiffusionPipeline) -> torch.device:
+    """Where the text encoders are."""
+    parts: dict[str, Any] = pipeline.components
+    models = (part for name, part in parts.items() if name not in DENOISERS and isinstance(part, nn.Module))
+    return next((torch.device(str(part.device)) for part in models), torch.device("cpu"))
 
 
 class _FirstStep(Exception):
@@ -170,10 +180,9 @@ class _FirstStep(Exception):
 class _Recorder(nn.Module):
     """Stands in for a denoiser: notes what it is called with, has its config and methods, and predicts 0."""
 
-    device = torch.device("cpu")  # whatever the denoiser's, which may be meta: the text encoders' decides
-
-    def __init__(self, denoiser: nn.Module, calls: list[dict[str, Any]]) -> None:
+    def __init__(self, denoiser: nn.Module, calls: list[dict[str, Any]], device: torch.device) -> None:
         super().__init__()
+        self.device = device  # whatever the denoiser's, which may be meta
         self.__dict__["denoiser"], self.__dict__["calls"] = denoiser, calls
 
     def __getattr__(self, name: str) -> Any:
@@ -253,10 +262,16 @@ def _tokenizer_facts(tokenizer: Any) -> list[Any]:
 # --- pipelines without their denoiser -----------------------------------------------------------------------------
 
 
-def load_for_prompts(path: str) -> DiffusionPipeline:
+def load_for_prompts(
+    path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DiffusionPipeline:
     """A pipeline by its folder or hub name, whose denoiser has a config and no weights (meta device).
 
     Neither is the denoiser's file read or downloaded.
+
+    Args:
+        dtype: of the text encoders' weights, and so of what they give.
+        device: where the text encoders compute.
 
     Raises:
         UserError: there is none, or no text-to-image pipeline of diffusers.
@@ -271,8 +286,14 @@ def load_for_prompts(path: str) -> DiffusionPipeline:
         with init_empty_weights():
             denoiser = kind.from_config(config).eval()
         # the class itself, since `DiffusionPipeline` loads again what an optional argument gives
-        pipeline: Any = getattr(diffusers, index["_class_name"])
-        return pipeline.from_pretrained(path, use_safetensors=True, **{name: denoiser})
+        kind = getattr(diffusers, index["_class_name"])
+        pipeline: DiffusionPipeline = kind.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, **{name: denoiser}
+        )
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module) and part is not denoiser:
+                part.to(device)
+        return pipeline
     except Exception as error:  # of many kinds: files that are missing, torn or of another library
         where = "" if Path(path).exists() else ", neither here nor on the hub"
         raise UserError(

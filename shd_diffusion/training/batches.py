@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from math import ceil
@@ -71,26 +71,56 @@ def _epoch_order(seed: int, epoch: int, length: int) -> Tensor:
     return torch.randperm(length, generator=generator(seed, "order", epoch))
 
 
+@lru_cache(maxsize=2)
+def _epoch_batches(seed: int, epoch: int, batch_size: int, groups: tuple[range, ...]) -> list[list[int]]:
+    """An epoch over images of several sizes: whole batches of one size each, in any order.
+
+    What is left of a size waits for another epoch; of one with too few images for a batch they come several times.
+    """
+    batches = []
+    for number, group in enumerate(groups):
+        order = torch.randperm(len(group), generator=generator(seed, "order", epoch, number)) + group.start
+        copies = order.repeat(ceil(batch_size / len(order)))
+        batches += [
+            copies[start : start + batch_size].tolist()
+            for start in range(0, max(len(order), batch_size) - batch_size + 1, batch_size)
+        ]
+    shuffled = torch.randperm(len(batches), generator=generator(seed, "batches", epoch))
+    return [batches[place] for place in shuffled]
+
+
+def grouped_step_indices(seed: int, step: int, batch_size: int, groups: Sequence[range]) -> list[int]:
+    """As `step_indices` for images of several sizes: those of a step are of one size."""
+    length = sum(map(len, groups))
+    if len(groups) == 1:
+        return step_indices(seed, step, batch_size, length)
+    per_epoch = sum(max(1, len(group) // batch_size) for group in groups)
+    epoch, place = divmod(step, per_epoch)
+    return [index + epoch * length for index in _epoch_batches(seed, epoch, batch_size, tuple(groups))[place]]
+
+
 def step_indices(seed: int, step: int, batch_size: int, length: int) -> list[int]:
-    """Indices of the images that a step sees, over all processes; an epoch's end may fall inside a step."""
+    """Images that a step sees, over all processes, as `Source.batches` numbers them; an epoch's end may fall inside."""
     indices: list[int] = []
     while len(indices) < batch_size:
         epoch, position = divmod(step * batch_size + len(indices), length)
         rest = position + batch_size - len(indices)
-        indices += _epoch_order(seed, epoch, length)[position:rest].tolist()
+        indices += (_epoch_order(seed, epoch, length)[position:rest] + epoch * length).tolist()
     return indices
 
 
 class StepSampler(Sampler[list[int]]):
     """Indices for each pass of one process, from any step on."""
 
-    def __init__(self, seed: int, length: int, layout: BatchLayout, first_step: int, last_step: int) -> None:
-        self.seed, self.length, self.layout = seed, length, layout
+    def __init__(
+        self, seed: int, groups: Sequence[range], layout: BatchLayout, first_step: int, last_step: int
+    ) -> None:
+        self.seed, self.groups, self.layout = seed, groups, layout
         self.steps = range(first_step, last_step)
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            indices = step_indices(self.seed, step, self.layout.batch_size, self.length)
+            indices = grouped_step_indices(self.seed, step, self.layout.batch_size, self.groups)
             for places in self.layout.passes:
                 yield [indices[place] for place in places]
 
@@ -112,6 +142,7 @@ class StepNoise:
         noise: (B, C, H, W).
         latent_noise: what latents are sampled with, (B, C, H, W); None where none is needed.
         token_order: the order in which masking keeps tokens, (B, N); None without masking.
+        guidance: the guidance scales that the models are told, (B,); None where they are told none.
     """
 
     shares: Tensor
@@ -120,17 +151,22 @@ class StepNoise:
     noise: Tensor
     latent_noise: Tensor | None = None
     token_order: Tensor | None = None
+    guidance: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """What `draw_noise` draws: for samples of a shape, of which a share has its condition dropped."""
+    """What `draw_noise` draws: for samples of a shape, of which a share has its condition dropped.
+
+    A guidance scale is drawn evenly from a range.
+    """
 
     shape: tuple[int, ...]
     condition_dropout: float = 0.0
     timestep_sampling: str = "uniform"
     latent_noise: bool = False
     tokens: int = 0
+    guidance_range: tuple[float, float] | None = None
 
 
 def draw_noise(seed: int, step: int, places: range, settings: NoiseSettings) -> StepNoise:
@@ -157,6 +193,11 @@ def draw_noise(seed: int, step: int, places: range, settings: NoiseSettings) -> 
         latent_noise=normal() if settings.latent_noise else None,
         token_order=torch.stack([torch.randperm(settings.tokens, generator=source) for source in sources])
         if settings.tokens
+        else None,
+        guidance=torch.stack(
+            [torch.empty(()).uniform_(*settings.guidance_range, generator=source) for source in sources]
+        )
+        if settings.guidance_range
         else None,
     )
 
@@ -189,6 +230,9 @@ def make_batch(
     latent_noise = None if noise.latent_noise is None else moved(noise.latent_noise)
     clean = source.clean(items, moved(noise.flipped), latent_noise)
     drawn, timesteps = moved(noise.noise), process.timesteps(moved(noise.shares))
+    condition = drop_condition(source.condition(items), null, moved(noise.dropped))
+    if noise.guidance is not None:  # what the data have is for a scale of 1
+        condition["guidance"] = condition["guidance"] * moved(noise.guidance)
     mask = {}
     if kept_tokens is not None and noise.token_order is not None:
         mask = {"ids_keep": moved(noise.token_order[:, :kept_tokens])}
@@ -197,7 +241,7 @@ def make_batch(
         noise=drawn,
         noised=process.noised(clean, drawn, timesteps),
         timesteps=timesteps,
-        condition=drop_condition(source.condition(items), null, moved(noise.dropped)),
+        condition=condition,
         mask=mask,
     )
 
@@ -225,7 +269,7 @@ class BatchLoader:
     ) -> None:
         self.source, self.process, self.null, self.seed = source, process, null, seed
         self.layout, self.settings, self.device, self.mask_ratio = layout, settings, device, mask_ratio
-        self.items = source.batches(StepSampler(seed, len(source), layout, *steps))
+        self.items = source.batches(StepSampler(seed, source.groups, layout, *steps))
 
     def step(self, step: int) -> Iterator[tuple[Batch, float]]:
         """The batch of each pass of a step, and what its mean counts."""
@@ -233,8 +277,8 @@ class BatchLoader:
         if self.mask_ratio:
             kept = num_kept_tokens(self.settings.tokens, self.mask_ratio, generator(self.seed, "mask", step))
         for places in self.layout.passes:
-            noise = draw_noise(self.seed, step, places, self.settings)
-            batch = make_batch(
-                self.source, self.process, next(self.items), noise, self.null, self.device, kept
-            )
+            items = next(self.items)
+            settings = replace(self.settings, shape=self.source.shape_of(items))
+            noise = draw_noise(self.seed, step, places, settings)
+            batch = make_batch(self.source, self.process, items, noise, self.null, self.device, kept)
             yield batch, self.layout.share(len(places))

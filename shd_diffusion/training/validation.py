@@ -42,14 +42,16 @@ def make_validation(
         return None
     name = extractor_name(evaluate.extractor, config.data.name)
     only = image_size_of(name)
-    reference = evaluate.reference or reference_images(config.data)  # a file of statistics needs no images
+    reference = evaluate.reference or reference_images(
+        config.trained_on
+    )  # a file of statistics needs no images
     height, width = data.image_size
     if only is not None and (height, width) != (only, only):
         raise UserError(
             f"key `train.validation`: `{name}` takes {only}×{only} images only, not {width}×{height}; "
             "set `evaluate.extractor` to another, or `train.validation.every` to 0"
         )
-    extractor = load_extractor(name, evaluate.extractor_weights).to(device)
+    extractor = load_extractor(name, evaluate.extractor_weights, evaluate.clip_model).to(device)
     statistics = open_reference(
         reference, extractor, evaluate.batch_size, evaluate.resize, min(height, width)
     ).statistics["features"]
