@@ -234,16 +234,16 @@ def _takes_masks(block: Any) -> bool:
     return isinstance(block.attn1.processor, MaskedCogView4AttnProcessor)
 
 
-def _mask_if_taken(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
+def _mask_if_needed(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
     """Raises ValueError: prompts are of different lengths, and the model would not see their mask."""
     mask = arguments.get("attention_mask")
-    if mask is None or all(map(_takes_masks, model.transformer_blocks)):
-        return arguments
-    if not (mask.is_meta or mask.all()):
+    if mask is None or mask.is_meta or mask.all():  # the fast kernels take none
+        return {name: value for name, value in arguments.items() if name != "attention_mask"}
+    if not all(map(_takes_masks, model.transformer_blocks)):
         raise ValueError(
             f"prompts of different lengths in one batch: call `prepare` on the {type(model).__name__} first"
         )
-    return {name: value for name, value in arguments.items() if name != "attention_mask"}
+    return arguments
 
 
 # --- the table ------------------------------------------------------------------------------------------------
@@ -286,7 +286,7 @@ FAMILIES: dict[str, Family] = {
     "Lumina2Transformer2DModel": Family(timesteps=_backwards, prediction=_negated),
     "AuraFlowTransformer2DModel": Family(timesteps=_thousandths),
     "CogView4Transformer2DModel": Family(
-        arguments=_mask_if_taken,
+        arguments=_mask_if_needed,
         condition=_with_mask("encoder_hidden_states", "attention_mask"),
         prepare=_take_masks,
     ),
