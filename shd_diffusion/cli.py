@@ -186,18 +186,28 @@ def sample(
     npz: Annotated[
         bool, typer.Option("--npz", help="Also write `samples.npz`, for the ADM suite's evaluator.")
     ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", metavar="FILE", help="Text-to-image: one image of each prompt, a line each."
+        ),
+    ] = None,
 ) -> None:
     """Sample images from finished runs into their `samples/`."""
     from shd_diffusion.config import override_config
     from shd_diffusion.run_folder import RunFolder
+    from shd_diffusion.sampling.prompts import read_prompts
     from shd_diffusion.sampling.sample_run import sample_run
 
     if output is not None and len(runs) > 1:
         raise UserError(
             f"--output {output}: takes the images of one run, not of {len(runs)}; sample them one by one"
         )
+    of_prompts = []
+    if prompts is not None:  # what is set by hand comes after, and so counts
+        of_prompts = [f"sample.prompts={prompts}", f"sample.num_images={len(read_prompts(prompts))}"]
     for run in map(RunFolder, runs):
-        config = override_config(run.read_config(), set_ or [], str(run.config_file))
+        config = override_config(run.read_config(), [*of_prompts, *(set_ or [])], str(run.config_file))
         sample_run(run, config, output or run.samples, npz)
 
 
