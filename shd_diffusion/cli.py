@@ -203,11 +203,12 @@ def sample(
         raise UserError(
             f"--output {output}: takes the images of one run, not of {len(runs)}; sample them one by one"
         )
-    of_prompts = []
-    if prompts is not None:  # what is set by hand comes after, and so counts
-        of_prompts = [f"sample.prompts={prompts}", f"sample.num_images={len(read_prompts(prompts))}"]
     for run in map(RunFolder, runs):
-        config = override_config(run.read_config(), [*of_prompts, *(set_ or [])], str(run.config_file))
+        config = override_config(run.read_config(), set_ or [], str(run.config_file))
+        if prompts is not None:
+            config.sample.prompts = str(prompts)
+            if not any(key.startswith("sample.num_images=") for key in set_ or []):
+                config.sample.num_images = len(read_prompts(prompts)) * config.sample.images_per_prompt
         sample_run(run, config, output or run.samples, npz)
 
 
