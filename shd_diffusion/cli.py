@@ -206,9 +206,10 @@ def sample(
     for run in map(RunFolder, runs):
         config = override_config(run.read_config(), set_ or [], str(run.config_file))
         if prompts is not None:
-            config.sample.prompts = str(prompts)
+            told: dict[str, Any] = {"prompts": str(prompts)}
             if not any(key.startswith("sample.num_images=") for key in set_ or []):
-                config.sample.num_images = len(read_prompts(prompts)) * config.sample.images_per_prompt
+                told["num_images"] = len(read_prompts(prompts)) * config.sample.images_per_prompt
+            config = config.model_copy(update={"sample": config.sample.model_copy(update=told)})
         sample_run(run, config, output or run.samples, npz)
 
 

@@ -116,7 +116,7 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
 
     latents: Latents = encode_images
     if isinstance(images, Prompts):
-        latents = teacher_latents(config, images, space, source)
+        latents = teacher_latents(config, images, space, manifest["shape"], source)
     mine = shards[state.process_index :: state.num_processes]
     encode_shards(mine, images, space, encoder, latents, config)
     state.wait_for_everyone()
@@ -351,7 +351,9 @@ def encode_images(
         yield torch.stack([space.encode(pixels), space.encode(pixels.flip(-1))], dim=1), batch
 
 
-def teacher_latents(config: PrepareConfig, images: Images, space: LatentSpace, source: str) -> Latents:
+def teacher_latents(
+    config: PrepareConfig, images: Images, space: LatentSpace, shape: list[int], source: str
+) -> Latents:
     """What lets the teacher sample the latents of prompts, (b, 1, C, h, w); see `Latents`.
 
     Raises:
@@ -362,7 +364,7 @@ def teacher_latents(config: PrepareConfig, images: Images, space: LatentSpace, s
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype).to(processes().device)
         sampler = LatentSampler(
-            pipeline, space, images.shape[1:], settings.teacher_sampling, settings.prompt_arguments
+            pipeline, space, images.shape[1:], shape, settings.teacher_sampling, settings.prompt_arguments
         )
     except Exception as error:  # diffusers raises errors of any kind
         raise UserError(f"{source}: {name} cannot sample latents ({one_line(error)})") from error
