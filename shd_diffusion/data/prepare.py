@@ -28,7 +28,7 @@ from shd_diffusion.data.latent_space import LatentSpace, load_vae
 from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
 from shd_diffusion.data.prompts import Prompts
 from shd_diffusion.data.sampled_latents import LatentSampler, TeacherSamplingConfig
-from shd_diffusion.data.shards import Shard, plan_shards
+from shd_diffusion.data.cache_shards import Shard, plan_shards
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import holds_files, save_tensors, sha256, write_json, write_text
 from shd_diffusion.hashing import hash_model
