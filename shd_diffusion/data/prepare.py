@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from shd_diffusion.data.cache_shards import Shard, plan_shards
 from shd_diffusion.data.conditions import CaptionEncoder, LabelEncoder
 from shd_diffusion.data.datasets import DataConfig, open_dataset
 from shd_diffusion.data.decoding import UnreadableImage
@@ -28,7 +29,6 @@ from shd_diffusion.data.latent_space import LatentSpace, load_vae
 from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
 from shd_diffusion.data.prompts import Prompts
 from shd_diffusion.data.sampled_latents import LatentSampler, TeacherSamplingConfig
-from shd_diffusion.data.cache_shards import Shard, plan_shards
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import holds_files, save_tensors, sha256, write_json, write_text
 from shd_diffusion.hashing import hash_model
