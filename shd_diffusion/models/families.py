@@ -187,10 +187,25 @@ def _with_mask(text: str, mask: str) -> Callable[[dict[str, Tensor]], dict[str, 
     return condition
 
 
+def _numbers(mask: Tensor) -> Tensor:
+    """A mask that has numbers: without any, on the meta device, as if all tokens counted."""
+    return torch.ones(mask.shape, dtype=torch.bool, device="cpu") if mask.is_meta else mask
+
+
+def _count_without_numbers(model: Any) -> None:
+    """Lumina2 counts the tokens of each prompt, which a trace on the meta device cannot."""
+
+    def counted(module: nn.Module, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        hidden_states, mask = given
+        return hidden_states, _numbers(mask)
+
+    model.rope_embedder.register_forward_pre_hook(counted)
+
+
 def _listed(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
     """Text as a list of (tokens, channels), a prompt each."""
     text, mask = arguments["cap_feats"], arguments.pop("cap_feats_mask")
-    lengths = mask.sum(1).tolist()
+    lengths = _numbers(mask).sum(1).tolist()
     return arguments | {"cap_feats": [tokens[:length] for tokens, length in zip(text, lengths, strict=True)]}
 
 
@@ -290,7 +305,9 @@ FAMILIES: dict[str, Family] = {
         derived=("img_shapes",),
         condition=_with_mask("encoder_hidden_states", "encoder_hidden_states_mask"),
     ),
-    "Lumina2Transformer2DModel": Family(timesteps=_backwards, prediction=_negated),
+    "Lumina2Transformer2DModel": Family(
+        timesteps=_backwards, prediction=_negated, take_masks=_count_without_numbers
+    ),
     "AuraFlowTransformer2DModel": Family(timesteps=_thousandths),
     "CogView4Transformer2DModel": Family(
         arguments=_mask_if_taken,
