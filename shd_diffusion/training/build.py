@@ -96,6 +96,14 @@ def build(
             teacher = load_teacher(config.teacher)
     if teacher is not None:
         take_masks(teacher.model)
+    with check("teacher.path" if teacher is not None else "pipeline"):
+        pipeline = None if teacher is None else teacher.pipeline
+        if isinstance(config, TrainTeacherConfig) and config.pipeline is not None:
+            pipeline = _open_pipeline(config.pipeline)
+        if pipeline is not None:
+            _check_latent_space(pipeline, data)
+    with check("data.caption_column"):
+        _check_prompts(pipeline, data)
     with check("data.path"):
         example = data.example()
     with check(key):
@@ -111,16 +119,6 @@ def build(
         if teacher is not None and isinstance(config, DistillConfig):
             _check_pair(teacher, model, config.teacher.path)
             teacher_trace = _trace(teacher.model, data, example)
-            pipeline = teacher.pipeline
-        else:
-            pipeline = None
-    with check("teacher.path" if teacher is not None else "pipeline"):
-        if isinstance(config, TrainTeacherConfig) and config.pipeline is not None:
-            pipeline = _open_pipeline(config.pipeline)
-        if pipeline is not None:
-            _check_latent_space(pipeline, data)
-    with check("data.caption_column"):
-        _check_prompts(pipeline, data)
     with check("train.guidance_range"):
         _check_guidance(config.train.guidance_range, example)
     with check(""):
