@@ -67,12 +67,11 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 @app.command()
 @stage
 def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
-    """Encode images through a VAE into a cache of latents."""
-    from shd_diffusion.config import read_config
-    from shd_diffusion.data.prepare import PrepareConfig
+    """Encode images, and their captions, into a cache that models are trained on."""
+    from shd_diffusion.config import read_prepare_config
     from shd_diffusion.data.prepare import prepare as run_stage
 
-    parsed = read_config(config, PrepareConfig, set_ or [])
+    parsed = read_prepare_config(config, set_ or [])
     run_stage(parsed, _output(parsed, output, config), str(config))
 
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from shd_diffusion.data.datasets import DataConfig
+from shd_diffusion.data.prepare import EncodeConfig, PrepareConfig
 from shd_diffusion.errors import UserError, did_you_mean, one_line
 from shd_diffusion.losses import LossesConfig, TeacherLossesConfig
 from shd_diffusion.models.factory import ModelConfig, StudentConfig, TeacherConfig
@@ -35,7 +36,8 @@ class TrainConfig(Section):
 
     `micro_batch_size` is how many of them go through the models at once, in one process; None for all of its share.
     Timesteps are drawn `uniform`, or `logit_normal` (Esser et al. 2024, section 3.1). With a `mask_ratio` every batch
-    is seen twice, once with at least that share of its tokens dropped (MDTv2).
+    is seen twice, once with at least that share of its tokens dropped (MDTv2). `guidance_range`: a model that is told
+    the guidance scale (Flux-dev) is told one of this range, drawn by sample.
     """
 
     max_steps: int = Field(..., ge=1)
@@ -48,6 +50,7 @@ class TrainConfig(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     condition_dropout: float = Field(0.1, ge=0, lt=1)
+    guidance_range: list[FiniteFloat] | None = Field(None, min_length=2, max_length=2)
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     mask_ratio: float = Field(0.0, ge=0, lt=0.8)
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -70,19 +73,28 @@ class SampleConfig(Section):
 
     `pass_size` images go through the model at once: a library's rounding depends on it, so it is part of the
     protocol. `batch_size`, how many images a process takes on at a time, in whole passes, changes no image.
+    Text-to-image: the prompts of a file, or the captions of the data, have `images_per_prompt` images each, round and
+    round; `pipeline_arguments` are given to the pipeline's call as they are. Without a `guidance_scale` it is the
+    call's default there, and 1 by class. Without a `scheduler` it is the pipeline's own; a pipeline that a run makes
+    gets DDIM, or Euler for a flow. `dtype` is that of the weights.
     """
 
     num_images: int = Field(1000, ge=1)
     labels: Literal["balanced", "random"] = "balanced"
+    prompts: str | None = None
+    images_per_prompt: int = Field(1, ge=1)
+    negative_prompt: str | None = None
+    pipeline_arguments: dict[str, Any] = Field(default_factory=dict)
     num_inference_steps: int = Field(25, ge=1)
-    scheduler: str = "DDIMScheduler"
+    scheduler: str | None = None
     scheduler_arguments: dict[str, Any] = Field(default_factory=dict)
-    guidance_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
+    guidance_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
     guidance_power: float | None = Field(None, gt=0)
     guidance_interval: list[int] | None = Field(None, min_length=2, max_length=2)
     guidance_channels: int | None = Field(None, ge=1)
     pass_size: int = Field(32, ge=1)
     batch_size: int = Field(100, ge=1)
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = Field(0, ge=0, lt=2**63)
 
 
@@ -112,22 +124,47 @@ class EvaluationConfig(Section):
 
 
 class RunConfig(Section):
-    """What the training of a teacher and a distillation share."""
+    """What the training of a teacher and a distillation share. With a section `prepare` they train on its cache."""
 
     seed: int = Field(0, ge=0, lt=2**63)
     output: str | None = None
     data: DataConfig = DataConfig()
+    prepare: EncodeConfig | None = None
     diffusion: DiffusionConfig = DiffusionConfig()
     train: TrainConfig
     sample: SampleConfig = SampleConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
 
+    @model_validator(mode="after")
+    def _cache_has_a_place(self) -> RunConfig:
+        if self.prepare is not None and self.prepare.output is None:
+            raise ValueError("`prepare` needs the key `output` here: the folder of the cache; add it")
+        return self
+
+    @property
+    def within(self) -> str | None:
+        """The pipeline that the model is to stand in; None where the run makes one."""
+        return None
+
+    @property
+    def trained_on(self) -> DataConfig:
+        """What the models see: the data, or the cache that `prepare` has made of them."""
+        if self.prepare is None:
+            return self.data
+        kept = self.data.model_dump(include={"horizontal_flip", "verify", "num_workers"})
+        return DataConfig(name="latents", path=self.prepare.output, **kept)
+
 
 class TrainTeacherConfig(RunConfig):
-    """`train-teacher`: a model on the denoising loss alone."""
+    """`train-teacher`: a model on the denoising loss alone; in a text-to-image `pipeline`, if one is given."""
 
+    pipeline: str | None = None
     model: ModelConfig
     losses: TeacherLossesConfig = TeacherLossesConfig()
+
+    @property
+    def within(self) -> str | None:
+        return self.pipeline
 
 
 class DistillConfig(RunConfig):
@@ -136,6 +173,10 @@ class DistillConfig(RunConfig):
     teacher: TeacherConfig
     student: StudentConfig
     losses: LossesConfig = LossesConfig()
+
+    @property
+    def within(self) -> str | None:
+        return self.teacher.path
 
 
 # --- reading -------------------------------------------------------------------------------------------------
@@ -200,6 +241,22 @@ def read_run_config(path: Path) -> TrainTeacherConfig | DistillConfig:
         DistillConfig if "student" in tree else TrainTeacherConfig
     )
     return parse_config(tree, kind, source=str(path))
+
+
+def read_prepare_config(path: Path, overrides: Iterable[str] = ()) -> PrepareConfig:
+    """The config of `prepare`: a file of its own, or a section of a training's; errors as for `read_config`."""
+    tree = _read_tree(path)
+    if "student" not in tree and "model" not in tree:
+        return read_config(path, PrepareConfig, overrides)
+    kind: Any = DistillConfig if "student" in tree else TrainTeacherConfig
+    config: RunConfig = read_config(path, kind, overrides)
+    if config.prepare is None:
+        raise UserError(
+            f"{path}: section `prepare` is missing; add it, with `output`, the folder of the cache"
+        )
+    return PrepareConfig(
+        output=config.prepare.output, data=config.data, prepare=config.prepare, pipeline=config.within
+    )
 
 
 def override_config(config: AnyConfig, overrides: Iterable[str], source: str) -> AnyConfig:

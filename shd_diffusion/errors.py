@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -25,6 +27,11 @@ class DivergedError(UserError):
 def one_line(error: object) -> str:
     """What an error of another library says, in one line; its type where it says nothing."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def printable(path: str | Path) -> str:
+    """A path in one line of UTF-8, which file names need not be."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ FREE = (
     "output",
     "data.num_workers",
     "data.verify",
+    "prepare",
     "sample",
     "evaluate",
     "teacher.device",

@@ -45,7 +45,7 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, plan: Measur
     for count in heads:
         if not 1 <= count <= most:
             raise UserError(f"--heads {count}: {run.path} has {most} heads; give numbers from 1 to {most}")
-    source = build_source(config.data)
+    source = build_source(config.trained_on)
     try:
         process = ForwardProcess.from_scheduler(scheduler_for(config.diffusion, teacher, False))
         found = measure(model, source, process, heads, plan)

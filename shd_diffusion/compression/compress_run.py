@@ -67,7 +67,7 @@ def compress_run(
     if holds_files(output):
         raise UserError(f"--output {output}: holds files already; give another")
     teacher = load_teacher(TeacherConfig(path=str(run.path)))
-    model, source = teacher.model.to(processes().device), build_source(config.data)
+    model, source = teacher.model.to(processes().device), build_source(config.trained_on)
     source.condition_names = conditions_of(model, source)
     scheduler = scheduler_for(config.diffusion, teacher, False)
     process = ForwardProcess.from_scheduler(scheduler)

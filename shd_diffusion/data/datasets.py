@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
@@ -23,14 +24,20 @@ from shd_diffusion.section import Section
 
 
 class DataConfig(Section):
-    """What the models are trained on; `DATASETS` says which keys a data set needs, and which it takes."""
+    """What the models are trained on; `DATASETS` says which keys a data set needs, and which it takes.
+
+    `caption_column` switches captions on, and tells where they are: of `huggingface` a column of strings or lists of
+    strings; of `image_folder` a key of `metadata.jsonl`, or `txt` for a .txt beside each image, one caption a line.
+    With captions sub-folders are no classes, and a `label_column` is read where it is given.
+    """
 
     name: str = "digits"
     path: str | None = None
     image_size: int | None = Field(None, ge=1)
     split: str | None = None
     image_column: str = "image"
-    label_column: str = "label"
+    label_column: str | None = "label"
+    caption_column: str | None = None
     horizontal_flip: bool = False
     verify: bool = True
     num_workers: int = Field(0, ge=0)
@@ -41,6 +48,15 @@ class DataConfig(Section):
         if name not in DATASETS:
             raise ValueError(f"no data set `{name}`; {did_you_mean(name, DATASETS)}")
         return name
+
+    @model_validator(mode="before")
+    @classmethod
+    def _captions_stand_for_labels(cls, keys: Any) -> Any:
+        if isinstance(keys, dict) and keys.get("caption_column") is not None:
+            data_set = DATASETS.get(keys.get("name", ""))
+            if data_set and "label_column" in data_set.takes:
+                return {"label_column": None, **keys}
+        return keys
 
     @model_validator(mode="after")
     def _keys_belong_to_the_data_set(self) -> DataConfig:
@@ -76,9 +92,9 @@ DATASETS: dict[str, DataSet] = {
         takes=("split", "horizontal_flip"),
     ),
     "image_folder": DataSet(
-        lambda config: ImageFolder(Path(config.path or ""), config.image_size or 0),
+        lambda config: ImageFolder(Path(config.path or ""), config.image_size or 0, config.caption_column),
         needs=("path", "image_size"),
-        takes=("horizontal_flip",),
+        takes=("caption_column", "horizontal_flip"),
     ),
     "huggingface": DataSet(
         lambda config: HubImages(
@@ -87,9 +103,10 @@ DATASETS: dict[str, DataSet] = {
             config.image_size or 0,
             config.image_column,
             config.label_column,
+            config.caption_column,
         ),
         needs=("path", "image_size"),
-        takes=("split", "image_column", "label_column", "horizontal_flip"),
+        takes=("split", "image_column", "label_column", "caption_column", "horizontal_flip"),
     ),
     "latents": DataSet(
         lambda config: open_dataset(_made_from(config)), needs=("path",), takes=("horizontal_flip", "verify")

@@ -1,4 +1,4 @@
-"""A folder of image files, a sub-folder a class; or a flat one, without classes."""
+"""A folder of image files: with captions; or a sub-folder a class; or a flat one, without classes."""
 
 from __future__ import annotations
 
@@ -10,47 +10,56 @@ import torch
 from torch import Tensor
 
 from shd_diffusion.data.decoding import decode
+from shd_diffusion.data.folder_captions import BESIDE, METADATA, captions_beside, captions_from_metadata
 from shd_diffusion.data.image_sets import Images
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, printable
+from shd_diffusion.files import json_sha256
 
 
 class ImageFolder(Images):
     """Image files below `folder/<class>/`, classes numbered in the order of their names, as in torchvision.
 
-    A folder without sub-folders has no classes: its images are unconditional. Files are read when they are asked
-    for: to look through 1.2 million of them at the start would take hours.
+    A folder without sub-folders has no classes: its images are unconditional. With captions sub-folders are no
+    classes either. Images are read when they are asked for: to look through 1.2 million of them at the start would
+    take hours.
 
     Args:
         folder: holds a sub-folder a class, or the images.
         size: images become (3, size, size); see `decode`.
+        caption_column: the key of the captions in `metadata.jsonl`; `txt` for a .txt beside each image; None without.
 
     Raises:
-        UserError: no such folder, no images, a class without any, or a link that leads round in a circle.
+        UserError: no such folder, no images, a class without any, a link that leads round in a circle, or an image
+            without a caption.
     """
 
-    def __init__(self, folder: Path, size: int) -> None:
-        self.folder, self.shape = folder, (3, size, size)
+    def __init__(self, folder: Path, size: int, caption_column: str | None = None) -> None:
+        self.folder, self.shape, self.caption_column = folder, (3, size, size), caption_column
         try:
-            self.paths = _image_files(folder)
+            self.paths, metadata = _image_files(folder)
             classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
         except OSError as error:
             raise UserError(
-                f"data.path: {_printable(folder)}: not a readable folder ({error.strerror}); "
+                f"data.path: {printable(folder)}: not a readable folder ({error.strerror}); "
                 "give one of images, or with a sub-folder of them a class"
             ) from None
-        if classes:
+        if classes and caption_column is None:
             numbers = {name: number for number, name in enumerate(classes)}
             groups = [os.path.relpath(path, folder).partition(os.sep) for path in self.paths]
             self.paths = [path for path, (_, inside, _) in zip(self.paths, groups, strict=True) if inside]
             self.labels = torch.tensor([numbers[name] for name, inside, _ in groups if inside])
-            self.num_classes, self.class_names = len(classes), list(map(_printable, classes))
+            self.num_classes, self.class_names = len(classes), list(map(printable, classes))
             if empty := set(range(len(classes))) - set(self.labels.tolist()):
                 names = ", ".join(self.class_names[number] for number in sorted(empty))
                 raise UserError(
-                    f"data.path: {_printable(folder)}: no images of {names}; add some, or remove it"
+                    f"data.path: {printable(folder)}: no images of {names}; add some, or remove it"
                 )
         elif not self.paths:
-            raise UserError(f"data.path: {_printable(folder)}: no images in it; give another folder")
+            raise UserError(f"data.path: {printable(folder)}: no images in it; give another folder")
+        if caption_column == BESIDE:
+            self.texts = captions_beside(self.paths)
+        elif caption_column is not None:
+            self.texts = captions_from_metadata(folder, self.paths, metadata, caption_column)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -58,11 +67,14 @@ class ImageFolder(Images):
     def image(self, index: int) -> Tensor:
         return decode(Path(self.paths[index]), self.name(index), self.shape[1])
 
+    def captions(self, index: int) -> list[str]:
+        return [] if self.caption_column is None else self.texts[index]
+
     def name(self, index: int) -> str:
-        return _printable(self.paths[index])
+        return printable(self.paths[index])
 
     def fingerprint(self) -> str:
-        """Names, sizes in bytes and times of modification of all files."""
+        """Names, sizes in bytes and times of modification of all images, and their captions."""
         digest = hashlib.sha256()
         for path in self.paths:
             digest.update(os.fsencode(os.path.relpath(path, self.folder)))
@@ -71,11 +83,13 @@ class ImageFolder(Images):
                 digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
             except OSError:  # a link that leads nowhere is an image that cannot be read
                 digest.update(b"\0unreadable\0")
+        if self.caption_column is not None:
+            digest.update(json_sha256(self.texts).encode())
         return digest.hexdigest()
 
 
-def _image_files(folder: Path) -> list[str]:
-    """All image files below a folder in torchvision's order, links followed.
+def _image_files(folder: Path) -> tuple[list[str], list[str]]:
+    """All image files below a folder in torchvision's order, links followed; and all files `metadata.jsonl`.
 
     Raises:
         OSError: a folder cannot be read.
@@ -86,20 +100,14 @@ def _image_files(folder: Path) -> list[str]:
     def refuse(error: OSError) -> None:
         raise error
 
-    files = []
+    files, metadata = [], []
     above = {os.fspath(folder): [os.path.realpath(folder)]}  # real paths down to each folder
     for root, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
         for path in (f"{root}{os.sep}{name}" for name in folders):
             real = os.path.realpath(path)
             if real in above[root]:
-                raise UserError(
-                    f"data.path: {_printable(path)}: links to a folder that it lies in; remove it"
-                )
+                raise UserError(f"data.path: {printable(path)}: links to a folder that it lies in; remove it")
             above[path] = [*above[root], real]
         files += [f"{root}{os.sep}{name}" for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-    return sorted(files, key=os.path.split)
-
-
-def _printable(path: str | Path) -> str:
-    """A path in one line of UTF-8, which file names need not be."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
+        metadata += [f"{root}{os.sep}{METADATA}"] if METADATA in names else []
+    return sorted(files, key=os.path.split), metadata

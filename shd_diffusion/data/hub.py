@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from shd_diffusion.data.captions import captions_of
 from shd_diffusion.data.decoding import UnreadableImage, decode
 from shd_diffusion.data.image_sets import Images
-from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.errors import UserError, did_you_mean, one_line
 
 
 class HubImages(Images):
@@ -22,53 +24,36 @@ class HubImages(Images):
         split: e.g. `train`.
         size: images become (3, size, size); see `decode`.
         image_column: holds the images.
-        label_column: holds the labels, integers from 0 on.
+        label_column: holds the labels, integers from 0 on; None for no labels.
+        caption_column: holds the captions, strings or lists of strings; None for no captions.
 
     Raises:
-        UserError: the library is not installed, the data set cannot be loaded, or has no such columns.
+        UserError: the library is not installed, the data set cannot be loaded, has no such columns, or an image has
+            no label or caption.
     """
 
-    labels: Tensor
-
-    def __init__(self, path: str, split: str, size: int, image_column: str, label_column: str) -> None:
-        try:
-            import datasets
-        except ModuleNotFoundError:
-            raise UserError(
-                "data.name: `huggingface` needs the library `datasets`; pip install 'shd-diffusion[datasets]'"
-            ) from None
-        try:
-            table: Any = datasets.load_dataset(path, split=split)
-        except Exception as error:  # the builders of data sets raise errors of any kind
-            raise UserError(
-                f"data.path: {path}: split `{split}` cannot be loaded as a data set ({one_line(error)}); "
-                "give the name of one on the hub or a local folder of images, Parquet or Arrow files"
-            ) from None
-        for key, column in (("image_column", image_column), ("label_column", label_column)):
-            if column not in table.features:
-                known = ", ".join(table.features)
-                raise UserError(f"data.{key}: {path} has no column `{column}`; known there: {known}")
-        if not isinstance(table.features[image_column], datasets.Image):
-            raise UserError(
-                f"data.image_column: column `{image_column}` of {path} holds no images; give another"
-            )
-        labels = table[label_column][:]
-        if not labels:
-            raise UserError(f"data.split: split `{split}` of {path} is empty; give another")
-        if not all(isinstance(label, int) and label >= 0 for label in labels):
-            raise UserError(
-                f"data.label_column: column `{label_column}` of {path} holds more than integers from 0 on; "
-                "give another, or convert it with class_encode_column"
-            )
-        self.path, self.shape = path, (3, size, size)
-        self.labels = torch.tensor(labels, dtype=torch.int64)
-        classes = table.features[label_column]
-        self.num_classes = getattr(classes, "num_classes", None) or max(labels) + 1
-        self.class_names = getattr(classes, "names", None)
-        self.images = table.select_columns(image_column).cast_column(
-            image_column, datasets.Image(decode=False)
-        )
-        self.image_column, self.split = image_column, split
+    def __init__(
+        self,
+        path: str,
+        split: str,
+        size: int,
+        image_column: str = "image",
+        label_column: str | None = "label",
+        caption_column: str | None = None,
+    ) -> None:
+        table = load_table(path, split)
+        self.path, self.split, self.shape = path, split, (3, size, size)
+        self.image_column, self.caption_column = image_column, caption_column
+        self.images = _images(table, image_column, path)
+        if label_column is not None:
+            check_column(table, "label_column", label_column, path)
+            labels = _labels(table, label_column, path)
+            self.labels = torch.tensor(labels, dtype=torch.int64)
+            classes = table.features[label_column]
+            self.num_classes = getattr(classes, "num_classes", None) or max(labels) + 1
+            self.class_names = getattr(classes, "names", None)
+        if caption_column is not None:
+            self.texts = caption_table(table, caption_column, path, self.name)
 
     def __len__(self) -> int:
         return len(self.images)
@@ -80,9 +65,95 @@ class HubImages(Images):
             raise UnreadableImage(f"{self.name(index)}: is empty")
         return decode(file, self.name(index), self.shape[1])
 
+    def captions(self, index: int) -> list[str]:
+        if self.caption_column is None:
+            return []
+        return captions_of(self.texts[index][self.caption_column], self.name(index))
+
     def name(self, index: int) -> str:
         return f"{self.path}: image {index} of split {self.split}"
 
     def fingerprint(self) -> str:
-        labels = self.labels.numpy().tobytes()
-        return hashlib.sha256(self.images._fingerprint.encode() + labels).hexdigest()
+        digest = hashlib.sha256(self.images._fingerprint.encode())
+        if self.labels is not None:
+            digest.update(self.labels.numpy().tobytes())
+        if self.caption_column is not None:
+            digest.update(self.texts._fingerprint.encode())
+        return digest.hexdigest()
+
+
+def load_table(path: str, split: str) -> Any:
+    """A split of a data set, a `datasets.Dataset` of one item or more.
+
+    Raises:
+        UserError: the library is not installed, the data set cannot be loaded, or the split is empty.
+    """
+    try:
+        import datasets
+    except ModuleNotFoundError:
+        raise UserError(
+            "data.name: `huggingface` needs the library `datasets`; pip install 'shd-diffusion[datasets]'"
+        ) from None
+    try:
+        table: Any = datasets.load_dataset(path, split=split)
+    except Exception as error:  # the builders of data sets raise errors of any kind
+        raise UserError(
+            f"data.path: {path}: split `{split}` cannot be loaded as a data set ({one_line(error)}); "
+            "give the name of one on the hub or a local folder of images, Parquet or Arrow files"
+        ) from None
+    if not len(table):
+        raise UserError(f"data.split: split `{split}` of {path} is empty; give another")
+    return table
+
+
+def check_column(table: Any, key: str, column: str, path: str) -> None:
+    """See that a table has a column.
+
+    Raises:
+        UserError: it has not.
+    """
+    if column not in table.features:
+        known = did_you_mean(column, table.features)
+        raise UserError(f"data.{key}: {path} has no column `{column}`; {known}")
+
+
+def caption_table(table: Any, column: str, path: str, name: Callable[[int], str]) -> Any:
+    """The captions alone, each of which has been looked at.
+
+    Args:
+        table: a `datasets.Dataset`.
+        column: holds strings or lists of strings.
+        path: of the data set, for messages.
+        name: what to call an item in a message.
+
+    Raises:
+        UserError: there is no such column, or an item has no caption.
+    """
+    check_column(table, "caption_column", column, path)
+    texts = table.select_columns(column)
+    start = 0
+    for batch in texts.iter(1000):
+        for index, caption in enumerate(batch[column], start):
+            captions_of(caption, f"{name(index)}: column `{column}`")
+        start += len(batch[column])
+    return texts
+
+
+def _images(table: Any, column: str, path: str) -> Any:
+    """The images alone, as the files that are stored."""
+    import datasets
+
+    check_column(table, "image_column", column, path)
+    if not isinstance(table.features[column], datasets.Image):
+        raise UserError(f"data.image_column: column `{column}` of {path} holds no images; give another")
+    return table.select_columns(column).cast_column(column, datasets.Image(decode=False))
+
+
+def _labels(table: Any, column: str, path: str) -> list[int]:
+    labels: list[int] = table[column][:]
+    if not all(isinstance(label, int) and label >= 0 for label in labels):
+        raise UserError(
+            f"data.label_column: column `{column}` of {path} holds more than integers from 0 on; "
+            "give another, or convert it with class_encode_column"
+        )
+    return labels

@@ -45,6 +45,10 @@ class Images(Dataset[dict[str, Tensor]]):
         """What the model is told of an image, by argument of the denoiser; the same names for all."""
         return {} if self.labels is None else {"class_labels": self.labels[index]}
 
+    def captions(self, index: int) -> list[str]:
+        """What is said of an image, one text or more; empty where the data set has no captions."""
+        return []
+
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         return {"image": self.image(index), **self.condition(index)}
 
@@ -54,7 +58,7 @@ class Images(Dataset[dict[str, Tensor]]):
 
     @abstractmethod
     def fingerprint(self) -> str:
-        """A hash that changes when images or conditions do, quick to compute: no image is decoded for it."""
+        """A hash that changes when images, captions or conditions do, quick to compute: no image is decoded for it."""
 
 
 class ImagesInMemory(Images):

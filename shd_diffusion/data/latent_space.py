@@ -4,8 +4,6 @@ how a VAE is called and how its latents are scaled.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -140,16 +138,6 @@ def load_vae(path: str) -> ModelMixin:
             f"{path}: a {type(vae).__name__} is no VAE; give one of diffusers, such as an AutoencoderKL"
         )
     return vae.eval().requires_grad_(False)
-
-
-def hash_model(model: ModelMixin) -> str:
-    """SHA-256 of a model's config and weights; where it was loaded from does not matter."""
-    config = {key: value for key, value in model.config.items() if not key.startswith("_")}
-    digest = hashlib.sha256(json.dumps([type(model).__name__, config], sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.state_dict().items()):
-        digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-        digest.update(weight.contiguous().flatten().cpu().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
 
 
 def _by_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:

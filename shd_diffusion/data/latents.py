@@ -2,9 +2,10 @@
 
     manifest.json                       what the latents are and were made from, and the shards with their checksums
     null.safetensors                    the condition that stands for none, (1, ...), where the data have one
-    shards/latents-00000.safetensors    "moments" (n, 2, k·C, h, w) and each condition (n, ...) by its name
+    shards/latents-00000.safetensors    "moments" (n, 2, k·C, h, w) and each condition (c, ...) by its name
 
-Axis 1 of the moments is the image as it is and mirrored; axis 2 is as `LatentSpace.encode` gives it, unscaled.
+Axis 1 of the moments is the image as it is and mirrored; axis 2 is as `LatentSpace.encode` gives it, unscaled. Images
+with captions have a condition a caption, and "captions" (n + 1,): those of image i are from [i] up to [i + 1].
 """
 
 from __future__ import annotations
@@ -23,10 +24,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shd_diffusion.data.latent_space import LatentScaling, hash_model, load_vae, sample_latents
+from shd_diffusion.data.latent_space import LatentScaling, load_vae, sample_latents
 from shd_diffusion.data.source import Source, mirrored_where
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import json_sha256, read_json, sha256
+from shd_diffusion.hashing import hash_model
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 
@@ -58,12 +60,20 @@ class LatentCache(Dataset[dict[str, Tensor]]):
         return int(self.ends[-1])
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return self.item(index, 0)
+
+    def item(self, index: int, epoch: int) -> dict[str, Tensor]:
+        """Item `index`; of several captions each epoch takes the next one, the first epoch another one by image."""
         number = int(np.searchsorted(self.ends, index, side="right"))
         row = index - (int(self.ends[number - 1]) if number else 0)
         if number not in self.open_shards:
             self.open_shards[number] = self._open(number)
-        item = {name: torch.as_tensor(part[row]) for name, part in self.open_shards[number].items()}
-        return item | {"moments": item["moments"][: self.copies]}
+        shard = dict(self.open_shards[number])
+        moments = torch.as_tensor(shard.pop("moments")[row])[: self.copies]
+        if (captions := shard.pop("captions", None)) is not None:
+            first, after = captions[row : row + 2].tolist()
+            row = first + (epoch + index) % (after - first)
+        return {"moments": moments, **{name: torch.as_tensor(part[row]) for name, part in shard.items()}}
 
     def __getstate__(self) -> dict[str, Any]:
         """Open files stay in the process that opened them."""
@@ -74,7 +84,8 @@ class LatentCache(Dataset[dict[str, Tensor]]):
         path = self.paths[number]
         try:
             shard = safe_open(path, framework="pt")
-            return {name: shard.get_slice(name) for name in ("moments", *self.manifest["conditions"])}
+            lists = {"captions": shard.get_tensor("captions")} if "captions" in shard.keys() else {}  # noqa: SIM118
+            return lists | {name: shard.get_slice(name) for name in ("moments", *self.manifest["conditions"])}
         except (OSError, SafetensorError) as error:
             raise damaged(path, str(error)) from None
 
@@ -85,6 +96,7 @@ class LatentSource(Source):
     Attributes:
         vae: path or hub name of the VAE that encoded them.
         vae_sha256: of its config and weights, see `hash_model`.
+        prompts_sha256: of what encoded the prompts, see `PipelineFolder.hash_prompt_parts`; None without prompts.
         scaling: of the latents.
     """
 
@@ -100,6 +112,7 @@ class LatentSource(Source):
         self.needs_noise = manifest["has_variance"]
         self.vae: str = manifest["vae"]["path"]
         self.vae_sha256: str = manifest["identity"]["vae"]
+        self.prompts_sha256: str | None = (manifest["identity"].get("prompts") or {}).get("encoders")
         self.scaling = LatentScaling(**manifest["vae"]["scaling"])
         self.horizontal_flip, self.num_workers = horizontal_flip, num_workers
 
@@ -109,6 +122,14 @@ class LatentSource(Source):
         both = items["moments"].float()
         moments = mirrored_where(flipped, both[:, 0], both[:, 1]) if self.horizontal_flip else both[:, 0]
         return self.scaling.normalise(sample_latents(moments, noise))
+
+    def item(self, index: int, epoch: int) -> dict[str, Tensor]:
+        return self.dataset.item(index, epoch)
+
+    def condition(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Embeddings may be kept in half precision; the models' own is theirs to choose."""
+        found = super().condition(items)
+        return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
     def fingerprint(self) -> str:
         checksum: str = self.dataset.manifest["checksum"]

@@ -1,4 +1,5 @@
-"""`prepare`: images through a VAE into a cache of latents, in shards, by as many processes as are launched.
+"""`prepare`: images through a VAE into a cache of latents, in shards, by as many processes as are launched; their
+captions, where they have some, through the text encoders of a text-to-image pipeline.
 
 A shard holds a fixed range of the images, so that it is the same whoever writes it. Beside it lies its record
 (checksum, counts, what could not be read), written last: a shard with a matching record is done.
@@ -16,16 +17,20 @@ import torch
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from shd_diffusion.data.datasets import DataConfig, open_dataset
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes, to_rgb
-from shd_diffusion.data.latent_space import LatentSpace, hash_model, load_vae
+from shd_diffusion.data.latent_space import LatentSpace, load_vae
 from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import holds_files, read_json, save_tensors, sha256, write_json, write_text
+from shd_diffusion.hashing import hash_model
+from shd_diffusion.models.denoiser import NOT_DROPPED, pad
+from shd_diffusion.models.pipeline_folder import find_pipeline
+from shd_diffusion.models.prompts import PromptEncoder, load_for_prompts
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
 from shd_diffusion.section import Section
@@ -39,30 +44,37 @@ IDENTITY = {
     "num_source_images": "number of images",
     "image_shape": "image size (`data.image_size`)",
     "vae": "VAE (`prepare.vae`)",
+    "prompts": "text encoder, tokenizer or caption length (the pipeline's)",
     "dtype": "`prepare.dtype`",
     "shard_size": "`prepare.shard_size`",
 }
 
 
 class EncodeConfig(Section):
-    """How `prepare` encodes images into a cache of latents.
+    """How `prepare` encodes images into a cache of latents, and their captions.
 
+    Without a `vae` it is that of the pipeline. `prompt_dtype` is that of the text encoders and of what they give;
+    `prompt_arguments` are given to the pipeline's call as they are, such as `max_sequence_length`.
     `max_corrupt_share`: of the images that may be unreadable and left out, before that is an error.
     """
 
-    vae: str
+    output: str | None = None
+    vae: str | None = None
     batch_size: int = Field(16, ge=1)
     shard_size: int = Field(4096, ge=1)
     dtype: Literal["float32", "float16"] = "float32"
+    prompt_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    prompt_arguments: dict[str, Any] = Field(default_factory=dict)
     max_corrupt_share: float = Field(0.001, ge=0, le=1)
 
 
 class PrepareConfig(Section):
-    """`prepare`: a cache of latents from images."""
+    """`prepare`: a cache of latents from images, and of embeddings from their captions by a `pipeline`."""
 
     output: str | None = None
     data: DataConfig
     prepare: EncodeConfig
+    pipeline: str | None = None
 
 
 @dataclass(frozen=True)
@@ -121,24 +133,30 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
         )
     state = processes()
     images = open_dataset(config.data)
+    encoder = open_encoder(config, images, source)
+    vae = config.prepare.vae or config.pipeline
+    if vae is None:
+        raise UserError(
+            f"{source}: key `prepare.vae` is missing; add it, or `pipeline`, whose VAE it then is"
+        )
     try:
-        space = LatentSpace(load_vae(config.prepare.vae).to(state.device))
+        space = LatentSpace(load_vae(vae).to(state.device))
     except UserError as error:
         raise UserError(f"{source}: key `prepare.vae`: {error}") from error
-    manifest = describe(config, images, space, source)
+    manifest = describe(config, images, space, encoder, source)
     check_identity(output, manifest["identity"])
     shards = plan_shards(output, len(images), config.prepare.shard_size, checksum(manifest["identity"]))
     state.wait_for_everyone()  # until all have looked at the folder
     if state.is_main_process:
         for leftover in output.glob("shards/.*tmp*"):  # of a call that was killed
             leftover.unlink()
-        if images.null:
-            save_tensors(images.null, output / NULL)
+        if null := encoder.null:
+            save_tensors(null, output / NULL)
         if not (output / MANIFEST).exists():
             write_manifest(output, manifest)
     state.wait_for_everyone()
 
-    encode_shards(shards[state.process_index :: state.num_processes], images, space, config)
+    encode_shards(shards[state.process_index :: state.num_processes], images, space, encoder, config)
     state.wait_for_everyone()
     records = [shard.read_record() for shard in shards]
     unreadable = [image for record in records for image in record["unreadable"]]
@@ -153,40 +171,117 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     state.wait_for_everyone()
 
 
-def describe(config: PrepareConfig, images: Images, space: LatentSpace, source: str) -> dict[str, Any]:
+class ConditionEncoder:
+    """What the model is told of images: their labels, or their captions by a pipeline's text encoders.
+
+    Attributes:
+        identity: of what the captions are encoded by; None without captions.
+        null: what stands for no condition, (1, ...) by argument, as far as it is known here.
+    """
+
+    def __init__(
+        self, images: Images, prompts: PromptEncoder | None, identity: dict[str, Any] | None
+    ) -> None:
+        self.images, self.prompts, self.identity = images, prompts, identity
+        null = images.null if prompts is None else pad([prompts.null()])
+        self.null = {name: value for name, value in null.items() if name not in NOT_DROPPED}
+
+    def counts(self, indices: list[int]) -> list[int]:
+        """How many conditions each image has."""
+        return [1 if self.prompts is None else len(self.images.captions(index)) for index in indices]
+
+    def encode(self, indices: list[int]) -> list[dict[str, Tensor]]:
+        """The conditions of images, one after the other.
+
+        Raises:
+            UserError: an image has no caption, or embeddings are not finite.
+        """
+        if self.prompts is None:
+            return [self.images.condition(index) for index in indices]
+        captions = [caption for index in indices for caption in self.images.captions(index)]
+        found = self.prompts.encode(captions)
+        for caption, condition in zip(captions, found, strict=True):
+            if not all(value.isfinite().all() for value in condition.values()):
+                raise UserError(
+                    f"the embedding of {caption!r} is not finite; set `prepare.prompt_dtype` to float32"
+                )
+        return found
+
+
+def open_encoder(config: PrepareConfig, images: Images, source: str) -> ConditionEncoder:
+    """What encodes the conditions of a data set.
+
+    Raises:
+        UserError: there are captions but no pipeline that takes prompts, or the reverse.
+    """
+    pipeline = None if config.pipeline is None else find_pipeline(config.pipeline)
+    takes_prompts = pipeline is not None and pipeline.takes_prompts
+    if not takes_prompts:
+        if config.data.caption_column is not None:
+            raise UserError(
+                f"{source}: key `data.caption_column`: captions are for a text-to-image pipeline, which "
+                f"{config.pipeline or 'nothing here'} is not; remove it"
+            )
+        return ConditionEncoder(images, None, None)
+    assert pipeline is not None
+    if not images.captions(0):
+        raise UserError(
+            f"{source}: key `data.caption_column` is missing: {pipeline.name} makes images from prompts; "
+            "name where the captions are"
+        )
+    settings = config.prepare
+    dtype: torch.dtype = getattr(torch, settings.prompt_dtype)
+    loaded = load_for_prompts(pipeline.name, dtype, processes().device)
+    _, height, width = images.shape
+    try:
+        prompts = PromptEncoder(loaded, (height, width), settings.prompt_arguments)
+        prompts.encode(images.captions(0)[:1])
+    except (TypeError, ValueError) as error:  # pipelines refuse sizes and arguments as they like
+        raise UserError(
+            f"{source}: key `prepare.prompt_arguments`: {pipeline.name} takes no prompts so ({one_line(error)})"
+        ) from error
+    identity = {
+        "encoders": pipeline.hash_prompt_parts(),
+        "dtype": settings.prompt_dtype,
+        "arguments": settings.prompt_arguments,
+    }
+    return ConditionEncoder(images, prompts, identity)
+
+
+def describe(
+    config: PrepareConfig, images: Images, space: LatentSpace, encoder: ConditionEncoder, source: str
+) -> dict[str, Any]:
     """The manifest of a cache before any shard is written.
 
     Raises:
-        UserError: the VAE does not take images of this shape.
+        UserError: the VAE does not take images of this shape, or the pipeline no such captions.
     """
+    vae = config.prepare.vae or config.pipeline
     try:
         parts = space.parts(as_input(torch.zeros(1, *images.shape, dtype=torch.uint8).to(space.vae.device)))
     except (RuntimeError, ValueError) as error:
         raise UserError(
-            f"{source}: key `prepare.vae`: {config.prepare.vae} takes no images {images.shape} ({one_line(error)}); "
+            f"{source}: key `prepare.vae`: {vae} takes no images {images.shape} ({one_line(error)}); "
             "give another VAE or `data.image_size`"
         ) from None
-    conditions = {
-        name: {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch.")}
-        for name, value in images.condition(0).items()
-    }
     return {
         "identity": {
             "source": images.fingerprint(),
             "num_source_images": len(images),
             "image_shape": list(images.shape),
             "vae": hash_model(space.vae),  # with its scaling
+            "prompts": encoder.identity,
             "dtype": config.prepare.dtype,
             "shard_size": config.prepare.shard_size,
         },
         "data": config.data.model_dump(),
-        "vae": {"path": config.prepare.vae, "scaling": asdict(space.scaling)},
+        "vae": {"path": vae, "scaling": asdict(space.scaling)},
         "shape": list(parts[0].shape[1:]),
         "has_variance": len(parts) == 2,
-        "conditions": conditions,
+        "conditions": sorted(encoder.encode([0])[0]),
         "num_classes": images.num_classes,
         "class_names": images.class_names,
-        "null": NULL if images.null else None,
+        "null": NULL if encoder.null else None,
         "shards": [],
     }
 
@@ -223,7 +318,9 @@ def plan_shards(output: Path, count: int, size: int, identity: str) -> list[Shar
     ]
 
 
-def encode_shards(shards: list[Shard], images: Images, space: LatentSpace, config: PrepareConfig) -> None:
+def encode_shards(
+    shards: list[Shard], images: Images, space: LatentSpace, encoder: ConditionEncoder, config: PrepareConfig
+) -> None:
     """Encode the shards that are not done yet; end as soon as it is certain that too many are unreadable."""
     state = processes()
     name = f"prepare, process {state.process_index + 1} of {state.num_processes}"
@@ -233,13 +330,18 @@ def encode_shards(shards: list[Shard], images: Images, space: LatentSpace, confi
             if shard.is_done():
                 bar.update(len(shard))
             else:
-                encode_shard(shard, images, space, config, bar.update)
+                encode_shard(shard, images, space, encoder, config, bar.update)
             unreadable += shard.read_record()["unreadable"]
             check_share(unreadable, len(images), config.prepare, shard.folder)
 
 
 def encode_shard(
-    shard: Shard, images: Images, space: LatentSpace, config: PrepareConfig, advance: Callable[[int], Any]
+    shard: Shard,
+    images: Images,
+    space: LatentSpace,
+    encoder: ConditionEncoder,
+    config: PrepareConfig,
+    advance: Callable[[int], Any],
 ) -> None:
     """Encode the images of a shard, as they are and mirrored, and write it with its record.
 
@@ -253,24 +355,28 @@ def encode_shard(
         num_workers=config.data.num_workers,
         collate_fn=list,
     )
-    encoded: list[dict[str, Tensor]] = []
+    moments: list[Tensor] = []
+    conditions: list[dict[str, Tensor]] = []
+    counts: list[int] = []
     unreadable: list[dict[str, Any]] = []
     for batch in attempts:
         unreadable += [attempt for attempt in batch if "reason" in attempt]
         if read := [attempt for attempt in batch if "image" in attempt]:
-            items = default_collate(read)
-            pixels = as_input(items.pop("image").to(space.vae.device))
+            indices = [attempt["index"] for attempt in read]
+            pixels = as_input(torch.stack([attempt["image"] for attempt in read]).to(space.vae.device))
             both = torch.stack([space.encode(pixels), space.encode(pixels.flip(-1))], dim=1)
-            moments = both.to(DTYPES[settings.dtype]).cpu()
-            for row in (~moments.flatten(1).isfinite().all(dim=1)).nonzero():
+            moments.append(both.to(DTYPES[settings.dtype]).cpu())
+            for row in (~moments[-1].flatten(1).isfinite().all(dim=1)).nonzero():
                 raise UserError(
-                    f"{images.name(int(items['index'][row]))}: its latents are not finite in {settings.dtype}; "
+                    f"{images.name(indices[int(row)])}: its latents are not finite in {settings.dtype}; "
                     "remove the image, or set `prepare.dtype` to float32"
                 )
-            del items["index"]
-            encoded.append({"moments": moments, **items})
+            conditions += encoder.encode(indices)
+            counts += encoder.counts(indices)
         advance(len(batch))
-    content = {name: torch.cat([part[name] for part in encoded]) for name in (encoded[0] if encoded else ())}
+    content = {"moments": torch.cat(moments), **pad(conditions)} if moments else {}
+    if encoder.identity is not None:
+        content["captions"] = torch.tensor([0, *counts]).cumsum(0)
     try:
         save_tensors(content, shard.path)
         record = {
@@ -325,6 +431,6 @@ class _Attempts(Dataset[dict[str, Any]]):
     def __getitem__(self, position: int) -> dict[str, Any]:
         index = self.indices[position]
         try:
-            return {**self.images[index], "index": index}
+            return {"image": self.images.image(index), "index": index}
         except UnreadableImage as error:
             return {"index": index, "name": self.images.name(index), "reason": str(error)}

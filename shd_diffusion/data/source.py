@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset
 
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes
 from shd_diffusion.errors import UserError
+from shd_diffusion.models.denoiser import pad
 
 
 class Source(ABC):
@@ -61,32 +62,37 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A hash that changes when the data do."""
 
+    def item(self, index: int, epoch: int) -> dict[str, Tensor]:
+        """A raw item; of several captions an image has, each epoch takes the next one."""
+        return self.dataset[index]
+
     def condition(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the model is told of raw items, by argument of the denoiser; empty without a condition."""
         return {name: items[name] for name in self.condition_names}
 
     def example(self) -> dict[str, Tensor]:
         """The condition of one sample, (1, ...) by argument, to see what shapes it has."""
-        return self.condition(default_collate([self.dataset[0]]))
+        return self.condition(pad([self.item(0, 0)]))
 
     def first(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """The first items as the model sees them, (count, *shape), and their condition.
 
         Nothing is flipped, and latents are at their mean.
         """
-        items = default_collate([self.dataset[index] for index in range(count)])
+        items = pad([self.item(index, 0) for index in range(count)])
         noise = torch.zeros(count, *self.shape) if self.needs_noise else None
         return self.clean(items, torch.zeros(count, dtype=torch.bool), noise), self.condition(items)
 
     def batches(self, sampler: Iterable[list[int]]) -> Iterator[dict[str, Tensor]]:
-        """Raw items in the sampler's order, stacked by name.
+        """Raw items in the sampler's order, stacked by name; number e·len + i is item i in epoch e.
 
         Raises:
             UserError: an item cannot be read.
         """
         loader: DataLoader[Any] = DataLoader(
-            self.dataset,
+            _Epochs(self),
             batch_sampler=sampler,
+            collate_fn=pad,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             # Without one the loader draws from torch's own generator, and dropout after it is another.
@@ -121,6 +127,17 @@ class ImageSource(Source):
 
     def fingerprint(self) -> str:
         return self.dataset.fingerprint()
+
+
+class _Epochs(Dataset[dict[str, Tensor]]):
+    """Item e·N + i of a source of N items is its item i in epoch e."""
+
+    def __init__(self, source: Source) -> None:
+        self.source = source
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        epoch, index = divmod(number, len(self.source))
+        return self.source.item(index, epoch)
 
 
 def mirrored_where(flipped: Tensor, straight: Tensor, mirrored: Tensor) -> Tensor:

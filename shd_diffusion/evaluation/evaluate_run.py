@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, SampleConfig, override_config
+from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, override_config
 from shd_diffusion.data import reference_images
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.against_teacher_run import compare_with_teacher
@@ -19,7 +19,6 @@ from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.archive import ARCHIVE
 from shd_diffusion.sampling.generate import Summary, image_path, read_summary
-from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.sample_run import sample_pipeline
 
 
@@ -35,7 +34,7 @@ def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     sampled = read_summary(run.samples)
     if sampled is None or not sampled.num_images:
         raise UserError(f"{run.path}: has no finished samples; run `shd-diffusion sample {run.path}` first")
-    reference = config.evaluate.reference or reference_images(config.data)
+    reference = config.evaluate.reference or reference_images(config.trained_on)
     name = extractor_name(config.evaluate.extractor, config.data.name)
     settings = config.evaluate.model_copy(update={"extractor": name})
     found = {}
@@ -86,12 +85,8 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     check_settings(config.evaluate, reference)
     load_models(config.evaluate, reference)
 
-    with processes().local_main_process_first():
-        pipeline = open_pipeline(name)
-    own = SampleConfig(scheduler=type(pipeline.scheduler).__name__)
-    config = override_config(EvaluationConfig(sample=own), overrides, "--set")
     place = RunFolder(output or _default_output(name))
-    sample_pipeline(pipeline, config.sample, place.samples, {}, name, "--set")
+    sample_pipeline(name, config.sample, place.samples, {}, name, "--set")
     return _evaluate_and_keep(place, reference, config.evaluate)
 
 

@@ -8,7 +8,7 @@ A condition is a flat dict of tensors (B, ...), the keyword arguments of the mod
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from shd_diffusion.attention.capture import unwrap
 
@@ -40,11 +41,13 @@ class Family:
         arguments: (model, noised, condition) to the model's keyword arguments: those that follow from the shape of
             the noised sample alone are added here.
         patch: side p of the p×p patches of a latent that the pipeline packs into one token; None: it packs none.
+        not_conditions: the arguments that are no part of a condition: the timestep, and what `arguments` adds.
     """
 
     timesteps: Callable[[Any, Tensor], Tensor] = _unchanged
     arguments: Callable[[Any, Tensor, Arguments], Arguments] = _as_they_are
     patch: int | None = None
+    not_conditions: frozenset[str] = frozenset({"timestep"})
 
 
 def predict(model: nn.Module, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -111,15 +114,47 @@ def null_condition(model: nn.Module) -> dict[str, Tensor]:
 
 
 def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> dict[str, Tensor]:
-    """The condition with the null condition in the samples that are `dropped`, (B,) bool."""
+    """The condition with the null condition in the samples that are `dropped`, (B,) bool.
+
+    Where prompts are of any length, the shorter of both is padded with zeros, and its mask with False.
+    """
 
     def replaced(name: str, value: Tensor) -> Tensor:
-        if name not in null:  # such as a token mask: nothing to drop
+        if name not in null:  # such as a token mask, or sizes: nothing to drop
             return value
         where = dropped.to(value.device).view(-1, *[1] * (value.ndim - 1))
-        return torch.where(where, null[name].to(value), value)
+        other = null[name].to(value)
+        if value.ndim > 1 and other.shape[1] != value.shape[1]:
+            length = max(other.shape[1], value.shape[1])
+            value, other = (_padded(each, length) for each in (value, other))
+        return torch.where(where, other, value)
 
     return {name: replaced(name, value) for name, value in condition.items()}
+
+
+NOT_DROPPED = frozenset(
+    {"guidance", "original_size", "target_size", "crop_coords"}
+    | {f"added_cond_kwargs.{name}" for name in ("time_ids", "resolution", "aspect_ratio")}
+)
+"""What is told of an image beside its prompt: it stays where the prompt is dropped."""
+
+
+def _padded(value: Tensor, length: int) -> Tensor:
+    """(B, L, ...) with zeros up to (B, length, ...)."""
+    return F.pad(value, (0, 0) * (value.ndim - 2) + (0, length - value.shape[1]))
+
+
+def pad(conditions: Sequence[Condition]) -> dict[str, Tensor]:
+    """Conditions of one sample each, without a batch axis, as one of a batch, (B, ...) by argument.
+
+    What differs in its first length is padded with zeros at its end; so are masks, where 0 is what does not count.
+    """
+
+    def padded(entries: list[Tensor]) -> Tensor:
+        alike = len({entry.shape for entry in entries}) == 1
+        return torch.stack(entries) if alike else pad_sequence(entries, batch_first=True)
+
+    return {name: padded([condition[name] for condition in conditions]) for name in conditions[0]}
 
 
 def num_classes(model: nn.Module) -> int | None:
@@ -194,7 +229,9 @@ def _scaled_by_config(model: Any, timesteps: Tensor) -> Tensor:
 # What each family needs beyond its condition.
 FAMILIES: dict[str, Family] = {
     "UNet2DConditionModel": Family(arguments=_one_hot_tokens),
-    "FluxTransformer2DModel": Family(_thousandths, _flux_positions, patch=2),
+    "FluxTransformer2DModel": Family(
+        _thousandths, _flux_positions, patch=2, not_conditions=frozenset({"timestep", "img_ids", "txt_ids"})
+    ),
     "SanaTransformer2DModel": Family(_scaled_by_config),
     "QwenImageTransformer2DModel": Family(_thousandths, _qwen_shapes, patch=2),
 }

@@ -22,16 +22,18 @@ from shd_diffusion.section import Section
 
 class ModelConfig(Section):
     """A model by its diffusers class (or one of the project's) and the arguments of its constructor; or a `pretrained`
-    one, by a run, a pipeline or model folder, or a hub name."""
+    one, by a run, a pipeline or model folder, or a hub name.
 
-    class_name: str = Field("DiTTransformer2DModel", alias="class")
+    Without a class it is like the teacher, or like the one in the pipeline, but for the `arguments`.
+    """
+
+    class_name: str | None = Field(None, alias="class")
     arguments: dict[str, Any] = Field(default_factory=dict)
     pretrained: str | None = None
 
     @model_validator(mode="after")
     def _is_given_once(self) -> ModelConfig:
-        other_class = self.class_name != type(self).model_fields["class_name"].default
-        if self.pretrained is not None and (self.arguments or other_class):
+        if self.pretrained is not None and (self.arguments or self.class_name is not None):
             raise ValueError(
                 "`pretrained` gives class and arguments too; remove `class` and `arguments`, or it"
             )
@@ -63,6 +65,8 @@ class TeacherConfig(Section):
     device: Literal["accelerator", "cpu"] = "accelerator"
 
 
+DEFAULT_CLASS = "DiTTransformer2DModel"
+
 DENOISERS = ("denoiser", "transformer", "unet")
 """What pipelines call the part that is distilled."""
 
@@ -90,14 +94,43 @@ def build_model(config: ModelConfig) -> ModelMixin:
     """
     if config.pretrained is not None:
         return load_model(config.pretrained)
-    kind = model_class(config.class_name)
+    class_name = config.class_name or DEFAULT_CLASS
+    kind = model_class(class_name)
     unknown = sorted(set(config.arguments) - set(kind._get_init_keys(kind)))
     if unknown:
-        raise ValueError(f"`{config.class_name}` takes no argument `{unknown[0]}`")
+        raise ValueError(f"`{class_name}` takes no argument `{unknown[0]}`")
     try:
         return _without_label_dropout(kind(**config.arguments))
     except Exception as error:  # constructors check little, and fail where the argument is used
-        raise ValueError(f"`{config.class_name}` refuses its arguments: {one_line(error)}") from error
+        raise ValueError(f"`{class_name}` refuses its arguments: {one_line(error)}") from error
+
+
+def fill_in(config: ModelConfig, path: str | None) -> ModelConfig:
+    """The same with the class and the arguments that it leaves open: those of the model at a path as for `load_model`.
+
+    Raises:
+        UserError: the model there has no readable config.
+    """
+    if path is None or config.class_name is not None or config.pretrained is not None:
+        return config
+    folder = find_model_folder(Path(path))
+    try:
+        if folder is not None:
+            settings = read_json(folder / "config.json")
+        elif is_hub_name(path):
+            index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(path)
+            part = next(part for part in DENOISERS if part in index)
+            settings = model_class(index[part][1]).load_config(path, subfolder=part)
+        else:
+            raise ValueError("no model here")
+        class_name = settings["_class_name"]
+        known = model_class(class_name)._get_init_keys(model_class(class_name))
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client raises errors of any kind
+        raise UserError(f"{path}: has no config of a model ({one_line(error)})") from error
+    present = {key: value for key, value in settings.items() if key in known}
+    return config.model_copy(update={"class_name": class_name, "arguments": {**present, **config.arguments}})
 
 
 def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
@@ -151,7 +184,11 @@ def _load(kind: type[ModelMixin], path: str, subfolder: str | None, dtype: torch
 
 def find_model_folder(path: Path) -> Path | None:
     """The folder of the denoiser inside a run, a pipeline or a model folder; None if there is none."""
-    candidates = (path / "pipeline" / "denoiser", *(path / part for part in DENOISERS), path)
+    candidates = (
+        *(path / "pipeline" / part for part in DENOISERS),
+        *(path / part for part in DENOISERS),
+        path,
+    )
     return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
 
 

@@ -1,28 +1,23 @@
-"""N images by index: the label and the noise of image j follow from (seed, j) alone."""
+"""N images by index: what image j is made from, and its noise, follow from (seed, j) alone."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 from pydantic import BaseModel, Field, ValidationError
 from torch import Tensor
 
 from shd_diffusion.config import SampleConfig
-from shd_diffusion.data.images import to_rgb_bytes
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json, replacing_file, write_json
-from shd_diffusion.models.denoiser import num_classes
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.protocol import OF_THE_MODEL, flatten
-from shd_diffusion.randomness import generator
 from shd_diffusion.sampling.batching import deal_passes
-from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
+from shd_diffusion.sampling.image_sampler import ImageSampler
 
 SUMMARY = "sampling.json"
 
@@ -33,7 +28,7 @@ class Summary(BaseModel):
     Attributes:
         num_images: so many are finished.
         labels: of these; None where they are not made by class.
-        prompts: of these; None where they are not made from texts.
+        prompts: of these; None where they are not made from prompts.
         seconds_per_image: of the last call, in one process.
         protocol: what they depend on.
     """
@@ -63,49 +58,8 @@ def read_summary(folder: Path) -> Summary | None:
         ) from None
 
 
-def labels_of(indices: Sequence[int], num_classes: int | None, config: SampleConfig) -> list[int] | None:
-    """The labels of these images: round the classes, so that every prefix is as balanced as it can be, or random.
-
-    None where there are no classes.
-    """
-    if num_classes is None:
-        return None
-    if config.labels == "balanced":
-        return [index % num_classes for index in indices]
-    drawn = (generator(config.seed, "label", index) for index in indices)
-    return [int(torch.randint(num_classes, (), generator=each)) for each in drawn]
-
-
-def call_arguments(config: SampleConfig) -> dict[str, Any]:
-    """What `ClassConditionalPipeline` is called with beside labels and noise, the same for all images."""
-    keys = (
-        "num_inference_steps",
-        "guidance_scale",
-        "guidance_power",
-        "guidance_interval",
-        "guidance_channels",
-    )
-    return {key: getattr(config, key) for key in keys}
-
-
-def sample_images(pipeline: ClassConditionalPipeline, indices: Sequence[int], config: SampleConfig) -> Tensor:
-    """The images of these indices: (B, C, H, W) in [-1, 1]."""
-    generators = [generator(config.seed, "sample", index) for index in indices]
-    noise = torch.stack([torch.randn(pipeline.noise_shape, generator=each) for each in generators])
-    (images,) = pipeline(
-        labels_of(indices, num_classes(pipeline.denoiser), config),
-        **call_arguments(config),
-        num_images=len(indices),
-        generator=generators,
-        latents=noise,
-        output_type="pt",
-        return_dict=False,
-    )
-    return images * 2 - 1
-
-
 def generate_images(
-    pipeline: ClassConditionalPipeline,
+    sampler: ImageSampler,
     config: SampleConfig,
     folder: Path,
     protocol: dict[str, Any],
@@ -117,7 +71,7 @@ def generate_images(
     `deal_passes`.
 
     Args:
-        pipeline: its scheduler is the one to sample with.
+        sampler: makes them.
         folder: gets `000000.png` … and `sampling.json`.
         protocol: what the images depend on beside `config`, the weights above all; recorded, and compared before files
             are reused.
@@ -129,13 +83,12 @@ def generate_images(
         UserError: the folder holds images of another protocol, or of another origin; or an image is not of numbers.
     """
     state = processes()
-    protocol = {**protocol, **config.model_dump(exclude={"num_images", "batch_size"})}
-    classes = num_classes(pipeline.denoiser)
-    summary = _open(folder, protocol) or Summary(labels=labels_of([], classes, config), protocol=protocol)
+    protocol = {**protocol, **sampler.settings()}
+    summary = _open(folder, protocol) or Summary(**sampler.told(0), protocol=protocol)
     state.wait_for_everyone()  # everyone has seen the folder as it was
     if state.is_main_process and not summary.num_images:
         write_json(folder / SUMMARY, summary.model_dump())
-    pipeline.set_progress_bar_config(disable=True)
+    sampler.pipeline.set_progress_bar_config(disable=True)
     computed, seconds = 0, 0.0
     state.wait_for_everyone()
     with progress_bar(config.num_images, f"sample {name}", "image", visible=state.is_main_process) as bar:
@@ -144,12 +97,10 @@ def generate_images(
             missing = {index for index in wanted if not image_path(folder, index).exists()}
             if missing:
                 began = time.perf_counter()
-                images = sample_images(pipeline, indices, config)
-                if not images.isfinite().all():
-                    raise UserError(
-                        f"{name}: its images are not finite; its model has diverged, train it anew"
-                    )
-                pixels = to_rgb_bytes(images).cpu()
+                try:
+                    pixels = sampler.images(indices).cpu()
+                except ValueError as error:
+                    raise UserError(f"{name}: cannot be sampled ({one_line(error)})") from error
                 seconds, computed = seconds + time.perf_counter() - began, computed + len(indices)
                 for index, image in zip(indices, pixels, strict=True):
                     if index in missing:
@@ -160,7 +111,7 @@ def generate_images(
         finished = max(config.num_images, summary.num_images)
         summary = Summary(
             num_images=finished,
-            labels=labels_of(range(finished), classes, config),
+            **sampler.told(finished),
             seconds_per_image=seconds / computed if computed else summary.seconds_per_image,
             protocol=protocol,
         )

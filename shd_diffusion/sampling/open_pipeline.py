@@ -3,28 +3,32 @@
 from __future__ import annotations
 
 import hashlib
+import inspect
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import diffusers
-from diffusers import DiffusionPipeline, ModelMixin
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
 
 import shd_diffusion.models  # noqa: F401 -- diffusers loads only classes of modules that are imported
-from shd_diffusion.data.latent_space import hash_model
 from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.hashing import hash_model
 from shd_diffusion.models.denoiser import num_classes
-from shd_diffusion.models.factory import is_hub_name
+from shd_diffusion.models.factory import DENOISERS, is_hub_name
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 
 # Pipelines of diffusers that are sampled as a run's, by what they call their denoiser.
-DENOISERS = {"DiTPipeline": "transformer", "DDPMPipeline": "unet", "DDIMPipeline": "unet"}
+BY_CLASS = {"DiTPipeline": "transformer", "DDPMPipeline": "unet", "DDIMPipeline": "unet"}
 
 
-def open_pipeline(name: str) -> ClassConditionalPipeline:
-    """A pipeline that samples by class or unconditionally, by its folder or hub name; all its weights are there.
+def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+    """A pipeline that samples by prompt, by class or unconditionally, by its folder or hub name; its weights are there.
 
-    diffusers' own pipelines are taken apart and sampled as a run's: DiTPipeline's call gives the generators of the
-    images to no scheduler, and takes 1,000 for the null class of every model.
+    diffusers' own pipelines by class are taken apart and sampled as a run's: DiTPipeline's call gives the generators of
+    the images to no scheduler, and takes 1,000 for the null class of every model. Those by prompt are as they are.
 
     Raises:
         UserError: there is none, the hub cannot be reached, its images are made from something else, or it is damaged.
@@ -41,17 +45,23 @@ def open_pipeline(name: str) -> ClassConditionalPipeline:
         raise UserError(f"{name}: its model_index.json is damaged ({one_line(error)})") from error
     try:
         if kind == ClassConditionalPipeline.__name__:
-            pipeline = ClassConditionalPipeline.from_pretrained(name)
-        elif kind in DENOISERS:
-            loaded = getattr(diffusers, kind).from_pretrained(name)
-            parts = getattr(loaded, DENOISERS[kind]), loaded.scheduler, getattr(loaded, "vae", None)
+            pipeline = ClassConditionalPipeline.from_pretrained(name, dtype=dtype)
+        elif kind in BY_CLASS:
+            loaded = getattr(diffusers, kind).from_pretrained(name, dtype=dtype)
+            parts = getattr(loaded, BY_CLASS[kind]), loaded.scheduler, getattr(loaded, "vae", None)
             pipeline = ClassConditionalPipeline(*parts)
         else:
-            known = ", ".join([ClassConditionalPipeline.__name__, *DENOISERS])
-            raise ValueError(f"a {kind} is not sampled by class or unconditionally; {known} are")
+            loaded = DiffusionPipeline.from_pretrained(name, dtype=dtype)
+            if "prompt" not in inspect.signature(type(loaded).__call__).parameters:
+                known = ", ".join([ClassConditionalPipeline.__name__, *BY_CLASS])
+                raise ValueError(
+                    f"a {kind} is not sampled by prompt, by class or unconditionally; {known} are"
+                )
+            pipeline = loaded
         _check_weights(pipeline)
         # nothing is sampled without these
-        pipeline.noise_shape, num_classes(pipeline.denoiser), pipeline.scheduler.set_timesteps
+        if isinstance(pipeline, ClassConditionalPipeline):
+            pipeline.noise_shape, num_classes(pipeline.denoiser), pipeline.scheduler.set_timesteps
     except Exception as error:
         # Any kind: a missing file is an OSError, a refused value a ValueError, a list for a mapping a TypeError or
         # AttributeError, a wrong shape a RuntimeError, no heads a ZeroDivisionError, torn weights a SafetensorError.
@@ -59,16 +69,19 @@ def open_pipeline(name: str) -> ClassConditionalPipeline:
     return pipeline
 
 
-def hash_pipeline(pipeline: ClassConditionalPipeline) -> str:
-    """SHA-256 of the denoiser's and the VAE's configs and weights."""
+def hash_pipeline(pipeline: DiffusionPipeline) -> str:
+    """SHA-256 of the denoiser's, the VAE's and the text encoders' configs and weights."""
     return hashlib.sha256(" ".join(map(hash_model, _models(pipeline))).encode()).hexdigest()
 
 
-def _models(pipeline: ClassConditionalPipeline) -> list[ModelMixin]:
-    return [part for part in (pipeline.denoiser, pipeline.vae) if part is not None]
+def _models(pipeline: DiffusionPipeline) -> list[Any]:
+    """Its models, the denoiser first."""
+    models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    first = [models.pop(name) for name in (*DENOISERS, "vae") if name in models]
+    return first + [models[name] for name in sorted(models)]
 
 
-def _check_weights(pipeline: ClassConditionalPipeline) -> None:
+def _check_weights(pipeline: DiffusionPipeline) -> None:
     """See that the files held all weights, and numbers in them.
 
     Raises:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import torch
+from diffusers import DiffusionPipeline
+
 from shd_diffusion.config import RunConfig, SampleConfig
+from shd_diffusion.data import open_dataset
 from shd_diffusion.errors import UserError
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.archive import write_archive
+from shd_diffusion.sampling.by_class import ByClass
+from shd_diffusion.sampling.by_prompt import ByPrompt
 from shd_diffusion.sampling.generate import generate_images
+from shd_diffusion.sampling.image_sampler import ImageSampler
 from shd_diffusion.sampling.open_pipeline import hash_pipeline, open_pipeline
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
-from shd_diffusion.sampling.schedulers import check_sampling, make_scheduler
+from shd_diffusion.sampling.prompts import read_prompts
+from shd_diffusion.sampling.schedulers import check_sampling, own_scheduler
 
 
 def sample_run(run: RunFolder, config: RunConfig, folder: Path, npz: bool = False) -> dict[str, Any]:
@@ -30,32 +40,78 @@ def sample_run(run: RunFolder, config: RunConfig, folder: Path, npz: bool = Fals
             be sampled so.
     """
     trained = {"steps_trained": run.read_summary()["steps"], "ema_decay": run.read_config().train.ema_decay}
-    pipeline = open_pipeline(str(run.pipeline))
-    name, source = str(run.path), str(run.config_file)
-    sampled = sample_pipeline(pipeline, config.sample, folder, trained, name, source)
+    sampled = sample_pipeline(
+        str(run.pipeline),
+        config.sample,
+        folder,
+        trained,
+        str(run.path),
+        str(run.config_file),
+        run_config=config,
+    )
     if npz and processes().is_main_process:
         write_archive(folder)
     return sampled
 
 
 def sample_pipeline(
-    pipeline: ClassConditionalPipeline,
+    place: str,
     config: SampleConfig,
     folder: Path,
     protocol: dict[str, Any],
     name: str,
     source: str,
+    run_config: RunConfig | None = None,
 ) -> dict[str, Any]:
-    """As `generate_images`, with the scheduler of the config, on the device of this process, by these very weights.
+    """As `generate_images`, from a pipeline by its folder or hub name, on the device of this process.
+
+    Args:
+        run_config: whose data have the prompts, where `config` names none, and the size of the images.
 
     Raises:
         UserError: they cannot be sampled so, which is told as of `source`, or the folder has other samples.
     """
+    with processes().local_main_process_first():
+        pipeline = open_pipeline(place, getattr(torch, config.dtype))
     try:
-        check_sampling(config, pipeline.scheduler)
-    except UserError as error:
+        if isinstance(pipeline, ClassConditionalPipeline):
+            pipeline.scheduler = check_sampling(config, pipeline.scheduler, own_scheduler)
+        else:
+            pipeline.scheduler = own_scheduler(config, pipeline.scheduler)
+        sampler = make_sampler(pipeline, config, run_config)
+    except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
-    pipeline.scheduler = make_scheduler(config.scheduler, config.scheduler_arguments, pipeline.scheduler)
     protocol = {**protocol, "pipeline_sha256": hash_pipeline(pipeline)}
     pipeline.to(processes().device)
-    return generate_images(pipeline, config, folder, protocol, name)
+    return generate_images(sampler, config, folder, protocol, name)
+
+
+def make_sampler(
+    pipeline: DiffusionPipeline, config: SampleConfig, run_config: RunConfig | None
+) -> ImageSampler:
+    """What makes the images of a pipeline: by class, or by prompts.
+
+    Raises:
+        UserError: there are no prompts, or the pipeline takes no such arguments.
+    """
+    if isinstance(pipeline, ClassConditionalPipeline):
+        if config.prompts is not None:
+            raise UserError("key `sample.prompts`: the pipeline makes images by class; remove it")
+        return ByClass(pipeline, config)
+    size = None if run_config is None else run_config.data.image_size
+    return ByPrompt(pipeline, config, prompts_of(config, run_config), None if size is None else (size, size))
+
+
+def prompts_of(config: SampleConfig, run_config: RunConfig | None) -> Sequence[str]:
+    """The prompts of a file, or the first captions of the data, as many as images need.
+
+    Raises:
+        UserError: there are none.
+    """
+    if config.prompts is not None:
+        return [prompt.text for prompt in read_prompts(Path(config.prompts))]
+    if run_config is None:
+        raise UserError("key `sample.prompts` is missing: a text-to-image pipeline needs them; give a file")
+    images = open_dataset(run_config.data)
+    wanted = -(-config.num_images // config.images_per_prompt)
+    return [images.captions(index)[0] for index in islice(range(len(images)), wanted)]

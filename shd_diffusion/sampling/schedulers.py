@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import diffusers
@@ -50,12 +51,34 @@ def make_scheduler(name: str, arguments: dict[str, Any], trained_with: Scheduler
     return scheduler
 
 
-def check_sampling(config: SampleConfig, trained_with: SchedulerMixin) -> None:
+def usual_scheduler(config: SampleConfig, trained_with: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler that a pipeline is made with: the config's, else DDIM, or Euler for a flow; as `make_scheduler`."""
+    is_flow = settings_of(trained_with)["objective"] == "flow"
+    usual = "FlowMatchEulerDiscreteScheduler" if is_flow else "DDIMScheduler"
+    return make_scheduler(config.scheduler or usual, config.scheduler_arguments, trained_with)
+
+
+def own_scheduler(config: SampleConfig, present: SchedulerMixin) -> SchedulerMixin:
+    """The scheduler that a pipeline is sampled with: its own, unless the config says otherwise; as `make_scheduler`."""
+    if config.scheduler is None and not config.scheduler_arguments:
+        return present
+    return make_scheduler(config.scheduler or type(present).__name__, config.scheduler_arguments, present)
+
+
+def check_sampling(
+    config: SampleConfig,
+    present: SchedulerMixin,
+    choose: Callable[[SampleConfig, SchedulerMixin], SchedulerMixin] = usual_scheduler,
+) -> SchedulerMixin:
     """See that images can be sampled so, before hours of training for them: the loop is run on a made-up prediction.
 
     Args:
         config: how to sample.
-        trained_with: the scheduler of the forward process.
+        present: the scheduler of the forward process, or of the pipeline.
+        choose: `usual_scheduler` or `own_scheduler`.
+
+    Returns:
+        The scheduler to sample with.
 
     Raises:
         UserError: they cannot; the message begins with the key.
@@ -67,9 +90,10 @@ def check_sampling(config: SampleConfig, trained_with: SchedulerMixin) -> None:
             f"write {interval[::-1]}"
         )
     try:
-        scheduler = make_scheduler(config.scheduler, config.scheduler_arguments, trained_with)
+        chosen = choose(config, present)
     except ValueError as error:
         raise UserError(f"key `sample.scheduler`: {error}") from error
+    scheduler = type(chosen).from_config(chosen.config)  # one that keeps no state of this trial
     try:
         scheduler.set_timesteps(config.num_inference_steps)
         sample = torch.zeros(1, 1, 1, 1)
@@ -78,9 +102,10 @@ def check_sampling(config: SampleConfig, trained_with: SchedulerMixin) -> None:
             sample = scheduler.step(prediction, timestep, sample).prev_sample
     except Exception as error:  # schedulers check little, and fail where an argument is used
         raise UserError(
-            f"key `sample.num_inference_steps` is {config.num_inference_steps}: `{config.scheduler}` cannot sample so "
-            f"({one_line(error)}); set another number, `sample.scheduler` or `sample.scheduler_arguments`"
+            f"key `sample.num_inference_steps` is {config.num_inference_steps}: {type(chosen).__name__} cannot "
+            f"sample so ({one_line(error)}); set another number, `sample.scheduler` or `sample.scheduler_arguments`"
         ) from error
+    return chosen
 
 
 def uses_predicted_variance(scheduler: SchedulerMixin) -> bool:

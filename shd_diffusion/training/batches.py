@@ -72,12 +72,12 @@ def _epoch_order(seed: int, epoch: int, length: int) -> Tensor:
 
 
 def step_indices(seed: int, step: int, batch_size: int, length: int) -> list[int]:
-    """Indices of the images that a step sees, over all processes; an epoch's end may fall inside a step."""
+    """Images that a step sees, over all processes, as `Source.batches` numbers them; an epoch's end may fall inside."""
     indices: list[int] = []
     while len(indices) < batch_size:
         epoch, position = divmod(step * batch_size + len(indices), length)
         rest = position + batch_size - len(indices)
-        indices += _epoch_order(seed, epoch, length)[position:rest].tolist()
+        indices += (_epoch_order(seed, epoch, length)[position:rest] + epoch * length).tolist()
     return indices
 
 
@@ -112,6 +112,7 @@ class StepNoise:
         noise: (B, C, H, W).
         latent_noise: what latents are sampled with, (B, C, H, W); None where none is needed.
         token_order: the order in which masking keeps tokens, (B, N); None without masking.
+        guidance: the guidance scales that the models are told, (B,); None where they are told none.
     """
 
     shares: Tensor
@@ -120,17 +121,22 @@ class StepNoise:
     noise: Tensor
     latent_noise: Tensor | None = None
     token_order: Tensor | None = None
+    guidance: Tensor | None = None
 
 
 @dataclass(frozen=True)
 class NoiseSettings:
-    """What `draw_noise` draws: for samples of a shape, of which a share has its condition dropped."""
+    """What `draw_noise` draws: for samples of a shape, of which a share has its condition dropped.
+
+    A guidance scale is drawn evenly from a range.
+    """
 
     shape: tuple[int, ...]
     condition_dropout: float = 0.0
     timestep_sampling: str = "uniform"
     latent_noise: bool = False
     tokens: int = 0
+    guidance_range: tuple[float, float] | None = None
 
 
 def draw_noise(seed: int, step: int, places: range, settings: NoiseSettings) -> StepNoise:
@@ -157,6 +163,11 @@ def draw_noise(seed: int, step: int, places: range, settings: NoiseSettings) -> 
         latent_noise=normal() if settings.latent_noise else None,
         token_order=torch.stack([torch.randperm(settings.tokens, generator=source) for source in sources])
         if settings.tokens
+        else None,
+        guidance=torch.stack(
+            [torch.empty(()).uniform_(*settings.guidance_range, generator=source) for source in sources]
+        )
+        if settings.guidance_range
         else None,
     )
 
@@ -189,6 +200,9 @@ def make_batch(
     latent_noise = None if noise.latent_noise is None else moved(noise.latent_noise)
     clean = source.clean(items, moved(noise.flipped), latent_noise)
     drawn, timesteps = moved(noise.noise), process.timesteps(moved(noise.shares))
+    condition = drop_condition(source.condition(items), null, moved(noise.dropped))
+    if noise.guidance is not None:  # what the data have is for a scale of 1
+        condition["guidance"] = condition["guidance"] * moved(noise.guidance)
     mask = {}
     if kept_tokens is not None and noise.token_order is not None:
         mask = {"ids_keep": moved(noise.token_order[:, :kept_tokens])}
@@ -197,7 +211,7 @@ def make_batch(
         noise=drawn,
         noised=process.noised(clean, drawn, timesteps),
         timesteps=timesteps,
-        condition=drop_condition(source.condition(items), null, moved(noise.dropped)),
+        condition=condition,
         mask=mask,
     )
 

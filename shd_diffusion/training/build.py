@@ -15,13 +15,15 @@ from torch import Tensor
 
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, read_run_config
 from shd_diffusion.data import LatentSource, Source
-from shd_diffusion.data.latent_space import hash_model, load_vae
+from shd_diffusion.data.latent_space import load_vae
 from shd_diffusion.errors import UserError
+from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses import Term, build_terms
 from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens
-from shd_diffusion.models.factory import ModelConfig, build_model, load_model
+from shd_diffusion.models.factory import ModelConfig, build_model, fill_in, load_model
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.mdtv2 import num_kept_tokens
+from shd_diffusion.models.pipeline_folder import PipelineFolder, find_pipeline
 from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.processes import processes
@@ -37,6 +39,7 @@ class Parts:
     Attributes:
         model: to be trained, on the CPU.
         teacher: None where nobody teaches.
+        pipeline: that the model is to stand in; None where the run makes one of its own kind.
         terms: of the loss, by name.
         null: what a dropped condition is replaced by.
         student_trace: what a pass of the model looks like.
@@ -46,6 +49,7 @@ class Parts:
     config: TrainTeacherConfig | DistillConfig
     model: ModelMixin
     teacher: Teacher | None
+    pipeline: PipelineFolder | None
     data: Source
     process: ForwardProcess
     terms: dict[str, Term]
@@ -62,6 +66,7 @@ class Parts:
             train.timestep_sampling,
             self.data.needs_noise,
             num_tokens(self.model) if train.mask_ratio else 0,
+            None if train.guidance_range is None else (train.guidance_range[0], train.guidance_range[1]),
         )
 
         def make(layout: BatchLayout, start: int) -> BatchLoader:
@@ -103,9 +108,22 @@ def build(
         if teacher is not None and isinstance(config, DistillConfig):
             _check_pair(teacher, model, config.teacher.path)
             teacher_trace = _trace(teacher.model, data, example)
-            _check_latent_space(teacher, data, config.teacher.path)
+            pipeline = teacher.pipeline
+        else:
+            pipeline = None
+    with check("teacher.path" if teacher is not None else "pipeline"):
+        if isinstance(config, TrainTeacherConfig) and config.pipeline is not None:
+            pipeline = _open_pipeline(config.pipeline)
+        if pipeline is not None:
+            _check_latent_space(pipeline, data)
+    with check("data.caption_column"):
+        _check_prompts(pipeline, data)
+    with check("train.guidance_range"):
+        _check_guidance(config.train.guidance_range, example)
     with check(""):
-        scheduler = scheduler_for(config.diffusion, teacher, student_trace.predicts_variance)
+        present = pipeline.load_scheduler() if teacher is None and pipeline is not None else None
+        present = teacher.scheduler if teacher is not None else present
+        scheduler = scheduler_for(config.diffusion, present, student_trace.predicts_variance)
         process = ForwardProcess.from_scheduler(scheduler)
     with check(f"{key}.arguments"):
         if student_trace.predicts_variance and not _has_a_bound(process):
@@ -151,7 +169,7 @@ def build(
     if config.train.compile:
         model.compile()
     null = {**null_condition(model), **data.null}
-    return Parts(config, model, teacher, data, process, terms, null, student_trace, teacher_trace)
+    return Parts(config, model, teacher, pipeline, data, process, terms, null, student_trace, teacher_trace)
 
 
 @contextmanager
@@ -173,7 +191,9 @@ def new_model(config: RunConfig, model: ModelConfig) -> ModelMixin:
 
     Raises:
         ValueError: it cannot be built.
+        UserError: the one that it is like has no config.
     """
+    model = fill_in(model, config.within)
     torch.manual_seed(config.seed)
     return build_model(model)
 
@@ -187,9 +207,9 @@ def open_model(name: str) -> ModelMixin:
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
         return load_model(name)
-    _, model = model_section(read_run_config(path))
+    config = read_run_config(path)
     try:
-        return build_model(model)
+        return new_model(config, model_section(config)[1])
     except ValueError as error:
         raise UserError(f"{name}: {error}") from error
 
@@ -249,28 +269,83 @@ def _check_pair(teacher: Teacher, student: ModelMixin, path: str) -> None:
         )
 
 
-def _check_latent_space(teacher: Teacher, data: Source, path: str) -> None:
+def _open_pipeline(name: str) -> PipelineFolder:
+    """The text-to-image pipeline that a new model is trained for.
+
+    Raises:
+        ValueError: there is none.
+    """
+    pipeline = find_pipeline(name)
+    if pipeline is None or not pipeline.takes_prompts:
+        raise ValueError(f"{name}: no text-to-image pipeline; give the folder or hub name of one, or none")
+    return pipeline
+
+
+def _check_prompts(pipeline: PipelineFolder | None, data: Source) -> None:
+    """See that the data have prompts where they are needed, encoded as the pipeline does.
+
+    Raises:
+        ValueError: they do not.
+    """
+    encoded = data.prompts_sha256 if isinstance(data, LatentSource) else None
+    if pipeline is None or not pipeline.takes_prompts:
+        if encoded is not None:
+            raise ValueError(
+                "the cache has captions, but the model stands in no text-to-image pipeline; set `pipeline`, or "
+                "prepare the data without captions"
+            )
+        return
+    if encoded is None:
+        raise ValueError(
+            f"{pipeline.name} makes images from prompts; name where the captions are, add a section `prepare`, and "
+            "run `shd-diffusion prepare` first"
+        )
+    if encoded != pipeline.hash_prompt_parts():
+        raise ValueError(
+            f"the captions in the cache were encoded by other text encoders or tokenizers than {pipeline.name} has; "
+            "run `shd-diffusion prepare` with another `prepare.output`"
+        )
+
+
+def _check_guidance(guidance_range: list[float] | None, example: dict[str, Tensor]) -> None:
+    """See that a guidance scale is told to the models that want one.
+
+    Raises:
+        ValueError: it is not, or to others.
+    """
+    if "guidance" in example:
+        if guidance_range is None:
+            raise ValueError(
+                "the model is told the guidance scale, so train it on those that it will be used with; give the "
+                "least and the largest, such as [1, 5]"
+            )
+        if guidance_range[0] > guidance_range[1]:
+            raise ValueError(f"{guidance_range} ends before it begins; give the least and the largest")
+    elif guidance_range is not None:
+        raise ValueError("the model is told no guidance scale; remove it")
+
+
+def _check_latent_space(pipeline: PipelineFolder, data: Source) -> None:
     """See that the data are in the space that the teacher was trained in, and of its size.
 
     Raises:
         ValueError: they are not, as far as the teacher's pipeline tells.
     """
-    if not teacher.in_pipeline:
-        return
-    if teacher.sample_shape not in (None, tuple(data.shape)):
+    path = pipeline.name
+    if pipeline.sample_shape not in (None, tuple(data.shape)):
         raise ValueError(
-            f"{path} was trained on samples {teacher.sample_shape}, but `data` gives {tuple(data.shape)}; make "
+            f"{path} was trained on samples {pipeline.sample_shape}, but `data` gives {tuple(data.shape)}; make "
             "them equal"
         )
     if not isinstance(data, LatentSource):
-        if teacher.vae is not None:
+        if pipeline.has("vae"):
             raise ValueError(
                 f"{path} works on latents, but `data` gives pixels; run `shd-diffusion prepare` first"
             )
         return
-    if teacher.vae is None:
+    if not pipeline.has("vae"):
         raise ValueError(f"{path} works on pixels, but `data` gives latents; give the images themselves")
-    if hash_model(load_vae(teacher.vae)) != data.vae_sha256:
+    if hash_model(load_vae(path)) != data.vae_sha256:
         raise ValueError(
             f"{path} works on latents of its own VAE, but `data.path` was encoded by another ({data.vae}); "
             "prepare the data with the teacher's"

@@ -15,17 +15,18 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig
 from shd_diffusion.data import LatentSource, Source, build_source
-from shd_diffusion.data.latent_space import hash_model
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.evaluation import check_settings
 from shd_diffusion.files import replacing_folder, write_json, write_text
+from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.models.denoiser import count_parameters
 from shd_diffusion.models.factory import load_model
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling, make_scheduler
+from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling
+from shd_diffusion.sampling.schedulers import own_scheduler
 from shd_diffusion.squeezing.plan import plans_from_json, plans_to_json
 from shd_diffusion.training.build import Parts, build
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
@@ -116,7 +117,7 @@ def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source:
     """Build and check everything; nothing is written."""
     try:
         accelerator = make_accelerator(config.train, folder.path)
-        data = build_source(config.data)
+        data = build_source(config.trained_on)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     parts = build(config, source, data)
@@ -125,12 +126,15 @@ def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source:
         inputs["teacher.path"] = hash_model(parts.teacher.model)
     folder.check_inputs(inputs)
     try:
-        check_sampling(config.sample, parts.process.scheduler)
-        sampler = make_scheduler(
-            config.sample.scheduler, config.sample.scheduler_arguments, parts.process.scheduler
-        )
-        vae = _load_vae(data)
-        validation = make_validation(config, sampler, vae, data, accelerator.device)
+        vae, validation = None, None
+        if parts.pipeline is not None and parts.pipeline.takes_prompts:
+            sampler = own_scheduler(config.sample, parts.process.scheduler)
+            if config.train.validation.every:
+                raise UserError("key `train.validation.every`: is for images by class; set it to 0")
+        else:
+            sampler = check_sampling(config.sample, parts.process.scheduler)
+            vae = _load_vae(data)
+            validation = make_validation(config, sampler, vae, data, accelerator.device)
         check_settings(config.evaluate, config.data.name)
     except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
@@ -197,13 +201,20 @@ def _save(run: Run, trained: ModelMixin, loss: TrainingLoss) -> None:
     if not run.accelerator.is_main_process:
         return
     with replacing_folder(run.folder.pipeline) as temporary:
-        pipeline = ClassConditionalPipeline(
-            trained, run.sampler, run.vae, sample_shape=list(run.parts.data.shape)
-        )
-        pipeline.save_pretrained(temporary, safe_serialization=True)
+        _save_pipeline(run, trained, temporary)
     summary = summarize(run.folder.path.name, run.parts, trained)
     extra = {"extra_parameters": sum(parameter.numel() for parameter in loss.parameters())}
     write_json(run.folder.summary_file, summary | extra)
+
+
+def _save_pipeline(run: Run, trained: ModelMixin, to: Path) -> None:
+    """Save the model in the kind of pipeline that it was trained for."""
+    within, shape = run.parts.pipeline, list(run.parts.data.shape)
+    if within is not None and within.takes_prompts:
+        within.save_with(trained, to)
+    else:
+        pipeline = ClassConditionalPipeline(trained, run.sampler, run.vae, sample_shape=shape)
+        pipeline.save_pretrained(to, safe_serialization=True)
 
 
 def summarize(name: str, parts: Parts, model: ModelMixin) -> dict[str, Any]:
@@ -228,7 +239,7 @@ def _finish_attention_maps(folder: RunFolder, config: RunConfig, source: str) ->
     """Make the attention maps of a complete run that has none, such as one that ran out of memory over them."""
     if folder.attention_file.exists() or not isinstance(config, DistillConfig):
         return
-    parts = build(config, source, build_source(config.data))
+    parts = build(config, source, build_source(config.trained_on))
     _try_attention_maps(folder, parts, load_model(str(folder.path)).eval(), None)
 
 

@@ -42,7 +42,9 @@ def make_validation(
         return None
     name = extractor_name(evaluate.extractor, config.data.name)
     only = image_size_of(name)
-    reference = evaluate.reference or reference_images(config.data)  # a file of statistics needs no images
+    reference = evaluate.reference or reference_images(
+        config.trained_on
+    )  # a file of statistics needs no images
     height, width = data.image_size
     if only is not None and (height, width) != (only, only):
         raise UserError(

@@ -27,6 +27,7 @@ from shd_diffusion.models.denoiser import (
     num_classes,
     num_tokens,
     pack,
+    pad,
     predict,
     sample_shape,
     unpack,
@@ -145,6 +146,15 @@ def test_conditions_are_dropped_where_there_is_a_null_one() -> None:
     found = drop_condition({"text": text, "mask": mask}, null, dropped)
     assert torch.equal(found["text"], torch.stack([text[0], null["text"][0], text[2]]))
     assert torch.equal(found["mask"], mask)
+
+
+def test_conditions_of_different_lengths_are_padded_at_the_end() -> None:
+    short = {"text": torch.ones(2, 3), "mask": torch.ones(2, dtype=torch.bool), "guidance": torch.tensor(1.0)}
+    long = {"text": torch.ones(4, 3), "mask": torch.ones(4, dtype=torch.bool), "guidance": torch.tensor(2.0)}
+    found = pad([short, long])
+    assert torch.equal(found["text"][0], torch.tensor([1.0, 1, 0, 0])[:, None].expand(4, 3))
+    assert found["mask"].tolist() == [[True, True, False, False], [True] * 4]
+    assert found["guidance"].tolist() == [1, 2] and torch.equal(pad([long])["text"], long["text"][None])
 
 
 def test_unpacking_inverts_packing() -> None:

@@ -19,7 +19,8 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.randomness import generator
 from shd_diffusion.sampling import ClassConditionalPipeline, generate_images, sample_images
 from shd_diffusion.sampling.batching import deal_passes
-from shd_diffusion.sampling.generate import labels_of, read_summary
+from shd_diffusion.sampling.by_class import labels_of
+from shd_diffusion.sampling.generate import read_summary
 
 CONFIG = SampleConfig(num_images=7, num_inference_steps=4, pass_size=3)
 

@@ -1,0 +1,59 @@
+"""What a caption may be: a text that says something, or several of an image."""
+
+from __future__ import annotations
+
+import reprlib
+
+from shd_diffusion.errors import UserError, did_you_mean
+
+KEY = "data.caption_column"
+
+
+def captions_of(value: object, where: str) -> list[str]:
+    """The captions that a data set gives for one image: a string or a list of strings, none of them blank.
+
+    Args:
+        value: what the data set holds.
+        where: what to call it in a message: the file and the image, line or key.
+
+    Raises:
+        UserError: it is no such thing.
+    """
+    captions = []
+    for caption in value if isinstance(value, list) else [value]:
+        if not isinstance(caption, str):
+            raise UserError(f"{KEY}: {where} is {reprlib.repr(caption)}; give a string or a list of strings")
+        if not caption.strip():
+            raise UserError(f"{KEY}: {where} is {caption!r}; write a caption there, or remove the image")
+        captions.append(caption)
+    if captions:
+        return captions
+    raise UserError(f"{KEY}: {where} is an empty list; write a caption there, or remove the image")
+
+
+def captions_of_text(content: bytes, where: str) -> list[str]:
+    """The captions of a text file, one a line; blank lines are passed over.
+
+    Raises:
+        UserError: it is not in UTF-8, or holds none.
+    """
+    try:
+        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise UserError(f"{KEY}: {where}: not a text in UTF-8 ({error.reason}); convert it") from None
+    if captions := [line for line in lines if line]:
+        return captions
+    raise UserError(f"{KEY}: {where} holds no caption; write one a line, or remove it with its image")
+
+
+def captions_of_key(content: object, key: str, where: str) -> list[str]:
+    """The captions under a key of a JSON object.
+
+    Raises:
+        UserError: it is no object, has no such key, or holds no captions there.
+    """
+    if not isinstance(content, dict):
+        raise UserError(f'{KEY}: {where}: not an object of JSON; write {{"{key}": "a caption", ...}}')
+    if key not in content:
+        raise UserError(f"{KEY}: {where} has no key `{key}`; {did_you_mean(key, content)}")
+    return captions_of(content[key], f"{where}: key `{key}`")

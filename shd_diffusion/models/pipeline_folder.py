@@ -1,0 +1,128 @@
+"""A diffusers pipeline on disk or on the hub, told from its model_index.json: no weights are loaded for it."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+
+from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.files import read_json, sha256, write_json
+from shd_diffusion.models.factory import DENOISERS, find_model_folder, is_hub_name
+
+INDEX = "model_index.json"
+NOT_OF_PROMPTS = {*DENOISERS, "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder"}
+
+
+@dataclass(frozen=True)
+class PipelineFolder:
+    """A pipeline that a model stands in.
+
+    Attributes:
+        name: its folder or hub name.
+        index: its model_index.json.
+        part: what it calls its denoiser.
+    """
+
+    name: str
+    index: dict[str, Any]
+    part: str
+
+    @property
+    def pipeline_class(self) -> type[DiffusionPipeline] | None:
+        """Its class, where that is one of diffusers."""
+        found = getattr(diffusers, str(self.index.get("_class_name")), None)
+        return found if isinstance(found, type) and issubclass(found, DiffusionPipeline) else None
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether its images are made from prompts."""
+        kind = self.pipeline_class
+        return kind is not None and "prompt" in inspect.signature(kind.__call__).parameters
+
+    @property
+    def sample_shape(self) -> tuple[int, ...] | None:
+        """(C, H, W) of what its model was trained on, where it says that."""
+        shape = self.index.get("sample_shape")
+        return None if shape is None else tuple(int(size) for size in shape)
+
+    def has(self, part: str) -> bool:
+        """Whether it has a part of this name."""
+        return bool((self.index.get(part) or [None])[0])
+
+    def local(self) -> Path:
+        """Its folder; one from the hub is brought here first.
+
+        Raises:
+            UserError: it cannot be brought.
+        """
+        if Path(self.name).is_dir():
+            return Path(self.name)
+        try:
+            return Path(DiffusionPipeline.download(self.name))
+        except Exception as error:  # the hub's client raises errors of any kind
+            raise UserError(f"{self.name}: cannot be had from the hub ({one_line(error)})") from error
+
+    def load_scheduler(self) -> SchedulerMixin | None:
+        """Its scheduler; None where it has none of diffusers.
+
+        Raises:
+            UserError: it is damaged.
+        """
+        kind = getattr(diffusers, str((self.index.get("scheduler") or [None, ""])[1]), None)
+        if kind is None:
+            return None
+        try:
+            return kind.from_pretrained(self.name, subfolder="scheduler")
+        except Exception as error:  # diffusers raises errors of any kind on damaged files
+            raise UserError(f"{self.name}: its scheduler cannot be loaded ({one_line(error)})") from error
+
+    def hash_prompt_parts(self) -> str:
+        """SHA-256 of all files that prompts are encoded by: text encoders, tokenizers, templates.
+
+        By their files, since text encoders can be larger than the memory that training has left.
+        """
+        folder = self.local()
+        digest = hashlib.sha256(str(self.index.get("_class_name")).encode())
+        for part in sorted(name for name in self.index if name not in NOT_OF_PROMPTS):
+            for file in sorted(path for path in (folder / part).rglob("*") if path.is_file()):
+                digest.update(f"{file.relative_to(folder)} {sha256(file)}".encode())
+        return digest.hexdigest()
+
+    def save_with(self, model: ModelMixin, to: Path) -> None:
+        """Write this pipeline with another denoiser: the other parts are copied as they are, file by file."""
+        folder = self.local()
+        shutil.copytree(
+            folder, to, ignore=lambda at, _: [self.part] if Path(at) == folder else [], dirs_exist_ok=True
+        )
+        model.save_pretrained(to / self.part, safe_serialization=True)
+        kind = type(model)
+        library = "diffusers" if getattr(diffusers, kind.__name__, None) is kind else kind.__module__
+        write_json(to / INDEX, {**self.index, self.part: [library, kind.__name__]})
+
+
+def find_pipeline(name: str) -> PipelineFolder | None:
+    """The pipeline around a model: of a run, a pipeline folder, a model folder inside one, or a hub name.
+
+    Raises:
+        UserError: its model_index.json cannot be read.
+    """
+    folder = find_model_folder(Path(name))
+    if folder is not None:
+        file = folder.parent / INDEX
+        return PipelineFolder(str(folder.parent), read_json(file), folder.name) if file.is_file() else None
+    if Path(name).is_dir() or not is_hub_name(name):
+        return None
+    try:
+        index = dict(DiffusionPipeline.load_config(name))
+    except Exception as error:  # the hub's client raises errors of any kind
+        raise UserError(f"{name}: no such pipeline here or on the hub ({one_line(error)})") from error
+    part = next((part for part in DENOISERS if part in index), None)
+    return None if part is None else PipelineFolder(name, index, part)

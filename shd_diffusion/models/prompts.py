@@ -1,0 +1,271 @@
+"""What a diffusers text-to-image pipeline tells its denoiser about a prompt.
+
+Nothing here knows how a family makes its embeddings. A pipeline's own `__call__` is run with a recorder in the
+denoiser's place and stopped at the scheduler's first step: lengths, masks, templates, pooled vectors, zeroed negative
+prompts and micro-conditions are the pipeline's own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from accelerate import init_empty_weights
+from diffusers import DiffusionPipeline
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.utils import is_bs4_available, is_ftfy_available
+from torch import Tensor, nn
+
+from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.hashing import hash_model
+from shd_diffusion.models.denoiser import Family, family_of, unwrap
+
+DENOISERS = ("transformer", "unet")
+_PROBE = ("a", "a b c d e")  # two prompts of different lengths
+
+
+def denoiser_name(pipeline: DiffusionPipeline) -> str:
+    """The component that denoises: `transformer` or `unet`.
+
+    Raises:
+        UserError: it has neither.
+    """
+    for name in DENOISERS:
+        if getattr(pipeline, name, None) is not None:
+            return name
+    raise UserError(
+        f"a {type(pipeline).__name__} has no denoiser: a text-to-image pipeline has a `transformer` or a `unet`"
+    )
+
+
+class PromptEncoder:
+    """Prompts as conditions of a pipeline's denoiser.
+
+    A condition is a dict of tensors without a batch axis, on the CPU, by argument of the denoiser (a dot nests): see
+    `predict`. Arguments that follow from the sample's shape alone are not among them. A prompt's condition does not
+    depend on which prompts are encoded beside it: where a pipeline pads to the longest of a batch, prompts are encoded
+    one by one, and their lengths differ (`pad` stacks them).
+
+    The denoiser itself is not run. It may be on the meta device, see `load_for_prompts`.
+
+    Args:
+        pipeline: text to image or video; left as it is.
+        size: height and width of the images in pixels.
+        arguments: further keyword arguments of the pipeline's call, such as `max_sequence_length`, `original_size` or
+            `use_resolution_binning`.
+
+    Raises:
+        UserError: the pipeline has no denoiser, or its call takes no such argument.
+    """
+
+    def __init__(
+        self, pipeline: DiffusionPipeline, size: tuple[int, int], arguments: Mapping[str, Any] | None = None
+    ) -> None:
+        self.pipeline, self.size, self.arguments = pipeline, size, dict(arguments or {})
+        self._denoiser = denoiser_name(pipeline)
+        self._takes = inspect.signature(type(pipeline).__call__).parameters
+        for name in self.arguments:
+            if name not in self._takes:
+                raise UserError(f"{type(pipeline).__name__} takes no argument `{name}`; leave it out")
+
+    def encode(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """The condition of each prompt; embedded guidance is that of scale 1."""
+        batches = [[*prompts]] if self._fixed_length else [[prompt] for prompt in prompts]
+        return [entries for batch in batches if batch for entries in self._record(batch, guidance_scale=1.0)]
+
+    def null(self) -> dict[str, Tensor]:
+        """The condition of the pipeline's unconditional pass; where it has none, that of the empty prompt."""
+        prompt = [_PROBE[0]]
+        (conditional,) = self._record(prompt, guidance_scale=1.0)
+        guided = self._record(prompt, guidance_scale=2.0)
+        unconditional = sorted(guided, key=lambda entries: _distance(entries, conditional))[1:]
+        return unconditional[0] if unconditional else self._record([""], guidance_scale=1.0)[0]
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """SHA-256 of all that a condition follows from beside its prompt: text encoders' configs and weights,
+        tokenizers, the pipeline's class and options, size and arguments."""
+        pipeline = self.pipeline
+        options = {
+            name: value
+            for name, value in pipeline.config.items()
+            if not name.startswith("_") and name not in pipeline.components
+        }
+        facts: list[Any] = [type(pipeline).__name__, options, self.size, self.arguments]
+        if "clean_caption" in self._takes:  # which a pipeline leaves undone where these are not installed
+            facts.append([is_bs4_available(), is_ftfy_available()])
+        for name, part in sorted(pipeline.components.items()):
+            if name.startswith("text_encoder") and part is not None:
+                facts.append([name, hash_model(part)])
+            elif name.startswith("tokenizer") and part is not None:
+                facts.append([name, _tokenizer_facts(part)])
+        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
+
+    @functools.cached_property
+    def _fixed_length(self) -> bool:
+        """Whether a prompt's condition is the same beside a longer one."""
+        (alone,), (beside, _) = (self._record([*prompts], 1.0) for prompts in (_PROBE[:1], _PROBE))
+        return _distance(alone, beside) < 1e-3  # which rounding stays below
+
+    def _record(self, prompts: list[str], guidance_scale: float) -> list[dict[str, Tensor]]:
+        """A condition for each sample that the denoiser is given in the first step."""
+        denoiser = getattr(self.pipeline, self._denoiser)
+        height, width = self.size
+        arguments: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": 2}
+        if "guidance_scale" in self._takes:
+            arguments["guidance_scale"] = guidance_scale
+        calls = record_calls(self.pipeline, prompts, **arguments | self.arguments)
+        family = family_of(unwrap(denoiser))
+        return [entries for call in calls for entries in _conditions(call, family)]
+
+
+def record_calls(pipeline: DiffusionPipeline, prompts: list[str], **arguments: Any) -> list[dict[str, Any]]:
+    """The arguments of a denoiser's calls in the first step of its pipeline's call, by name; none is computed.
+
+    The pipeline's parts are left as they are: a copy runs, with a recorder for a denoiser.
+    """
+    name = denoiser_name(pipeline)
+    running, calls = copy.copy(pipeline), list[dict[str, Any]]()
+    running.__dict__[name] = _Recorder(getattr(pipeline, name), calls, _device(pipeline))
+    running.__dict__["scheduler"] = _stopping(pipeline.scheduler)
+    running.set_progress_bar_config(disable=True)
+    with contextlib.suppress(_FirstStep):
+        running(prompt=prompts, **arguments)
+    return calls
+
+
+def _device(pipeline: DiffusionPipeline) -> torch.device:
+    """Where the text encoders are."""
+    parts = (part for name, part in pipeline.components.items() if name not in DENOISERS)
+    return next((part.device for part in parts if isinstance(part, nn.Module)), torch.device("cpu"))
+
+
+class _FirstStep(Exception):
+    """Ends the recorded call."""
+
+
+class _Recorder(nn.Module):
+    """Stands in for a denoiser: notes what it is called with, has its config and methods, and predicts 0."""
+
+    def __init__(self, denoiser: nn.Module, calls: list[dict[str, Any]], device: torch.device) -> None:
+        super().__init__()
+        self.device = device  # whatever the denoiser's, which may be meta
+        self.__dict__["denoiser"], self.__dict__["calls"] = denoiser, calls
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self.__dict__["denoiser"], name)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        signature = inspect.signature(self.denoiser.forward)
+        given = signature.bind(*args, **kwargs).arguments
+        self.calls.append(dict(given))
+        sample = next(iter(given.values()))
+        zeros: Any = (
+            [torch.zeros_like(x) for x in sample] if isinstance(sample, list) else torch.zeros_like(sample)
+        )
+        return Transformer2DModelOutput(sample=zeros)
+
+
+def _stopping(scheduler: Any) -> Any:
+    """A copy of a scheduler whose step ends the call."""
+    stopping = copy.deepcopy(scheduler)
+
+    @functools.wraps(scheduler.step)  # pipelines look at its signature
+    def step(*_: Any, **__: Any) -> None:
+        raise _FirstStep
+
+    stopping.step = step
+    return stopping
+
+
+def _conditions(call: Mapping[str, Any], family: Family) -> list[dict[str, Tensor]]:
+    """The condition of each sample of a call: what has an entry a sample and does not follow from its shape."""
+    given = iter(call.items())
+    samples = len(next(given)[1])
+    flat: dict[str, Any] = {}
+    for name, value in given:
+        inner = (
+            {f"{name}.{key}": entry for key, entry in value.items()}
+            if isinstance(value, dict)
+            else {name: value}
+        )
+        flat |= {key: entry for key, entry in inner.items() if key not in family.not_conditions}
+    by_sample = {
+        name: value
+        for name, value in flat.items()
+        if (isinstance(value, Tensor) and value.ndim and len(value) == samples)
+        or (isinstance(value, list) and len(value) == samples and all(isinstance(v, Tensor) for v in value))
+    }
+    return [{name: value[i].detach().cpu() for name, value in by_sample.items()} for i in range(samples)]
+
+
+def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """The largest difference of any number of two conditions; infinite where shapes differ."""
+    if one.keys() != other.keys() or any(one[name].shape != other[name].shape for name in one):
+        return float("inf")
+    differences = [
+        (one[name].double() - other[name].double()).abs().max().item() for name in one if one[name].numel()
+    ]
+    return max(differences, default=0.0)
+
+
+def _tokenizer_facts(tokenizer: Any) -> list[Any]:
+    """All that token numbers follow from, of a tokenizer or of a processor with one."""
+    template = getattr(tokenizer, "chat_template", None)
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+    for left_by_the_last_call in ("padding", "truncation") if backend is not None else ():
+        state.pop(left_by_the_last_call, None)
+    rest = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.special_tokens_map)
+    return [type(tokenizer).__name__, state, template, *rest]
+
+
+# --- pipelines without their denoiser -----------------------------------------------------------------------------
+
+
+def load_for_prompts(
+    path: str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> DiffusionPipeline:
+    """A pipeline by its folder or hub name, whose denoiser has a config and no weights (meta device).
+
+    Neither is the denoiser's file read or downloaded.
+
+    Args:
+        dtype: of the text encoders' weights, and so of what they give.
+        device: where the text encoders compute.
+
+    Raises:
+        UserError: there is none, or no text-to-image pipeline of diffusers.
+    """
+    try:
+        index = DiffusionPipeline.load_config(path)
+        name = next((name for name in DENOISERS if index.get(name)), None)
+        if name is None:
+            raise ValueError(f"a {index.get('_class_name')} has none of {', '.join(DENOISERS)}")
+        kind: Any = getattr(diffusers, index[name][1])
+        config = kind.load_config(path, subfolder=name)
+        with init_empty_weights():
+            denoiser = kind.from_config(config).eval()
+        pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, **{name: denoiser})
+        for part in pipeline.components.values():
+            if isinstance(part, nn.Module) and part is not denoiser:
+                part.to(device)
+        return pipeline
+    except Exception as error:  # of many kinds: files that are missing, torn or of another library
+        where = "" if Path(path).exists() else ", neither here nor on the hub"
+        raise UserError(
+            f"{path}: no text-to-image pipeline can be loaded{where} ({one_line(error)}); "
+            "give a folder or hub name of one that diffusers loads"
+        ) from error

@@ -1,0 +1,75 @@
+"""Images by class, or by nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from shd_diffusion.config import SampleConfig
+from shd_diffusion.data.images import to_rgb_bytes
+from shd_diffusion.models.denoiser import num_classes
+from shd_diffusion.randomness import generator
+from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
+
+OF_PROMPTS = {"prompts", "images_per_prompt", "negative_prompt", "pipeline_arguments"}
+NOT_IN_A_PROTOCOL = {"num_images", "batch_size"}
+
+
+class ByClass:
+    """An `ImageSampler` of a `ClassConditionalPipeline`; its scheduler is the one to sample with."""
+
+    def __init__(self, pipeline: ClassConditionalPipeline, config: SampleConfig) -> None:
+        self.pipeline, self.config = pipeline, config
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        images = sample_images(self.pipeline, indices, self.config)
+        if not images.isfinite().all():
+            raise ValueError("its images are not finite: the model has diverged, train it anew")
+        return to_rgb_bytes(images)
+
+    def told(self, count: int) -> dict[str, Any]:
+        return {"labels": labels_of(range(count), num_classes(self.pipeline.denoiser), self.config)}
+
+    def settings(self) -> dict[str, Any]:
+        settings = self.config.model_dump(exclude=NOT_IN_A_PROTOCOL | OF_PROMPTS)
+        scale = self.config.guidance_scale
+        return settings | {
+            "scheduler": type(self.pipeline.scheduler).__name__,
+            "guidance_scale": 1.0 if scale is None else scale,
+        }
+
+
+def labels_of(indices: Sequence[int], num_classes: int | None, config: SampleConfig) -> list[int] | None:
+    """The labels of these images: round the classes, so that every prefix is as balanced as it can be, or random.
+
+    None where there are no classes.
+    """
+    if num_classes is None:
+        return None
+    if config.labels == "balanced":
+        return [index % num_classes for index in indices]
+    drawn = (generator(config.seed, "label", index) for index in indices)
+    return [int(torch.randint(num_classes, (), generator=each)) for each in drawn]
+
+
+def sample_images(pipeline: ClassConditionalPipeline, indices: Sequence[int], config: SampleConfig) -> Tensor:
+    """The images of these indices: (B, C, H, W) in [-1, 1]."""
+    generators = [generator(config.seed, "sample", index) for index in indices]
+    noise = torch.stack([torch.randn(pipeline.noise_shape, generator=each) for each in generators])
+    (images,) = pipeline(
+        labels_of(indices, num_classes(pipeline.denoiser), config),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=1.0 if config.guidance_scale is None else config.guidance_scale,
+        guidance_power=config.guidance_power,
+        guidance_interval=config.guidance_interval,
+        guidance_channels=config.guidance_channels,
+        num_images=len(indices),
+        generator=generators,
+        latents=noise,
+        output_type="pt",
+        return_dict=False,
+    )
+    return images * 2 - 1

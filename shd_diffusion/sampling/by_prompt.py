@@ -1,0 +1,93 @@
+"""Images by prompt, through a text-to-image pipeline of diffusers and its own call."""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from shd_diffusion.config import SampleConfig
+from shd_diffusion.errors import UserError
+from shd_diffusion.randomness import generator
+from shd_diffusion.sampling.by_class import NOT_IN_A_PROTOCOL
+
+OF_CLASSES = {"labels", "guidance_power", "guidance_interval", "guidance_channels"}
+
+
+class ByPrompt:
+    """An `ImageSampler` of a text-to-image pipeline; its scheduler is the one to sample with.
+
+    Args:
+        prompts: P prompts; those of the images are prompts 0, ..., P-1, 0, ..., `images_per_prompt` times each.
+        size: height and width in pixels; None: the pipeline's default.
+
+    Raises:
+        UserError: the call of the pipeline takes no such argument, or the config sets what is for pipelines by class.
+    """
+
+    def __init__(
+        self,
+        pipeline: DiffusionPipeline,
+        config: SampleConfig,
+        prompts: Sequence[str],
+        size: tuple[int, int] | None = None,
+    ) -> None:
+        self.pipeline, self.config, self.prompts = pipeline, config, list(prompts)
+        self.parameters = inspect.signature(type(pipeline).__call__).parameters
+        given = {"guidance_scale": config.guidance_scale, "negative_prompt": config.negative_prompt}
+        given |= {"height": size[0], "width": size[1]} if size is not None else {}
+        self.arguments: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+        self.arguments |= config.pipeline_arguments
+        name = type(pipeline).__name__
+        for key in self.arguments:
+            if key not in self.parameters:
+                where = key if key in ("guidance_scale", "negative_prompt") else f"pipeline_arguments.{key}"
+                raise UserError(f"key `sample.{where}`: the call of {name} takes no `{key}`; remove it")
+        for key in sorted(OF_CLASSES - {"labels"}):
+            if getattr(config, key) is not None:
+                raise UserError(
+                    f"key `sample.{key}`: is for pipelines by class, which {name} is not; remove it"
+                )
+
+    def images(self, indices: Sequence[int]) -> Tensor:
+        prompts = [self._prompt(index) for index in indices]
+        arguments = dict(self.arguments)
+        if isinstance(negative := arguments.get("negative_prompt"), str):
+            arguments["negative_prompt"] = [negative] * len(prompts)
+        (images, *_) = self.pipeline(
+            prompt=prompts,
+            num_inference_steps=self.config.num_inference_steps,
+            generator=[generator(self.config.seed, "sample", index) for index in indices],
+            output_type="pt",
+            return_dict=False,
+            **arguments,
+        )
+        images = images.float()
+        if images.ndim == 5:  # videos (B, F, 3, H, W): frames side by side
+            images = torch.cat(images.unbind(1), dim=-1)
+        if not images.isfinite().all():
+            raise ValueError("its images are not finite: the model has diverged, train it anew")
+        return (images * 255).round().to(torch.uint8)  # as diffusers' numpy_to_pil
+
+    def told(self, count: int) -> dict[str, Any]:
+        return {"prompts": [self._prompt(index) for index in range(count)]}
+
+    def settings(self) -> dict[str, Any]:
+        settings = self.config.model_dump(exclude=NOT_IN_A_PROTOCOL | OF_CLASSES | {"prompts"})
+        scale = self.parameters.get("guidance_scale")
+        return settings | {
+            "pipeline": type(self.pipeline).__name__,
+            "scheduler": type(self.pipeline.scheduler).__name__,
+            "guidance_scale": self.arguments.get("guidance_scale", scale and scale.default),
+            "height": self.arguments.get("height"),
+            "width": self.arguments.get("width"),
+            "prompts_sha256": hashlib.sha256("\0".join(self.prompts).encode()).hexdigest(),
+        }
+
+    def _prompt(self, index: int) -> str:
+        return self.prompts[index // self.config.images_per_prompt % len(self.prompts)]

@@ -1,0 +1,147 @@
+"""Conditions of prompts against what each family's pipeline does with them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline
+from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
+from torch import Tensor
+
+from shd_diffusion.errors import UserError
+from shd_diffusion.models.denoiser import pad, predict, unpack
+from shd_diffusion.models.prompts import PromptEncoder, denoiser_name, load_for_prompts
+
+SHORT, LONG = "a cat", "a red fox jumps"
+ALL = list(PIPELINES)
+
+
+def encoder(name: str, **arguments: Any) -> PromptEncoder:
+    return PromptEncoder(PIPELINES[name](), SIZE, ARGUMENTS.get(name, {}) | arguments)
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.allclose(one[n], other[n], atol=1e-6) for n in one)
+
+
+def spy(pipeline: DiffusionPipeline, **arguments: Any) -> list[dict[str, Any]]:
+    """What a pipeline's call gives its scheduler at each step: the prediction, the timestep and the sample."""
+    steps, step = [], pipeline.scheduler.step
+
+    def noting(model_output: Tensor, timestep: Tensor, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+        steps.append({"prediction": model_output, "timestep": timestep, "sample": sample})
+        return step(model_output, timestep, sample, *args, **kwargs)
+
+    pipeline.scheduler.step = noting
+    pipeline(height=SIZE[0], width=SIZE[1], num_inference_steps=2, output_type="latent", **arguments)
+    return steps
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_predictions_are_those_that_the_scheduler_gets(name: str) -> None:
+    pipeline, arguments = PIPELINES[name](), ARGUMENTS.get(name, {})
+    model = getattr(pipeline, denoiser_name(pipeline))
+    conditions = PromptEncoder(pipeline, SIZE, arguments).encode([LONG])
+    steps = spy(pipeline, prompt=LONG, guidance_scale=1.0, generator=torch.manual_seed(0), **arguments)
+    assert len(steps) == 2
+    for step in steps:
+        sample, expected = step["sample"], step["prediction"]
+        if sample.ndim == 3:  # packed
+            sample, expected = (unpack(x, torch.Size((8, 8)), 2) for x in (sample, expected))
+        with torch.no_grad():
+            found = predict(model, sample, step["timestep"].expand(1), pad(conditions))
+        torch.testing.assert_close(found[:, : expected.shape[1]], expected, rtol=1e-5, atol=1e-5)
+        assert expected.std() > 0.01
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_prompt_is_the_same_beside_any_other(name: str) -> None:
+    prompts = encoder(name)
+    alone, beside = prompts.encode([SHORT]), prompts.encode([LONG, SHORT])
+    assert same(alone[0], beside[1]) and not same(alone[0], beside[0])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_null_condition_is_that_of_the_unconditional_pass(name: str) -> None:
+    """Guidance mixes the predictions of both."""
+    pipeline, arguments = PIPELINES[name](), ARGUMENTS.get(name, {})
+    model = getattr(pipeline, denoiser_name(pipeline))
+    prompts = PromptEncoder(pipeline, SIZE, arguments)
+    conditions = [*prompts.encode([SHORT]), prompts.null()]
+    guided = {"guidance_scale": 3.0}
+    if name.startswith("flux"):
+        guided = {"guidance_scale": 1.0, "true_cfg_scale": 3.0, "negative_prompt": ""}
+    step = spy(pipeline, prompt=SHORT, generator=torch.manual_seed(0), **arguments, **guided)[0]
+    sample, expected = step["sample"], step["prediction"]
+    if sample.ndim == 3:
+        sample, expected = (unpack(x, torch.Size((8, 8)), 2) for x in (sample, expected))
+    with torch.no_grad():
+        both = predict(model, torch.cat([sample] * 2), step["timestep"].expand(2), pad(conditions))
+    conditional, unconditional = both[:, : expected.shape[1]].chunk(2)
+    found = unconditional + 3 * (conditional - unconditional)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # differences of 1e-5, threefold
+    assert (conditional - unconditional).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_denoiser_is_needed(name: str, tmp_path: Path) -> None:
+    whole = encoder(name)
+    denoiser = denoiser_name(whole.pipeline)
+    whole.pipeline.save_pretrained(tmp_path)
+    for weights in (tmp_path / denoiser).glob("*.safetensors"):
+        weights.unlink()
+    loaded = load_for_prompts(str(tmp_path))
+    assert {p.device.type for p in getattr(loaded, denoiser).parameters()} == {"meta"}
+    without = PromptEncoder(loaded, SIZE, whole.arguments)
+    assert same(whole.encode([SHORT])[0], without.encode([SHORT])[0])
+    assert same(whole.null(), without.null())
+    assert whole.identity == without.identity
+
+
+def test_encoding_leaves_the_pipeline_as_it_is() -> None:
+    prompts = encoder("flux-dev")
+    before = {**prompts.pipeline.__dict__}
+    scheduler = {**prompts.pipeline.scheduler.__dict__}
+    prompts.encode([SHORT]), prompts.null()
+    assert prompts.pipeline.__dict__ == before and prompts.pipeline.scheduler.__dict__ == scheduler
+
+
+def test_embedded_guidance_is_that_of_scale_1() -> None:
+    dev, schnell = encoder("flux-dev"), encoder("flux-schnell")
+    assert dev.encode([SHORT])[0]["guidance"].item() == dev.null()["guidance"].item() == 1
+    assert "guidance" not in schnell.null()
+
+
+def test_the_identity_follows_from_all_that_conditions_do() -> None:
+    def of(pipeline: DiffusionPipeline, size: tuple[int, int] = SIZE, **arguments: Any) -> str:
+        return PromptEncoder(pipeline, size, ARGUMENTS["sd3"] | arguments).identity
+
+    build = PIPELINES["sd3"]
+    other_tokenizer = build()
+    other_tokenizer.tokenizer_3.add_tokens(["cat"])
+    other_weights = build(seed=1)
+    used = build()
+    PromptEncoder(used, SIZE, ARGUMENTS["sd3"]).encode([SHORT, LONG])
+    others = [
+        of(other_tokenizer),
+        of(other_weights),
+        of(build(), (16, 32)),
+        of(build(), max_sequence_length=9),
+    ]
+    other_denoiser = build()
+    other_denoiser.transformer = build(heads=2).transformer
+    assert len({of(build()), *others}) == 5
+    assert of(build()) == of(used) == of(other_denoiser)
+
+
+def test_what_cannot_be_encoded_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="FluxPipeline takes no argument `crops`; leave it out"):
+        encoder("flux-dev", crops=(0, 0))
+    with pytest.raises(UserError, match=r"nowhere: .*neither here nor on the hub.*give a folder or hub name"):
+        load_for_prompts(str(tmp_path / "nowhere"))
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
+    with pytest.raises(UserError, match="a DDPMPipeline has none of transformer, unet"):
+        load_for_prompts(str(tmp_path))
