@@ -64,6 +64,19 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 # --- before training -----------------------------------------------------------------------------------------
 
 
+@app.command("make-pipeline")
+@stage
+def make_pipeline(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
+    """Make a text-to-image pipeline for a teacher to be trained in: text encoder, autoencoder, scheduler."""
+    from shd_diffusion.config import read_config
+    from shd_diffusion.models.text_pipeline import TextPipelineConfig, make_text_pipeline
+
+    parsed = read_config(config, TextPipelineConfig, set_ or [])
+    place = _output(parsed, output, config)
+    make_text_pipeline(parsed, place, str(config))
+    typer.echo(f"pipeline: {place}")
+
+
 @app.command()
 @stage
 def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
@@ -173,6 +186,14 @@ def sample(
     npz: Annotated[
         bool, typer.Option("--npz", help="Also write `samples.npz`, for the ADM suite's evaluator.")
     ] = False,
+    prompts: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="One a line; or .jsonl with `prompt`; or a folder of .txt."),
+    ] = None,
+    layout: Annotated[
+        Literal["geneval", "dpg_bench"] | None,
+        typer.Option(help="Sample all prompts of a benchmark, and write them as its scorer takes them."),
+    ] = None,
 ) -> None:
     """Sample images from finished runs into their `samples/`."""
     from shd_diffusion.config import override_config
@@ -183,9 +204,10 @@ def sample(
         raise UserError(
             f"--output {output}: takes the images of one run, not of {len(runs)}; sample them one by one"
         )
+    overrides = [*(set_ or []), *([] if prompts is None else [f"sample.prompts={json.dumps(prompts)}"])]
     for run in map(RunFolder, runs):
-        config = override_config(run.read_config(), set_ or [], str(run.config_file))
-        sample_run(run, config, output or run.samples, npz)
+        config = override_config(run.read_config(), overrides, str(run.config_file))
+        sample_run(run, config, output or run.samples, npz, layout)
 
 
 @app.command()

@@ -7,16 +7,15 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from shd_diffusion.data.decoding import decode
 from shd_diffusion.data.folder_captions import BESIDE, METADATA, captions_beside, captions_from_metadata
-from shd_diffusion.data.image_sets import Images
+from shd_diffusion.data.framing import Framing
+from shd_diffusion.data.image_sets import ImageFiles
 from shd_diffusion.errors import UserError, printable
 from shd_diffusion.files import json_sha256
 
 
-class ImageFolder(Images):
+class ImageFolder(ImageFiles):
     """Image files below `folder/<class>/`, classes numbered in the order of their names, as in torchvision.
 
     A folder without sub-folders has no classes: its images are unconditional. With captions sub-folders are no
@@ -25,7 +24,7 @@ class ImageFolder(Images):
 
     Args:
         folder: holds a sub-folder a class, or the images.
-        size: images become (3, size, size); see `decode`.
+        framing: how images are cut.
         caption_column: the key of the captions in `metadata.jsonl`; `txt` for a .txt beside each image; None without.
 
     Raises:
@@ -33,8 +32,9 @@ class ImageFolder(Images):
             without a caption.
     """
 
-    def __init__(self, folder: Path, size: int, caption_column: str | None = None) -> None:
-        self.folder, self.shape, self.caption_column = folder, (3, size, size), caption_column
+    def __init__(self, folder: Path, framing: Framing, caption_column: str | None = None) -> None:
+        super().__init__(framing)
+        self.folder, self.caption_column = folder, caption_column
         try:
             self.paths, metadata = _image_files(folder)
             classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
@@ -64,8 +64,8 @@ class ImageFolder(Images):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def image(self, index: int) -> Tensor:
-        return decode(Path(self.paths[index]), self.name(index), self.shape[1])
+    def file(self, index: int) -> Path:
+        return Path(self.paths[index])
 
     def captions(self, index: int) -> list[str]:
         return [] if self.caption_column is None else self.texts[index]
@@ -73,7 +73,7 @@ class ImageFolder(Images):
     def name(self, index: int) -> str:
         return printable(self.paths[index])
 
-    def fingerprint(self) -> str:
+    def content(self) -> str:
         """Names, sizes in bytes and times of modification of all images, and their captions."""
         digest = hashlib.sha256()
         for path in self.paths:

@@ -270,7 +270,7 @@ def describe(
             "num_source_images": len(images),
             "image_shape": list(images.shape),
             "vae": hash_model(space.vae),  # with its scaling
-            "prompts": encoder.identity,
+            **({} if encoder.identity is None else {"prompts": encoder.identity}),
             "dtype": config.prepare.dtype,
             "shard_size": config.prepare.shard_size,
         },
@@ -303,10 +303,10 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
         return
     present = read_manifest(output, complete=False)["identity"]
     for key, name in IDENTITY.items():
-        if present.get(key) != identity[key]:
+        if present.get(key) != identity.get(key):
             raise UserError(
                 f"{output / MANIFEST}: this cache was made with another {name} ({present.get(key)} there, "
-                f"{identity[key]} now); give another --output or delete the folder"
+                f"{identity.get(key)} now); give another --output or delete the folder"
             )
 
 

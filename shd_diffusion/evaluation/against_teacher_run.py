@@ -7,7 +7,6 @@ import importlib.metadata
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from shd_diffusion.config import DistillConfig, RunConfig, SampleConfig
@@ -53,7 +52,7 @@ def compare_with_teacher(
             "sample more, or lower it"
         )
     sample = _sampling_of(sampled)
-    pipeline = open_pipeline(str(run.pipeline), getattr(torch, sample.dtype))
+    pipeline = open_pipeline(str(run.pipeline), sample.dtype)
     if sample.scheduler != type(pipeline.scheduler).__name__ or sample.scheduler_arguments:
         pipeline.scheduler = own_scheduler(sample, pipeline.scheduler)
     student, teacher = (
@@ -93,9 +92,8 @@ def chosen_images(sampled: Summary, count: int) -> list[int]:
 
 def _sampling_of(sampled: Summary) -> SampleConfig:
     """How the samples were made."""
-    return SampleConfig(
-        **{key: value for key, value in sampled.protocol.items() if key in SampleConfig.model_fields}
-    )
+    known = {key: value for key, value in sampled.protocol.items() if key in SampleConfig.model_fields}
+    return SampleConfig(**{**known, "images_per_prompt": 1})  # its prompts are told image by image
 
 
 def _sampler(pipeline: DiffusionPipeline, sample: SampleConfig, sampled: Summary) -> ImageSampler:
@@ -104,7 +102,7 @@ def _sampler(pipeline: DiffusionPipeline, sample: SampleConfig, sampled: Summary
         return ByClass(pipeline, sample)
     height, width = (sampled.protocol.get(key) for key in ("height", "width"))
     size = None if height is None or width is None else (height, width)
-    return ByPrompt(pipeline, sample.model_copy(update={"images_per_prompt": 1}), sampled.prompts, size)
+    return ByPrompt(pipeline, sample, sampled.prompts, size)
 
 
 def _made_from(sampled: Summary, index: int) -> str | int | None:

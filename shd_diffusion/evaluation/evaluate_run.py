@@ -19,6 +19,7 @@ from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.archive import ARCHIVE
 from shd_diffusion.sampling.generate import Summary, image_path, read_summary
+from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.sample_run import sample_pipeline
 
 
@@ -86,7 +87,9 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     load_models(config.evaluate, reference)
 
     place = RunFolder(output or _default_output(name))
-    sample_pipeline(name, config.sample, place.samples, {}, name, "--set")
+    with processes().local_main_process_first():
+        pipeline = open_pipeline(name, config.sample.dtype)
+    sample_pipeline(pipeline, config.sample, place.samples, {}, name, "--set")
     return _evaluate_and_keep(place, reference, config.evaluate)
 
 

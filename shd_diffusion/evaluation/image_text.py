@@ -94,7 +94,7 @@ def check_image_text_encoder(source: str) -> None:
         import transformers  # noqa: F401
     except ModuleNotFoundError:
         raise UserError(
-            f"{KEY}: a CLIP model needs the library `transformers`; pip install 'shd-diffusion[text-metrics]'"
+            f"{KEY}: a CLIP model needs the library `transformers`; pip install 'shd-diffusion[text]'"
         ) from None
     if is_hub_name(source):
         if not isinstance(try_to_load_from_cache(source, "config.json"), str):

@@ -27,7 +27,7 @@ def lpips_is_missing(height: int, width: int) -> str | None:
     if min(height, width) < SMALLEST:
         return f"images of {width}×{height} are too small; it takes {SMALLEST} pixels or more"
     if importlib.util.find_spec("torchmetrics") is None:
-        return "it needs the library `torchmetrics`; pip install 'shd-diffusion[text-metrics]'"
+        return "it needs the library `torchmetrics`; pip install 'shd-diffusion[text]'"
     if not weights_file().is_file():
         return f"its weights are not on this machine; fetch {URL} into {weights_file().parent}"
     return None

@@ -145,8 +145,9 @@ def record_calls(pipeline: DiffusionPipeline, prompts: list[str], **arguments: A
 
 def _device(pipeline: DiffusionPipeline) -> torch.device:
     """Where the text encoders are."""
-    parts = (part for name, part in pipeline.components.items() if name not in DENOISERS)
-    return next((part.device for part in parts if isinstance(part, nn.Module)), torch.device("cpu"))
+    parts: dict[str, Any] = pipeline.components
+    models = (part for name, part in parts.items() if name not in DENOISERS and isinstance(part, nn.Module))
+    return next((torch.device(str(part.device)) for part in models), torch.device("cpu"))
 
 
 class _FirstStep(Exception):

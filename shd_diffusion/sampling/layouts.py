@@ -36,7 +36,7 @@ def write_layout(layout: str, folder: Path, prompts: Sequence[Prompt]) -> Path:
     wanted = [prompt.text for prompt in prompts for _ in range(per_prompt)]
     if not wanted or summary.prompts != wanted:
         raise UserError(
-            f"{folder}: its {summary.num_images} images are not the same number of each of these {len(prompts)} prompts, "
+            f"{folder}: its {summary.num_images} images are not equally many of each of these {len(prompts)} prompts, "
             "in their order; sample anew, into another folder (--output)"
         )
     check_layout(layout, prompts, per_prompt, str(folder))

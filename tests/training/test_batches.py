@@ -15,8 +15,10 @@ PLAIN = NoiseSettings((1, 8, 8), condition_dropout=0.5)
 def test_every_epoch_sees_every_image_once() -> None:
     seen = [index for step in range(30) for index in step_indices(3, step, 7, 21)]
     epochs = [seen[start : start + 21] for start in range(0, len(seen), 21)]
-    assert all(sorted(epoch) == list(range(21)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == len(epochs)  # and each in an order of its own
+    assert all(index // 21 == number for number, epoch in enumerate(epochs) for index in epoch)
+    orders = [tuple(index % 21 for index in epoch) for epoch in epochs]
+    assert all(sorted(order) == list(range(21)) for order in orders)
+    assert len(set(orders)) == len(orders)  # and each in an order of its own
 
 
 def test_an_epoch_may_end_inside_a_step() -> None:
