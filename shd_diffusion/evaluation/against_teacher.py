@@ -6,10 +6,7 @@ metrics of whole sets of images do not.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +15,7 @@ from torch import Tensor
 
 from shd_diffusion.evaluation.extractors import Extractor
 from shd_diffusion.evaluation.lpips import LPIPS
+from shd_diffusion.models.last_step import last_step
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.sampling.image_sampler import ImageSampler
@@ -74,28 +72,6 @@ def generate(sampler: ImageSampler, indices: Sequence[int]) -> tuple[Tensor, Ten
     with last_step(sampler.pipeline.scheduler) as latents:
         images = sampler.images(indices)
     return latents[-1], images
-
-
-@contextmanager
-def last_step(scheduler: Any) -> Iterator[list[Tensor]]:
-    """Keep what a scheduler's last step gives: the latents that a pipeline returns by `output_type="latent"`.
-
-    So one sampling gives latents and images.
-    """
-    step = scheduler.step
-    kept: list[Tensor] = []
-
-    @functools.wraps(step)  # pipelines look at its arguments
-    def keeping(*args: Any, **kwargs: Any) -> Any:
-        result = step(*args, **kwargs)
-        kept[:] = [result[0]]
-        return result
-
-    scheduler.step = keeping
-    try:
-        yield kept
-    finally:
-        del scheduler.step
 
 
 @torch.no_grad()

@@ -133,7 +133,7 @@ def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> di
 
 
 NOT_DROPPED = frozenset(
-    {"guidance", "original_size", "target_size", "crop_coords"}
+    {"guidance", "original_size", "target_size", "crop_coords", "image_meta_size"}
     | {f"added_cond_kwargs.{name}" for name in ("time_ids", "resolution", "aspect_ratio")}
 )
 """What is told of an image beside its prompt: it stays where the prompt is dropped."""

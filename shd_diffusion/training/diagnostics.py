@@ -43,9 +43,10 @@ def probe_batches(
     The timesteps go round the schedule by the golden ratio, from a quarter of it, so that any number covers it evenly.
     """
     settings = NoiseSettings(source.shape, latent_noise=source.needs_noise)
-    items = source.batches(StepSampler(seed, len(source), BatchLayout(size), 0, count))
+    items = source.batches(StepSampler(seed, source.groups, BatchLayout(size), 0, count))
     for batch, raw in enumerate(items):
-        noise = draw_noise(seed, -1 - batch, range(size), settings)  # negative steps: noise of their own
+        of_these = replace(settings, shape=source.shape_of(raw))
+        noise = draw_noise(seed, -1 - batch, range(size), of_these)  # negative steps: noise of their own
         places = torch.arange(batch * size, (batch + 1) * size, dtype=torch.float64)
         noise = replace(noise, shares=(0.25 + GOLDEN_RATIO * places) % 1)
         yield make_batch(source, process, raw, noise, null, device)

@@ -15,7 +15,7 @@ from tiny_pipelines import PIPELINES, SIZE
 from shd_diffusion.config import DistillConfig, dump_config
 from shd_diffusion.files import write_json, write_text
 
-PROMPTS = ["a red heart", "b", "the sea at night", "one more"]
+PROMPTS = ["a red heart", "b", "the sea at night"]
 FEW = ["sample.images_per_prompt=4", "sample.num_inference_steps=2", "sample.pass_size=4"]
 
 
@@ -42,7 +42,7 @@ def run(captioned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sampled(run: Path) -> Path:
-    """The same with 16 samples, four of each prompt, also in GenEval's layout."""
+    """The same with 12 samples, four of each prompt, also in GenEval's layout."""
     lines = [{"tag": "colors", "prompt": prompt} for prompt in PROMPTS]
     prompts = run.with_name("evaluation_metadata.jsonl")
     prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
@@ -56,7 +56,7 @@ def test_samples_are_written_as_geneval_takes_them(sampled: Path) -> None:
     assert json.loads((folder / "sampling.json").read_text())["prompts"] == [
         prompt for prompt in PROMPTS for _ in range(4)
     ]
-    for index in range(16):
+    for index in range(12):
         image = folder / "geneval" / f"{index // 4:05d}" / "samples" / f"{index % 4:05d}.png"
         assert image.read_bytes() == (folder / f"{index:06d}.png").read_bytes()
     metadata = json.loads((folder / "geneval" / "00002" / "metadata.jsonl").read_text())
@@ -101,15 +101,30 @@ def test_what_cannot_be_laid_out_is_told_before_sampling(
 def test_a_run_has_its_text_metrics(sampled: Path, clip_folder: Path, tmp_path: Path) -> None:
     """FD and CMMD are against the images of the captioned data; the prompts come from the samples."""
     settings = [f"evaluate.clip_model={clip_folder}", "evaluate.extractor=clip", "evaluate.against_teacher=3"]
-    code, printed, errors = command("evaluate", sampled, *sets(*settings, "evaluate.resize=none"))
+    code, printed, errors = command("evaluate", sampled, *sets(*settings))
     assert code == 0, errors
     metrics = json.loads(printed)
     assert {"fid", "cmmd", "kid_mean", "clip_score", "r_precision"} <= metrics.keys()
     assert metrics["fid"] > 0 and metrics["protocol"]["num_reference_images"] == 12
-    assert metrics["protocol"]["r_precision"] == "among 4 captions, seed 0"
+    assert metrics["protocol"]["r_precision"] == "among 3 captions, seed 0"
     found = metrics["against_teacher"]
     assert found["indices"] == [0, 4, 8] and found["latent_mse"]["mean"] > 0
     assert found["latent_mse"]["n"] == 3 and found["protocol"]["height"] == SIZE[0]
+
+    # metrics of prompts alone, where the data are elsewhere
+    moved = Path(shutil.copytree(sampled, tmp_path / "moved"))
+    alone = [settings[0], "data.path=nowhere", "evaluate.metrics=[clip_score]"]
+    code, printed, errors = command("evaluate", moved, *sets(*alone))
+    assert code == 0 and json.loads(printed)["clip_score"] == metrics["clip_score"], errors
+
+    # data that are prompts alone have no images to compare with
+    texts = tmp_path / "texts.txt"
+    texts.write_text("a\nb\n")
+    only = ["data.name=prompts", f"data.path={texts}", "data.caption_column=null"]
+    code, printed, errors = command("evaluate", moved, *sets(*settings, *only))
+    assert code == 0, errors
+    without = json.loads(printed)
+    assert "fid" not in without and without["against_teacher"] == metrics["against_teacher"]
 
     # a teacher in the student's place is no distance away from itself
     itself = Path(shutil.copytree(sampled, tmp_path / "itself"))
@@ -118,5 +133,5 @@ def test_a_run_has_its_text_metrics(sampled: Path, clip_folder: Path, tmp_path: 
     code, printed, errors = command("evaluate", itself, *sets(*settings))
     assert code == 0 and json.loads(printed)["against_teacher"]["per_image"]["latent_mse"] == [0.0] * 3
 
-    code, _, errors = command("evaluate", sampled, *sets(*settings[:2], "evaluate.against_teacher=5"))
-    assert code == 2 and "has 4 different prompts; sample more, or lower it" in errors
+    code, _, errors = command("evaluate", sampled, *sets(*settings[:2], "evaluate.against_teacher=4"))
+    assert code == 2 and "has 3 different prompts; sample more, or lower it" in errors

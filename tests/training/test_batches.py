@@ -40,7 +40,7 @@ def test_any_layout_deals_out_the_same_images(batch_size: int, processes: int, m
     assert all(0 < len(places) <= (micro or batch_size) for layout in dealt for places in layout.passes)
     places = [place for layout in dealt for part in layout.passes for place in part]
     assert places == list(range(batch_size))
-    shares = [list(StepSampler(1, 50, layout, 0, 5)) for layout in dealt]
+    shares = [list(StepSampler(1, [range(50)], layout, 0, 5)) for layout in dealt]
     for step in range(5):
         passes = slice(step * dealt[0].num_passes, (step + 1) * dealt[0].num_passes)
         seen = [index for share in shares for part in share[passes] for index in part]
@@ -67,8 +67,8 @@ def test_too_many_processes_are_an_error() -> None:
 
 def test_a_resumed_sampler_goes_on_where_the_first_would_have() -> None:
     layout = BatchLayout(8, 4)
-    whole = list(StepSampler(5, 30, layout, 0, 10))
-    assert list(StepSampler(5, 30, layout, 6, 10)) == list(islice(whole, 12, None))
+    whole = list(StepSampler(5, [range(30)], layout, 0, 10))
+    assert list(StepSampler(5, [range(30)], layout, 6, 10)) == list(islice(whole, 12, None))
 
 
 def test_noise_follows_from_seed_step_and_place() -> None:
