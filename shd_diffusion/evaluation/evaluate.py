@@ -128,8 +128,10 @@ def _image_text(
     number = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
     if known is None:
         known = extract_features(images, clip, batch_size, "images by CLIP")["features"]
-    texts = encode_texts(_encoder(clip), list(number), batch_size)
-    return ImageText(known, texts, torch.tensor([number[prompt] for prompt in prompts]))
+    encoder = _encoder(clip)
+    texts = encode_texts(encoder, list(number), batch_size)
+    groups = torch.tensor([number[prompt] for prompt in prompts])
+    return ImageText(known, texts, groups, sum(map(encoder.is_cut, number)))
 
 
 def _open(images: Path | Tensor | ImageSet) -> ImageSet:

@@ -52,11 +52,13 @@ class ImageText:
         images: (N, D).
         texts: of the P different prompts, (P, D).
         groups: which of them is the prompt of each image, (N,).
+        cut: how many of the prompts are longer than the model takes.
     """
 
     images: Tensor
     texts: Tensor
     groups: Tensor
+    cut: int = 0
 
     @property
     def own_texts(self) -> Tensor:

@@ -226,6 +226,15 @@ def test_prompts_need_no_reference(captioned: Path, clip_folder: Path, photograp
         compute_metrics(captioned, None, config)
 
 
+def test_prompts_that_are_cut_are_told(clip_folder: Path, photographs) -> None:
+    prompts = ["a cat", "abcdefghijklmno", "abcdefghijklmn"] * 4  # with two tokens they have 6, 17 and 16
+    config = EvaluateConfig(clip_model=str(clip_folder), metrics=["clip_score"])
+    found = compute_metrics(photographs[0], None, config, prompts=prompts)
+    assert found["warnings"] == [
+        "1 of 3 prompts are longer than the CLIP model takes: it saw their beginning"
+    ]
+
+
 def _other_type(folder: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"model_type": "siglip"}))
