@@ -187,8 +187,12 @@ def sample(
         bool, typer.Option("--npz", help="Also write `samples.npz`, for the ADM suite's evaluator.")
     ] = False,
     prompts: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="One a line; or .jsonl with `prompt`; or a folder of .txt."),
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Text-to-image: one a line; or a .jsonl with `prompt`; or a folder of .txt.",
+        ),
     ] = None,
     layout: Annotated[
         Literal["geneval", "dpg_bench"] | None,
@@ -198,15 +202,20 @@ def sample(
     """Sample images from finished runs into their `samples/`."""
     from shd_diffusion.config import override_config
     from shd_diffusion.run_folder import RunFolder
+    from shd_diffusion.sampling.prompts import read_prompts
     from shd_diffusion.sampling.sample_run import sample_run
 
     if output is not None and len(runs) > 1:
         raise UserError(
             f"--output {output}: takes the images of one run, not of {len(runs)}; sample them one by one"
         )
-    overrides = [*(set_ or []), *([] if prompts is None else [f"sample.prompts={json.dumps(prompts)}"])]
     for run in map(RunFolder, runs):
-        config = override_config(run.read_config(), overrides, str(run.config_file))
+        config = override_config(run.read_config(), set_ or [], str(run.config_file))
+        if prompts is not None:
+            told: dict[str, Any] = {"prompts": str(prompts)}
+            if not any(key.startswith("sample.num_images=") for key in set_ or []):
+                told["num_images"] = len(read_prompts(prompts)) * config.sample.images_per_prompt
+            config = config.model_copy(update={"sample": config.sample.model_copy(update=told)})
         sample_run(run, config, output or run.samples, npz, layout)
 
 

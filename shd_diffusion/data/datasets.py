@@ -22,6 +22,7 @@ from shd_diffusion.data.latents import LatentSource, read_manifest
 from shd_diffusion.data.prompts import Prompts, no_images
 from shd_diffusion.data.published import cifar10, fashion_mnist
 from shd_diffusion.data.source import ImageSource, Source
+from shd_diffusion.data.tar_images import ShardedImages
 from shd_diffusion.errors import UserError, did_you_mean
 from shd_diffusion.section import Section
 
@@ -29,10 +30,14 @@ from shd_diffusion.section import Section
 class DataConfig(Section):
     """What the models are trained on; `DATASETS` says which keys a data set needs, and which it takes.
 
-    `caption_column` switches captions on, and tells where they are: of `huggingface` a column of strings or lists of
-    strings; of `image_folder` a key of `metadata.jsonl`, or `txt` for a .txt beside each image, one caption a line.
-    Of `prompts`, which have no images yet, it is a column too; without it `path` is a text file, one prompt a line.
-    With captions sub-folders are no classes, a `label_column` is read where it is given, and images are turned
+    `caption_column` switches captions on, and tells where they are:
+
+    - `huggingface`: a column of strings or lists of strings;
+    - `image_folder`: a key of `metadata.jsonl`, or `txt` for a .txt beside each image, one caption a line;
+    - `webdataset`, whose `path` names shards by braces and wildcards: an extension such as `txt`, or `json.KEY`;
+    - `prompts`, which have no images yet: a column; without it `path` is a text file, one prompt a line.
+
+    With captions sub-folders are no classes, a `label_column` is read only where it is given, and images are turned
     upright as their EXIF orientation says.
 
     `buckets` keeps the shape of images about: a number of pixels, of which the sides of the buckets are multiples (64
@@ -136,6 +141,11 @@ DATASETS: dict[str, DataSet] = {
         ),
         needs=("path", "image_size"),
         takes=("split", "image_column", "label_column", "caption_column", "buckets", "horizontal_flip"),
+    ),
+    "webdataset": DataSet(
+        lambda config: ShardedImages(config.path or "", framing_of(config), config.caption_column),
+        needs=("path", "image_size"),
+        takes=("caption_column", "buckets", "horizontal_flip"),
     ),
     "prompts": DataSet(
         lambda config: Prompts(

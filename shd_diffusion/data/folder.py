@@ -11,7 +11,7 @@ import torch
 from shd_diffusion.data.folder_captions import BESIDE, METADATA, captions_beside, captions_from_metadata
 from shd_diffusion.data.framing import Framing
 from shd_diffusion.data.image_sets import ImageFiles
-from shd_diffusion.errors import UserError, printable
+from shd_diffusion.errors import UserError, printable_path
 from shd_diffusion.files import json_sha256
 
 
@@ -40,7 +40,7 @@ class ImageFolder(ImageFiles):
             classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
         except OSError as error:
             raise UserError(
-                f"data.path: {printable(folder)}: not a readable folder ({error.strerror}); "
+                f"data.path: {printable_path(folder)}: not a readable folder ({error.strerror}); "
                 "give one of images, or with a sub-folder of them a class"
             ) from None
         if classes and caption_column is None:
@@ -48,14 +48,14 @@ class ImageFolder(ImageFiles):
             groups = [os.path.relpath(path, folder).partition(os.sep) for path in self.paths]
             self.paths = [path for path, (_, inside, _) in zip(self.paths, groups, strict=True) if inside]
             self.labels = torch.tensor([numbers[name] for name, inside, _ in groups if inside])
-            self.num_classes, self.class_names = len(classes), list(map(printable, classes))
+            self.num_classes, self.class_names = len(classes), list(map(printable_path, classes))
             if empty := set(range(len(classes))) - set(self.labels.tolist()):
                 names = ", ".join(self.class_names[number] for number in sorted(empty))
                 raise UserError(
-                    f"data.path: {printable(folder)}: no images of {names}; add some, or remove it"
+                    f"data.path: {printable_path(folder)}: no images of {names}; add some, or remove it"
                 )
         elif not self.paths:
-            raise UserError(f"data.path: {printable(folder)}: no images in it; give another folder")
+            raise UserError(f"data.path: {printable_path(folder)}: no images in it; give another folder")
         if caption_column == BESIDE:
             self.texts = captions_beside(self.paths)
         elif caption_column is not None:
@@ -71,7 +71,7 @@ class ImageFolder(ImageFiles):
         return [] if self.caption_column is None else self.texts[index]
 
     def name(self, index: int) -> str:
-        return printable(self.paths[index])
+        return printable_path(self.paths[index])
 
     def content(self) -> str:
         """Names, sizes in bytes and times of modification of all images, and their captions."""
@@ -106,7 +106,9 @@ def _image_files(folder: Path) -> tuple[list[str], list[str]]:
         for path in (f"{root}{os.sep}{name}" for name in folders):
             real = os.path.realpath(path)
             if real in above[root]:
-                raise UserError(f"data.path: {printable(path)}: links to a folder that it lies in; remove it")
+                raise UserError(
+                    f"data.path: {printable_path(path)}: links to a folder that it lies in; remove it"
+                )
             above[path] = [*above[root], real]
         files += [f"{root}{os.sep}{name}" for name in names if name.lower().endswith(IMG_EXTENSIONS)]
         metadata += [f"{root}{os.sep}{METADATA}"] if METADATA in names else []

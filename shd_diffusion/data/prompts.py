@@ -9,7 +9,7 @@ from torch import Tensor
 from shd_diffusion.data.captions import captions_of_text
 from shd_diffusion.data.hub import caption_table, captions_at, load_table
 from shd_diffusion.data.image_sets import Images
-from shd_diffusion.errors import UserError, printable
+from shd_diffusion.errors import UserError, printable_path
 from shd_diffusion.files import json_sha256
 
 
@@ -49,7 +49,7 @@ class Prompts(Images):
         return captions_at(self.table, index, self.caption_column)
 
     def name(self, index: int) -> str:
-        return f"{printable(self.path)}: prompt {index}"
+        return f"{printable_path(self.path)}: prompt {index}"
 
     def fingerprint(self) -> str:
         return json_sha256(self.lines if self.caption_column is None else self.table._fingerprint)
@@ -68,7 +68,7 @@ def _read_lines(path: Path) -> list[str]:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(
-            f"data.path: {printable(path)}: cannot be read ({error.strerror}); give a text file of prompts, "
+            f"data.path: {printable_path(path)}: cannot be read ({error.strerror}); give a text file of prompts, "
             "one a line, or a data set, and its column by `data.caption_column`"
         ) from None
-    return captions_of_text(content, printable(path), "data.path")
+    return captions_of_text(content, printable_path(path), "data.path")

@@ -33,6 +33,9 @@ class ByClass:
     def told(self, count: int) -> dict[str, Any]:
         return {"labels": labels_of(range(count), num_classes(self.pipeline.denoiser), self.config)}
 
+    def lines(self, count: int) -> list[dict[str, Any]]:
+        return []
+
     def settings(self) -> dict[str, Any]:
         settings = self.config.model_dump(exclude=NOT_IN_A_PROTOCOL | OF_PROMPTS)
         scale = self.config.guidance_scale

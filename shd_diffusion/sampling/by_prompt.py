@@ -82,6 +82,16 @@ class ByPrompt:
     def told(self, count: int) -> dict[str, Any]:
         return {"prompts": [self._prompt(index) for index in range(count)]}
 
+    def lines(self, count: int) -> list[dict[str, Any]]:
+        """Prompts, and the seeds by which plain diffusers makes the same images."""
+        return [
+            {
+                "text": self._prompt(index),
+                "seed": generator(self.config.seed, "sample", index).initial_seed(),
+            }
+            for index in range(count)
+        ]
+
     def settings(self) -> dict[str, Any]:
         settings = self.config.model_dump(exclude=NOT_IN_A_PROTOCOL | OF_CLASSES | {"prompts"})
         scale = self.parameters.get("guidance_scale")
