@@ -189,8 +189,14 @@ def sample(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            "--prompts", metavar="FILE", help="Text-to-image: one image of each prompt, a line each."
+            "--prompts",
+            metavar="FILE",
+            help="Text-to-image: one a line; or a .jsonl with `prompt`; or a folder of .txt.",
         ),
+    ] = None,
+    layout: Annotated[
+        Literal["geneval", "dpg_bench"] | None,
+        typer.Option(help="Sample all prompts of a benchmark, and write them as its scorer takes them."),
     ] = None,
 ) -> None:
     """Sample images from finished runs into their `samples/`."""
@@ -210,7 +216,7 @@ def sample(
             if not any(key.startswith("sample.num_images=") for key in set_ or []):
                 told["num_images"] = len(read_prompts(prompts)) * config.sample.images_per_prompt
             config = config.model_copy(update={"sample": config.sample.model_copy(update=told)})
-        sample_run(run, config, output or run.samples, npz)
+        sample_run(run, config, output or run.samples, npz, layout)
 
 
 @app.command()
