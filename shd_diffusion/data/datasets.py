@@ -16,10 +16,10 @@ from shd_diffusion.data.digits import digits
 from shd_diffusion.data.folder import ImageFolder
 from shd_diffusion.data.hub import HubImages
 from shd_diffusion.data.image_sets import Images, ReferenceImages
-from shd_diffusion.data.latents import LatentSource, read_manifest
+from shd_diffusion.data.latents import LatentSource, caption_number, read_manifest, source_index
 from shd_diffusion.data.published import cifar10, fashion_mnist
 from shd_diffusion.data.source import ImageSource, Source
-from shd_diffusion.errors import did_you_mean
+from shd_diffusion.errors import UserError, did_you_mean
 from shd_diffusion.section import Section
 
 
@@ -148,6 +148,22 @@ def reference_images(config: DataConfig) -> ReferenceImages:
         config = _made_from(config)
     parts = (config.name, config.path, config.split, config.image_size and f"{config.image_size} px")
     return ReferenceImages(open_dataset(config), " ".join(str(part) for part in parts if part), left_out)
+
+
+def caption_of(source: LatentSource, index: int, epoch: int) -> str:
+    """The caption that item `index` of a cache has in an epoch, from the data that the cache was made from.
+
+    Raises:
+        UserError: they cannot be had any more, are others by now, or have no captions.
+    """
+    manifest = source.dataset.manifest
+    images = open_dataset(DataConfig.model_validate(manifest["data"]))
+    if images.fingerprint() != manifest["identity"]["source"]:
+        raise UserError("data: are others than the cache was made from; run `shd-diffusion prepare` again")
+    captions = images.captions(source_index(manifest, index))
+    if not captions:
+        raise UserError("data: have no captions")
+    return captions[caption_number(index, epoch, len(captions))]
 
 
 def _made_from(config: DataConfig) -> DataConfig:

@@ -31,11 +31,11 @@ def read_picture(path: Path, command: str) -> Pixels:
         raise UserError(f"{path}: cannot be read; run `{command}` again") from None
 
 
-def thumbnail(pixels: Pixels, most: int) -> Pixels:
-    """An image as it is shown: its longer side at most `most` pixels, and enlarged to about 48 if it is smaller."""
+def thumbnail(pixels: Pixels, most: int, least: int = 48) -> Pixels:
+    """An image as it is shown: its longer side at most `most` pixels, and enlarged to about `least` if it is smaller."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail((most, most), Image.Resampling.LANCZOS)
-    return enlarge(np.asarray(image), side=48)
+    return enlarge(np.asarray(image), least)
 
 
 def enlarge(image: Pixels, side: int) -> Pixels:
@@ -44,13 +44,15 @@ def enlarge(image: Pixels, side: int) -> Pixels:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def mosaic(images: Sequence[Sequence[Pixels]], gap: int) -> Pixels:
-    """Rows of equal images (H, W, 3) as one RGBA picture, transparent in the gaps between."""
-    height, width = images[0][0].shape[:2]
+def mosaic(images: Sequence[Sequence[Pixels | None]], gap: int) -> Pixels:
+    """Rows of equal images (H, W, 3) as one RGBA picture, transparent in the gaps between and where one is None."""
+    height, width = next(image.shape[:2] for row in images for image in row if image is not None)
     rows, columns = len(images), max(map(len, images))
     picture = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
     for i, row in enumerate(images):
         for j, image in enumerate(row):
+            if image is None:
+                continue
             top, left = i * (height + gap), j * (width + gap)
             picture[top : top + height, left : left + width, :3] = image
             picture[top : top + height, left : left + width, 3] = 255

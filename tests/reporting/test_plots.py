@@ -15,7 +15,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from shd_diffusion.errors import UserError
-from shd_diffusion.reporting.attention import attention_views, map_pixels, membership, reduced
+from shd_diffusion.reporting.attention import attention_views, membership
+from shd_diffusion.reporting.maps import map_pixels, reduced
 from shd_diffusion.reporting.neighbour_page import neighbour_plots, neighbourhoods, short_name
 from shd_diffusion.reporting.page import run_styles
 from shd_diffusion.reporting.pictures import data_uri, mosaic
@@ -161,9 +162,9 @@ def test_map_pixels_darken_with_attention() -> None:
 
 def test_large_maps_are_averaged_over_areas() -> None:
     maps = np.random.default_rng(0).random((2, 256, 128))
-    expected = maps.reshape(2, 64, 4, 32, 4).mean(axis=(2, 4))
-    np.testing.assert_allclose(reduced(maps), expected, rtol=1e-5)
-    np.testing.assert_allclose(reduced(maps[:, :16, :16]), maps[:, :16, :16], rtol=1e-6)
+    expected = maps.reshape(2, 64, 4, 64, 2).mean(axis=(2, 4))
+    np.testing.assert_allclose(reduced(maps, 64, 64), expected, rtol=1e-5)
+    np.testing.assert_allclose(reduced(maps[:, :16, :16], 64, 64), maps[:, :16, :16], rtol=1e-6)
 
 
 def test_figures_take_the_colours_of_the_page(runs: dict[str, Path]) -> None:
