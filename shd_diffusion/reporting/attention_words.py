@@ -6,11 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from numpy.typing import NDArray
 
 from shd_diffusion.reporting.maps import map_pixels, reduced
-from shd_diffusion.reporting.pictures import data_uri
-from shd_diffusion.reporting.plot_style import Plot, bare, drawable, finish, panels
+from shd_diffusion.reporting.pictures import data_uri, enlarge, mosaic, picture_plot
+from shd_diffusion.reporting.plot_style import Plot
 from shd_diffusion.reporting.runs import Array, Attention, BlockAttention, Run, Word
 from shd_diffusion.reporting.tables import significant
 
@@ -93,7 +92,11 @@ def _block(
         )
         for i, word in enumerate(words)
     ]
-    plot = _plot(name, block.name, [word.text for word in words], [kind for kind, _ in kinds], pixels)
+    columns = [
+        (kind, mosaic([[enlarge(own[i], 64)] for own in pixels], gap=6)) for i, (kind, _) in enumerate(kinds)
+    ]
+    description = f"Attention of each patch to the words, in {block.name}"
+    plot = picture_plot(name, description, columns, width=1.1, rows=[word.text for word in words])
     return WordBlock(number, block.name, views, len(teacher) - len(shown), plot)
 
 
@@ -136,25 +139,3 @@ def most_attended(words: Sequence[Word], attention: Array, prompt: str) -> list[
 def _brightest(maps: Sequence[Array]) -> float:
     """What is darkest in all maps of a word."""
     return float(np.quantile(np.concatenate([each.ravel() for each in maps]), 0.995)) or 1.0
-
-
-def _plot(
-    name: str,
-    block: str,
-    words: Sequence[str],
-    kinds: Sequence[str],
-    pixels: Sequence[Sequence[NDArray[np.uint8]]],
-) -> Plot:
-    """The maps as one figure: a row a word, a column a model."""
-    height, width = pixels[0][0].shape[:2]
-    size = 1.4 + 1.1 * len(kinds), 0.4 + (1.1 * height / width) * len(words)
-    with panels(len(words), len(kinds), *size) as (figure, axes):
-        for place, ax in enumerate(axes):
-            row, column = divmod(place, len(kinds))
-            bare(ax)
-            ax.imshow(pixels[row][column], interpolation="nearest")
-            if row == 0:
-                ax.set_title(kinds[column], loc="left")
-            if column == 0:
-                ax.set_ylabel(drawable(words[row]), rotation=0, ha="right", va="center")
-        return finish(figure, name, f"Attention of each patch to the words, in {block}", inline=False)

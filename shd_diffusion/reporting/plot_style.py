@@ -239,13 +239,6 @@ def legend_above(figure: Figure, axes: Axes) -> None:
     )  # fmt: skip
 
 
-def bare(axes: Axes) -> None:
-    """Leave of a panel its picture, its title and its label."""
-    axes.set(xticks=[], yticks=[])
-    axes.grid(False)
-    axes.spines[:].set_visible(False)
-
-
 def drawable(text: str) -> str:
     """Text on one line with a box for each character that the plots' font has not: emoji, or signs of Chinese."""
     return "".join(c if ord(c) in _characters() else "▯" for c in printable(text))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from shd_diffusion.reporting.pictures import Pixels, data_uri, mosaic, read_picture, thumbnail
-from shd_diffusion.reporting.plot_style import Plot, bare, drawable, finish, panels
+from shd_diffusion.reporting.pictures import Pixels, data_uri, mosaic, picture_plot, read_picture, thumbnail
+from shd_diffusion.reporting.plot_style import Plot
 from shd_diffusion.reporting.runs import Run, Samples
 
 Kind = Literal["labels", "prompts", "neither"]
@@ -20,18 +19,19 @@ Kind = Literal["labels", "prompts", "neither"]
 @dataclass(frozen=True, slots=True)
 class Layout:
     """How the images of a kind are shown: so many rows at most, so many images of a run in each, and in pixels the
-    longer side of the largest and the smallest."""
+    longer side of the largest and the smallest, and in inches the width of a run's in the figure."""
 
     rows: int
     images: int
     most: int
     least: int
+    width: float
 
 
 LAYOUTS: dict[Kind, Layout] = {
-    "labels": Layout(rows=10, images=4, most=128, least=48),
-    "prompts": Layout(rows=8, images=1, most=192, least=192),
-    "neither": Layout(rows=6, images=4, most=128, least=48),
+    "labels": Layout(rows=10, images=4, most=128, least=48, width=1.9),
+    "prompts": Layout(rows=8, images=1, most=192, least=192, width=1.3),
+    "neither": Layout(rows=6, images=4, most=128, least=48, width=1.9),
 }
 
 
@@ -63,25 +63,16 @@ class Gallery:
 
     def plot(self) -> Plot:
         """The gallery as one figure."""
-        shapes = [picture.shape for row in self.rows for picture in row.pictures if picture is not None]
-        height, width = shapes[0][:2] if shapes else (1, 1)
-        across = 1.9 if self.kind == "labels" else 1.3
-        size = (1.6 + across * len(self.runs), 0.4 + across * height / width * len(self.rows))
-        names = ", ".join(run.name for run in self.runs)
-        with panels(len(self.rows), len(self.runs), *size) as (figure, axes):
-            for place, ax in enumerate(axes):
-                row, column = divmod(place, len(self.runs))
-                picture = self.rows[row].pictures[column]
-                if picture is not None:
-                    ax.imshow(picture, interpolation="nearest")
-                bare(ax)
-                if row == 0:
-                    ax.set_title(self.runs[column].name, loc="left")
-                if column == 0:
-                    lines = textwrap.wrap(drawable(self.rows[row].title), 22, max_lines=5, placeholder=" …")
-                    ax.set_ylabel("\n".join(lines), rotation=0, ha="right", va="center", size=8)
-            name = "samples" if self.kind == "labels" else f"samples-{self.kind}"
-            return finish(figure, name, f"Samples side by side: {names}", inline=False)
+        columns = zip(*(row.pictures for row in self.rows), strict=True)
+        named = [
+            (run.name, mosaic([[picture] for picture in column], gap=6))
+            for run, column in zip(self.runs, columns, strict=True)
+        ]
+        name = "samples" if self.kind == "labels" else f"samples-{self.kind}"
+        width = LAYOUTS[self.kind].width
+        titles = [row.title for row in self.rows]
+        description = f"Samples side by side: {', '.join(run.name for run in self.runs)}"
+        return picture_plot(name, description, named, width, rows=titles if any(titles) else ())
 
 
 def sample_galleries(runs: Sequence[Run]) -> list[Gallery]:

@@ -65,9 +65,8 @@ def make_text_run(folder: Path, noise: float, prompts: list[str] | None = None, 
 def picture_of(prompt: str, index: int, noise: float) -> Image.Image:
     """48 pixels high, 64 wide."""
     image = Image.new("RGB", (64, 48), "#eeeae2")
-    colour = next(
-        (name for name in ("red", "green", "blue", "orange") if name in prompt), f"#{zlib.crc32(prompt.encode()) & 0xFFFFFF:06x}"
-    )
+    some = f"#{zlib.crc32(prompt.encode()) & 0xFFFFFF:06x}"
+    colour = next((name for name in ("red", "green", "blue", "orange") if name in prompt), some)
     draw, box = ImageDraw.Draw(image), (18, 10, 46, 38)
     (draw.ellipse if "disc" in prompt else draw.rectangle)(box, fill=colour)
     pixels = np.asarray(image, float) + np.random.default_rng(index).normal(0, 255 * noise, (48, 64, 1))
@@ -84,7 +83,11 @@ def write_word_attention(path: Path, noise: float, words: bool = True, samples: 
     about[:, 0], about[:, 2], about[:, 3], about[:, 4] = 2.5, 2 * middle, 4 * middle, 3 * (1 - middle)
     tensors: dict[str, NDArray[Any]] = {}
     blocks = []
-    layout = {"a.attn1": (patches, None), "a.attn2": (TEXT, [0, TEXT]), "b.attn": (patches + TEXT, [patches, None])}
+    layout = {
+        "a.attn1": (patches, None),
+        "a.attn2": (TEXT, [0, TEXT]),
+        "b.attn": (patches + TEXT, [patches, None]),
+    }
     for name, (keys, text) in layout.items():
         logits = rng.normal(0, 0.7, (12, patches, keys))
         if text:
