@@ -64,6 +64,19 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 # --- before training -----------------------------------------------------------------------------------------
 
 
+@app.command("make-pipeline")
+@stage
+def make_pipeline(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
+    """Make a text-to-image pipeline for a teacher to be trained in: text encoder, autoencoder, scheduler."""
+    from shd_diffusion.config import read_config
+    from shd_diffusion.models.text_pipeline import TextPipelineConfig, make_text_pipeline
+
+    parsed = read_config(config, TextPipelineConfig, set_ or [])
+    place = _output(parsed, output, config)
+    make_text_pipeline(parsed, place, str(config))
+    typer.echo(f"pipeline: {place}")
+
+
 @app.command()
 @stage
 def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
@@ -173,10 +186,17 @@ def sample(
     npz: Annotated[
         bool, typer.Option("--npz", help="Also write `samples.npz`, for the ADM suite's evaluator.")
     ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts", metavar="FILE", help="Text-to-image: one image of each prompt, a line each."
+        ),
+    ] = None,
 ) -> None:
     """Sample images from finished runs into their `samples/`."""
     from shd_diffusion.config import override_config
     from shd_diffusion.run_folder import RunFolder
+    from shd_diffusion.sampling.prompts import read_prompts
     from shd_diffusion.sampling.sample_run import sample_run
 
     if output is not None and len(runs) > 1:
@@ -185,6 +205,11 @@ def sample(
         )
     for run in map(RunFolder, runs):
         config = override_config(run.read_config(), set_ or [], str(run.config_file))
+        if prompts is not None:
+            told: dict[str, Any] = {"prompts": str(prompts)}
+            if not any(key.startswith("sample.num_images=") for key in set_ or []):
+                told["num_images"] = len(read_prompts(prompts)) * config.sample.images_per_prompt
+            config = config.model_copy(update={"sample": config.sample.model_copy(update=told)})
         sample_run(run, config, output or run.samples, npz)
 
 

@@ -101,15 +101,19 @@ class SampleConfig(Section):
 class EvaluateConfig(Section):
     """The metrics, the features that they are computed on, and what the images are compared with.
 
-    Without an `extractor` the data set decides; without `metrics` all usual ones are computed that can be.
+    Without an `extractor` the data set decides; without `metrics` all usual ones are computed that can be. The
+    `clip_model`, a folder or hub name, is what images are compared with their prompts by, and the extractor `clip`.
+    So many images as `against_teacher` says are compared with the teacher's of the same noise and prompt; 0 is none.
     """
 
     extractor: str | None = None
     extractor_weights: str | None = None
+    clip_model: str | None = None
     reference: str | None = None
     metrics: list[str] | None = None
     resize: Literal["none", "box", "bilinear", "bicubic", "lanczos"] = "none"
     batch_size: int = Field(default=100, ge=1)
+    against_teacher: int = Field(0, ge=0)
 
 
 class EvaluationConfig(Section):

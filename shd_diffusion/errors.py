@@ -29,7 +29,7 @@ def one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def printable(path: str | Path) -> str:
+def printable_path(path: str | Path) -> str:
     """A path in one line of UTF-8, which file names need not be."""
     return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
 

@@ -67,6 +67,12 @@ def replacing_folder(path: Path, processes: Processes | None = None) -> Iterator
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+def cache_folder() -> Path:
+    """`$XDG_CACHE_HOME/shd-diffusion`, or ~/.cache/shd-diffusion."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "shd-diffusion"
+
+
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing_file(path) as temporary:

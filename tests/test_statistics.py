@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 
-from shd_diffusion.statistics import estimate, holm, paired
+from shd_diffusion.statistics import Estimate, bootstrap, estimate, holm, paired
 
 
 def test_the_interval_is_students() -> None:
@@ -56,3 +56,19 @@ def test_holm() -> None:
     assert corrected == pytest.approx([0.03, 0.06, 0.06, 0.02])
     assert holm([0.6, None, 0.7]) == [1.0, None, 1.0]
     assert holm([]) == []
+
+
+def test_the_bootstrap_of_two_values_by_counting() -> None:
+    """A quarter of all resamples each is 0 0 and 1 1, so that the outer 2.5 % are 0 and 1."""
+    assert bootstrap([0.0, 1.0]) == Estimate(0.5, 0.0, 1.0, 2)
+    assert bootstrap([3.0]) == Estimate(3.0, None, None, 1)
+    assert bootstrap([2.0, 2.0, 2.0]) == Estimate(2.0, 2.0, 2.0, 3)
+
+
+def test_the_bootstrap_of_many_normal_values_is_nearly_students_and_seeded() -> None:
+    values = np.random.default_rng(0).standard_normal(400)
+    found, expected = bootstrap(values, seed=1), estimate(values)
+    assert found.mean == pytest.approx(expected.mean)
+    # the standard deviation of 400 values is known to 4 %, a quantile of 9,999 resamples to 2 %
+    assert found.high - found.low == pytest.approx(expected.high - expected.low, rel=0.08)
+    assert bootstrap(values, seed=1) == found != bootstrap(values, seed=2)

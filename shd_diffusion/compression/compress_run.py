@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,10 +102,11 @@ def calibration_batches(
     settings = NoiseSettings(
         source.shape, train.condition_dropout, train.timestep_sampling, source.needs_noise
     )
-    sampler = StepSampler(config.seed, len(source), BatchLayout(size), 0, max(1, images // size))
+    sampler = StepSampler(config.seed, source.groups, BatchLayout(size), 0, max(1, images // size))
     found = []
     for step, items in enumerate(source.batches(sampler)):
-        noise = draw_noise(config.seed, -1 - step, range(size), settings)
+        of_these = replace(settings, shape=source.shape_of(items))
+        noise = draw_noise(config.seed, -1 - step, range(size), of_these)
         batch = make_batch(source, process, items, noise, null, model.device)
         found.append((batch.noised, batch.timesteps, dict(batch.condition)))
     return found

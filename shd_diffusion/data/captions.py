@@ -31,8 +31,12 @@ def captions_of(value: object, where: str) -> list[str]:
     raise UserError(f"{KEY}: {where} is an empty list; write a caption there, or remove the image")
 
 
-def captions_of_text(content: bytes, where: str) -> list[str]:
+def captions_of_text(content: bytes, where: str, key: str = KEY) -> list[str]:
     """The captions of a text file, one a line; blank lines are passed over.
+
+    Args:
+        where: what to call the file in a message.
+        key: that the config names the file by.
 
     Raises:
         UserError: it is not in UTF-8, or holds none.
@@ -40,10 +44,10 @@ def captions_of_text(content: bytes, where: str) -> list[str]:
     try:
         lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
     except UnicodeDecodeError as error:
-        raise UserError(f"{KEY}: {where}: not a text in UTF-8 ({error.reason}); convert it") from None
+        raise UserError(f"{key}: {where}: not a text in UTF-8 ({error.reason}); convert it") from None
     if captions := [line for line in lines if line]:
         return captions
-    raise UserError(f"{KEY}: {where} holds no caption; write one a line, or remove it with its image")
+    raise UserError(f"{key}: {where} holds no text; write it there, one caption a line")
 
 
 def captions_of_key(content: object, key: str, where: str) -> list[str]:

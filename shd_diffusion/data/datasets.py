@@ -5,6 +5,7 @@ A new data set is a file with a function that opens it, and an entry of `DATASET
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,18 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from shd_diffusion.data.cache_shards import by_size
 from shd_diffusion.data.digits import digits
+from shd_diffusion.data.emoji import Emoji
 from shd_diffusion.data.folder import ImageFolder
+from shd_diffusion.data.framing import Framing, buckets_of, square
 from shd_diffusion.data.hub import HubImages
 from shd_diffusion.data.image_sets import Images, ReferenceImages
-from shd_diffusion.data.latents import LatentSource, caption_number, read_manifest, source_index
+from shd_diffusion.data.latents import LatentSource, caption_number, read_manifest
+from shd_diffusion.data.prompts import Prompts, no_images
 from shd_diffusion.data.published import cifar10, fashion_mnist
 from shd_diffusion.data.source import ImageSource, Source
+from shd_diffusion.data.tar_images import ShardedImages
 from shd_diffusion.errors import UserError, did_you_mean
 from shd_diffusion.section import Section
 
@@ -26,9 +32,19 @@ from shd_diffusion.section import Section
 class DataConfig(Section):
     """What the models are trained on; `DATASETS` says which keys a data set needs, and which it takes.
 
-    `caption_column` switches captions on, and tells where they are: of `huggingface` a column of strings or lists of
-    strings; of `image_folder` a key of `metadata.jsonl`, or `txt` for a .txt beside each image, one caption a line.
-    With captions sub-folders are no classes, and a `label_column` is read where it is given.
+    `caption_column` switches captions on, and tells where they are:
+
+    - `huggingface`: a column of strings or lists of strings;
+    - `image_folder`: a key of `metadata.jsonl`, or `txt` for a .txt beside each image, one caption a line;
+    - `webdataset`, whose `path` names shards by braces and wildcards: an extension such as `txt`, or `json.KEY`;
+    - `prompts`, which have no images yet: a column; without it `path` is a text file, one prompt a line.
+
+    With captions sub-folders are no classes, a `label_column` is read only where it is given, and images are turned
+    upright as their EXIF orientation says.
+
+    `buckets` keeps the shape of images about: a number of pixels, of which the sides of the buckets are multiples (64
+    at 1024 px gives those of SDXL), or a list of them, each [height, width]. Each image is cut to the nearest one.
+    Without it images become squares.
     """
 
     name: str = "digits"
@@ -38,6 +54,7 @@ class DataConfig(Section):
     image_column: str = "image"
     label_column: str | None = "label"
     caption_column: str | None = None
+    buckets: int | list[list[int]] | None = None
     horizontal_flip: bool = False
     verify: bool = True
     num_workers: int = Field(0, ge=0)
@@ -49,11 +66,19 @@ class DataConfig(Section):
             raise ValueError(f"no data set `{name}`; {did_you_mean(name, DATASETS)}")
         return name
 
+    @field_validator("buckets")
+    @classmethod
+    def _are_sizes(cls, buckets: int | list[list[int]] | None) -> int | list[list[int]] | None:
+        sizes = [[buckets] * 2] if isinstance(buckets, int) else buckets
+        if sizes is not None and not (sizes and all(len(size) == 2 and min(size) > 0 for size in sizes)):
+            raise ValueError(f"{buckets}: give the step of their sides, or a list of [height, width]")
+        return buckets
+
     @model_validator(mode="before")
     @classmethod
     def _captions_stand_for_labels(cls, keys: Any) -> Any:
         if isinstance(keys, dict) and keys.get("caption_column") is not None:
-            data_set = DATASETS.get(keys.get("name", ""))
+            data_set = DATASETS.get(str(keys.get("name")))
             if data_set and "label_column" in data_set.takes:
                 return {"label_column": None, **keys}
         return keys
@@ -68,6 +93,10 @@ class DataConfig(Section):
         for key, field in type(self).model_fields.items():
             if key not in known and getattr(self, key) != field.default:
                 raise ValueError(f"`{self.name}` takes no key `{key}`; remove it")
+        if isinstance(self.buckets, int) and (self.image_size or 0) % self.buckets:
+            raise ValueError(
+                f"`image_size` is {self.image_size}, which is no multiple of `buckets`, {self.buckets}; change either"
+            )
         return self
 
 
@@ -91,27 +120,56 @@ DATASETS: dict[str, DataSet] = {
         needs=("path",),
         takes=("split", "horizontal_flip"),
     ),
+    "emoji": DataSet(
+        lambda config: Emoji(
+            config.image_size or 0, config.split or "train", Path(config.path) if config.path else None
+        ),
+        needs=("image_size",),
+        takes=("path", "split"),
+    ),
     "image_folder": DataSet(
-        lambda config: ImageFolder(Path(config.path or ""), config.image_size or 0, config.caption_column),
+        lambda config: ImageFolder(Path(config.path or ""), framing_of(config), config.caption_column),
         needs=("path", "image_size"),
-        takes=("caption_column", "horizontal_flip"),
+        takes=("caption_column", "buckets", "horizontal_flip"),
     ),
     "huggingface": DataSet(
         lambda config: HubImages(
             config.path or "",
             config.split or "train",
-            config.image_size or 0,
+            framing_of(config),
             config.image_column,
             config.label_column,
             config.caption_column,
         ),
         needs=("path", "image_size"),
-        takes=("split", "image_column", "label_column", "caption_column", "horizontal_flip"),
+        takes=("split", "image_column", "label_column", "caption_column", "buckets", "horizontal_flip"),
+    ),
+    "webdataset": DataSet(
+        lambda config: ShardedImages(config.path or "", framing_of(config), config.caption_column),
+        needs=("path", "image_size"),
+        takes=("caption_column", "buckets", "horizontal_flip"),
+    ),
+    "prompts": DataSet(
+        lambda config: Prompts(
+            config.path or "", config.split or "train", config.image_size or 0, config.caption_column
+        ),
+        needs=("path", "image_size"),
+        takes=("split", "caption_column"),
     ),
     "latents": DataSet(
         lambda config: open_dataset(_made_from(config)), needs=("path",), takes=("horizontal_flip", "verify")
     ),
 }
+
+
+def framing_of(config: DataConfig) -> Framing:
+    """How the image files of a data set are cut."""
+    size, upright = config.image_size or 0, config.caption_column is not None
+    if config.buckets is None:
+        return square(size, upright)
+    if isinstance(config.buckets, int):
+        return Framing(size, buckets_of(size, config.buckets), upright)
+    return Framing(size, [(height, width) for height, width in config.buckets], upright)
 
 
 def open_dataset(config: DataConfig) -> Images:
@@ -127,25 +185,35 @@ def build_source(config: DataConfig) -> Source:
     """What to train on.
 
     Raises:
-        UserError: as `open_dataset`.
+        UserError: as `open_dataset`; or there are no images, or images of several sizes.
     """
     if config.name == "latents":
         folder = Path(config.path or "")
         return LatentSource(folder, config.horizontal_flip, config.num_workers, config.verify)
+    if config.name == "prompts":
+        raise no_images(config.path)
+    if config.buckets is not None:
+        raise UserError(
+            "data.buckets: images of several sizes are trained on as `shd-diffusion prepare` writes them; "
+            "run it, or remove the key"
+        )
     return ImageSource(open_dataset(config), config.horizontal_flip, config.num_workers)
 
 
 def reference_images(config: DataConfig) -> ReferenceImages:
-    """The real images that samples are compared with; of latents, those that could be encoded.
+    """The real images that samples are compared with, squares in any case; of latents, those that could be encoded.
 
     Raises:
-        UserError: as `open_dataset`.
+        UserError: as `open_dataset`; or there are no images.
     """
     left_out = []
     if config.name == "latents":
         shards = read_manifest(Path(config.path or ""))["shards"]
         left_out = [image["index"] for shard in shards for image in shard["unreadable"]]
         config = _made_from(config)
+    if config.name == "prompts":
+        raise no_images(config.path)
+    config = config.model_copy(update={"buckets": None})
     parts = (config.name, config.path, config.split, config.image_size and f"{config.image_size} px")
     return ReferenceImages(open_dataset(config), " ".join(str(part) for part in parts if part), left_out)
 
@@ -160,7 +228,11 @@ def caption_of(source: LatentSource, index: int, epoch: int) -> str:
     images = open_dataset(DataConfig.model_validate(manifest["data"]))
     if images.fingerprint() != manifest["identity"]["source"]:
         raise UserError("data: are others than the cache was made from; run `shd-diffusion prepare` again")
-    captions = images.captions(source_index(manifest, index))
+    left_out = {image["index"] for shard in manifest["shards"] for image in shard["unreadable"]}
+    order = (i for bucket in by_size(images) for i in bucket if i not in left_out)
+    captions = images.captions(next(itertools.islice(order, index, None)))
+    if "sampling" in manifest["identity"]:  # the teacher has sampled from the first one
+        captions = captions[:1]
     if not captions:
         raise UserError("data: have no captions")
     return captions[caption_number(index, epoch, len(captions))]

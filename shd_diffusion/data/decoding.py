@@ -1,45 +1,65 @@
-"""From an image file of any kind to 8-bit RGB, and to a square as ADM and DiT prepare ImageNet."""
+"""From an image file of any kind to 8-bit RGB, and to a square or a bucket as ADM and DiT prepare ImageNet."""
 
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
 
+from shd_diffusion.data.framing import Framing, Geometry, Size, bucket_of, crop_of, resizings
 from shd_diffusion.errors import UserError, one_line
+
+SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 
 
 class UnreadableImage(UserError):
     """An image that is corrupt, cut off, too large, or of a kind that Pillow does not know."""
 
 
-def decode(file: Path | bytes, name: str, size: int | None = None) -> Tensor:
+def decode(file: Path | bytes, name: str, framing: Framing | None = None) -> Tensor:
     """An image file as 8-bit RGB (3, H, W).
 
     Args:
         file: its path or its content.
         name: what to call it in a message.
-        size: of the centre square that is kept, see `centre_square`; None keeps the image as it is.
+        framing: which part of it is kept, see `cover`; None keeps the image as it is.
 
     Raises:
         UnreadableImage: it cannot be decoded.
     """
-    try:
-        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
-            rgb = image.convert("RGB")
-            return pil_to_tensor(rgb if size is None else centre_square(rgb, size))
-    # decoders raise errors of any kind on corrupt files, zlib's and struct's among them
-    except Exception as error:
-        raise UnreadableImage(f"{name}: not a readable image ({one_line(error)})") from None
+    with _opened(file, name) as image:
+        if framing is None:
+            return pil_to_tensor(image.convert("RGB"))
+        turned = framing.upright and _orientation(image) != 1
+        rgb = (ImageOps.exif_transpose(image) if turned else image).convert("RGB")
+        return pil_to_tensor(cover(rgb, bucket_of(*rgb.size, framing.buckets)))
 
 
-def centre_square(
-    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC, halve: bool = True
+def read_geometry(file: Path | bytes, name: str, framing: Framing) -> Geometry:
+    """What `decode` does to an image, from the file's header alone.
+
+    Raises:
+        UnreadableImage: the header cannot be read; what follows it is not looked at.
+    """
+    with _opened(file, name) as image:
+        width, height = image.size
+        if framing.upright and _orientation(image) in SIDEWAYS:
+            width, height = height, width
+        return framing.geometry(width, height)
+
+
+def cover(
+    image: Image.Image,
+    size: Size,
+    resample: Image.Resampling = Image.Resampling.BICUBIC,
+    halve: bool = True,
 ) -> Image.Image:
-    """The centre of an image, its shorter side resized to `size`.
+    """The centre of an image, which is resized to cover `size` (H, W) just about.
 
     Large images are first halved by box filters, then resized bicubically: so ADM (Dhariwal and Nichol 2021)
     and DiT prepare ImageNet, and so came about the statistics that published metrics are compared with.
@@ -48,9 +68,37 @@ def centre_square(
         resample: another filter.
         halve: False resizes large images by the filter alone.
     """
-    while halve and min(image.size) >= 2 * size:
-        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
-    scale = size / min(image.size)
-    image = image.resize((round(image.width * scale), round(image.height * scale)), resample)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    halvings, resized = resizings(*image.size, size, halve)
+    for half in halvings:
+        image = image.resize(half, Image.Resampling.BOX)
+    top, left = crop_of(resized, size)
+    return image.resize(resized, resample).crop((left, top, left + size[1], top + size[0]))
+
+
+def centre_square(
+    image: Image.Image, size: int, resample: Image.Resampling = Image.Resampling.BICUBIC, halve: bool = True
+) -> Image.Image:
+    """The centre of an image, its shorter side resized to `size`; see `cover`."""
+    return cover(image, (size, size), resample, halve)
+
+
+@contextmanager
+def _opened(file: Path | bytes, name: str) -> Iterator[Image.Image]:
+    """An image whose header has been read; whatever goes wrong with it, then or later, is told of the image."""
+    try:
+        with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
+            yield image
+    # decoders raise errors of any kind on corrupt files, zlib's and struct's among them
+    except Exception as error:
+        raise UnreadableImage(f"{name}: not a readable image ({one_line(error)})") from None
+
+
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation in an image's header; 1 where there is none."""
+    if image.format == "TIFF":  # Pillow turns these itself
+        return 1
+    try:
+        # that of the base class: PNG's own would decode the pixels to look behind them
+        return int(Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1))
+    except Exception:  # a damaged tag takes nothing away from the pixels
+        return 1

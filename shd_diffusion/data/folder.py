@@ -7,16 +7,15 @@ import os
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from shd_diffusion.data.decoding import decode
 from shd_diffusion.data.folder_captions import BESIDE, METADATA, captions_beside, captions_from_metadata
-from shd_diffusion.data.image_sets import Images
-from shd_diffusion.errors import UserError, printable
+from shd_diffusion.data.framing import Framing
+from shd_diffusion.data.image_sets import ImageFiles
+from shd_diffusion.errors import UserError, printable_path
 from shd_diffusion.files import json_sha256
 
 
-class ImageFolder(Images):
+class ImageFolder(ImageFiles):
     """Image files below `folder/<class>/`, classes numbered in the order of their names, as in torchvision.
 
     A folder without sub-folders has no classes: its images are unconditional. With captions sub-folders are no
@@ -25,7 +24,7 @@ class ImageFolder(Images):
 
     Args:
         folder: holds a sub-folder a class, or the images.
-        size: images become (3, size, size); see `decode`.
+        framing: how images are cut.
         caption_column: the key of the captions in `metadata.jsonl`; `txt` for a .txt beside each image; None without.
 
     Raises:
@@ -33,14 +32,15 @@ class ImageFolder(Images):
             without a caption.
     """
 
-    def __init__(self, folder: Path, size: int, caption_column: str | None = None) -> None:
-        self.folder, self.shape, self.caption_column = folder, (3, size, size), caption_column
+    def __init__(self, folder: Path, framing: Framing, caption_column: str | None = None) -> None:
+        super().__init__(framing)
+        self.folder, self.caption_column = folder, caption_column
         try:
             self.paths, metadata = _image_files(folder)
             classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
         except OSError as error:
             raise UserError(
-                f"data.path: {printable(folder)}: not a readable folder ({error.strerror}); "
+                f"data.path: {printable_path(folder)}: not a readable folder ({error.strerror}); "
                 "give one of images, or with a sub-folder of them a class"
             ) from None
         if classes and caption_column is None:
@@ -48,14 +48,14 @@ class ImageFolder(Images):
             groups = [os.path.relpath(path, folder).partition(os.sep) for path in self.paths]
             self.paths = [path for path, (_, inside, _) in zip(self.paths, groups, strict=True) if inside]
             self.labels = torch.tensor([numbers[name] for name, inside, _ in groups if inside])
-            self.num_classes, self.class_names = len(classes), list(map(printable, classes))
+            self.num_classes, self.class_names = len(classes), list(map(printable_path, classes))
             if empty := set(range(len(classes))) - set(self.labels.tolist()):
                 names = ", ".join(self.class_names[number] for number in sorted(empty))
                 raise UserError(
-                    f"data.path: {printable(folder)}: no images of {names}; add some, or remove it"
+                    f"data.path: {printable_path(folder)}: no images of {names}; add some, or remove it"
                 )
         elif not self.paths:
-            raise UserError(f"data.path: {printable(folder)}: no images in it; give another folder")
+            raise UserError(f"data.path: {printable_path(folder)}: no images in it; give another folder")
         if caption_column == BESIDE:
             self.texts = captions_beside(self.paths)
         elif caption_column is not None:
@@ -64,16 +64,16 @@ class ImageFolder(Images):
     def __len__(self) -> int:
         return len(self.paths)
 
-    def image(self, index: int) -> Tensor:
-        return decode(Path(self.paths[index]), self.name(index), self.shape[1])
+    def file(self, index: int) -> Path:
+        return Path(self.paths[index])
 
     def captions(self, index: int) -> list[str]:
         return [] if self.caption_column is None else self.texts[index]
 
     def name(self, index: int) -> str:
-        return printable(self.paths[index])
+        return printable_path(self.paths[index])
 
-    def fingerprint(self) -> str:
+    def content(self) -> str:
         """Names, sizes in bytes and times of modification of all images, and their captions."""
         digest = hashlib.sha256()
         for path in self.paths:
@@ -106,7 +106,9 @@ def _image_files(folder: Path) -> tuple[list[str], list[str]]:
         for path in (f"{root}{os.sep}{name}" for name in folders):
             real = os.path.realpath(path)
             if real in above[root]:
-                raise UserError(f"data.path: {printable(path)}: links to a folder that it lies in; remove it")
+                raise UserError(
+                    f"data.path: {printable_path(path)}: links to a folder that it lies in; remove it"
+                )
             above[path] = [*above[root], real]
         files += [f"{root}{os.sep}{name}" for name in names if name.lower().endswith(IMG_EXTENSIONS)]
         metadata += [f"{root}{os.sep}{METADATA}"] if METADATA in names else []

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from shd_diffusion.data.captions import KEY, captions_of_key, captions_of_text
-from shd_diffusion.errors import UserError, one_line, printable
+from shd_diffusion.errors import UserError, one_line, printable_path
 
 METADATA, BESIDE = "metadata.jsonl", "txt"
 
@@ -34,12 +34,12 @@ def captions_from_metadata(
     files = sorted(metadata)
     if not files:
         raise UserError(
-            f"{KEY}: {printable(folder / METADATA)} is missing; write it, a line an image, "
+            f"{KEY}: {printable_path(folder / METADATA)} is missing; write it, a line an image, "
             f"or give `{BESIDE}` for a .txt beside each image"
         )
     for file in files:
         for number, line in enumerate(_lines(file), start=1):
-            where = f"{printable(file)}, line {number}"
+            where = f"{printable_path(file)}, line {number}"
             if not line.strip():
                 continue
             try:
@@ -53,13 +53,13 @@ def captions_from_metadata(
             captions = found.get(image)
             if captions is None:
                 raise UserError(
-                    f"{KEY}: {where} names {printable(name)}, but there is no such image; "
+                    f"{KEY}: {where} names {printable_path(name)}, but there is no such image; "
                     "correct `file_name`, or remove the line"
                 )
             captions += captions_of_key(entry, key, where)
     if missing := next((image for image, captions in found.items() if not captions), None):
         raise UserError(
-            f"{KEY}: {printable(missing)} has no line in {METADATA}; add one, or remove the image"
+            f"{KEY}: {printable_path(missing)} has no line in {METADATA}; add one, or remove the image"
         )
     return list(found.values())
 
@@ -77,10 +77,10 @@ def captions_beside(images: Iterable[str]) -> list[list[str]]:
             content = file.read_bytes()
         except OSError as error:
             raise UserError(
-                f"{KEY}: {printable(file)}: cannot be read ({error.strerror}); "
-                f"write the caption of {printable(Path(image).name)} there, or remove the image"
+                f"{KEY}: {printable_path(file)}: cannot be read ({error.strerror}); "
+                f"write the caption of {printable_path(Path(image).name)} there, or remove the image"
             ) from None
-        captions.append(captions_of_text(content, printable(file)))
+        captions.append(captions_of_text(content, printable_path(file)))
     return captions
 
 
@@ -89,4 +89,6 @@ def _lines(file: str) -> Iterable[str]:
         # as universal newlines and `json` have it: no other character ends a line
         return Path(file).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{KEY}: {printable(file)}: cannot be read ({one_line(error)}); mend it") from None
+        raise UserError(
+            f"{KEY}: {printable_path(file)}: cannot be read ({one_line(error)}); mend it"
+        ) from None

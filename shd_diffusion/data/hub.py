@@ -8,21 +8,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from shd_diffusion.data.captions import captions_of
-from shd_diffusion.data.decoding import UnreadableImage, decode
-from shd_diffusion.data.image_sets import Images
+from shd_diffusion.data.decoding import UnreadableImage
+from shd_diffusion.data.framing import Framing
+from shd_diffusion.data.image_sets import ImageFiles
 from shd_diffusion.errors import UserError, did_you_mean, one_line
 
 
-class HubImages(Images):
+class HubImages(ImageFiles):
     """The images of a data set of the `datasets` library.
 
     Args:
         path: a name on the hub, or a local folder; with the latter nothing is asked of the network.
         split: e.g. `train`.
-        size: images become (3, size, size); see `decode`.
+        framing: how images are cut.
         image_column: holds the images.
         label_column: holds the labels, integers from 0 on; None for no labels.
         caption_column: holds the captions, strings or lists of strings; None for no captions.
@@ -36,13 +36,14 @@ class HubImages(Images):
         self,
         path: str,
         split: str,
-        size: int,
+        framing: Framing,
         image_column: str = "image",
         label_column: str | None = "label",
         caption_column: str | None = None,
     ) -> None:
+        super().__init__(framing)
         table = load_table(path, split)
-        self.path, self.split, self.shape = path, split, (3, size, size)
+        self.path, self.split = path, split
         self.image_column, self.caption_column = image_column, caption_column
         self.images = _images(table, image_column, path)
         if label_column is not None:
@@ -58,22 +59,22 @@ class HubImages(Images):
     def __len__(self) -> int:
         return len(self.images)
 
-    def image(self, index: int) -> Tensor:
+    def file(self, index: int) -> Path | bytes:
         stored = self.images[index][self.image_column]
-        file = stored["bytes"] or (Path(stored["path"]) if stored["path"] else None)
+        file: Path | bytes | None = stored["bytes"] or (Path(stored["path"]) if stored["path"] else None)
         if file is None:
             raise UnreadableImage(f"{self.name(index)}: is empty")
-        return decode(file, self.name(index), self.shape[1])
+        return file
 
     def captions(self, index: int) -> list[str]:
         if self.caption_column is None:
             return []
-        return captions_of(self.texts[index][self.caption_column], self.name(index))
+        return captions_at(self.texts, index, self.caption_column)
 
     def name(self, index: int) -> str:
         return f"{self.path}: image {index} of split {self.split}"
 
-    def fingerprint(self) -> str:
+    def content(self) -> str:
         digest = hashlib.sha256(self.images._fingerprint.encode())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
@@ -92,7 +93,7 @@ def load_table(path: str, split: str) -> Any:
         import datasets
     except ModuleNotFoundError:
         raise UserError(
-            "data.name: `huggingface` needs the library `datasets`; pip install 'shd-diffusion[datasets]'"
+            f"data.path: {path} needs the library `datasets`; pip install 'shd-diffusion[datasets]'"
         ) from None
     try:
         table: Any = datasets.load_dataset(path, split=split)
@@ -137,6 +138,12 @@ def caption_table(table: Any, column: str, path: str, name: Callable[[int], str]
             captions_of(caption, f"{name(index)}: column `{column}`")
         start += len(batch[column])
     return texts
+
+
+def captions_at(texts: Any, index: int, column: str) -> list[str]:
+    """The captions of an item of a `caption_table`."""
+    value = texts[index][column]
+    return value if isinstance(value, list) else [value]
 
 
 def _images(table: Any, column: str, path: str) -> Any:

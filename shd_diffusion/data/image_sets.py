@@ -1,23 +1,27 @@
-"""Sets of images with their conditions, read one by one."""
+"""Sets of images with their captions and conditions, read one by one."""
 
 from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from shd_diffusion.data.decoding import decode, read_geometry
+from shd_diffusion.data.framing import Framing, Geometry, Size
 from shd_diffusion.data.images import to_rgb
+from shd_diffusion.files import json_sha256
 
 
 class Images(Dataset[dict[str, Tensor]]):
     """N images with their conditions; item i is {"image": uint8 (C, H, W), **condition}.
 
     Attributes:
-        shape: (C, H, W), the same for all.
+        shape: (C, H, W), the same for all; with several buckets that of the square which they have the pixels of.
         labels: classes of all images, (N,) int64, from 0 to `num_classes` - 1; None without classes.
         num_classes: None without classes.
         class_names: of all classes, where they have names.
@@ -41,6 +45,19 @@ class Images(Dataset[dict[str, Tensor]]):
             UnreadableImage: there is one, but it cannot be read.
         """
 
+    @property
+    def buckets(self) -> Sequence[Size]:
+        """The sizes (H, W) that images come in: one, or several, see `geometry` for which is whose."""
+        return [self.shape[1:]]
+
+    def geometry(self, index: int) -> Geometry:
+        """The size of an image, and how it came about; no pixels are decoded for it.
+
+        Raises:
+            UnreadableImage: as for `image`, if that can be seen so far.
+        """
+        return Geometry(self.shape[1:], (0, 0), self.shape[1:])
+
     def condition(self, index: int) -> dict[str, Tensor]:
         """What the model is told of an image, by argument of the denoiser; the same names for all."""
         return {} if self.labels is None else {"class_labels": self.labels[index]}
@@ -59,6 +76,39 @@ class Images(Dataset[dict[str, Tensor]]):
     @abstractmethod
     def fingerprint(self) -> str:
         """A hash that changes when images, captions or conditions do, quick to compute: no image is decoded for it."""
+
+
+class ImageFiles(Images):
+    """Images that are decoded from files, (3, H, W); see `decode`."""
+
+    def __init__(self, framing: Framing) -> None:
+        self.framing, self.shape = framing, (3, framing.image_size, framing.image_size)
+
+    @abstractmethod
+    def file(self, index: int) -> Path | bytes:
+        """The path or the content of an image file.
+
+        Raises:
+            UnreadableImage: there is none.
+        """
+
+    @abstractmethod
+    def content(self) -> str:
+        """A hash that changes when image files, captions or conditions do; nothing is decoded for it."""
+
+    @property
+    def buckets(self) -> Sequence[Size]:
+        return self.framing.buckets
+
+    def image(self, index: int) -> Tensor:
+        return decode(self.file(index), self.name(index), self.framing)
+
+    def geometry(self, index: int) -> Geometry:
+        return read_geometry(self.file(index), self.name(index), self.framing)
+
+    def fingerprint(self) -> str:
+        content = self.content()
+        return content if len(self.buckets) == 1 else json_sha256([content, self.buckets])
 
 
 class ImagesInMemory(Images):

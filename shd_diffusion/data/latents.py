@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,19 @@ class LatentSource(Source):
         self.vae_sha256: str = manifest["identity"]["vae"]
         self.prompts_sha256: str | None = (manifest["identity"].get("prompts") or {}).get("encoders")
         self.scaling = LatentScaling(**manifest["vae"]["scaling"])
+        if horizontal_flip and "sampling" in manifest["identity"]:
+            raise UserError(
+                "data.horizontal_flip: a teacher has sampled these latents, none of them mirrored; set it to false"
+            )
         self.horizontal_flip, self.num_workers = horizontal_flip, num_workers
+        self._groups = groups_of(manifest["shards"])
+
+    @property
+    def groups(self) -> list[range]:
+        return self._groups
+
+    def shape_of(self, items: Mapping[str, Tensor]) -> tuple[int, ...]:
+        return self.shape[0], *items["moments"].shape[3:]
 
     def clean(self, items: Mapping[str, Tensor], flipped: Tensor, noise: Tensor | None) -> Tensor:
         if self.needs_noise and noise is None:
@@ -155,11 +168,14 @@ def caption_number(index: int, epoch: int, count: int) -> int:
     return (epoch + index) % count
 
 
-def source_index(manifest: dict[str, Any], index: int) -> int:
-    """Which image of the data set item `index` of a cache was made from: the unreadable ones are left out."""
-    for left_out in sorted(image["index"] for shard in manifest["shards"] for image in shard["unreadable"]):
-        index += left_out <= index
-    return index
+def groups_of(shards: list[dict[str, Any]]) -> list[range]:
+    """Items of one size each: shards of a bucket follow each other."""
+    groups, start = [], 0
+    for _, bucket in groupby(shards, key=lambda shard: shard.get("size")):
+        count = sum(shard["images"] for shard in bucket)
+        groups += [range(start, start + count)] if count else []
+        start += count
+    return groups
 
 
 def checksum(manifest: dict[str, Any]) -> str:

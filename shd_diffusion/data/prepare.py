@@ -7,30 +7,34 @@ A shard holds a fixed range of the images, so that it is the same whoever writes
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from diffusers import DiffusionPipeline
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from shd_diffusion.data.cache_shards import Shard, plan_shards
+from shd_diffusion.data.conditions import CaptionEncoder, LabelEncoder
 from shd_diffusion.data.datasets import DataConfig, open_dataset
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes, to_rgb
 from shd_diffusion.data.latent_space import LatentSpace, load_vae
 from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
+from shd_diffusion.data.prompts import Prompts
+from shd_diffusion.data.sampled_latents import LatentSampler, TeacherSamplingConfig
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import holds_files, read_json, save_tensors, sha256, write_json, write_text
+from shd_diffusion.files import holds_files, save_tensors, sha256, write_json, write_text
 from shd_diffusion.hashing import hash_model
-from shd_diffusion.models.denoiser import NOT_DROPPED, pad
+from shd_diffusion.models.denoiser import pad
 from shd_diffusion.models.pipeline_folder import find_pipeline
-from shd_diffusion.models.prompts import PromptEncoder, load_for_prompts
+from shd_diffusion.models.prompts import load_for_prompts
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
 from shd_diffusion.section import Section
@@ -45,6 +49,7 @@ IDENTITY = {
     "image_shape": "image size (`data.image_size`)",
     "vae": "VAE (`prepare.vae`)",
     "prompts": "text encoder, tokenizer or caption length (the pipeline's)",
+    "sampling": "`prepare.teacher_sampling`",
     "dtype": "`prepare.dtype`",
     "shard_size": "`prepare.shard_size`",
 }
@@ -56,6 +61,7 @@ class EncodeConfig(Section):
     Without a `vae` it is that of the pipeline. `prompt_dtype` is that of the text encoders and of what they give;
     `prompt_arguments` are given to the pipeline's call as they are, such as `max_sequence_length`.
     `max_corrupt_share`: of the images that may be unreadable and left out, before that is an error.
+    `teacher_sampling`: how the teacher samples the latents of a data set of prompts, which has no images.
     """
 
     output: str | None = None
@@ -66,6 +72,7 @@ class EncodeConfig(Section):
     prompt_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     prompt_arguments: dict[str, Any] = Field(default_factory=dict)
     max_corrupt_share: float = Field(0.001, ge=0, le=1)
+    teacher_sampling: TeacherSamplingConfig = TeacherSamplingConfig()
 
 
 class PrepareConfig(Section):
@@ -75,47 +82,6 @@ class PrepareConfig(Section):
     data: DataConfig
     prepare: EncodeConfig
     pipeline: str | None = None
-
-
-@dataclass(frozen=True)
-class Shard:
-    """One file of the cache: the images from `start` up to `stop` of the source.
-
-    `identity` stands for all that it follows from.
-    """
-
-    folder: Path
-    number: int
-    start: int
-    stop: int
-    identity: str
-
-    def __len__(self) -> int:
-        return self.stop - self.start
-
-    @property
-    def path(self) -> Path:
-        return self.folder / "shards" / f"latents-{self.number:05d}.safetensors"
-
-    @property
-    def record_file(self) -> Path:
-        return self.path.with_suffix(".json")
-
-    def read_record(self) -> dict[str, Any]:
-        return read_json(self.record_file)
-
-    def is_done(self) -> bool:
-        """Whether the shard is there, and as it was written."""
-        if not (self.record_file.is_file() and self.path.is_file()):
-            return False
-        try:
-            record = self.read_record()
-            whole = record["identity"] == self.identity and record["sha256"] == sha256(self.path)
-        except (UserError, KeyError, TypeError):
-            whole = False
-        if not whole:
-            announce(f"{self.path}: damaged, or of another cache; it is written anew")
-        return whole
 
 
 def prepare(config: PrepareConfig, output: Path, source: str) -> None:
@@ -134,18 +100,10 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     state = processes()
     images = open_dataset(config.data)
     encoder = open_encoder(config, images, source)
-    vae = config.prepare.vae or config.pipeline
-    if vae is None:
-        raise UserError(
-            f"{source}: key `prepare.vae` is missing; add it, or `pipeline`, whose VAE it then is"
-        )
-    try:
-        space = LatentSpace(load_vae(vae).to(state.device))
-    except UserError as error:
-        raise UserError(f"{source}: key `prepare.vae`: {error}") from error
+    space = open_space(config, source)
     manifest = describe(config, images, space, encoder, source)
     check_identity(output, manifest["identity"])
-    shards = plan_shards(output, len(images), config.prepare.shard_size, checksum(manifest["identity"]))
+    shards = plan_shards(output, images, config.prepare.shard_size, checksum(manifest["identity"]))
     state.wait_for_everyone()  # until all have looked at the folder
     if state.is_main_process:
         for leftover in output.glob("shards/.*tmp*"):  # of a call that was killed
@@ -156,7 +114,11 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
             write_manifest(output, manifest)
     state.wait_for_everyone()
 
-    encode_shards(shards[state.process_index :: state.num_processes], images, space, encoder, config)
+    latents: Latents = encode_images
+    if isinstance(images, Prompts):
+        latents = teacher_latents(config, images, space, manifest["shape"], source)
+    mine = shards[state.process_index :: state.num_processes]
+    encode_shards(mine, images, space, encoder, latents, config)
     state.wait_for_everyone()
     records = [shard.read_record() for shard in shards]
     unreadable = [image for record in records for image in record["unreadable"]]
@@ -171,59 +133,37 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     state.wait_for_everyone()
 
 
-class ConditionEncoder:
-    """What the model is told of images: their labels, or their captions by a pipeline's text encoders.
+def open_space(config: PrepareConfig, source: str) -> LatentSpace:
+    """The latent space of the VAE that a config names, or of its pipeline's.
 
-    Attributes:
-        identity: of what the captions are encoded by; None without captions.
-        null: what stands for no condition, (1, ...) by argument, as far as it is known here.
+    Raises:
+        UserError: there is none.
     """
-
-    def __init__(
-        self, images: Images, prompts: PromptEncoder | None, identity: dict[str, Any] | None
-    ) -> None:
-        self.images, self.prompts, self.identity = images, prompts, identity
-        null = images.null if prompts is None else pad([prompts.null()])
-        self.null = {name: value for name, value in null.items() if name not in NOT_DROPPED}
-
-    def counts(self, indices: list[int]) -> list[int]:
-        """How many conditions each image has."""
-        return [1 if self.prompts is None else len(self.images.captions(index)) for index in indices]
-
-    def encode(self, indices: list[int]) -> list[dict[str, Tensor]]:
-        """The conditions of images, one after the other.
-
-        Raises:
-            UserError: an image has no caption, or embeddings are not finite.
-        """
-        if self.prompts is None:
-            return [self.images.condition(index) for index in indices]
-        captions = [caption for index in indices for caption in self.images.captions(index)]
-        found = self.prompts.encode(captions)
-        for caption, condition in zip(captions, found, strict=True):
-            if not all(value.isfinite().all() for value in condition.values()):
-                raise UserError(
-                    f"the embedding of {caption!r} is not finite; set `prepare.prompt_dtype` to float32"
-                )
-        return found
+    vae = config.prepare.vae or config.pipeline
+    if vae is None:
+        raise UserError(
+            f"{source}: key `prepare.vae` is missing; add it, or `pipeline`, whose VAE it then is"
+        )
+    try:
+        return LatentSpace(load_vae(vae).to(processes().device))
+    except UserError as error:
+        raise UserError(f"{source}: key `prepare.vae`: {error}") from error
 
 
-def open_encoder(config: PrepareConfig, images: Images, source: str) -> ConditionEncoder:
+def open_encoder(config: PrepareConfig, images: Images, source: str) -> LabelEncoder | CaptionEncoder:
     """What encodes the conditions of a data set.
 
     Raises:
         UserError: there are captions but no pipeline that takes prompts, or the reverse.
     """
     pipeline = None if config.pipeline is None else find_pipeline(config.pipeline)
-    takes_prompts = pipeline is not None and pipeline.takes_prompts
-    if not takes_prompts:
-        if config.data.caption_column is not None:
+    if pipeline is None or not pipeline.takes_prompts:
+        if config.data.caption_column is not None or isinstance(images, Prompts):
             raise UserError(
                 f"{source}: key `data.caption_column`: captions are for a text-to-image pipeline, which "
                 f"{config.pipeline or 'nothing here'} is not; remove it"
             )
-        return ConditionEncoder(images, None, None)
-    assert pipeline is not None
+        return LabelEncoder(images)
     if not images.captions(0):
         raise UserError(
             f"{source}: key `data.caption_column` is missing: {pipeline.name} makes images from prompts; "
@@ -232,31 +172,34 @@ def open_encoder(config: PrepareConfig, images: Images, source: str) -> Conditio
     settings = config.prepare
     dtype: torch.dtype = getattr(torch, settings.prompt_dtype)
     loaded = load_for_prompts(pipeline.name, dtype, processes().device)
-    _, height, width = images.shape
-    try:
-        prompts = PromptEncoder(loaded, (height, width), settings.prompt_arguments)
-        prompts.encode(images.captions(0)[:1])
-    except (TypeError, ValueError) as error:  # pipelines refuse sizes and arguments as they like
-        raise UserError(
-            f"{source}: key `prepare.prompt_arguments`: {pipeline.name} takes no prompts so ({one_line(error)})"
-        ) from error
     identity = {
         "encoders": pipeline.hash_prompt_parts(),
         "dtype": settings.prompt_dtype,
         "arguments": settings.prompt_arguments,
     }
-    return ConditionEncoder(images, prompts, identity)
+    first_only = isinstance(images, Prompts)
+    try:
+        return CaptionEncoder(images, loaded, settings.prompt_arguments, identity, first_only)
+    except (UserError, TypeError, ValueError) as error:  # pipelines refuse sizes and arguments as they like
+        raise UserError(
+            f"{source}: key `prepare.prompt_arguments`: {pipeline.name} takes no prompts so ({one_line(error)})"
+        ) from error
 
 
 def describe(
-    config: PrepareConfig, images: Images, space: LatentSpace, encoder: ConditionEncoder, source: str
+    config: PrepareConfig,
+    images: Images,
+    space: LatentSpace,
+    encoder: LabelEncoder | CaptionEncoder,
+    source: str,
 ) -> dict[str, Any]:
     """The manifest of a cache before any shard is written.
 
     Raises:
         UserError: the VAE does not take images of this shape, or the pipeline no such captions.
     """
-    vae = config.prepare.vae or config.pipeline
+    vae, settings = config.prepare.vae or config.pipeline, config.prepare
+    sampled = isinstance(images, Prompts)
     try:
         parts = space.parts(as_input(torch.zeros(1, *images.shape, dtype=torch.uint8).to(space.vae.device)))
     except (RuntimeError, ValueError) as error:
@@ -270,15 +213,16 @@ def describe(
             "num_source_images": len(images),
             "image_shape": list(images.shape),
             "vae": hash_model(space.vae),  # with its scaling
-            "prompts": encoder.identity,
-            "dtype": config.prepare.dtype,
-            "shard_size": config.prepare.shard_size,
+            **({} if encoder.identity is None else {"prompts": encoder.identity}),
+            **({"sampling": settings.teacher_sampling.model_dump()} if sampled else {}),
+            "dtype": settings.dtype,
+            "shard_size": settings.shard_size,
         },
         "data": config.data.model_dump(),
         "vae": {"path": vae, "scaling": asdict(space.scaling)},
         "shape": list(parts[0].shape[1:]),
-        "has_variance": len(parts) == 2,
-        "conditions": sorted(encoder.encode([0])[0]),
+        "has_variance": len(parts) == 2 and not sampled,
+        "conditions": sorted(encoder.encode(0)[0]),
         "num_classes": images.num_classes,
         "class_names": images.class_names,
         "null": NULL if encoder.null else None,
@@ -303,23 +247,24 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
         return
     present = read_manifest(output, complete=False)["identity"]
     for key, name in IDENTITY.items():
-        if present.get(key) != identity[key]:
+        if present.get(key) != identity.get(key):
             raise UserError(
                 f"{output / MANIFEST}: this cache was made with another {name} ({present.get(key)} there, "
-                f"{identity[key]} now); give another --output or delete the folder"
+                f"{identity.get(key)} now); give another --output or delete the folder"
             )
 
 
-def plan_shards(output: Path, count: int, size: int, identity: str) -> list[Shard]:
-    """The shards of `count` images, `size` in each but the last."""
-    return [
-        Shard(output, number, number * size, min((number + 1) * size, count), identity)
-        for number in range(math.ceil(count / size))
-    ]
+Latents = Callable[[Sequence[int], Images, LatentSpace, PrepareConfig], Iterator[tuple[Tensor, list[Any]]]]
+"""From indices to batches of moments (b, copies, k·C, h, w), with B attempts, of which b are no failure."""
 
 
 def encode_shards(
-    shards: list[Shard], images: Images, space: LatentSpace, encoder: ConditionEncoder, config: PrepareConfig
+    shards: list[Shard],
+    images: Images,
+    space: LatentSpace,
+    encoder: LabelEncoder | CaptionEncoder,
+    latents: Latents,
+    config: PrepareConfig,
 ) -> None:
     """Encode the shards that are not done yet; end as soon as it is certain that too many are unreadable."""
     state = processes()
@@ -330,7 +275,7 @@ def encode_shards(
             if shard.is_done():
                 bar.update(len(shard))
             else:
-                encode_shard(shard, images, space, encoder, config, bar.update)
+                encode_shard(shard, images, space, encoder, latents, config, bar.update)
             unreadable += shard.read_record()["unreadable"]
             check_share(unreadable, len(images), config.prepare, shard.folder)
 
@@ -339,44 +284,36 @@ def encode_shard(
     shard: Shard,
     images: Images,
     space: LatentSpace,
-    encoder: ConditionEncoder,
+    encoder: LabelEncoder | CaptionEncoder,
+    latents: Latents,
     config: PrepareConfig,
     advance: Callable[[int], Any],
 ) -> None:
-    """Encode the images of a shard, as they are and mirrored, and write it with its record.
+    """Encode the images of a shard, and write it with its record.
 
     Raises:
         UserError: latents are not finite, or the shard cannot be written.
     """
-    settings = config.prepare
-    attempts: DataLoader[Any] = DataLoader(
-        _Attempts(images, range(shard.start, shard.stop)),
-        batch_size=settings.batch_size,
-        num_workers=config.data.num_workers,
-        collate_fn=list,
-    )
     moments: list[Tensor] = []
-    conditions: list[dict[str, Tensor]] = []
-    counts: list[int] = []
+    conditions: list[list[dict[str, Tensor]]] = []
     unreadable: list[dict[str, Any]] = []
-    for batch in attempts:
-        unreadable += [attempt for attempt in batch if "reason" in attempt]
-        if read := [attempt for attempt in batch if "image" in attempt]:
-            indices = [attempt["index"] for attempt in read]
-            pixels = as_input(torch.stack([attempt["image"] for attempt in read]).to(space.vae.device))
-            both = torch.stack([space.encode(pixels), space.encode(pixels.flip(-1))], dim=1)
-            moments.append(both.to(DTYPES[settings.dtype]).cpu())
+    for batch, attempts in latents(shard.indices, images, space, config):
+        unreadable += [attempt for attempt in attempts if "reason" in attempt]
+        read = [attempt["index"] for attempt in attempts if "reason" not in attempt]
+        if read:
+            moments.append(batch.to(DTYPES[config.prepare.dtype]).cpu())
             for row in (~moments[-1].flatten(1).isfinite().all(dim=1)).nonzero():
                 raise UserError(
-                    f"{images.name(indices[int(row)])}: its latents are not finite in {settings.dtype}; "
-                    "remove the image, or set `prepare.dtype` to float32"
+                    f"{images.name(read[int(row)])}: its latents are not finite in {config.prepare.dtype}; "
+                    "remove it, or set `prepare.dtype` to float32"
                 )
-            conditions += encoder.encode(indices)
-            counts += encoder.counts(indices)
-        advance(len(batch))
-    content = {"moments": torch.cat(moments), **pad(conditions)} if moments else {}
-    if encoder.identity is not None:
-        content["captions"] = torch.tensor([0, *counts]).cumsum(0)
+            conditions += map(encoder.encode, read)
+        advance(len(attempts))
+    content: dict[str, Tensor] = {}
+    if moments:
+        content = {"moments": torch.cat(moments), **pad([each for image in conditions for each in image])}
+        if encoder.identity is not None:
+            content["captions"] = torch.tensor([0, *map(len, conditions)]).cumsum(0)
     try:
         save_tensors(content, shard.path)
         record = {
@@ -384,6 +321,7 @@ def encode_shard(
             "bytes": shard.path.stat().st_size,
             "sha256": sha256(shard.path),
             "images": len(shard) - len(unreadable),
+            "size": list(content["moments"].shape[3:]) if moments else [],
             "unreadable": unreadable,
             "identity": shard.identity,
         }
@@ -392,6 +330,54 @@ def encode_shard(
         raise UserError(
             f"{shard.path}: cannot be written ({error}); make room and run the same command again"
         ) from None
+
+
+def encode_images(
+    indices: Sequence[int], images: Images, space: LatentSpace, config: PrepareConfig
+) -> Iterator[tuple[Tensor, list[Any]]]:
+    """The moments of images, as they are and mirrored, (b, 2, k·C, h, w); see `Latents`."""
+    attempts: DataLoader[Any] = DataLoader(
+        _Attempts(images, indices),
+        batch_size=config.prepare.batch_size,
+        num_workers=config.data.num_workers,
+        collate_fn=list,
+    )
+    for batch in attempts:
+        read = [attempt.pop("image") for attempt in batch if "image" in attempt]
+        if not read:
+            yield torch.empty(0), batch
+            continue
+        pixels = as_input(torch.stack(read).to(space.vae.device))
+        yield torch.stack([space.encode(pixels), space.encode(pixels.flip(-1))], dim=1), batch
+
+
+def teacher_latents(
+    config: PrepareConfig, images: Images, space: LatentSpace, shape: list[int], source: str
+) -> Latents:
+    """What lets the teacher sample the latents of prompts, (b, 1, C, h, w); see `Latents`.
+
+    Raises:
+        UserError: the teacher cannot be loaded, or takes no such arguments.
+    """
+    settings, name = config.prepare, str(config.pipeline)
+    dtype: torch.dtype = getattr(torch, settings.prompt_dtype)
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype).to(processes().device)
+        sampler = LatentSampler(
+            pipeline, space, images.shape[1:], shape, settings.teacher_sampling, settings.prompt_arguments
+        )
+    except Exception as error:  # diffusers raises errors of any kind
+        raise UserError(f"{source}: {name} cannot sample latents ({one_line(error)})") from error
+
+    def sample(
+        indices: Sequence[int], images: Images, space: LatentSpace, config: PrepareConfig
+    ) -> Iterator[tuple[Tensor, list[Any]]]:
+        for start in range(0, len(indices), settings.batch_size):
+            batch = indices[start : start + settings.batch_size]
+            latents = sampler.sample(batch, [images.captions(index)[0] for index in batch])
+            yield latents[:, None], [{"index": index} for index in batch]
+
+    return sample
 
 
 def as_input(images: Tensor) -> Tensor:
@@ -422,7 +408,7 @@ def check_share(unreadable: list[dict[str, Any]], count: int, settings: EncodeCo
 class _Attempts(Dataset[dict[str, Any]]):
     """Attempts at reading images: items with their index, or which image cannot be read, and why."""
 
-    def __init__(self, images: Images, indices: range) -> None:
+    def __init__(self, images: Images, indices: Sequence[int]) -> None:
         self.images, self.indices = images, indices
 
     def __len__(self) -> int:

@@ -62,6 +62,15 @@ class Source(ABC):
     def fingerprint(self) -> str:
         """A hash that changes when the data do."""
 
+    @property
+    def groups(self) -> list[range]:
+        """Items that can be in one batch: those of one size."""
+        return [range(len(self))]
+
+    def shape_of(self, items: Mapping[str, Tensor]) -> tuple[int, ...]:
+        """What a batch of raw items looks like to the model, (C, H, W) or (C, F, H, W): `shape` but for its size."""
+        return self.shape
+
     def item(self, index: int, epoch: int) -> dict[str, Tensor]:
         """A raw item; of several captions an image has, each epoch takes the next one."""
         return self.dataset[index]

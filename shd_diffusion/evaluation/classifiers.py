@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from shd_diffusion.data.digits import digits_uint8
 from shd_diffusion.data.images import from_bytes
 from shd_diffusion.data.published import fashion_mnist
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import save_tensors
+from shd_diffusion.files import cache_folder, save_tensors
 from shd_diffusion.progress import progress_bar
 
 WIDTH = 64  # of the features
@@ -113,12 +112,6 @@ def trained_classifier(name: str) -> Path:
             ) from error
         save_tensors(classifier.state_dict(), path, {"accuracy": str(accuracy)})
     return path
-
-
-def cache_folder() -> Path:
-    """`$XDG_CACHE_HOME/shd-diffusion`, or ~/.cache/shd-diffusion."""
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "shd-diffusion"
 
 
 def _train(name: str, recipe: Recipe) -> tuple[Classifier, float]:

@@ -6,11 +6,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from shd_diffusion.errors import UserError
+from shd_diffusion.evaluation.against_teacher import paired_difference
 from shd_diffusion.protocol import differing
 
 
-def compare_metrics(first: Any, second: Any, anyway: bool = False) -> dict[str, dict[str, float]]:
+def compare_metrics(first: Any, second: Any, anyway: bool = False) -> dict[str, dict[str, float | None]]:
     """The metrics that two `metrics.json` have in common: `first`, `second` and `difference` of each.
+
+    Students that were compared with one teacher at equal noise also have the 95 % intervals of their differences, image
+    by image.
 
     Args:
         anyway: compare them though their protocols differ.
@@ -29,8 +33,25 @@ def compare_metrics(first: Any, second: Any, anyway: bool = False) -> dict[str, 
         raise UserError(
             "; ".join(["these metrics cannot be compared (--anyway does it), their protocols differ", *lines])
         )
-    return {
+    metrics = {
         key: {"first": first[key], "second": second[key], "difference": second[key] - first[key]}
         for key in first
         if all(isinstance(metrics.get(key), int | float) for metrics in (first, second))
+    }
+    return metrics | _against_teacher(*(content.get("against_teacher") for content in (first, second)))
+
+
+def _against_teacher(first: Any, second: Any) -> dict[str, dict[str, float | None]]:
+    """The paired differences of two students from one teacher, with their 95 % intervals; none of others."""
+    if not (first and second) or differing(first["protocol"], second["protocol"]):
+        return {}
+    return {
+        f"against_teacher.{name}": {
+            "first": first[name]["mean"],
+            "second": second[name]["mean"],
+            "difference": difference.mean,
+            "low": difference.low,
+            "high": difference.high,
+        }
+        for name, difference in paired_difference(first["per_image"], second["per_image"]).items()
     }

@@ -14,11 +14,12 @@ from torch import Tensor
 from shd_diffusion.config import EvaluateConfig
 from shd_diffusion.data import ReferenceImages
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation.extractors import Extractor, extractor_name, load_extractor
+from shd_diffusion.evaluation.extractors import CLIP, Extractor, extractor_name, load_extractor
 from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.image_prompts import image_prompts
+from shd_diffusion.evaluation.image_text import ImageTextEncoder, encode_texts
 from shd_diffusion.evaluation.images import FolderImages, ImageSet, open_image_files, tensor_images
-from shd_diffusion.evaluation.metric import OF_THE_IMAGES, Metric, MetricInputs, Need
+from shd_diffusion.evaluation.metric import OF_THE_IMAGES, ImageText, Metric, MetricInputs, Need
 from shd_diffusion.evaluation.metrics import check_settings, choose_metrics
 from shd_diffusion.evaluation.nearest import write_nearest
 from shd_diffusion.evaluation.references import FEWEST_IMAGES, Reference, open_reference
@@ -43,7 +44,7 @@ def compute_metrics(
         labels: the class that was asked for, image by image.
         protocol: how the images were made (steps, scheduler, guidance, seed, ...); kept beside the metrics.
         nearest: where to write the real images that some of these resemble most, see `write_nearest`.
-        prompts: what was asked for, image by image; by default what lies beside the images, see `image_prompts`.
+        prompts: what the images were to show, one by one; by default what lies beside them, see `image_prompts`.
 
     Raises:
         UserError: images, reference or weights that cannot be read, or a metric that they do not allow.
@@ -58,23 +59,31 @@ def compute_metrics(
             raise UserError(
                 f"{generated.name(0)}: {len(given)} {what} for {len(generated)} images; sample them anew"
             )
-    if prompts is None and isinstance(generated, FolderImages):
+    if prompts is None and config.clip_model is not None and isinstance(generated, FolderImages):
         prompts = image_prompts(generated.folder, generated.paths)
     _, height, width = generated[0].shape
     source = config.reference or reference
     data = source if isinstance(source, str) else None
     check_settings(config, data)
-    extractor = load_extractor(extractor_name(config.extractor, data), config.extractor_weights)
+    extractor, clip = load_models(config, data)
     real = open_reference(source, extractor, config.batch_size, config.resize, min(height, width))
     classes = torch.tensor(labels) if labels is not None else generated.labels
-    possible = _possible_needs(extractor, real, classes, prompts)
+    possible = _possible_needs(extractor, clip, real, classes, prompts)
     metrics = choose_metrics(config.metrics, possible)
     roles = extract_features(generated, extractor, config.batch_size, "images")
     if nearest is not None and processes().is_main_process:
         write_nearest(nearest, generated, roles["features"], classes, real)
 
-    inputs = MetricInputs(roles, classes, real.statistics, real.features, real.labels, prompts)
-    depends_on = {metric.name: metric.protocol(inputs) for metric in metrics if metric.protocol}
+    image_text = None
+    if clip is not None and any(Need.IMAGE_TEXT in metric.needs for metric in metrics):
+        known = roles["features"] if clip is extractor else None
+        image_text = _image_text(generated, prompts or [], clip, config.batch_size, known)
+    inputs = MetricInputs(roles, classes, real.statistics, real.features, real.labels, image_text)
+    depends_on: dict[str, Any] = {
+        metric.name: metric.protocol(inputs) for metric in metrics if metric.protocol
+    }
+    if clip is not None and (image_text is not None or clip is extractor):
+        depends_on["clip_model"] = _encoder(clip).protocol()
     entries: dict[str, Any] = {}
     for metric in metrics:
         entries |= _compute(metric, inputs)
@@ -85,6 +94,39 @@ def compute_metrics(
     }
 
 
+def load_models(config: EvaluateConfig, data: str | None) -> tuple[Extractor, Extractor | None]:
+    """The extractor, and that of `evaluate.clip_model` where it is set; they may be one.
+
+    Args:
+        data: the name of the data set, which decides where no extractor is named.
+
+    Raises:
+        UserError: weights cannot be had.
+    """
+    name = extractor_name(config.extractor, data)
+    extractor = load_extractor(name, config.extractor_weights, config.clip_model)
+    if config.clip_model is None or name == CLIP:
+        return extractor, extractor if name == CLIP else None
+    return extractor, load_extractor(CLIP, clip_model=config.clip_model)
+
+
+def _encoder(clip: Extractor) -> ImageTextEncoder:
+    """The network of the extractor `clip`."""
+    assert isinstance(clip.network, ImageTextEncoder)
+    return clip.network
+
+
+def _image_text(
+    images: ImageSet, prompts: Sequence[str], clip: Extractor, batch_size: int, known: Tensor | None
+) -> ImageText:
+    """The images and their prompts as features of one space; those of the images may be known already."""
+    number = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
+    if known is None:
+        known = extract_features(images, clip, batch_size, "images by CLIP")["features"]
+    texts = encode_texts(_encoder(clip), list(number), batch_size)
+    return ImageText(known, texts, torch.tensor([number[prompt] for prompt in prompts]))
+
+
 def _open(images: Path | Tensor | ImageSet) -> ImageSet:
     if isinstance(images, Tensor):
         return tensor_images(images, "images")
@@ -92,17 +134,24 @@ def _open(images: Path | Tensor | ImageSet) -> ImageSet:
 
 
 def _possible_needs(
-    extractor: Extractor, reference: Reference, labels: Tensor | None, prompts: Sequence[str] | None
+    extractor: Extractor,
+    clip: Extractor | None,
+    reference: Reference,
+    labels: Tensor | None,
+    prompts: Sequence[str] | None,
 ) -> set[Need]:
     """The needs of metrics that are met."""
     met = {
         Need.SPATIAL: "spatial" in reference.statistics,
         Need.LABELS: labels is not None,
         Need.PROMPTS: prompts is not None,
+        Need.DIFFERENT_PROMPTS: len(set(prompts or ())) > 1,
+        Need.IMAGE_TEXT: clip is not None,
         Need.REFERENCE_IMAGES: reference.features is not None,
         Need.REFERENCE_LABELS: reference.labels is not None,
     }
-    return {need for need in OF_THE_IMAGES.union(extractor.spec.provides) if met.get(need, True)}
+    wanted = OF_THE_IMAGES.union(extractor.spec.provides, {Need.IMAGE_TEXT})
+    return {need for need in wanted if met.get(need, True)}
 
 
 def _compute(metric: Metric, inputs: MetricInputs) -> dict[str, Any]:
@@ -149,7 +198,8 @@ def _warnings(metrics: list[Metric], inputs: MetricInputs, reference: Reference,
                 f"{number} {images} are too few for {width} features: "
                 "their covariance is singular and the FID biased upwards"
             )
-    warnings += [metric.caution for metric in metrics if metric.caution]
+    cautions = [metric.caution(inputs) for metric in metrics if metric.caution]
+    warnings += [caution for caution in cautions if caution]
     if reference.image_size not in (None, size):
         warnings.append(
             f"images are {size} but the reference is {reference.image_size}; "

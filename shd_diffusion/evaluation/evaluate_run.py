@@ -8,8 +8,9 @@ from typing import Any
 from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, override_config
 from shd_diffusion.data import reference_images
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation.evaluate import compute_metrics
-from shd_diffusion.evaluation.extractors import extractor_name, load_extractor
+from shd_diffusion.evaluation.against_teacher_run import compare_with_teacher
+from shd_diffusion.evaluation.evaluate import compute_metrics, load_models
+from shd_diffusion.evaluation.extractors import extractor_name
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.evaluation.metrics import check_settings
 from shd_diffusion.files import write_json
@@ -18,6 +19,7 @@ from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.archive import ARCHIVE
 from shd_diffusion.sampling.generate import Summary, image_path, read_summary
+from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.sample_run import sample_pipeline
 
 
@@ -35,7 +37,12 @@ def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         raise UserError(f"{run.path}: has no finished samples; run `shd-diffusion sample {run.path}` first")
     reference = config.evaluate.reference or reference_images(config.trained_on)
     name = extractor_name(config.evaluate.extractor, config.data.name)
-    return _evaluate_and_keep(run, reference, config.evaluate.model_copy(update={"extractor": name}))
+    settings = config.evaluate.model_copy(update={"extractor": name})
+    found = {}
+    if settings.against_teacher:
+        extractor, _ = load_models(settings, None)
+        found["against_teacher"] = compare_with_teacher(run, config, sampled, extractor)
+    return _evaluate_and_keep(run, reference, settings, found)
 
 
 def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
@@ -77,10 +84,12 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     config = override_config(EvaluationConfig(), overrides, "--set")
     reference = _given_reference(name, config.evaluate)
     check_settings(config.evaluate, reference)
-    load_extractor(extractor_name(config.evaluate.extractor, reference), config.evaluate.extractor_weights)
+    load_models(config.evaluate, reference)
 
     place = RunFolder(output or _default_output(name))
-    sample_pipeline(name, config.sample, place.samples, {}, name, "--set")
+    with processes().local_main_process_first():
+        pipeline = open_pipeline(name, config.sample.dtype)
+    sample_pipeline(pipeline, config.sample, place.samples, {}, name, "--set")
     return _evaluate_and_keep(place, reference, config.evaluate)
 
 
@@ -94,6 +103,8 @@ def _default_output(name: str) -> Path:
 
 
 def _given_reference(name: str, config: EvaluateConfig) -> str:
+    if config.against_teacher:
+        raise UserError(f"{name}: is no run of `distill`, so `evaluate.against_teacher` must be 0")
     if config.reference is None:
         raise UserError(
             f"{name}: is no run here, so the images to compare with must be given: --reference REF"
@@ -101,9 +112,11 @@ def _given_reference(name: str, config: EvaluateConfig) -> str:
     return config.reference
 
 
-def _evaluate_and_keep(place: RunFolder, reference: Any, config: EvaluateConfig) -> dict[str, Any]:
+def _evaluate_and_keep(
+    place: RunFolder, reference: Any, config: EvaluateConfig, further: dict[str, Any] | None = None
+) -> dict[str, Any]:
     nearest = place.evaluation_file.with_name("nearest.json")
-    metrics = _evaluate(place.samples, reference, config, nearest)
+    metrics = _evaluate(place.samples, reference, config, nearest) | (further or {})
     if processes().is_main_process:
         write_json(place.evaluation_file, metrics)
     return metrics

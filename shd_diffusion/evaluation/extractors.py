@@ -20,6 +20,11 @@ from shd_diffusion.errors import UserError, did_you_mean, one_line
 from shd_diffusion.evaluation.classifiers import RECIPES, ClassifierExtractor, trained_classifier
 from shd_diffusion.evaluation.dinov2 import URLS as DINOV2_URLS
 from shd_diffusion.evaluation.dinov2 import DinoV2Extractor
+from shd_diffusion.evaluation.image_text import (
+    ImageTextEncoder,
+    check_image_text_encoder,
+    load_image_text_encoder,
+)
 from shd_diffusion.evaluation.metric import Need
 from shd_diffusion.files import sha256
 from shd_diffusion.processes import processes
@@ -47,13 +52,13 @@ class Extractor(nn.Module):
     channels last (N, 2023).
 
     Attributes:
-        sha256: of the file that its weights come from.
+        sha256: of the file that its weights come from, or of the CLIP model.
         accuracy: of a classifier trained on the spot, on held-out images.
     """
 
     def __init__(self, name: str, weights: Path) -> None:
         super().__init__()
-        self.name, self.spec, self.sha256 = name, EXTRACTORS[name], sha256(weights)
+        self.name, self.spec = name, EXTRACTORS[name]
         try:
             self.network = self.spec.build(name, weights)
             self.accuracy = _recorded_accuracy(weights)
@@ -63,6 +68,8 @@ class Extractor(nn.Module):
             raise UserError(
                 f"evaluate.extractor_weights: {weights} does not hold weights of `{name}` ({one_line(error)[:200]})"
             ) from None
+        network = self.network
+        self.sha256 = network.sha256 if isinstance(network, ImageTextEncoder) else sha256(weights)
         self._spatial: Tensor | None = None
         if Need.SPATIAL in self.spec.provides:
             self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
@@ -92,15 +99,24 @@ def image_size_of(name: str) -> int | None:
     return RECIPES[name].size if name in RECIPES else None
 
 
-def find_extractor(name: str, weights: Path | str | None = None) -> tuple[ExtractorSpec, Path | None]:
+def find_extractor(
+    name: str, weights: Path | str | None = None, clip_model: str | None = None
+) -> tuple[ExtractorSpec, Path | None]:
     """What is known of an extractor, and the file that holds its weights; None if that must be had first.
 
     Raises:
-        UserError: an unknown name, or a missing file.
+        UserError: an unknown name, a missing file, or no CLIP model for `clip`.
     """
     if name not in EXTRACTORS:
         raise UserError(f"evaluate.extractor: `{name}` is unknown; {did_you_mean(name, EXTRACTORS)}")
     spec = EXTRACTORS[name]
+    if name == CLIP:
+        if clip_model is None:
+            raise UserError(
+                "evaluate.extractor: `clip` is the CLIP model of `evaluate.clip_model`; set that too"
+            )
+        check_image_text_encoder(clip_model)
+        return spec, Path(clip_model)
     if weights is not None:
         if not Path(weights).is_file():
             published = f"; {Path(spec.url).name} is published at {spec.url}" if spec.url else ""
@@ -110,13 +126,16 @@ def find_extractor(name: str, weights: Path | str | None = None) -> tuple[Extrac
     return spec, cached if cached.is_file() else None
 
 
-def load_extractor(name: str, weights: Path | str | None = None) -> Extractor:
+def load_extractor(name: str, weights: Path | str | None = None, clip_model: str | None = None) -> Extractor:
     """An extractor by name, with the weights of a file, else trained (classifiers), cached or downloaded.
+
+    Args:
+        clip_model: the folder or hub name of the CLIP model that `clip` stands for.
 
     Raises:
         UserError: an unknown name, or weights that cannot be had; the message says which file to supply.
     """
-    spec, path = find_extractor(name, weights)
+    spec, path = find_extractor(name, weights, clip_model)
     with processes().local_main_process_first():
         if path is None:
             path = trained_classifier(name) if spec.url is None else _download(name, spec.url)
@@ -163,6 +182,7 @@ def _recorded_accuracy(path: Path) -> float | None:
     return None if accuracy is None else float(accuracy)
 
 
+CLIP = "clip"
 _WITH_LOGITS = ("features", "logits")
 EXTRACTORS = {
     name: ExtractorSpec(
@@ -183,3 +203,6 @@ for _name, _url in CLIP_URLS.items():
     EXTRACTORS[_name] = ExtractorSpec(
         ("features",), lambda name, weights: _from_torch_fidelity(name, ["clip"], weights), _url, (Need.CLIP,)
     )
+EXTRACTORS[CLIP] = ExtractorSpec(
+    ("features",), lambda _, folder: load_image_text_encoder(str(folder)), provides=(Need.CLIP,)
+)

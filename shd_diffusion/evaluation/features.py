@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from torch import Tensor
 
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation.extractors import Extractor, image_size_of
+from shd_diffusion.evaluation.extractors import CLIP, Extractor, image_size_of
 from shd_diffusion.evaluation.images import ImageSet
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
@@ -54,7 +54,8 @@ def extract_features(images: ImageSet, extractor: Extractor, batch_size: int, na
         if not finite.all():
             raise UserError(
                 f"{images.name(int(finite.int().argmin()))}: its {role} by `{extractor.name}` are not finite, as of "
-                f"{int((~finite).sum())} images in all; see to the weights, `evaluate.extractor_weights`"
+                f"{int((~finite).sum())} images in all; see to the weights, "
+                f"`evaluate.{'clip_model' if extractor.name == CLIP else 'extractor_weights'}`"
             )
     return features
 

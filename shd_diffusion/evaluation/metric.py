@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -18,15 +18,39 @@ class Need(StrEnum):
     LOGITS = "an extractor with logits"
     SPATIAL = "spatial Inception features, of the reference too"
     CLIP = "a CLIP extractor"
+    IMAGE_TEXT = "a CLIP model for images and texts, `evaluate.clip_model`"
     OWN_CLASSES = "a classifier of the data set's own classes as extractor"
     LABELS = "labels of the images"
-    PROMPTS = "prompts of the images, from `sampling.json`, `metadata.jsonl` or a .txt beside each"
+    PROMPTS = "prompts of the images, in `sampling.json`, `metadata.jsonl` or a .txt beside each"
+    DIFFERENT_PROMPTS = "two or more different prompts"
     REFERENCE_IMAGES = "reference images, not only their statistics"
     REFERENCE_LABELS = "labels of the reference images"
 
 
-OF_THE_IMAGES = frozenset({Need.LABELS, Need.PROMPTS, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS})
+OF_THE_IMAGES = frozenset(
+    {Need.LABELS, Need.PROMPTS, Need.DIFFERENT_PROMPTS, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS}
+)
 """Needs that images meet or do not, whatever the extractor."""
+
+
+@dataclass(frozen=True)
+class ImageText:
+    """Images and their prompts as features of one space.
+
+    Attributes:
+        images: (N, D).
+        texts: of the P different prompts, (P, D).
+        groups: which of them is the prompt of each image, (N,).
+    """
+
+    images: Tensor
+    texts: Tensor
+    groups: Tensor
+
+    @property
+    def own_texts(self) -> Tensor:
+        """The features of each image's prompt, (N, D)."""
+        return self.texts[self.groups]
 
 
 @dataclass(frozen=True)
@@ -39,7 +63,7 @@ class MetricInputs:
         statistics: of the reference's features, by role.
         reference: features of the reference images, (R, D).
         reference_labels: their classes, (R,).
-        prompts: what the images were to show, N texts.
+        image_text: the images and their prompts by `evaluate.clip_model`, an `ImageText`.
     """
 
     roles: Mapping[str, Tensor]
@@ -47,7 +71,7 @@ class MetricInputs:
     statistics: Mapping[str, Statistics]
     reference: Any
     reference_labels: Any
-    prompts: Sequence[str] | None = None
+    image_text: Any = None
 
     @property
     def features(self) -> Tensor:
@@ -86,7 +110,7 @@ class Metric:
         needs: what it cannot be computed without.
         usual: computed where it can be if the config names no metrics.
         protocol: what it depends on beside the features.
-        caution: what a reader of it must know.
+        caution: what a reader of it must know, if anything.
     """
 
     name: str
@@ -95,7 +119,7 @@ class Metric:
     needs: tuple[Need, ...] = ()
     usual: bool = False
     protocol: Callable[[MetricInputs], str] | None = None
-    caution: str | None = None
+    caution: Callable[[MetricInputs], str | None] | None = None
 
     def entries(self, inputs: MetricInputs) -> dict[str, Any]:
         """Its entries of `metrics.json`."""

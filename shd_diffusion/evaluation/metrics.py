@@ -6,22 +6,26 @@ from collections.abc import Collection
 
 from shd_diffusion.config import EvaluateConfig
 from shd_diffusion.errors import UserError, did_you_mean
+from shd_diffusion.evaluation.clip_score import CLIP_SCORE
 from shd_diffusion.evaluation.cmmd import CMMD
 from shd_diffusion.evaluation.density_coverage import DENSITY_COVERAGE
-from shd_diffusion.evaluation.extractors import extractor_name, find_extractor
+from shd_diffusion.evaluation.extractors import CLIP, extractor_name, find_extractor
 from shd_diffusion.evaluation.fid import FID, SFID
 from shd_diffusion.evaluation.fid_infinity import FID_INFINITY
+from shd_diffusion.evaluation.image_text import check_image_text_encoder
 from shd_diffusion.evaluation.inception_score import INCEPTION_SCORE
 from shd_diffusion.evaluation.kid import KID
 from shd_diffusion.evaluation.label_accuracy import LABEL_ACCURACY
 from shd_diffusion.evaluation.metric import OF_THE_IMAGES, Column, Metric, Need
 from shd_diffusion.evaluation.per_class import PER_CLASS
 from shd_diffusion.evaluation.precision_recall import PRECISION_RECALL
+from shd_diffusion.evaluation.r_precision import R_PRECISION
 from shd_diffusion.evaluation.references import check_reference
 from shd_diffusion.progress import announce
 
 _ALL = [
-    FID, FID_INFINITY, SFID, INCEPTION_SCORE, KID, CMMD, PRECISION_RECALL, DENSITY_COVERAGE, LABEL_ACCURACY, PER_CLASS
+    FID, FID_INFINITY, SFID, INCEPTION_SCORE, KID, CMMD, PRECISION_RECALL, DENSITY_COVERAGE, LABEL_ACCURACY, CLIP_SCORE,
+    R_PRECISION, PER_CLASS
 ]  # fmt: skip
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 
@@ -65,8 +69,11 @@ def check_settings(config: EvaluateConfig, data: str | None = None) -> None:
         UserError: an unknown metric or extractor, a missing file, or a metric that the extractor does not allow.
     """
     name = extractor_name(config.extractor, data)
-    spec, weights = find_extractor(name, config.extractor_weights)
-    choose_metrics(config.metrics, OF_THE_IMAGES.union(spec.provides))
+    spec, weights = find_extractor(name, config.extractor_weights, config.clip_model)
+    image_text = () if config.clip_model is None else (Need.IMAGE_TEXT,)
+    choose_metrics(config.metrics, OF_THE_IMAGES.union(spec.provides, image_text))
+    if config.clip_model is not None and name != CLIP:
+        check_image_text_encoder(config.clip_model)
     if config.reference is not None:
         check_reference(config.reference)
     if weights is None and spec.url is not None:

@@ -34,5 +34,5 @@ PER_CLASS = Metric(
     "per-class",
     _compute,
     needs=(Need.LABELS, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS),
-    caution="per-class FIDs are of few images each: compare them between models, not with the FID",
+    caution=lambda _: "per-class FIDs are of few images each: compare them between models, not with the FID",
 )

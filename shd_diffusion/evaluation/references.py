@@ -16,13 +16,12 @@ from torch import Tensor
 from shd_diffusion.config import DataConfig
 from shd_diffusion.data import ReferenceImages, reference_images
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.evaluation.classifiers import cache_folder
 from shd_diffusion.evaluation.extractors import Extractor, image_size_of
 from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.frechet import Statistics, feature_statistics
 from shd_diffusion.evaluation.images import ImageSet, ResizedImages, open_image_files, open_npz, tensor_images
 from shd_diffusion.evaluation.metric import Need
-from shd_diffusion.files import save_tensors, sha256
+from shd_diffusion.files import cache_folder, save_tensors, sha256
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 

@@ -117,7 +117,14 @@ def find_pipeline(name: str) -> PipelineFolder | None:
     folder = find_model_folder(Path(name))
     if folder is not None:
         file = folder.parent / INDEX
-        return PipelineFolder(str(folder.parent), read_json(file), folder.name) if file.is_file() else None
+        if not file.is_file():
+            return None
+        index = read_json(file)
+        if not isinstance(index, dict) or not all(
+            isinstance(v, list) for k, v in index.items() if k == "vae"
+        ):
+            raise UserError(f"{file}: not the index of a pipeline; save the pipeline anew")
+        return PipelineFolder(str(folder.parent), index, folder.name)
     if Path(name).is_dir() or not is_hub_name(name):
         return None
     try:

@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from torch import Tensor
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord, attention_blocks
-from shd_diffusion.models.denoiser import Condition, predict
+from shd_diffusion.models.denoiser import Condition, predict, take_masks
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,7 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
     """
     with torch.device("meta"), torch.enable_grad():
         twin = type(model).from_config(model.config).eval()
+        take_masks(twin)
         noised, timesteps = torch.empty(1, *shape), torch.zeros(1, dtype=torch.long)
         moved = {name: value.to("meta") for name, value in condition.items()}
         try:

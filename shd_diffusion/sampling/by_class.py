@@ -33,6 +33,9 @@ class ByClass:
     def told(self, count: int) -> dict[str, Any]:
         return {"labels": labels_of(range(count), num_classes(self.pipeline.denoiser), self.config)}
 
+    def lines(self, count: int) -> list[dict[str, Any]]:
+        return []
+
     def settings(self) -> dict[str, Any]:
         settings = self.config.model_dump(exclude=NOT_IN_A_PROTOCOL | OF_PROMPTS)
         scale = self.config.guidance_scale
@@ -55,17 +58,20 @@ def labels_of(indices: Sequence[int], num_classes: int | None, config: SampleCon
     return [int(torch.randint(num_classes, (), generator=each)) for each in drawn]
 
 
+def call_arguments(config: SampleConfig) -> dict[str, Any]:
+    """What `ClassConditionalPipeline` is called with beside labels and noise, the same for all images."""
+    keys = ("num_inference_steps", "guidance_power", "guidance_interval", "guidance_channels")
+    scale = 1.0 if config.guidance_scale is None else config.guidance_scale
+    return {"guidance_scale": scale, **{key: getattr(config, key) for key in keys}}
+
+
 def sample_images(pipeline: ClassConditionalPipeline, indices: Sequence[int], config: SampleConfig) -> Tensor:
     """The images of these indices: (B, C, H, W) in [-1, 1]."""
     generators = [generator(config.seed, "sample", index) for index in indices]
     noise = torch.stack([torch.randn(pipeline.noise_shape, generator=each) for each in generators])
     (images,) = pipeline(
         labels_of(indices, num_classes(pipeline.denoiser), config),
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=1.0 if config.guidance_scale is None else config.guidance_scale,
-        guidance_power=config.guidance_power,
-        guidance_interval=config.guidance_interval,
-        guidance_channels=config.guidance_channels,
+        **call_arguments(config),
         num_images=len(indices),
         generator=generators,
         latents=noise,

@@ -23,7 +23,8 @@ class ByPrompt:
     """An `ImageSampler` of a text-to-image pipeline; its scheduler is the one to sample with.
 
     Args:
-        prompts: P prompts; those of the images are prompts 0, ..., P-1, 0, ..., `images_per_prompt` times each.
+        prompts: at least one; images 0, 1, ... have them in their order, round and round, `images_per_prompt` times
+            each.
         size: height and width in pixels; None: the pipeline's default.
 
     Raises:
@@ -39,12 +40,12 @@ class ByPrompt:
     ) -> None:
         self.pipeline, self.config, self.prompts = pipeline, config, list(prompts)
         self.parameters = inspect.signature(type(pipeline).__call__).parameters
-        given = {"guidance_scale": config.guidance_scale, "negative_prompt": config.negative_prompt}
+        given: dict[str, Any] = {"guidance_scale": config.guidance_scale}
         given |= {"height": size[0], "width": size[1]} if size is not None else {}
         self.arguments: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        self.arguments |= config.pipeline_arguments
+        self.arguments |= {"num_inference_steps": config.num_inference_steps, **config.pipeline_arguments}
         name = type(pipeline).__name__
-        for key in self.arguments:
+        for key in (*self.arguments, *self.inputs([0])):
             if key not in self.parameters:
                 where = key if key in ("guidance_scale", "negative_prompt") else f"pipeline_arguments.{key}"
                 raise UserError(f"key `sample.{where}`: the call of {name} takes no `{key}`; remove it")
@@ -55,17 +56,12 @@ class ByPrompt:
                 )
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        prompts = [self._prompt(index) for index in indices]
-        arguments = dict(self.arguments)
-        if isinstance(negative := arguments.get("negative_prompt"), str):
-            arguments["negative_prompt"] = [negative] * len(prompts)
         (images, *_) = self.pipeline(
-            prompt=prompts,
-            num_inference_steps=self.config.num_inference_steps,
+            **self.inputs(indices),
             generator=[generator(self.config.seed, "sample", index) for index in indices],
             output_type="pt",
             return_dict=False,
-            **arguments,
+            **self.arguments,
         )
         images = images.float()
         if images.ndim == 5:  # videos (B, F, 3, H, W): frames side by side
@@ -74,8 +70,27 @@ class ByPrompt:
             raise ValueError("its images are not finite: the model has diverged, train it anew")
         return (images * 255).round().to(torch.uint8)  # as diffusers' numpy_to_pil
 
+    def inputs(self, indices: Sequence[int]) -> dict[str, list[str]]:
+        """What the call is given an image: its prompt, and a negative one where the config has one.
+
+        Given a string for all, Stable Diffusion's call fails for more than one image.
+        """
+        inputs = {"prompt": [self._prompt(index) for index in indices]}
+        negative = self.config.negative_prompt
+        return inputs if negative is None else inputs | {"negative_prompt": [negative] * len(indices)}
+
     def told(self, count: int) -> dict[str, Any]:
         return {"prompts": [self._prompt(index) for index in range(count)]}
+
+    def lines(self, count: int) -> list[dict[str, Any]]:
+        """Prompts, and the seeds by which plain diffusers makes the same images."""
+        return [
+            {
+                "text": self._prompt(index),
+                "seed": generator(self.config.seed, "sample", index).initial_seed(),
+            }
+            for index in range(count)
+        ]
 
     def settings(self) -> dict[str, Any]:
         settings = self.config.model_dump(exclude=NOT_IN_A_PROTOCOL | OF_CLASSES | {"prompts"})

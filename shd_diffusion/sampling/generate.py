@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,14 @@ from torch import Tensor
 
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import read_json, replacing_file, write_json
+from shd_diffusion.files import read_json, replacing_file, write_json, write_text
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.protocol import OF_THE_MODEL, flatten
 from shd_diffusion.sampling.batching import deal_passes
 from shd_diffusion.sampling.image_sampler import ImageSampler
 
-SUMMARY = "sampling.json"
+SUMMARY, METADATA = "sampling.json", "metadata.jsonl"
 
 
 class Summary(BaseModel):
@@ -72,7 +73,7 @@ def generate_images(
 
     Args:
         sampler: makes them.
-        folder: gets `000000.png` … and `sampling.json`.
+        folder: gets `000000.png` … and `sampling.json`; with prompts also `metadata.jsonl`.
         protocol: what the images depend on beside `config`, the weights above all; recorded, and compared before files
             are reused.
 
@@ -115,6 +116,11 @@ def generate_images(
             seconds_per_image=seconds / computed if computed else summary.seconds_per_image,
             protocol=protocol,
         )
+        if lines := sampler.lines(
+            finished
+        ):  # so that the `datasets` library reads the folder with its prompts
+            named = ({"file_name": image_path(folder, j).name, **line} for j, line in enumerate(lines))
+            write_text(folder / METADATA, "".join(json.dumps(line) + "\n" for line in named))
         write_json(folder / SUMMARY, summary.model_dump())
     state.wait_for_everyone()
     return read_json(folder / SUMMARY)

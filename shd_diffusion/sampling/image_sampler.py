@@ -28,5 +28,8 @@ class ImageSampler(Protocol):
     def told(self, count: int) -> dict[str, Any]:
         """What the first so many images are made from, by its name in `Summary`; empty where by nothing."""
 
+    def lines(self, count: int) -> list[dict[str, Any]]:
+        """What `metadata.jsonl` says of the first so many images, one by one; empty where it says nothing."""
+
     def settings(self) -> dict[str, Any]:
         """What all images depend on, for their protocol."""

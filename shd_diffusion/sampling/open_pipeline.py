@@ -24,7 +24,7 @@ from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 BY_CLASS = {"DiTPipeline": "transformer", "DDPMPipeline": "unet", "DDIMPipeline": "unet"}
 
 
-def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPipeline:
+def open_pipeline(name: str, precision: str = "float32") -> DiffusionPipeline:
     """A pipeline that samples by prompt, by class or unconditionally, by its folder or hub name; its weights are there.
 
     diffusers' own pipelines by class are taken apart and sampled as a run's: DiTPipeline's call gives the generators of
@@ -43,6 +43,7 @@ def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
         raise UserError(f"{name}: {where} ({reason})") from error
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{name}: its model_index.json is damaged ({one_line(error)})") from error
+    dtype = getattr(torch, precision)
     try:
         if kind == ClassConditionalPipeline.__name__:
             pipeline = ClassConditionalPipeline.from_pretrained(name, dtype=dtype)
@@ -51,13 +52,12 @@ def open_pipeline(name: str, dtype: torch.dtype = torch.float32) -> DiffusionPip
             parts = getattr(loaded, BY_CLASS[kind]), loaded.scheduler, getattr(loaded, "vae", None)
             pipeline = ClassConditionalPipeline(*parts)
         else:
-            loaded = DiffusionPipeline.from_pretrained(name, dtype=dtype)
-            if "prompt" not in inspect.signature(type(loaded).__call__).parameters:
+            if "prompt" not in inspect.signature(getattr(diffusers, kind).__call__).parameters:
                 known = ", ".join([ClassConditionalPipeline.__name__, *BY_CLASS])
                 raise ValueError(
                     f"a {kind} is not sampled by prompt, by class or unconditionally; {known} are"
                 )
-            pipeline = loaded
+            pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype)
         _check_weights(pipeline)
         # nothing is sampled without these
         if isinstance(pipeline, ClassConditionalPipeline):

@@ -7,7 +7,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 
 from shd_diffusion.config import RunConfig, SampleConfig
@@ -40,22 +39,16 @@ def sample_run(run: RunFolder, config: RunConfig, folder: Path, npz: bool = Fals
             be sampled so.
     """
     trained = {"steps_trained": run.read_summary()["steps"], "ema_decay": run.read_config().train.ema_decay}
-    sampled = sample_pipeline(
-        str(run.pipeline),
-        config.sample,
-        folder,
-        trained,
-        str(run.path),
-        str(run.config_file),
-        run_config=config,
-    )
+    pipeline = open_pipeline(str(run.pipeline), config.sample.dtype)
+    name, source = str(run.path), str(run.config_file)
+    sampled = sample_pipeline(pipeline, config.sample, folder, trained, name, source, run_config=config)
     if npz and processes().is_main_process:
         write_archive(folder)
     return sampled
 
 
 def sample_pipeline(
-    place: str,
+    pipeline: DiffusionPipeline,
     config: SampleConfig,
     folder: Path,
     protocol: dict[str, Any],
@@ -63,7 +56,7 @@ def sample_pipeline(
     source: str,
     run_config: RunConfig | None = None,
 ) -> dict[str, Any]:
-    """As `generate_images`, from a pipeline by its folder or hub name, on the device of this process.
+    """As `generate_images`, by class or by prompts, on the device of this process, by these very weights.
 
     Args:
         run_config: whose data have the prompts, where `config` names none, and the size of the images.
@@ -71,8 +64,6 @@ def sample_pipeline(
     Raises:
         UserError: they cannot be sampled so, which is told as of `source`, or the folder has other samples.
     """
-    with processes().local_main_process_first():
-        pipeline = open_pipeline(place, getattr(torch, config.dtype))
     try:
         if isinstance(pipeline, ClassConditionalPipeline):
             pipeline.scheduler = check_sampling(config, pipeline.scheduler, own_scheduler)

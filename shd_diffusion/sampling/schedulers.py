@@ -101,9 +101,10 @@ def check_sampling(
         for timestep in scheduler.timesteps:
             sample = scheduler.step(prediction, timestep, sample).prev_sample
     except Exception as error:  # schedulers check little, and fail where an argument is used
+        name = type(chosen).__name__
         raise UserError(
-            f"key `sample.num_inference_steps` is {config.num_inference_steps}: {type(chosen).__name__} cannot "
-            f"sample so ({one_line(error)}); set another number, `sample.scheduler` or `sample.scheduler_arguments`"
+            f"key `sample.num_inference_steps` is {config.num_inference_steps}: `{name}` cannot sample so "
+            f"({one_line(error)}); set another number, `sample.scheduler` or `sample.scheduler_arguments`"
         ) from error
     return chosen
 

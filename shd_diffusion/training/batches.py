@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from math import ceil
@@ -71,6 +71,34 @@ def _epoch_order(seed: int, epoch: int, length: int) -> Tensor:
     return torch.randperm(length, generator=generator(seed, "order", epoch))
 
 
+@lru_cache(maxsize=2)
+def _epoch_batches(seed: int, epoch: int, batch_size: int, groups: tuple[range, ...]) -> list[list[int]]:
+    """An epoch over images of several sizes: whole batches of one size each, in any order.
+
+    What is left of a size waits for another epoch; of one with too few images for a batch they come several times.
+    """
+    batches = []
+    for number, group in enumerate(groups):
+        order = torch.randperm(len(group), generator=generator(seed, "order", epoch, number)) + group.start
+        copies = order.repeat(ceil(batch_size / len(order)))
+        batches += [
+            copies[start : start + batch_size].tolist()
+            for start in range(0, max(len(order), batch_size) - batch_size + 1, batch_size)
+        ]
+    shuffled = torch.randperm(len(batches), generator=generator(seed, "batches", epoch))
+    return [batches[place] for place in shuffled]
+
+
+def grouped_step_indices(seed: int, step: int, batch_size: int, groups: Sequence[range]) -> list[int]:
+    """As `step_indices` for images of several sizes: those of a step are of one size."""
+    length = sum(map(len, groups))
+    if len(groups) == 1:
+        return step_indices(seed, step, batch_size, length)
+    per_epoch = sum(max(1, len(group) // batch_size) for group in groups)
+    epoch, place = divmod(step, per_epoch)
+    return [index + epoch * length for index in _epoch_batches(seed, epoch, batch_size, tuple(groups))[place]]
+
+
 def step_indices(seed: int, step: int, batch_size: int, length: int) -> list[int]:
     """Images that a step sees, over all processes, as `Source.batches` numbers them; an epoch's end may fall inside."""
     indices: list[int] = []
@@ -84,13 +112,15 @@ def step_indices(seed: int, step: int, batch_size: int, length: int) -> list[int
 class StepSampler(Sampler[list[int]]):
     """Indices for each pass of one process, from any step on."""
 
-    def __init__(self, seed: int, length: int, layout: BatchLayout, first_step: int, last_step: int) -> None:
-        self.seed, self.length, self.layout = seed, length, layout
+    def __init__(
+        self, seed: int, groups: Sequence[range], layout: BatchLayout, first_step: int, last_step: int
+    ) -> None:
+        self.seed, self.groups, self.layout = seed, groups, layout
         self.steps = range(first_step, last_step)
 
     def __iter__(self) -> Iterator[list[int]]:
         for step in self.steps:
-            indices = step_indices(self.seed, step, self.layout.batch_size, self.length)
+            indices = grouped_step_indices(self.seed, step, self.layout.batch_size, self.groups)
             for places in self.layout.passes:
                 yield [indices[place] for place in places]
 
@@ -239,7 +269,7 @@ class BatchLoader:
     ) -> None:
         self.source, self.process, self.null, self.seed = source, process, null, seed
         self.layout, self.settings, self.device, self.mask_ratio = layout, settings, device, mask_ratio
-        self.items = source.batches(StepSampler(seed, len(source), layout, *steps))
+        self.items = source.batches(StepSampler(seed, source.groups, layout, *steps))
 
     def step(self, step: int) -> Iterator[tuple[Batch, float]]:
         """The batch of each pass of a step, and what its mean counts."""
@@ -247,8 +277,8 @@ class BatchLoader:
         if self.mask_ratio:
             kept = num_kept_tokens(self.settings.tokens, self.mask_ratio, generator(self.seed, "mask", step))
         for places in self.layout.passes:
-            noise = draw_noise(self.seed, step, places, self.settings)
-            batch = make_batch(
-                self.source, self.process, next(self.items), noise, self.null, self.device, kept
-            )
+            items = next(self.items)
+            settings = replace(self.settings, shape=self.source.shape_of(items))
+            noise = draw_noise(self.seed, step, places, settings)
+            batch = make_batch(self.source, self.process, items, noise, self.null, self.device, kept)
             yield batch, self.layout.share(len(places))

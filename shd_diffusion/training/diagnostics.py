@@ -28,8 +28,8 @@ from shd_diffusion.training.batches import (
     NoiseSettings,
     StepSampler,
     draw_noise,
+    grouped_step_indices,
     make_batch,
-    step_indices,
 )
 from shd_diffusion.training.shown_sample import ShownPrompt, picture, shown_prompt
 
@@ -53,9 +53,10 @@ def probe_batches(
     The timesteps go round the schedule by the golden ratio, from a quarter of it, so that any number covers it evenly.
     """
     settings = NoiseSettings(source.shape, latent_noise=source.needs_noise)
-    items = source.batches(StepSampler(seed, len(source), BatchLayout(size), 0, count))
+    items = source.batches(StepSampler(seed, source.groups, BatchLayout(size), 0, count))
     for batch, raw in enumerate(items):
-        noise = draw_noise(seed, -1 - batch, range(size), settings)  # negative steps: noise of their own
+        of_these = replace(settings, shape=source.shape_of(raw))
+        noise = draw_noise(seed, -1 - batch, range(size), of_these)  # negative steps: noise of their own
         places = torch.arange(batch * size, (batch + 1) * size, dtype=torch.float64)
         noise = replace(noise, shares=(0.25 + GOLDEN_RATIO * places) % 1)
         yield make_batch(source, process, raw, noise, null, device)
@@ -129,7 +130,7 @@ def save_attention_maps(
         return
     tensors |= {name: torch.cat(parts) for name, parts in samples.items()}
     tensors["image"] = picture(source, first.clean[0], path)
-    number = step_indices(seed, 0, size, len(source))[0]
+    number = grouped_step_indices(seed, 0, size, source.groups)[0]
     prompt = shown_prompt(source, pipeline, number, first.condition, path)
     label = first.condition.get("class_labels")
     description = {

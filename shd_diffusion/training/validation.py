@@ -51,7 +51,7 @@ def make_validation(
             f"key `train.validation`: `{name}` takes {only}×{only} images only, not {width}×{height}; "
             "set `evaluate.extractor` to another, or `train.validation.every` to 0"
         )
-    extractor = load_extractor(name, evaluate.extractor_weights).to(device)
+    extractor = load_extractor(name, evaluate.extractor_weights, evaluate.clip_model).to(device)
     statistics = open_reference(
         reference, extractor, evaluate.batch_size, evaluate.resize, min(height, width)
     ).statistics["features"]

@@ -14,7 +14,8 @@ from image_files import NUM_IMAGES, SIZE
 from PIL import Image
 
 from shd_diffusion.config import DataConfig, dump_config, parse_config, parse_yaml
-from shd_diffusion.data import build_source, open_dataset
+from shd_diffusion.data import build_source, open_dataset, reference_images
+from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.digits import digits
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.prepare import PrepareConfig
@@ -187,7 +188,7 @@ def test_captions_that_are_missing(images: Path):
     refused(lambda: folder_of(images), f"{images}/dog/99.png has no line in metadata.jsonl", "add one")
     refused(lambda: folder_of(images, "txt"), f"{images}/cat/00.txt: cannot be read (No such file", "00.png")
     (images / "cat" / "00.txt").write_text(" \n\n")
-    refused(lambda: folder_of(images, "txt"), f"{images}/cat/00.txt holds no caption")
+    refused(lambda: folder_of(images, "txt"), f"{images}/cat/00.txt holds no text")
     (images / "cat" / "00.txt").write_bytes(b"\xff\xfe")
     refused(lambda: folder_of(images, "txt"), f"{images}/cat/00.txt: not a text in UTF-8")
     (images / "metadata.jsonl").write_bytes(b"\xff\xfe")
@@ -275,3 +276,64 @@ def test_data_sets_that_take_no_captions(keys: dict[str, Any]):
             {"data": {**keys, "caption_column": "text"}, "prepare": {"vae": "v"}}, PrepareConfig, "c"
         )
     assert str(error.value) == f"c: key `data`: `{keys['name']}` takes no key `caption_column`; remove it"
+
+
+# --- prompts without images --------------------------------------------------------------------------------------
+
+
+def prompts_of(path: Path, **keys: Any) -> DataConfig:
+    return DataConfig(name="prompts", path=str(path), image_size=SIZE, **keys)
+
+
+def test_prompts_of_a_text_file(tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    path.write_bytes("\ufeffa red heart\r\n\r\n  ein Käse, gelb \na cat".encode())
+    found = open_dataset(prompts_of(path))
+    assert [found.captions(index) for index in range(len(found))] == [
+        ["a red heart"],
+        ["ein Käse, gelb"],
+        ["a cat"],
+    ]
+    assert found.name(1) == f"{path}: prompt 1" and found.condition(0) == {} and found.labels is None
+    assert found.shape == (3, SIZE, SIZE)
+    assert (found.geometry(2).original_size, found.geometry(2).crop) == ((SIZE, SIZE), (0, 0))
+    before = found.fingerprint()
+    assert open_dataset(prompts_of(path)).fingerprint() == before
+    path.write_bytes("a red heart\nein Käse, gelb\na cat\n".encode())
+    assert open_dataset(prompts_of(path)).fingerprint() == before
+    path.write_text("a red heart\nein Kaese, gelb\na cat\n")
+    assert open_dataset(prompts_of(path)).fingerprint() != before
+
+
+def test_prompts_of_a_column(write_table: Callable[..., Path]):
+    path = write_table(caption=["one", "two", "three"], many=[["a"], ["b", "c"], ["d"]])
+    found = open_dataset(prompts_of(path, caption_column="many"))
+    assert len(found) == 3 and found.captions(1) == ["b", "c"]
+    assert found.fingerprint() != open_dataset(prompts_of(path, caption_column="caption")).fingerprint()
+    refused(lambda: open_dataset(prompts_of(path, caption_column="mane")), "did you mean `many`?")
+
+
+def test_prompts_have_no_images(tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n")
+    config = prompts_of(path)
+    for ask in (
+        lambda: open_dataset(config)[0],
+        lambda: build_source(config),
+        lambda: reference_images(config),
+    ):
+        with pytest.raises(UserError) as error:
+            ask()
+        assert str(error.value).startswith(f"data.name: `prompts` ({path}) has no images; ")
+        assert not isinstance(error.value, UnreadableImage)  # which `prepare` would leave out
+
+
+def test_prompts_that_are_none(tmp_path: Path):
+    path = tmp_path / "prompts.txt"
+    with pytest.raises(UserError, match=r"data\.path: .*prompts\.txt: cannot be read \(No such file"):
+        open_dataset(prompts_of(path))
+    with pytest.raises(UserError, match=r"data\.path: .*cannot be read \(Is a directory\).*caption_column"):
+        open_dataset(prompts_of(tmp_path))
+    path.write_text("\n \n")
+    with pytest.raises(UserError, match=r"^data\.path: .*prompts\.txt holds no text"):
+        open_dataset(prompts_of(path))

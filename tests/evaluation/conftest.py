@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from unittest import mock
 
 import pytest
 import torch
+from tiny_clip import save_clip
 from torch import Tensor, nn
 from torch_fidelity import feature_extractor_inceptionv3 as inception
+from torchvision.transforms.functional import to_pil_image
 
 from shd_diffusion.data.digits import digits_uint8
 
@@ -46,3 +49,21 @@ def inception_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("weights") / "inception.pth"
     torch.save(network.state_dict(), path)
     return path
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a CLIP model of random weights."""
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture(scope="session")
+def captioned(tmp_path_factory: pytest.TempPathFactory, photographs: tuple[Tensor, Tensor]) -> Path:
+    """A folder of 12 images with 6 different prompts in its metadata.jsonl."""
+    folder = tmp_path_factory.mktemp("captioned")
+    lines = []
+    for index, image in enumerate(photographs[0]):
+        to_pil_image(image).save(folder / f"{index:02d}.png")
+        lines.append({"file_name": f"{index:02d}.png", "text": f"a {'abcdef'[index // 2]} picture"})
+    (folder / "metadata.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder

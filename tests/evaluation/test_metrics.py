@@ -22,7 +22,7 @@ def test_a_metric_is_one_entry(digits, monkeypatch):
         needs=(Need.REFERENCE_IMAGES,),
         usual=True,
         protocol=lambda inputs: f"of {len(inputs.features)}",
-        caution="of no use",
+        caution=lambda inputs: "of no use",
     )
     monkeypatch.setitem(METRICS, "spread", spread)
     found = compute_metrics(digits[0][:70], "digits", EvaluateConfig())
@@ -36,7 +36,8 @@ def test_a_metric_is_one_entry(digits, monkeypatch):
 
 def test_every_column_is_written_under_its_key(digits):
     labels = digits[1][:100]
-    names = [name for name in METRICS if name not in ("sfid", "cmmd")]  # these need other extractors
+    others = ("sfid", "cmmd", "clip_score", "r_precision")  # these need other extractors
+    names = [name for name in METRICS if name not in others]
     found = compute_metrics(digits[0][:100], "digits", EvaluateConfig(metrics=names), labels.tolist())
     expected = {
         key for name in names for each in METRICS[name].columns for key in (each.key, each.deviation) if key
@@ -44,7 +45,8 @@ def test_every_column_is_written_under_its_key(digits):
     assert found.keys() - expected == {"per_class_fid", "protocol", "warnings"}
     printed = {each.key: format(found[each.key], each.format) for each in columns() if each.key in found}
     assert printed["fid"] == f"{found['fid']:.2f}" and printed["label_accuracy"].endswith("%")
-    higher = {"inception_score_mean", "precision", "recall", "density", "coverage", "label_accuracy"}
+    higher = {"inception_score_mean", "precision", "recall", "density", "coverage"}
+    higher |= {"label_accuracy", "clip_score", "r_precision"}
     assert {each.key for each in columns() if higher_is_better(each.key)} == higher
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
-from small_models import small_dit
 
 from shd_diffusion.losses.denoise import squared_error
 from shd_diffusion.models.forward_process import (
@@ -18,7 +17,7 @@ from shd_diffusion.models.forward_process import (
     differing_settings,
     make_scheduler_of_process,
 )
-from shd_diffusion.models.teacher import Teacher, scheduler_for
+from shd_diffusion.models.teacher import scheduler_for
 
 torch.manual_seed(0)
 CLEAN, NOISE = torch.randn(6, 2, 4, 4, dtype=torch.float64), torch.randn(6, 2, 4, 4, dtype=torch.float64)
@@ -242,9 +241,9 @@ def test_settings_that_differ_name_both_values() -> None:
 
 
 def test_a_config_may_not_say_otherwise_than_the_teacher() -> None:
-    teacher = Teacher(small_dit(2), DDIMScheduler(prediction_type="epsilon"), in_pipeline=True)
-    assert scheduler_for(DiffusionConfig(objective="epsilon"), teacher, False) is teacher.scheduler
+    scheduler = DDIMScheduler(prediction_type="epsilon")
+    assert scheduler_for(DiffusionConfig(objective="epsilon"), scheduler, False) is scheduler
     with pytest.raises(ValueError, match=r"`diffusion\.objective` is 'v_prediction', .* with 'epsilon'"):
-        scheduler_for(DiffusionConfig(objective="v_prediction"), teacher, False)
-    alone = scheduler_for(DiffusionConfig(objective="sample"), Teacher(small_dit(2)), True)
+        scheduler_for(DiffusionConfig(objective="v_prediction"), scheduler, False)
+    alone = scheduler_for(DiffusionConfig(objective="sample"), None, True)
     assert alone.config.prediction_type == "sample" and alone.config.variance_type == "learned_range"

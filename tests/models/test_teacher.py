@@ -39,7 +39,9 @@ def test_a_pipeline_says_its_process(pipeline: Path) -> None:
     teacher = load_teacher(TeacherConfig(path=str(pipeline)))
     assert isinstance(teacher.model, DiTTransformer2DModel) and not teacher.model.training
     assert not any(parameter.requires_grad for parameter in teacher.model.parameters())
-    assert isinstance(teacher.scheduler, DDIMScheduler) and teacher.in_pipeline and teacher.vae is None
+    assert (
+        isinstance(teacher.scheduler, DDIMScheduler) and teacher.pipeline and not teacher.pipeline.has("vae")
+    )
     assert teacher.scheduler.config["num_train_timesteps"] == 500
     saved = load_file(pipeline / WEIGHTS)
     assert all(torch.equal(value, saved[name]) for name, value in teacher.model.state_dict().items())
@@ -48,13 +50,14 @@ def test_a_pipeline_says_its_process(pipeline: Path) -> None:
 def test_a_pipeline_with_a_vae_says_where_it_lies(pipeline: Path) -> None:
     index = json.loads((pipeline / "model_index.json").read_text())
     (pipeline / "model_index.json").write_text(json.dumps(index | {"vae": ["diffusers", "AutoencoderKL"]}))
-    assert load_teacher(TeacherConfig(path=str(pipeline))).vae == str(pipeline)
+    around = load_teacher(TeacherConfig(path=str(pipeline))).pipeline
+    assert around is not None and around.has("vae") and around.name == str(pipeline)
 
 
 def test_a_model_folder_says_nothing_else(tmp_path: Path) -> None:
     small_dit(2).save_pretrained(tmp_path / "model")
     teacher = load_teacher(TeacherConfig(path=str(tmp_path / "model"), dtype="bfloat16"))
-    assert (teacher.scheduler, teacher.vae, teacher.in_pipeline) == (None, None, False)
+    assert (teacher.scheduler, teacher.pipeline) == (None, None)
     assert teacher.model.dtype == torch.bfloat16
 
 

@@ -89,10 +89,8 @@ def test_an_unconditional_pipeline_gives_the_images_of_its_own_call(tmp_path: Pa
 
 
 def test_what_is_sampled_by_other_things_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
-    with pytest.raises(
-        UserError, match="a FluxPipeline is not sampled by class or unconditionally; ClassCond"
-    ):
+    (tmp_path / "model_index.json").write_text('{"_class_name": "StableVideoDiffusionPipeline"}')
+    with pytest.raises(UserError, match="a StableVideoDiffusionPipeline is not sampled by prompt, by class"):
         open_pipeline(str(tmp_path))
 
 

@@ -19,7 +19,7 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.randomness import generator
 from shd_diffusion.sampling import ClassConditionalPipeline, generate_images, sample_images
 from shd_diffusion.sampling.batching import deal_passes
-from shd_diffusion.sampling.by_class import labels_of
+from shd_diffusion.sampling.by_class import ByClass, labels_of
 from shd_diffusion.sampling.generate import read_summary
 
 CONFIG = SampleConfig(num_images=7, num_inference_steps=4, pass_size=3)
@@ -28,7 +28,8 @@ CONFIG = SampleConfig(num_images=7, num_inference_steps=4, pass_size=3)
 def generate(
     pipeline: ClassConditionalPipeline, folder: Path, protocol: dict[str, Any] | None = None, **changes: Any
 ) -> dict[str, Any]:
-    return generate_images(pipeline, CONFIG.model_copy(update=changes), folder, protocol or {}, "runs/test")
+    config = CONFIG.model_copy(update=changes)
+    return generate_images(ByClass(pipeline, config), config, folder, protocol or {}, "runs/test")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -100,7 +101,7 @@ def test_an_interrupted_extension_leaves_what_was_finished(
         return sample_images(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("shd_diffusion.sampling.generate.sample_images", killed)
+        patch.setattr("shd_diffusion.sampling.by_class.sample_images", killed)
         generate(pipeline, tmp_path / "parts", num_images=11)
     summary = read_summary(tmp_path / "parts")
     assert summary is not None and summary.num_images == 4 and summary.labels == [0, 1, 2, 3]
@@ -197,6 +198,6 @@ def test_images_that_are_no_numbers_are_not_written(
 ) -> None:
     with torch.no_grad():
         pipeline.denoiser.proj_out_2.bias[0] = torch.nan
-    with pytest.raises(UserError, match=r"runs/test: its images are not finite"):
+    with pytest.raises(UserError, match=r"runs/test: cannot be sampled \(its images are not finite"):
         generate(pipeline, tmp_path)
     assert not files(tmp_path)

@@ -1,0 +1,79 @@
+"""The files of a cache of latents, and which images are in which."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shd_diffusion.data.decoding import UnreadableImage
+from shd_diffusion.data.framing import Size
+from shd_diffusion.data.image_sets import Images
+from shd_diffusion.errors import UserError
+from shd_diffusion.files import read_json, sha256
+from shd_diffusion.progress import announce, progress_bar
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One file of the cache: some images of the source, all of one size.
+
+    `identity` stands for all that it follows from.
+    """
+
+    folder: Path
+    number: int
+    indices: Sequence[int]
+    identity: str
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    @property
+    def path(self) -> Path:
+        return self.folder / "shards" / f"latents-{self.number:05d}.safetensors"
+
+    @property
+    def record_file(self) -> Path:
+        return self.path.with_suffix(".json")
+
+    def read_record(self) -> dict[str, Any]:
+        return read_json(self.record_file)
+
+    def is_done(self) -> bool:
+        """Whether the shard is there, and as it was written."""
+        if not (self.record_file.is_file() and self.path.is_file()):
+            return False
+        try:
+            record = self.read_record()
+            whole = record["identity"] == self.identity and record["sha256"] == sha256(self.path)
+        except (UserError, KeyError, TypeError):
+            whole = False
+        if not whole:
+            announce(f"{self.path}: damaged, or of another cache; it is written anew")
+        return whole
+
+
+def plan_shards(output: Path, images: Images, size: int, identity: str) -> list[Shard]:
+    """The shards of a data set, bucket by bucket, `size` images in each but the last of a bucket."""
+    chunks = [
+        bucket[start : start + size] for bucket in by_size(images) for start in range(0, len(bucket), size)
+    ]
+    return [Shard(output, number, chunk, identity) for number, chunk in enumerate(chunks)]
+
+
+def by_size(images: Images) -> list[Sequence[int]]:
+    """Indices of images of one size each, in the order of the buckets; one that cannot be read is in the first."""
+    if len(images.buckets) == 1:
+        return [range(len(images))]
+    found: dict[Size, list[int]] = {size: [] for size in images.buckets}
+    with progress_bar(len(images), "sizes", "image") as bar:
+        for index in range(len(images)):
+            try:
+                size = images.geometry(index).size
+            except UnreadableImage:
+                size = images.buckets[0]
+            found[size].append(index)
+            bar.update()
+    return [indices for indices in found.values() if indices]

@@ -1,0 +1,110 @@
+"""What a model is told of the images of a data set: labels as they are, captions by a pipeline's text encoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from shd_diffusion.data.decoding import UnreadableImage
+from shd_diffusion.data.framing import Geometry, Size
+from shd_diffusion.data.image_sets import Images
+from shd_diffusion.errors import UserError
+from shd_diffusion.models.denoiser import NOT_DROPPED, pad
+from shd_diffusion.models.prompts import PromptEncoder
+
+
+class LabelEncoder:
+    """The conditions that a data set has itself.
+
+    Attributes:
+        identity: None: nothing but the data set is behind them.
+        null: what stands for no condition, (1, ...) by argument, as far as it is known here.
+    """
+
+    identity: dict[str, Any] | None = None
+
+    def __init__(self, images: Images) -> None:
+        self.images, self.null = images, images.null
+
+    def encode(self, index: int) -> list[dict[str, Tensor]]:
+        """The condition of an image."""
+        return [self.images.condition(index)]
+
+
+class CaptionEncoder:
+    """The captions of images, as a text-to-image pipeline tells them to its denoiser.
+
+    Args:
+        pipeline: see `load_for_prompts`.
+        arguments: of its call.
+        identity: of what the captions are encoded by.
+        first_only: leave all captions of an image but the first.
+
+    Attributes:
+        identity: as given.
+        null: what stands for no condition, (1, ...) by argument.
+
+    Raises:
+        UserError: the pipeline takes no prompts so.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        pipeline: DiffusionPipeline,
+        arguments: Mapping[str, Any],
+        identity: dict[str, Any],
+        first_only: bool = False,
+    ) -> None:
+        self.images, self.pipeline, self.arguments = images, pipeline, arguments
+        self.identity, self.first_only = identity, first_only
+        self.encoders: dict[Size, PromptEncoder] = {}
+        null = self._encoder(images.shape[1:]).null()
+        self.null = {name: value for name, value in pad([null]).items() if name not in NOT_DROPPED}
+
+    def encode(self, index: int) -> list[dict[str, Tensor]]:
+        """The condition of each caption of an image.
+
+        Raises:
+            UserError: it has no caption, or an embedding is not finite.
+        """
+        captions = self.images.captions(index)[: 1 if self.first_only else None]
+        try:
+            geometry = self.images.geometry(index)
+        except UnreadableImage:  # it is left out anyway
+            geometry = Geometry(self.images.shape[1:], (0, 0), self.images.shape[1:])
+        found = self._encoder(geometry.size).encode(captions)
+        for caption, condition in zip(captions, found, strict=True):
+            if not all(value.isfinite().all() for value in condition.values()):
+                raise UserError(
+                    f"{self.images.name(index)}: the embedding of {caption!r} is not finite; set "
+                    "`prepare.prompt_dtype` to float32"
+                )
+        return [tell_sizes(condition, geometry) for condition in found]
+
+    def _encoder(self, size: Size) -> PromptEncoder:
+        if size not in self.encoders:
+            self.encoders[size] = PromptEncoder(self.pipeline, size, self.arguments)
+        return self.encoders[size]
+
+
+def tell_sizes(condition: Mapping[str, Tensor], geometry: Geometry) -> dict[str, Tensor]:
+    """The condition with the true sizes of an image, where a pipeline tells some made-up ones beside the prompt.
+
+    SDXL (Podell et al. 2023, section 2.2) and CogView4 are told (original, crop, target), HunyuanDiT (original, target,
+    crop), as their pipelines call their denoisers.
+    """
+    original, crop, size = geometry.original_size, geometry.crop, geometry.size
+    true = {
+        "added_cond_kwargs.time_ids": (*original, *crop, *size),
+        "image_meta_size": (*original, *size, *crop),
+        "original_size": original,
+        "crop_coords": crop,
+        "target_size": size,
+    }
+    return {
+        name: value.new_tensor(true[name]) if name in true else value for name, value in condition.items()
+    }

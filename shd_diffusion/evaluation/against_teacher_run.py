@@ -1,0 +1,124 @@
+"""`evaluate.against_teacher`: the student of a run against the teacher of its config."""
+
+from __future__ import annotations
+
+import copy
+import importlib.metadata
+from dataclasses import asdict
+from typing import Any
+
+from diffusers import DiffusionPipeline
+
+from shd_diffusion.config import DistillConfig, RunConfig, SampleConfig
+from shd_diffusion.data.decoding import decode
+from shd_diffusion.errors import UserError
+from shd_diffusion.evaluation.against_teacher import Calls, against_teacher, summarise
+from shd_diffusion.evaluation.extractors import Extractor
+from shd_diffusion.evaluation.lpips import LPIPS, lpips_is_missing
+from shd_diffusion.files import json_sha256
+from shd_diffusion.hashing import hash_model
+from shd_diffusion.models.factory import DENOISERS, load_model
+from shd_diffusion.processes import processes
+from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.sampling.by_class import call_arguments
+from shd_diffusion.sampling.by_prompt import ByPrompt
+from shd_diffusion.sampling.generate import Summary, image_path
+from shd_diffusion.sampling.open_pipeline import open_pipeline
+from shd_diffusion.sampling.schedulers import own_scheduler
+
+KEY = "evaluate.against_teacher"
+
+
+def compare_with_teacher(
+    run: RunFolder, config: RunConfig, sampled: Summary, extractor: Extractor
+) -> dict[str, Any]:
+    """What `metrics.json` says under `against_teacher`: measures with intervals, the values behind them, a protocol.
+
+    The images are those of the run's samples: their prompts or labels, noise, scheduler and guidance; of several images
+    of a prompt the first.
+
+    Raises:
+        UserError: the run has no teacher, or too few samples, or its teacher cannot be loaded.
+    """
+    if not isinstance(config, DistillConfig):
+        raise UserError(f"{run.config_file}: key `{KEY}`: this run has no teacher; set it to 0")
+    indices = chosen_images(sampled, config.evaluate.against_teacher)
+    if len(indices) < config.evaluate.against_teacher:
+        what = "labels" if sampled.prompts is None else "different prompts"
+        raise UserError(
+            f"key `{KEY}` is {config.evaluate.against_teacher}, but {run.samples} has images of {len(indices)} {what}; "
+            "sample more, or lower it"
+        )
+    sample = _sampling_of(sampled)
+    student = open_pipeline(str(run.pipeline))
+    scheduler = own_scheduler(sample, student.scheduler)
+    student.register_modules(scheduler=scheduler)
+    teacher = with_denoiser_of(student, config.teacher.path)
+    inputs: dict[str, list[Any]] = {}
+    if sampled.prompts is not None:
+        size = sampled.protocol["height"], sampled.protocol["width"]
+        by_prompt = ByPrompt(student, sample, sampled.prompts, None if None in size else size)
+        inputs, arguments = by_prompt.inputs(range(len(sampled.prompts))), by_prompt.arguments
+    else:
+        arguments = call_arguments(sample)
+        if sampled.labels is not None:
+            inputs = {"class_labels": sampled.labels}
+    chosen = {name: [values[index] for index in indices] for name, values in inputs.items()}
+    calls = Calls(indices, chosen, sample.seed, arguments, sample.pass_size)
+    height, width = decode(image_path(run.samples, 0), str(image_path(run.samples, 0))).shape[1:]
+    left_out = lpips_is_missing(height, width)
+    lpips = None if left_out else LPIPS()
+    protocol = {
+        "teacher_sha256": hash_model(_denoiser(teacher)[1]),
+        "images_sha256": json_sha256([indices, calls.inputs]),
+        "seed": calls.seed,
+        "scheduler": type(scheduler).__name__,
+        "scheduler_arguments": sample.scheduler_arguments,
+        "arguments": dict(calls.arguments),
+        "pass_size": calls.pass_size,
+        "features": extractor.name,
+        "extractor_sha256": extractor.sha256,
+        "lpips": None if lpips is None else lpips.protocol(),
+        "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
+    }
+    for pipeline in (student, teacher):
+        pipeline.to(processes().device)
+    measures = against_teacher(student, teacher, calls, extractor, lpips)
+    return {
+        **{name: asdict(estimate) for name, estimate in summarise(measures).items()},
+        "indices": indices,
+        "per_image": measures,
+        "protocol": protocol,
+        "notes": [f"LPIPS is left out: {left_out}"] if left_out else [],
+    }
+
+
+def chosen_images(sampled: Summary, count: int) -> list[int]:
+    """The first images of a run's samples, of several of a prompt the first: `count`, or all that there are."""
+    if sampled.prompts is None:
+        return list(range(min(count, sampled.num_images)))
+    first = {prompt: index for index, prompt in reversed(list(enumerate(sampled.prompts)))}
+    return sorted(first.values())[:count]
+
+
+def _sampling_of(sampled: Summary) -> SampleConfig:
+    """How the samples were made."""
+    known = {key: value for key, value in sampled.protocol.items() if key in SampleConfig.model_fields}
+    return SampleConfig(**{**known, "images_per_prompt": 1})  # its prompts are told image by image
+
+
+def with_denoiser_of(pipeline: DiffusionPipeline, path: str) -> DiffusionPipeline:
+    """The same pipeline with another denoiser in it, in the precision of its own; all else is shared.
+
+    Raises:
+        UserError: there is no model at `path`.
+    """
+    part, own = _denoiser(pipeline)
+    exchanged = copy.copy(pipeline)
+    exchanged.register_modules(**{part: load_model(path, own.dtype).eval()})
+    return exchanged
+
+
+def _denoiser(pipeline: DiffusionPipeline) -> tuple[str, Any]:
+    part = next(part for part in DENOISERS if hasattr(pipeline, part))
+    return part, getattr(pipeline, part)

@@ -1,0 +1,170 @@
+"""Any diffusers pipeline in, the same kind of pipeline out: prepare, three steps of distillation, sample, export."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from diffusers import DiffusionPipeline
+from PIL import Image
+from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
+
+from shd_diffusion.config import DistillConfig, read_config, read_prepare_config
+from shd_diffusion.data.prepare import prepare
+from shd_diffusion.models.prompts import denoiser_name
+from shd_diffusion.randomness import generator
+from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.sampling.sample_run import sample_run
+from shd_diffusion.training.run import train
+
+CAPTIONS = [["a cat"], ["a red fox jumps", "fox"], ["tree"], ["two owls"], ["a cat"]]
+PROMPTS = ["a cat", "owl"]
+STEPS = 2
+
+
+def write_images(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    numbers = np.random.default_rng(0)
+    lines = []
+    for index, captions in enumerate(CAPTIONS):
+        pixels = numbers.integers(0, 255, (*SIZE, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{index}.png")
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": captions}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+
+
+def student_arguments(name: str) -> dict[str, Any]:
+    """What the config of a denoiser with half the heads has otherwise."""
+    configs = []
+    for heads in (4, 2):
+        pipeline = PIPELINES[name](heads=heads)
+        configs.append(dict(getattr(pipeline, denoiser_name(pipeline)).config))
+    return {key: value for key, value in configs[1].items() if value != configs[0][key]}
+
+
+def write_config(name: str, root: Path, teacher: Path, **sections: Any) -> Path:
+    (root / "prompts.txt").write_text("\n".join(PROMPTS))
+    arguments = ARGUMENTS.get(name, {})
+    tree: dict[str, Any] = {
+        "output": str(root / "run"),
+        "teacher": {"path": str(teacher)},
+        "student": {"arguments": student_arguments(name)},
+        "data": {
+            "name": "image_folder",
+            "path": str(root / "images"),
+            "image_size": SIZE[0],
+            "caption_column": "text",
+        },
+        "prepare": {"output": str(root / "cache"), "prompt_arguments": arguments, "shard_size": 3},
+        "losses": {"output": {"weight": 1.0}, "shd": {"weight": 1.0}},
+        "train": {"max_steps": 3, "batch_size": 2},
+        "sample": {
+            "prompts": str(root / "prompts.txt"),
+            "num_images": len(PROMPTS),
+            "num_inference_steps": STEPS,
+            "pass_size": 1,
+            "pipeline_arguments": arguments,
+        },
+    }
+    for section, keys in sections.items():
+        tree[section] = {**tree.get(section, {}), **keys}
+    (root / "config.yaml").write_text(yaml.safe_dump(tree))
+    return root / "config.yaml"
+
+
+def told_guidance(pipeline: DiffusionPipeline) -> dict[str, Any]:
+    """What the config of a teacher needs that is told the guidance scale."""
+    transformer = getattr(pipeline, "transformer", None)
+    embedded = transformer is not None and transformer.config.get("guidance_embeds")
+    return {"train": {"guidance_range": [1, 4]}} if embedded else {}
+
+
+@pytest.fixture(scope="module")
+def distilled(tmp_path_factory: pytest.TempPathFactory):
+    """The run of a family, with samples; made once."""
+
+    @cache
+    def make(name: str) -> RunFolder:
+        root = tmp_path_factory.mktemp(name)
+        write_images(root / "images")
+        torch.manual_seed(0)
+        teacher = PIPELINES[name](heads=4)
+        teacher.save_pretrained(root / "teacher", safe_serialization=True)
+        path = write_config(name, root, root / "teacher", **told_guidance(teacher))
+        config = read_prepare_config(path)
+        prepare(config, Path(str(config.output)), str(path))
+        distill = read_config(path, DistillConfig)
+        train(distill, Path(str(distill.output)), str(path))
+        run = RunFolder(root / "run")
+        sample_run(run, run.read_config(), run.samples)
+        return run
+
+    return make
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_student_leaves_in_the_kind_of_pipeline_that_its_teacher_came_in(name: str, distilled) -> None:
+    run = distilled(name)
+    teacher = DiffusionPipeline.load_config(run.path.parent / "teacher")
+    student = DiffusionPipeline.load_config(run.pipeline)
+    assert student == teacher
+    summary, sampled = run.read_summary(), json.loads((run.samples / "sampling.json").read_text())
+    assert summary["heads"] < summary["teacher_heads"]
+    assert sampled["prompts"] == PROMPTS
+    log = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]
+    assert {"denoise", "output", "shd"} <= log[-1]["terms"].keys()
+    assert all(np.isfinite(term["value"]) for term in log[-1]["terms"].values())
+
+
+FRESH = """
+import json, sys
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+for run in json.load(sys.stdin):
+    pipeline = DiffusionPipeline.from_pretrained(run["pipeline"])
+    for prompt, seed, image in zip(run["prompts"], run["seeds"], run["images"]):
+        found = pipeline([prompt], generator=[torch.Generator().manual_seed(seed)], output_type="np", **run["call"])[0]
+        found = np.concatenate(list(found[0]), axis=1) if found.ndim == 5 else found[0]
+        np.save(image, (found * 255).round().astype("uint8"))
+assert not any(name.startswith("shd_diffusion") for name in sys.modules)
+"""
+
+
+def test_plain_diffusers_gives_the_same_images_in_a_fresh_process(distilled, tmp_path: Path) -> None:
+    """By the seeds that `metadata.jsonl` tells, bit for bit."""
+    runs = []
+    for name in PIPELINES:
+        run = distilled(name)
+        lines = [json.loads(line) for line in (run.samples / "metadata.jsonl").read_text().splitlines()]
+        assert [line["seed"] for line in lines] == [
+            generator(0, "sample", index).initial_seed() for index in range(len(PROMPTS))
+        ]
+        height, width = SIZE
+        runs.append(
+            {
+                "pipeline": str(run.pipeline),
+                "prompts": [line["text"] for line in lines],
+                "seeds": [line["seed"] for line in lines],
+                "images": [str(tmp_path / f"{name}-{line['file_name']}.npy") for line in lines],
+                "call": {
+                    "height": height,
+                    "width": width,
+                    "num_inference_steps": STEPS,
+                    **ARGUMENTS.get(name, {}),
+                },
+            }
+        )
+    subprocess.run([sys.executable, "-c", FRESH], input=json.dumps(runs), text=True, check=True)
+    for name in PIPELINES:
+        for index in range(len(PROMPTS)):
+            with Image.open(distilled(name).samples / f"{index:06d}.png") as image:
+                ours = np.asarray(image)
+            assert np.array_equal(ours, np.load(tmp_path / f"{name}-{index:06d}.png.npy")), name
