@@ -20,7 +20,7 @@ from shd_diffusion.reporting.neighbour_page import neighbour_plots, neighbourhoo
 from shd_diffusion.reporting.plot_style import DARK, LIGHT, TEACHER_STYLE, Plot, Styles, plot_styles
 from shd_diffusion.reporting.quality_plots import per_class_fid, quality_scatters
 from shd_diffusion.reporting.runs import Run, read_runs
-from shd_diffusion.reporting.samples import sample_gallery
+from shd_diffusion.reporting.samples import sample_galleries
 from shd_diffusion.reporting.training_plots import loss_curves, loss_shares, shd_by_block, validation_fid
 from shd_diffusion.settings_table import Setting, settings_table
 
@@ -44,21 +44,25 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
     """
     runs = read_runs(paths)
     styles = run_styles(runs)
-    gallery, neighbours, attention = sample_gallery(runs), neighbourhoods(runs), attention_views(runs, styles)
+    galleries, neighbours, attention = (
+        sample_galleries(runs),
+        neighbourhoods(runs),
+        attention_views(runs, styles),
+    )
     plots = {
         "quality": [*quality_scatters(runs, styles), *per_class_fid(runs, styles)],
         "losses": [*loss_curves(runs, styles), *validation_fid(runs, styles)],
         "shares": loss_shares(runs),
         "divergences": shd_by_block(runs),
     }
-    beside = [*([gallery.plot()] if gallery else []), *neighbour_plots(neighbours)]
+    beside = [*(gallery.plot() for gallery in galleries), *neighbour_plots(neighbours)]
     beside += [plot for view in attention for plot in view.plots]
     content = {
         "title": title(runs),
         "lead": lead(runs),
         "runs": runs,
         "styles": styles,
-        "gallery": gallery,
+        "galleries": galleries,
         "table": metrics_table(runs),
         "plots": plots,
         "neighbourhoods": neighbours,
