@@ -339,8 +339,16 @@ def squeeze(
 @app.command()
 @stage
 def compress(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a teacher.")],
+    teacher: Annotated[
+        str, typer.Argument(metavar="TEACHER", help="A run, a pipeline or model folder, or a hub name.")
+    ],
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The pipeline folder to write.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="CONFIG", help="Of a training, whose data calibrate; default: the run's."
+        ),
+    ] = None,
     heads: Annotated[float | None, typer.Option(help="Of every attention block; below 1 a share.")] = None,
     neurons: Annotated[float | None, typer.Option(help="Of every feed-forward; below 1 a share.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="How many stay.")] = None,
@@ -353,9 +361,17 @@ def compress(
     from rich.console import Console
 
     from shd_diffusion.compression.compress_run import compress_run, table
+    from shd_diffusion.config import read_run_config
     from shd_diffusion.run_folder import RunFolder
 
-    results = compress_run(RunFolder(run), output, _count(heads), _count(neurons), blocks, images, plain)
+    run = RunFolder(Path(teacher))
+    if data is None and not run.config_file.exists():
+        raise UserError(
+            f"{teacher}: no run, so it has no data to calibrate on; name them: --data CONFIG, the config of a training"
+        )
+    config = run.read_config() if data is None else read_run_config(data)
+    counts = _count(heads), _count(neurons), blocks
+    results = compress_run(teacher, config, output, *counts, images, plain)
     Console().print(table(results))
     typer.echo(f"compressed: {output}")
 

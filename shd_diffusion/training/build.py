@@ -28,7 +28,7 @@ from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
-from shd_diffusion.training.batches import BatchLayout, BatchLoader, NoiseSettings
+from shd_diffusion.training.batches import BatchLayout, BatchLoader, noise_settings
 from shd_diffusion.training.init_student import init_from_teacher
 
 
@@ -60,14 +60,7 @@ class Parts:
     def loader(self, device: torch.device) -> Callable[[BatchLayout, int], BatchLoader]:
         """From a layout and the first step to a process's batches."""
         train, seed = self.config.train, self.config.seed
-        settings = NoiseSettings(
-            self.data.shape,
-            train.condition_dropout,
-            train.timestep_sampling,
-            self.data.needs_noise,
-            num_tokens(self.model) if train.mask_ratio else 0,
-            None if train.guidance_range is None else (train.guidance_range[0], train.guidance_range[1]),
-        )
+        settings = noise_settings(train, self.data, num_tokens(self.model) if train.mask_ratio else 0)
 
         def make(layout: BatchLayout, start: int) -> BatchLoader:
             steps = start, train.max_steps
