@@ -13,11 +13,7 @@ from torch import Tensor
 
 from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.errors import UserError
-<<<<<<< HEAD
 from shd_diffusion.models.families import unpack
-=======
-from shd_diffusion.models.families import family_of, unpack
->>>>>>> families
 from shd_diffusion.models.last_step import last_step
 from shd_diffusion.randomness import generator
 from shd_diffusion.section import Section

@@ -82,29 +82,18 @@ def null_condition(model: nn.Module) -> dict[str, Tensor]:
 def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> dict[str, Tensor]:
     """The condition with the null condition in the samples that are `dropped`, (B,) bool.
 
-<<<<<<< HEAD
-    Where prompts are of different lengths, the shorter ones are padded, as `pad` does.
-=======
     Where prompts are of any length, the shorter of both is padded with zeros, and its mask with False.
->>>>>>> families
     """
 
     def replaced(name: str, value: Tensor) -> Tensor:
         if name not in null:  # such as a token mask, or sizes: nothing to drop
             return value
         where = dropped.to(value.device).view(-1, *[1] * (value.ndim - 1))
-<<<<<<< HEAD
-        instead = null[name].to(value)
-        if value.ndim > 1 and (longer := instead.shape[1] - value.shape[1]):
-            value, instead = _lengthened(value, longer), _lengthened(instead, -longer)
-        return torch.where(where, instead, value)
-=======
         other = null[name].to(value)
         if value.ndim > 1 and other.shape[1] != value.shape[1]:
             length = max(other.shape[1], value.shape[1])
             value, other = (_padded(each, length) for each in (value, other))
         return torch.where(where, other, value)
->>>>>>> families
 
     return {name: replaced(name, value) for name, value in condition.items()}
 
@@ -114,6 +103,11 @@ NOT_DROPPED = frozenset(
     | {f"added_cond_kwargs.{name}" for name in ("time_ids", "resolution", "aspect_ratio")}
 )
 """What is told of an image beside its prompt: it stays where the prompt is dropped."""
+
+
+def _padded(value: Tensor, length: int) -> Tensor:
+    """(B, L, ...) with zeros up to (B, length, ...)."""
+    return F.pad(value, (0, 0) * (value.ndim - 2) + (0, length - value.shape[1]))
 
 
 def pad(conditions: Sequence[Condition]) -> dict[str, Tensor]:
