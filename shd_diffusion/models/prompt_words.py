@@ -164,7 +164,7 @@ def _goes_on(name: str, before: str, marks: Marks) -> bool:
     if marks == "ends":
         return not before.endswith("</w>")
     if marks == "beginnings":  # a point, or a sign of Chinese, has none and is a word
-        is_letter = name[:1].isalnum() and ord(name[0]) < 0x2E80
+        is_letter = name[:1].isalnum() and ord(name[0]) < 0x2E80 and not name.startswith(BEGINNINGS)
         return is_letter and (before[-1:].isalnum() or before in BEGINNINGS)
     return marks == "continuations" and name.startswith("##")
 

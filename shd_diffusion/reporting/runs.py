@@ -64,11 +64,38 @@ class Samples(Result):
     protocol: dict[str, Any] = {}
 
 
+class Estimate(Result):
+    """A mean over `n` images with its 95 % interval, which one image alone does not have."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    n: int
+
+
+class AgainstTeacher(Result):
+    """A student's images against its teacher's of the same noise and prompt or label: `measures` by name."""
+
+    measures: dict[str, Estimate]
+    protocol: dict[str, Any] = {}
+    notes: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_kind(cls, content: Any) -> Any:
+        """In the file all stand side by side."""
+        if not isinstance(content, dict):
+            return content
+        measures = {k: v for k, v in content.items() if isinstance(v, dict) and "mean" in v}
+        return content | {"measures": measures}
+
+
 class Metrics(Result):
     """Metrics of one evaluation: `values` by name, if finite, and all that they depend on."""
 
     values: dict[str, float]
     per_class_fid: dict[str, float] = {}
+    against_teacher: AgainstTeacher | None = None
     protocol: dict[str, Any] = {}
     warnings: list[str] = []
 
