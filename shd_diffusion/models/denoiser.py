@@ -171,11 +171,10 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def take_masks(model: nn.Module) -> nn.Module:
+def prepare(model: ModelMixin) -> ModelMixin:
     """The model, ready for prompts of different lengths in one batch; needed by CogView4 alone, whose own attention
     heeds no mask. Not inside a capture."""
-    inner = unwrap(model)
-    family_of(inner).take_masks(inner)
+    family_of(model).prepare(model)
     return model
 
 

@@ -37,7 +37,7 @@ class Family:
         timestep: the name of that argument.
         derived: the arguments that `arguments` adds; they are no part of a condition.
         condition: what is made of one sample's arguments, as a pipeline tells them, to have its condition.
-        take_masks: what is done to a model before prompts of different lengths share its batches.
+        prepare: what is done to a model before prompts of different lengths share its batches.
     """
 
     timesteps: Callable[[Any, Tensor], Tensor] = lambda model, timesteps: timesteps
@@ -48,7 +48,7 @@ class Family:
     timestep: str = "timestep"
     derived: tuple[str, ...] = ()
     condition: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda told: told
-    take_masks: Callable[[Any], None] = lambda model: None
+    prepare: Callable[[Any], None] = lambda model: None
 
 
 def family_of(model: nn.Module) -> Family:
@@ -184,25 +184,10 @@ def _with_mask(text: str, mask: str) -> Callable[[dict[str, Tensor]], dict[str, 
     return condition
 
 
-def _numbers(mask: Tensor) -> Tensor:
-    """A mask that has numbers: without any, on the meta device, as if all tokens counted."""
-    return torch.ones(mask.shape, dtype=torch.bool, device="cpu") if mask.is_meta else mask
-
-
-def _count_without_numbers(model: Any) -> None:
-    """Lumina2 counts the tokens of each prompt, which a trace on the meta device cannot."""
-
-    def counted(module: nn.Module, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        hidden_states, mask = given
-        return hidden_states, _numbers(mask)
-
-    model.rope_embedder.register_forward_pre_hook(counted)
-
-
 def _listed(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
     """Text as a list of (tokens, channels), a prompt each."""
     text, mask = arguments["cap_feats"], arguments.pop("cap_feats_mask")
-    lengths = _numbers(mask).sum(1).tolist()
+    lengths = mask.sum(1).tolist()
     return arguments | {"cap_feats": [tokens[:length] for tokens, length in zip(text, lengths, strict=True)]}
 
 
@@ -249,16 +234,16 @@ def _takes_masks(block: Any) -> bool:
     return isinstance(block.attn1.processor, MaskedCogView4AttnProcessor)
 
 
-def _mask_if_taken(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
+def _mask_if_needed(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
     """Raises ValueError: prompts are of different lengths, and the model would not see their mask."""
     mask = arguments.get("attention_mask")
-    if mask is None or all(map(_takes_masks, model.transformer_blocks)):
-        return arguments
-    if not (mask.is_meta or mask.all()):
+    if mask is None or mask.is_meta or mask.all():  # the fast kernels take none
+        return {name: value for name, value in arguments.items() if name != "attention_mask"}
+    if not all(map(_takes_masks, model.transformer_blocks)):
         raise ValueError(
-            f"prompts of different lengths in one batch: call `take_masks` on the {type(model).__name__} first"
+            f"prompts of different lengths in one batch: call `prepare` on the {type(model).__name__} first"
         )
-    return {name: value for name, value in arguments.items() if name != "attention_mask"}
+    return arguments
 
 
 # --- the table ------------------------------------------------------------------------------------------------
@@ -298,14 +283,12 @@ FAMILIES: dict[str, Family] = {
         derived=("img_shapes",),
         condition=_with_mask("encoder_hidden_states", "encoder_hidden_states_mask"),
     ),
-    "Lumina2Transformer2DModel": Family(
-        timesteps=_backwards, prediction=_negated, take_masks=_count_without_numbers
-    ),
+    "Lumina2Transformer2DModel": Family(timesteps=_backwards, prediction=_negated),
     "AuraFlowTransformer2DModel": Family(timesteps=_thousandths),
     "CogView4Transformer2DModel": Family(
-        arguments=_mask_if_taken,
+        arguments=_mask_if_needed,
         condition=_with_mask("encoder_hidden_states", "attention_mask"),
-        take_masks=_take_masks,
+        prepare=_take_masks,
     ),
     "ZImageTransformer2DModel": Family(
         timesteps=_backwards,

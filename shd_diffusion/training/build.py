@@ -19,7 +19,7 @@ from shd_diffusion.data.latent_space import load_vae
 from shd_diffusion.errors import UserError
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses import Term, build_terms
-from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens, take_masks
+from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens
 from shd_diffusion.models.factory import ModelConfig, build_model, fill_in, load_model
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.mdtv2 import num_kept_tokens
@@ -87,8 +87,6 @@ def build(
     if isinstance(config, DistillConfig) and teacher is None:
         with check("teacher.path"):
             teacher = load_teacher(config.teacher)
-    if teacher is not None:
-        take_masks(teacher.model)
     with check("teacher.path" if teacher is not None else "pipeline"):
         pipeline = None if teacher is None else teacher.pipeline
         if isinstance(config, TrainTeacherConfig) and config.pipeline is not None:
@@ -101,7 +99,6 @@ def build(
         example = data.example()
     with check(key):
         model = new_model(config, model_config)
-        take_masks(model)
         data = copy(data)
         data.condition_names = conditions_of(model, data)
         example = {name: example[name] for name in data.condition_names}
