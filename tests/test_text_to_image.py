@@ -132,7 +132,8 @@ from diffusers import DiffusionPipeline
 for run in json.load(sys.stdin):
     pipeline = DiffusionPipeline.from_pretrained(run["pipeline"])
     for prompt, seed, image in zip(run["prompts"], run["seeds"], run["images"]):
-        found = pipeline([prompt], generator=[torch.Generator().manual_seed(seed)], output_type="np", **run["call"])[0]
+        noise = [torch.Generator().manual_seed(seed)]
+        found = pipeline(prompt=[prompt], generator=noise, output_type="np", **run["call"])[0]
         found = np.concatenate(list(found[0]), axis=1) if found.ndim == 5 else found[0]
         np.save(image, (found * 255).round().astype("uint8"))
 assert not any(name.startswith("shd_diffusion") for name in sys.modules)

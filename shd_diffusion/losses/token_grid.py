@@ -36,6 +36,7 @@ def take(
     """The record on these samples, query rows and keys, in this order; None for all."""
     query, key, value, mask = record.query, record.key, record.value, record.mask
     samples, rows, keys = (None if i is None else i.to(query.device) for i in (samples, rows, keys))
+    counted = record.some_counted(samples, rows)
     if samples is not None:
         query, key, value = (tensor.index_select(0, samples) for tensor in (query, key, value))
     if rows is not None:
@@ -45,7 +46,7 @@ def take(
     mask = taken(mask, samples, rows)
     if mask is not None and keys is not None:
         mask = mask.index_select(3, keys)
-    return replace(record, query=query, key=key, value=value, mask=mask)
+    return replace(record, query=query, key=key, value=value, mask=mask, counted=counted)
 
 
 def common_grid(

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
+import torch.nn.functional as F
 from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from shd_diffusion.attention.capture import unwrap
-from shd_diffusion.models.families import family_of
+from shd_diffusion.models.families import family_of, pack, unpack
 
 Condition: TypeAlias = Mapping[str, Tensor]
 
@@ -38,8 +39,9 @@ def predict(model: nn.Module, noised: Tensor, timesteps: Tensor, condition: Cond
     family = family_of(inner)
     arguments = family.arguments(inner, noised, _nested(condition))
     arguments[family.timestep] = family.timesteps(inner, timesteps)
-    found = model(family.sample(noised), **arguments, return_dict=False)[0]
-    return family.prediction(found, noised)
+    sample = noised if family.patch is None else pack(noised, family.patch)
+    found = family.prediction(model(family.sample(sample), **arguments, return_dict=False)[0])
+    return found if family.patch is None else unpack(found, noised.shape, family.patch)
 
 
 def predict_frozen(model: ModelMixin, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -80,17 +82,18 @@ def null_condition(model: nn.Module) -> dict[str, Tensor]:
 def drop_condition(condition: Condition, null: Condition, dropped: Tensor) -> dict[str, Tensor]:
     """The condition with the null condition in the samples that are `dropped`, (B,) bool.
 
-    Where prompts are of different lengths, the shorter ones are padded, as `pad` does.
+    Where prompts are of any length, the shorter of both is padded with zeros, and its mask with False.
     """
 
     def replaced(name: str, value: Tensor) -> Tensor:
         if name not in null:  # such as a token mask, or sizes: nothing to drop
             return value
         where = dropped.to(value.device).view(-1, *[1] * (value.ndim - 1))
-        instead = null[name].to(value)
-        if value.ndim > 1 and (longer := instead.shape[1] - value.shape[1]):
-            value, instead = _lengthened(value, longer), _lengthened(instead, -longer)
-        return torch.where(where, instead, value)
+        other = null[name].to(value)
+        if value.ndim > 1 and other.shape[1] != value.shape[1]:
+            length = max(other.shape[1], value.shape[1])
+            value, other = (_padded(each, length) for each in (value, other))
+        return torch.where(where, other, value)
 
     return {name: replaced(name, value) for name, value in condition.items()}
 
@@ -100,6 +103,11 @@ NOT_DROPPED = frozenset(
     | {f"added_cond_kwargs.{name}" for name in ("time_ids", "resolution", "aspect_ratio")}
 )
 """What is told of an image beside its prompt: it stays where the prompt is dropped."""
+
+
+def _padded(value: Tensor, length: int) -> Tensor:
+    """(B, L, ...) with zeros up to (B, length, ...)."""
+    return F.pad(value, (0, 0) * (value.ndim - 2) + (0, length - value.shape[1]))
 
 
 def pad(conditions: Sequence[Condition]) -> dict[str, Tensor]:
@@ -113,11 +121,6 @@ def pad(conditions: Sequence[Condition]) -> dict[str, Tensor]:
         return torch.stack(entries) if alike else pad_sequence(entries, batch_first=True)
 
     return {name: padded([condition[name] for condition in conditions]) for name in conditions[0]}
-
-
-def _lengthened(entry: Tensor, by: int) -> Tensor:
-    """With so many zeros, if any, behind its tokens (B, L, ...)."""
-    return torch.cat([entry, entry.new_zeros(len(entry), max(by, 0), *entry.shape[2:])], 1)
 
 
 def num_classes(model: nn.Module) -> int | None:
@@ -168,11 +171,10 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def take_masks(model: nn.Module) -> nn.Module:
+def prepare(model: ModelMixin) -> ModelMixin:
     """The model, ready for prompts of different lengths in one batch; needed by CogView4 alone, whose own attention
     heeds no mask. Not inside a capture."""
-    inner = unwrap(model)
-    family_of(inner).take_masks(inner)
+    family_of(model).prepare(model)
     return model
 
 

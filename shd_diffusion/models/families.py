@@ -31,22 +31,24 @@ class Family:
         timesteps: (model, timesteps of the forward process, which count to T) to what the model is told.
         arguments: (model, noised, condition) to the model's keyword arguments: those that follow from the shape of
             the noised sample alone are added here.
-        sample: the noised sample as the model takes it, such as packed into tokens.
-        prediction: (what the model gives, noised) to what a pipeline gives its scheduler.
+        patch: side p of the p×p patches of a latent that the pipeline packs into one token; None: it packs none.
+        sample: the noised sample, packed or not, as the model takes it.
+        prediction: what the model gives, unpacked or not, as the pipeline gives it its scheduler.
         timestep: the name of that argument.
         derived: the arguments that `arguments` adds; they are no part of a condition.
         condition: what is made of one sample's arguments, as a pipeline tells them, to have its condition.
-        take_masks: what is done to a model before prompts of different lengths share its batches.
+        prepare: what is done to a model before prompts of different lengths share its batches.
     """
 
     timesteps: Callable[[Any, Tensor], Tensor] = lambda model, timesteps: timesteps
     arguments: Callable[[Any, Tensor, Arguments], Arguments] = lambda model, noised, arguments: arguments
+    patch: int | None = None
     sample: Callable[[Tensor], Any] = lambda noised: noised
-    prediction: Callable[[Any, Tensor], Tensor] = lambda found, noised: found
+    prediction: Callable[[Any], Tensor] = lambda found: found
     timestep: str = "timestep"
     derived: tuple[str, ...] = ()
     condition: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda told: told
-    take_masks: Callable[[Any], None] = lambda model: None
+    prepare: Callable[[Any], None] = lambda model: None
 
 
 def family_of(model: nn.Module) -> Family:
@@ -60,24 +62,19 @@ def family_of(model: nn.Module) -> Family:
 
 
 def pack(latents: Tensor, patch: int) -> Tensor:
-    """Latents (B, C, H, W) as tokens (B, H·W/p², C·p²), as the pipelines of Flux and its relatives pack them."""
+    """Latents (B, C, H, W) as tokens (B, H·W/p², C·p²), as the pipelines of Flux and its relatives pack them.
+
+    Where latents are those of videos, an image is one frame: (B, C, 1, H, W).
+    """
+    latents = latents.squeeze(2) if latents.ndim == 5 else latents
     return F.pixel_unshuffle(latents, patch).flatten(2).mT
 
 
-def unpack(tokens: Tensor, size: torch.Size, patch: int) -> Tensor:
-    """The inverse of `pack` for latents of this height and width."""
-    height, width = size
-    return F.pixel_shuffle(tokens.mT.unflatten(2, (height // patch, width // patch)), patch)
-
-
-def _packed(noised: Tensor) -> Tensor:
-    """An image is one frame where latents are those of videos, (B, C, 1, H, W)."""
-    return pack(noised.squeeze(2) if noised.ndim == 5 else noised, 2)
-
-
-def _unpacked(found: Tensor, noised: Tensor) -> Tensor:
-    latents = unpack(found, noised.shape[-2:], 2)
-    return latents.unsqueeze(2) if noised.ndim == 5 else latents
+def unpack(tokens: Tensor, shape: torch.Size, patch: int) -> Tensor:
+    """The inverse of `pack` for latents of this shape, of which height and width are enough."""
+    height, width = shape[-2:]
+    latents = F.pixel_shuffle(tokens.mT.unflatten(2, (height // patch, width // patch)), patch)
+    return latents.unsqueeze(2) if len(shape) == 5 else latents
 
 
 def _frames(noised: Tensor) -> list[Tensor]:
@@ -85,11 +82,11 @@ def _frames(noised: Tensor) -> list[Tensor]:
     return list(noised.unsqueeze(2).unbind())
 
 
-def _negated_frames(found: list[Tensor], noised: Tensor) -> Tensor:
+def _negated_frames(found: list[Tensor]) -> Tensor:
     return -torch.stack(found).squeeze(2)
 
 
-def _negated(found: Tensor, noised: Tensor) -> Tensor:
+def _negated(found: Tensor) -> Tensor:
     """The model predicts from noise to data, a scheduler wants it from data to noise."""
     return -found
 
@@ -187,25 +184,10 @@ def _with_mask(text: str, mask: str) -> Callable[[dict[str, Tensor]], dict[str, 
     return condition
 
 
-def _numbers(mask: Tensor) -> Tensor:
-    """A mask that has numbers: without any, on the meta device, as if all tokens counted."""
-    return torch.ones(mask.shape, dtype=torch.bool, device="cpu") if mask.is_meta else mask
-
-
-def _count_without_numbers(model: Any) -> None:
-    """Lumina2 counts the tokens of each prompt, which a trace on the meta device cannot."""
-
-    def counted(module: nn.Module, given: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        hidden_states, mask = given
-        return hidden_states, _numbers(mask)
-
-    model.rope_embedder.register_forward_pre_hook(counted)
-
-
 def _listed(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
     """Text as a list of (tokens, channels), a prompt each."""
     text, mask = arguments["cap_feats"], arguments.pop("cap_feats_mask")
-    lengths = _numbers(mask).sum(1).tolist()
+    lengths = mask.sum(1).tolist()
     return arguments | {"cap_feats": [tokens[:length] for tokens, length in zip(text, lengths, strict=True)]}
 
 
@@ -252,16 +234,16 @@ def _takes_masks(block: Any) -> bool:
     return isinstance(block.attn1.processor, MaskedCogView4AttnProcessor)
 
 
-def _mask_if_taken(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
+def _mask_if_needed(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
     """Raises ValueError: prompts are of different lengths, and the model would not see their mask."""
     mask = arguments.get("attention_mask")
-    if mask is None or all(map(_takes_masks, model.transformer_blocks)):
-        return arguments
-    if not (mask.is_meta or mask.all()):
+    if mask is None or mask.is_meta or mask.all():  # the fast kernels take none
+        return {name: value for name, value in arguments.items() if name != "attention_mask"}
+    if not all(map(_takes_masks, model.transformer_blocks)):
         raise ValueError(
-            f"prompts of different lengths in one batch: call `take_masks` on the {type(model).__name__} first"
+            f"prompts of different lengths in one batch: call `prepare` on the {type(model).__name__} first"
         )
-    return {name: value for name, value in arguments.items() if name != "attention_mask"}
+    return arguments
 
 
 # --- the table ------------------------------------------------------------------------------------------------
@@ -277,22 +259,19 @@ FAMILIES: dict[str, Family] = {
     "FluxTransformer2DModel": Family(
         timesteps=_thousandths,
         arguments=_flux_positions,
-        sample=_packed,
-        prediction=_unpacked,
+        patch=2,
         derived=_POSITIONS,
     ),
     "Flux2Transformer2DModel": Family(
         timesteps=_thousandths,
         arguments=_flux2_positions,
-        sample=lambda noised: pack(noised, 1),  # its VAE's latents are patches already
-        prediction=lambda found, noised: unpack(found, noised.shape[-2:], 1),
+        patch=1,  # its VAE's latents are patches already
         derived=_POSITIONS,
     ),
     "ChromaTransformer2DModel": Family(
         timesteps=_thousandths,
         arguments=_chroma_positions,
-        sample=_packed,
-        prediction=_unpacked,
+        patch=2,
         derived=_POSITIONS,
         condition=_mask_of_text,
     ),
@@ -300,19 +279,16 @@ FAMILIES: dict[str, Family] = {
     "QwenImageTransformer2DModel": Family(
         timesteps=_thousandths,
         arguments=_qwen_shapes,
-        sample=_packed,
-        prediction=_unpacked,
+        patch=2,
         derived=("img_shapes",),
         condition=_with_mask("encoder_hidden_states", "encoder_hidden_states_mask"),
     ),
-    "Lumina2Transformer2DModel": Family(
-        timesteps=_backwards, prediction=_negated, take_masks=_count_without_numbers
-    ),
+    "Lumina2Transformer2DModel": Family(timesteps=_backwards, prediction=_negated),
     "AuraFlowTransformer2DModel": Family(timesteps=_thousandths),
     "CogView4Transformer2DModel": Family(
-        arguments=_mask_if_taken,
+        arguments=_mask_if_needed,
         condition=_with_mask("encoder_hidden_states", "attention_mask"),
-        take_masks=_take_masks,
+        prepare=_take_masks,
     ),
     "ZImageTransformer2DModel": Family(
         timesteps=_backwards,

@@ -287,7 +287,9 @@ def load_for_prompts(
             denoiser = kind.from_config(config).eval()
         # the class itself, since `DiffusionPipeline` loads again what an optional argument gives
         kind = getattr(diffusers, index["_class_name"])
-        pipeline: Any = kind.from_pretrained(path, use_safetensors=True, dtype=dtype, **{name: denoiser})
+        pipeline: DiffusionPipeline = kind.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, **{name: denoiser}
+        )
         for part in pipeline.components.values():
             if isinstance(part, nn.Module) and part is not denoiser:
                 part.to(device)

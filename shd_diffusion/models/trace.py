@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord, attention_blocks
-from shd_diffusion.models.denoiser import Condition, predict, take_masks
+from shd_diffusion.models.denoiser import Condition, predict
 
 
 @dataclass(frozen=True)
@@ -57,11 +59,13 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
     Raises:
         ValueError: the model does not take such samples or conditions.
     """
-    with torch.device("meta"), torch.enable_grad():
+    with torch.device("meta"), torch.enable_grad(), _WholeMasks():
         twin = type(model).from_config(model.config).eval()
-        take_masks(twin)
         noised, timesteps = torch.empty(1, *shape), torch.zeros(1, dtype=torch.long)
-        moved = {name: value.to("meta") for name, value in condition.items()}
+        moved = {
+            name: value.to("meta", twin.dtype if value.is_floating_point() else None)
+            for name, value in condition.items()
+        }
         try:
             if not any(block.capturable for block in attention_blocks(twin).values()):
                 output, records = predict(twin, noised, timesteps, moved), {}
@@ -80,3 +84,12 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
             ) from error
     unreached = frozenset(name for name, p in twin.named_parameters() if p.grad is None)
     return Trace(shape, records, output.detach(), unreached)
+
+
+class _WholeMasks(TorchFunctionMode):
+    """A mask has no numbers on the meta device: a model that counts the tokens of a prompt is told all of them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.sum and args[0].is_meta and not args[0].is_floating_point():
+            args = (torch.ones(args[0].shape, dtype=torch.long, device="cpu"), *args[1:])
+        return func(*args, **(kwargs or {}))

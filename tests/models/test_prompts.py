@@ -12,7 +12,7 @@ from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
 from torch import Tensor
 
 from shd_diffusion.errors import UserError
-from shd_diffusion.models.denoiser import pad, predict, take_masks
+from shd_diffusion.models.denoiser import pad, predict, prepare
 from shd_diffusion.models.families import pack
 from shd_diffusion.models.prompts import PromptEncoder, denoiser_name, load_for_prompts
 
@@ -94,9 +94,7 @@ def test_the_null_condition_is_that_of_the_unconditional_pass(name: str) -> None
     step = spy(pipeline, prompt=SHORT, generator=torch.manual_seed(0), **arguments, **guided)[0]
     sample, expected = (as_latents(pipeline, step[key]) for key in ("sample", "prediction"))
     with torch.no_grad():
-        both = predict(
-            take_masks(model), torch.cat([sample] * 2), step["timestep"].expand(2), pad(conditions)
-        )
+        both = predict(prepare(model), torch.cat([sample] * 2), step["timestep"].expand(2), pad(conditions))
     conditional, unconditional = both[:, : expected.shape[1]].chunk(2)
     found = unconditional + 3 * (conditional - unconditional)
     if name == "qwen-image":  # each token as long as without guidance
