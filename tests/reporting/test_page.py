@@ -22,6 +22,7 @@ from shd_diffusion.reporting.page import lead, title
 from shd_diffusion.reporting.runs import read_runs
 
 from .made_up_runs import BLOCKS
+from .made_up_text_runs import HOSTILE, make_text_run
 
 
 class Elements(HTMLParser):
@@ -88,6 +89,43 @@ def test_the_page_says_what_came_out(report: Path) -> None:
     ):
         assert part in text, part
     assert "make them with" not in text
+
+
+def test_the_page_of_text_runs_shows_prompts_words_and_the_teacher(text_report: Path) -> None:
+    page = text_report.read_text()
+    elements = Elements(page)
+    assert elements.open == []
+    text = text_of(page)
+    for part in (
+        "kd-shd has the lowest CMMD of the students, 0.500; kd has 0.700, the teacher has 0.400.",
+        "teacher 12 heads, CMMD 0.400 kd 5 heads, CMMD 0.700",
+        "a red disc a green disc a blue disc",
+        "Of each prompt the first image; 6 other prompts are left out, evenly, and no image was picked by hand. "
+        "Each begins from the same noise in every run.",
+        "CMMD ↓ CLIP score ↑ R-precision ↑",
+        "kd-shd 400 k 5 0.500 30.23 70.0%",
+        "kd-shd 0.0500 [0.0450, 0.0550] 10.0% [9.0%, 11.0%] 0.900 [0.810, 0.990]",
+        "kd: LPIPS is left out: its weights are not here",
+        "a red disc on <b>& אדום 🐈 What the teacher attends to on this image (noised to timestep 250), what",
+        "each word of the prompt: mean over the heads",
+        "Block 2, b.attn. the image <|startoftext|> teacher, ",
+    ):
+        assert part in text, part
+    images = [attributes for tag, attributes in elements.found if tag == "img"]
+    assert sum("a blue disc" in str(image.get("alt")) for image in images) == 2  # one is missing
+
+
+def test_prompts_are_text_whatever_is_in_them(tmp_path: Path) -> None:
+    run = make_text_run(tmp_path / "teacher", 0.0, HOSTILE, len(HOSTILE))
+    page = write_report([run], tmp_path / "report.html").read_text()
+    elements = Elements(page)
+    assert elements.open == []
+    assert not {"script", "b"} & {tag for tag, _ in elements.found}
+    assert "\x07" not in page
+    titles = [
+        str(attributes["title"]) for _, attributes in elements.found if attributes.get("class") == "title"
+    ]
+    assert [title.replace(r"\x07", "\x07") for title in titles] == HOSTILE
 
 
 def test_every_figure_is_beside_it_as_png(report: Path) -> None:
