@@ -171,8 +171,10 @@ def test_accelerate_launch_is_the_same_run(dealt: Path, tmp_path: Path) -> None:
     launcher += ["--mixed_precision", "no", str(ROOT / "pipelines" / "distill.py")]
     threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     done = subprocess.run(
-        [sys.executable, "-m", "accelerate.commands.launch", *launcher]
-        + [str(DISTILL_CONFIG), "--output", str(tmp_path / "run"), *arguments],
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", *launcher),
+            *(str(DISTILL_CONFIG), "--output", str(tmp_path / "run"), *arguments),
+        ],
         env={**os.environ, **threads, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
