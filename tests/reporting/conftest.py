@@ -21,9 +21,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def fresh_run(tmp_path: Path) -> Callable[[str], Path]:
+def fresh_run(tmp_path: Path) -> Callable[..., Path]:
     """Make a run of one's own, to be damaged."""
-    return lambda name: make_run(tmp_path / "runs" / name, FIDS.get(name, 200.0))
+    return lambda name, **kwargs: make_run(tmp_path / "runs" / name, FIDS.get(name, 200.0), **kwargs)
 
 
 @pytest.fixture(scope="session")
