@@ -82,8 +82,8 @@ def coarsening(fine: int, coarse: int, size: tuple[int, ...] | None = None) -> T
     if fine == coarse:
         return torch.arange(fine)[:, None]
     height, width = size or (1, 1)
-    rows, columns = _grid(fine, height, width)
-    coarse_rows, coarse_columns = _grid(coarse, height, width)
+    rows, columns = grid_shape(fine, height, width)
+    coarse_rows, coarse_columns = grid_shape(coarse, height, width)
     ratio = rows // max(coarse_rows, 1)
     if not ratio or (rows, columns) != (coarse_rows * ratio, coarse_columns * ratio):
         raise ValueError(
@@ -93,7 +93,7 @@ def coarsening(fine: int, coarse: int, size: tuple[int, ...] | None = None) -> T
     return tokens.transpose(1, 2).reshape(coarse, ratio**2)
 
 
-def _grid(tokens: int, height: int, width: int) -> tuple[int, int]:
+def grid_shape(tokens: int, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of so many tokens in the ratio of height to width; (0, 0) if there is no such grid."""
     rows = isqrt(tokens * height // width)
     columns = tokens // rows if rows else 0
