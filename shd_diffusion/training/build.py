@@ -57,10 +57,10 @@ class Parts:
     student_trace: Trace
     teacher_trace: Trace | None
 
-    def loader(self, device: torch.device) -> Callable[[BatchLayout, int], BatchLoader]:
-        """From a layout and the first step to a process's batches."""
-        train, seed = self.config.train, self.config.seed
-        settings = NoiseSettings(
+    def noise_settings(self) -> NoiseSettings:
+        """What is drawn for the samples of a step."""
+        train = self.config.train
+        return NoiseSettings(
             self.data.shape,
             train.condition_dropout,
             train.timestep_sampling,
@@ -68,6 +68,10 @@ class Parts:
             num_tokens(self.model) if train.mask_ratio else 0,
             None if train.guidance_range is None else (train.guidance_range[0], train.guidance_range[1]),
         )
+
+    def loader(self, device: torch.device) -> Callable[[BatchLayout, int], BatchLoader]:
+        """From a layout and the first step to a process's batches."""
+        train, seed, settings = self.config.train, self.config.seed, self.noise_settings()
 
         def make(layout: BatchLayout, start: int) -> BatchLoader:
             steps = start, train.max_steps
