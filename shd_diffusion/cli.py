@@ -186,10 +186,23 @@ def sample(
     npz: Annotated[
         bool, typer.Option("--npz", help="Also write `samples.npz`, for the ADM suite's evaluator.")
     ] = False,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            "--prompts",
+            metavar="FILE",
+            help="Text-to-image: one a line; or a .jsonl with `prompt`; or a folder of .txt.",
+        ),
+    ] = None,
+    layout: Annotated[
+        Literal["geneval", "dpg_bench"] | None,
+        typer.Option(help="Sample all prompts of a benchmark, and write them as its scorer takes them."),
+    ] = None,
 ) -> None:
     """Sample images from finished runs into their `samples/`."""
     from shd_diffusion.config import override_config
     from shd_diffusion.run_folder import RunFolder
+    from shd_diffusion.sampling.prompts import read_prompts
     from shd_diffusion.sampling.sample_run import sample_run
 
     if output is not None and len(runs) > 1:
@@ -198,7 +211,12 @@ def sample(
         )
     for run in map(RunFolder, runs):
         config = override_config(run.read_config(), set_ or [], str(run.config_file))
-        sample_run(run, config, output or run.samples, npz)
+        if prompts is not None:
+            told: dict[str, Any] = {"prompts": str(prompts)}
+            if not any(key.startswith("sample.num_images=") for key in set_ or []):
+                told["num_images"] = len(read_prompts(prompts)) * config.sample.images_per_prompt
+            config = config.model_copy(update={"sample": config.sample.model_copy(update=told)})
+        sample_run(run, config, output or run.samples, npz, layout)
 
 
 @app.command()
@@ -321,8 +339,16 @@ def squeeze(
 @app.command()
 @stage
 def compress(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a teacher.")],
+    teacher: Annotated[
+        str, typer.Argument(metavar="TEACHER", help="A run, a pipeline or model folder, or a hub name.")
+    ],
     output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The pipeline folder to write.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            "--data", metavar="CONFIG", help="Of a training, whose data calibrate; default: the run's."
+        ),
+    ] = None,
     heads: Annotated[float | None, typer.Option(help="Of every attention block; below 1 a share.")] = None,
     neurons: Annotated[float | None, typer.Option(help="Of every feed-forward; below 1 a share.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="How many stay.")] = None,
@@ -335,9 +361,17 @@ def compress(
     from rich.console import Console
 
     from shd_diffusion.compression.compress_run import compress_run, table
+    from shd_diffusion.config import read_run_config
     from shd_diffusion.run_folder import RunFolder
 
-    results = compress_run(RunFolder(run), output, _count(heads), _count(neurons), blocks, images, plain)
+    run = RunFolder(Path(teacher))
+    if data is None and not run.config_file.exists():
+        raise UserError(
+            f"{teacher}: no run, so it has no data to calibrate on; name them: --data CONFIG, the config of a training"
+        )
+    config = run.read_config() if data is None else read_run_config(data)
+    counts = _count(heads), _count(neurons), blocks
+    results = compress_run(teacher, config, output, *counts, images, plain)
     Console().print(table(results))
     typer.echo(f"compressed: {output}")
 

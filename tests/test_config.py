@@ -16,6 +16,7 @@ from shd_diffusion.config import (
 )
 from shd_diffusion.data.prepare import PrepareConfig
 from shd_diffusion.errors import UserError
+from shd_diffusion.models.text_pipeline import TextPipelineConfig
 from shd_diffusion.study.config import StudyConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -88,9 +89,10 @@ def test_missing_file_and_missing_key_are_named(tmp_path: Path) -> None:
 def test_every_config_that_ships_is_valid(path: Path) -> None:
     kinds = {
         "variants": StudyConfig,
-        "prepare": PrepareConfig,
+        "text_encoder": TextPipelineConfig,
         "student": DistillConfig,
         "model": TrainTeacherConfig,
+        "prepare": PrepareConfig,
     }
     tree = config_module._read_tree(path)
     kind = next(kind for key, kind in kinds.items() if key in tree)

@@ -15,6 +15,7 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
 
 from shd_diffusion.config import DistillConfig, read_config, read_prepare_config
@@ -131,7 +132,8 @@ from diffusers import DiffusionPipeline
 for run in json.load(sys.stdin):
     pipeline = DiffusionPipeline.from_pretrained(run["pipeline"])
     for prompt, seed, image in zip(run["prompts"], run["seeds"], run["images"]):
-        found = pipeline([prompt], generator=[torch.Generator().manual_seed(seed)], output_type="np", **run["call"])[0]
+        noise = [torch.Generator().manual_seed(seed)]
+        found = pipeline(prompt=[prompt], generator=noise, output_type="np", **run["call"])[0]
         found = np.concatenate(list(found[0]), axis=1) if found.ndim == 5 else found[0]
         np.save(image, (found * 255).round().astype("uint8"))
 assert not any(name.startswith("shd_diffusion") for name in sys.modules)
@@ -168,3 +170,28 @@ def test_plain_diffusers_gives_the_same_images_in_a_fresh_process(distilled, tmp
             with Image.open(distilled(name).samples / f"{index:06d}.png") as image:
                 ours = np.asarray(image)
             assert np.array_equal(ours, np.load(tmp_path / f"{name}-{index:06d}.png.npy")), name
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_attention_maps_name_the_words_of_their_prompt(name: str, distilled) -> None:
+    run = distilled(name)
+    with safe_open(run.attention_file, "pt") as file:
+        description = json.loads(file.metadata()["description"])
+        image = file.get_tensor("image")
+        maps = {
+            block["student"]: file.get_tensor(f"{block['student']}/teacher")
+            for block in description["blocks"]
+        }
+    assert description["prompt"] in {caption for captions in CAPTIONS for caption in captions}
+    assert image.shape == (3, *SIZE)  # decoded
+    words = description["words"]
+    spelled = "".join(word["text"] for word in words).replace(" ", "")
+    assert description["prompt"].replace(" ", "") in spelled or spelled.endswith("<|endoftext|>")  # cut off
+    keys = [key for word in words for key in word["keys"]]
+    assert len(set(keys)) == len(keys)
+    with_text = [block for block in description["blocks"] if block["text"]]
+    assert bool(with_text) == (name not in ("lumina2", "z-image"))  # which join both before their first block
+    for block in with_text:
+        first, after = block["text"]
+        queries, count = maps[block["student"]].shape[1:]
+        assert first + max(keys) < after <= count and np.prod(block["grid"]) == queries

@@ -47,7 +47,7 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, plan: Measur
             raise UserError(f"--heads {count}: {run.path} has {most} heads; give numbers from 1 to {most}")
     source = build_source(config.trained_on)
     try:
-        process = ForwardProcess.from_scheduler(scheduler_for(config.diffusion, teacher, False))
+        process = ForwardProcess.from_scheduler(scheduler_for(config.diffusion, teacher.scheduler, False))
         found = measure(model, source, process, heads, plan)
     except ValueError as error:
         raise UserError(f"{run.path}: {error}") from error

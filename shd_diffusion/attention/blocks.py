@@ -10,7 +10,7 @@ from diffusers.utils import is_xformers_available
 from torch import Tensor, nn
 
 from shd_diffusion.attention.probe import CONTEXT, MAIN, Streams, probe
-from shd_diffusion.attention.records import Kind
+from shd_diffusion.attention.records import AttentionRecord, Kind
 
 LINEAR = "linear attention has no softmax, hence no map"
 
@@ -76,6 +76,24 @@ def kernel_calls(module: Any) -> tuple[tuple[str, Streams], ...]:
         if _two_queries(module):
             raise
         return (("", (MAIN,)),)
+
+
+def text_keys(model: nn.Module, record: AttentionRecord) -> range | None:
+    """Which keys of a record are text, where its query rows are the image's; None where that cannot be told.
+
+    They cannot in models that join both before their first layer, where all attention is self-attention.
+    """
+    name, _, suffix = record.name.partition(":")
+    queries, keys = record.query.shape[2], record.key.shape[2]
+    if suffix or record.kind == "self":
+        return None
+    if record.kind == "cross":
+        return range(keys)
+    ((_, streams),) = kernel_calls(model.get_submodule(name))
+    if streams[0] == MAIN and len(streams) == 2:
+        return range(queries, keys)
+    registers = getattr(model, "register_tokens", None)  # AuraFlow's, learned, stand before the text
+    return range(0 if registers is None else registers.shape[1], keys - queries)
 
 
 def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | None:

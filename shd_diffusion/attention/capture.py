@@ -17,7 +17,7 @@ from shd_diffusion.attention.blocks import (
     output_weight,
     processor_name,
 )
-from shd_diffusion.attention.kernels import stack
+from shd_diffusion.attention.kernels import counted_rows, stack
 from shd_diffusion.attention.probe import CONTEXT, MAIN, Streams
 from shd_diffusion.attention.processors import Tap, install, remove, replaced
 from shd_diffusion.attention.records import AttentionRecord, taken
@@ -100,6 +100,7 @@ class AttentionCapture:
                 f"{len(expected)}: its processor {processor_name(module)} is unknown; set the default one"
             )
         for (suffix, streams), call in zip(expected, calls, strict=True):
+            counted = counted_rows(call, among_themselves=block.kind != "cross")
             for stream, rows in _rows(streams, call.query.shape[2], tap.rows):
                 weight = output_weight(self._model, name, stream)
                 if weight is None:
@@ -113,6 +114,7 @@ class AttentionCapture:
                     output_weight=weight.full_tensor() if hasattr(weight, "full_tensor") else weight,
                     scale=call.scale,
                     mask=call.mask if rows is None else taken(call.mask, rows=rows),
+                    counted=counted if counted is None or rows is None else counted[:, rows],
                 )
 
 

@@ -138,6 +138,26 @@ def _additive(mask: Tensor) -> Tensor:
     return mask[(None,) * (4 - mask.ndim)]
 
 
+def counted_rows(call: KernelCall, among_themselves: bool) -> Tensor | None:
+    """Which query rows are of tokens that count, (B, Q); None where the mask hides none.
+
+    A row that may see no key is of padding. So is one whose own key is hidden, where tokens attend among themselves: no
+    other token sees it.
+
+    Args:
+        call: of the kernel.
+        among_themselves: whether query row i and key i are of the same token.
+    """
+    mask = call.mask
+    if mask is None or mask.requires_grad:  # what is learned is a bias
+        return None
+    seen = (mask > MASKED).any(1)  # (B or 1, Q or 1, K): by any head
+    counted = seen.any(2)
+    if among_themselves and call.query.shape[2] == call.key.shape[2]:
+        counted = counted & (seen[:, 0] if seen.shape[1] == 1 else seen.diagonal(dim1=1, dim2=2))
+    return counted.expand(len(call.query), call.query.shape[2])
+
+
 def stack(calls: Sequence[KernelCall], rows: int) -> KernelCall:
     """One call of all samples out of one each, whose texts differ in length: keys are padded and masked.
 

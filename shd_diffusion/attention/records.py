@@ -29,6 +29,8 @@ class AttentionRecord:
         scale: factor on the logits, usually d ** -0.5.
         mask: added to the logits, (B or 1, H or 1, Q or 1, K); None where there is none. A key that a query must
             not see has `MASKED` or less.
+        counted: which query rows count, (B, Q); None where all do. Rows of padding do not: text that shares a batch
+            with a longer prompt has them, where its tokens attend too.
     """
 
     name: str
@@ -39,6 +41,7 @@ class AttentionRecord:
     output_weight: Tensor
     scale: float
     mask: Tensor | None = None
+    counted: Tensor | None = None
 
     @property
     def heads(self) -> int:
@@ -52,6 +55,7 @@ class AttentionRecord:
             key=self.key[samples],
             value=self.value[samples],
             mask=taken(self.mask, samples),
+            counted=self.some_counted(samples),
         )
 
     def detached(self) -> AttentionRecord:
@@ -64,7 +68,14 @@ class AttentionRecord:
         if self.query.device == device:
             return self
         moved = {name: getattr(self, name).to(device) for name in ("query", "key", "value")}
-        return replace(self, **moved, mask=None if self.mask is None else self.mask.to(device))
+        mask = None if self.mask is None else self.mask.to(device)
+        return replace(
+            self, **moved, mask=mask, counted=None if self.counted is None else self.counted.to(device)
+        )
+
+    def some_counted(self, samples: Index | None = None, rows: Index | None = None) -> Tensor | None:
+        """`counted` of some samples and query rows."""
+        return None if self.counted is None else _at(_at(self.counted, 0, samples), 1, rows)
 
     def logits(
         self, temperature: float = 1.0, samples: Index | None = None, rows: Index | None = None

@@ -1,4 +1,4 @@
-"""`compress`: a smaller pipeline from a trained run's, without training, and what each part of it lost."""
+"""`compress`: a smaller pipeline from a trained one, without training, and what each part of it lost."""
 
 from __future__ import annotations
 
@@ -18,27 +18,35 @@ from shd_diffusion.files import holds_files, replacing_folder, write_json, write
 from shd_diffusion.models.denoiser import count_parameters, null_condition, predict
 from shd_diffusion.models.factory import TeacherConfig
 from shd_diffusion.models.forward_process import ForwardProcess
+from shd_diffusion.models.pipeline_folder import PipelineFolder
 from shd_diffusion.models.teacher import load_teacher, scheduler_for
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
-from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline
-from shd_diffusion.training.batches import BatchLayout, NoiseSettings, StepSampler, draw_noise, make_batch
+from shd_diffusion.training.batches import (
+    BatchLayout,
+    StepSampler,
+    draw_noise,
+    make_batch,
+    noise_settings,
+)
 from shd_diffusion.training.build import conditions_of
 
 README = """# A compressed model
 
-Made by `shd-diffusion compress {run}` without training: {shape}. `compression.json` says what each part lost.
+Made by `shd-diffusion compress {teacher}` without training: {shape}. `compression.json` says what each part lost.
 
 {load}
 """
-OWN = """Its class is `{name}`, for heads or neurons that its stock class cannot have. Install shd-diffusion, load it by
-`shd_diffusion.sampling.ClassConditionalPipeline.from_pretrained`, or train it by `student: {{pretrained: …}}`."""
+OWN = """The class of its denoiser is `{name}`, for heads or neurons that its stock class cannot have. Install
+shd-diffusion, and load it by `{pipeline}.from_pretrained` after `import shd_diffusion.models`, or train it by
+`student: {{pretrained: …}}`."""
 STOCK = "Its denoiser is a plain diffusers `{name}`."
 
 
 def compress_run(
-    run: RunFolder,
+    path: str,
+    config: RunConfig,
     output: Path,
     heads: Counts = None,
     neurons: Counts = None,
@@ -46,10 +54,11 @@ def compress_run(
     images: int = 1024,
     plain: bool = False,
 ) -> dict[str, Any]:
-    """Compress a run's model, calibrated on its own data, noised as it was trained, and save it as a pipeline.
+    """Compress a trained model, calibrated on data that are noised as in training, and save it in its kind of pipeline.
 
     Args:
-        run: of the teacher.
+        path: of the teacher: a run, a pipeline or model folder, or a hub name.
+        config: of the teacher's run, or of one that trains on the same kind of data.
         output: the pipeline's folder.
         heads: see `compress`.
         neurons: see `compress`.
@@ -61,25 +70,23 @@ def compress_run(
         The content of `compression.json`.
 
     Raises:
-        UserError: there is no such run, its data are missing, or it cannot be made so small.
+        UserError: there is no such model, the data are missing, or it cannot be made so small.
     """
-    config = run.read_config()
     if holds_files(output):
         raise UserError(f"--output {output}: holds files already; give another")
-    teacher = load_teacher(TeacherConfig(path=str(run.path)))
+    teacher = load_teacher(TeacherConfig(path=path))
     model, source = teacher.model.to(processes().device), build_source(config.trained_on)
     source.condition_names = conditions_of(model, source)
-    scheduler = scheduler_for(config.diffusion, teacher, False)
+    scheduler = scheduler_for(config.diffusion, teacher.scheduler, False)
     process = ForwardProcess.from_scheduler(scheduler)
     batches = calibration_batches(config, model, source, process, images)
     before = count_parameters(model)
     try:
         found = compress(model, batches, predict, heads, neurons, blocks, plain=plain, report=_tell)
     except ValueError as error:
-        raise UserError(f"{run.path}: cannot be compressed so: {error}") from error
-    vae = source.load_vae() if isinstance(source, LatentSource) else None
+        raise UserError(f"{path}: cannot be compressed so: {error}") from error
     results = {
-        "teacher": str(run.path),
+        "teacher": path,
         "images": images,
         "parameters": {"before": before, "after": count_parameters(found.model)},
         "lost": found.lost,
@@ -87,10 +94,14 @@ def compress_run(
         "environment": describe_environment(),
     }
     with replacing_folder(output) as temporary:
-        pipeline = ClassConditionalPipeline(found.model, scheduler, vae, sample_shape=list(source.shape))
-        pipeline.save_pretrained(temporary, safe_serialization=True)
+        if teacher.pipeline is not None and teacher.pipeline.takes_prompts:
+            teacher.pipeline.save_with(found.model, temporary)
+        else:
+            vae = source.load_vae() if isinstance(source, LatentSource) else None
+            pipeline = ClassConditionalPipeline(found.model, scheduler, vae, sample_shape=list(source.shape))
+            pipeline.save_pretrained(temporary, safe_serialization=True)
         write_json(temporary / "compression.json", results)
-        write_text(temporary / "README.md", _readme(run, found))
+        write_text(temporary / "README.md", _readme(path, teacher.pipeline, found))
     return results
 
 
@@ -99,9 +110,7 @@ def calibration_batches(
 ) -> list[Batch]:
     """Training data as a run sees them, noised and with conditions dropped, but of steps that it never takes."""
     train, null = config.train, {**null_condition(model), **source.null}
-    settings = NoiseSettings(
-        source.shape, train.condition_dropout, train.timestep_sampling, source.needs_noise
-    )
+    settings = noise_settings(train, source)
     sampler = StepSampler(config.seed, source.groups, BatchLayout(size), 0, max(1, images // size))
     found = []
     for step, items in enumerate(source.batches(sampler)):
@@ -131,8 +140,10 @@ def _tell(part: Part) -> None:
     announce(f"{part.name}: {part.before} → {part.after} {part.what}, lost {part.lost:.5f}")
 
 
-def _readme(run: RunFolder, found: CompressedModel) -> str:
+def _readme(path: str, pipeline: PipelineFolder | None, found: CompressedModel) -> str:
     name = type(found.model).__name__
-    load = (OWN if name.startswith("Squeezed") else STOCK).format(name=name)
+    by_prompt = pipeline is not None and pipeline.takes_prompts
+    kind = "diffusers.DiffusionPipeline" if by_prompt else "shd_diffusion.sampling.ClassConditionalPipeline"
+    load = (OWN if name.startswith("Squeezed") else STOCK).format(name=name, pipeline=kind)
     shape = f"{count_parameters(found.model):,} parameters"
-    return README.format(run=run.path, shape=shape, load=load)
+    return README.format(teacher=path, shape=shape, load=load)

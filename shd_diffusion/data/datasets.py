@@ -5,6 +5,7 @@ A new data set is a file with a function that opens it, and an entry of `DATASET
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,13 +13,14 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
+from shd_diffusion.data.cache_shards import by_size
 from shd_diffusion.data.digits import digits
 from shd_diffusion.data.emoji import Emoji
 from shd_diffusion.data.folder import ImageFolder
 from shd_diffusion.data.framing import Framing, buckets_of, square
 from shd_diffusion.data.hub import HubImages
 from shd_diffusion.data.image_sets import Images, ReferenceImages
-from shd_diffusion.data.latents import LatentSource, read_manifest
+from shd_diffusion.data.latents import LatentSource, caption_number, read_manifest
 from shd_diffusion.data.prompts import Prompts, no_images
 from shd_diffusion.data.published import cifar10, fashion_mnist
 from shd_diffusion.data.source import ImageSource, Source
@@ -214,6 +216,26 @@ def reference_images(config: DataConfig) -> ReferenceImages:
     config = config.model_copy(update={"buckets": None})
     parts = (config.name, config.path, config.split, config.image_size and f"{config.image_size} px")
     return ReferenceImages(open_dataset(config), " ".join(str(part) for part in parts if part), left_out)
+
+
+def caption_of(source: LatentSource, index: int, epoch: int) -> str:
+    """The caption that item `index` of a cache has in an epoch, from the data that the cache was made from.
+
+    Raises:
+        UserError: they cannot be had any more, are others by now, or have no captions.
+    """
+    manifest = source.dataset.manifest
+    images = open_dataset(DataConfig.model_validate(manifest["data"]))
+    if images.fingerprint() != manifest["identity"]["source"]:
+        raise UserError("data: are others than the cache was made from; run `shd-diffusion prepare` again")
+    left_out = {image["index"] for shard in manifest["shards"] for image in shard["unreadable"]}
+    order = (i for bucket in by_size(images) for i in bucket if i not in left_out)
+    captions = images.captions(next(itertools.islice(order, index, None)))
+    if "sampling" in manifest["identity"]:  # the teacher has sampled from the first one
+        captions = captions[:1]
+    if not captions:
+        raise UserError("data: have no captions")
+    return captions[caption_number(index, epoch, len(captions))]
 
 
 def _made_from(config: DataConfig) -> DataConfig:

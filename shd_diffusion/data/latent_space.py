@@ -12,6 +12,7 @@ from diffusers import AutoModel, ModelMixin
 from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.models.pipeline_folder import find_pipeline
 
 
 @dataclass(frozen=True)
@@ -127,8 +128,7 @@ def load_vae(path: str) -> ModelMixin:
         UserError: there is none.
     """
     try:
-        subfolder = "vae" if (Path(path) / "vae").is_dir() else None
-        vae = AutoModel.from_pretrained(path, subfolder=subfolder, use_safetensors=True)
+        vae = AutoModel.from_pretrained(path, subfolder=_subfolder(path), use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(
             f"{path}: cannot be loaded ({one_line(error)}); give a folder or hub name of a diffusers VAE"
@@ -138,6 +138,17 @@ def load_vae(path: str) -> ModelMixin:
             f"{path}: a {type(vae).__name__} is no VAE; give one of diffusers, such as an AutoencoderKL"
         )
     return vae.eval().requires_grad_(False)
+
+
+def _subfolder(path: str) -> str | None:
+    """Where the VAE lies: in a pipeline, here or on the hub, in its own folder."""
+    if Path(path).is_dir():
+        return "vae" if (Path(path) / "vae").is_dir() else None
+    try:
+        pipeline = find_pipeline(path)
+    except UserError:  # on the hub, but no pipeline
+        return None
+    return "vae" if pipeline is not None and pipeline.has("vae") else None
 
 
 def _by_channel(values: tuple[float, ...], latents: Tensor) -> Tensor:

@@ -64,7 +64,7 @@ class LatentCache(Dataset[dict[str, Tensor]]):
         return self.item(index, 0)
 
     def item(self, index: int, epoch: int) -> dict[str, Tensor]:
-        """Item `index`; of several captions each epoch takes the next one, the first epoch another one by image."""
+        """Item `index`; of several captions the one of `caption_number`."""
         number = int(np.searchsorted(self.ends, index, side="right"))
         row = index - (int(self.ends[number - 1]) if number else 0)
         if number not in self.open_shards:
@@ -73,7 +73,7 @@ class LatentCache(Dataset[dict[str, Tensor]]):
         moments = torch.as_tensor(shard.pop("moments")[row])[: self.copies]
         if (captions := shard.pop("captions", None)) is not None:
             first, after = captions[row : row + 2].tolist()
-            row = first + (epoch + index) % (after - first)
+            row = first + caption_number(index, epoch, after - first)
         return {"moments": moments, **{name: torch.as_tensor(part[row]) for name, part in shard.items()}}
 
     def __getstate__(self) -> dict[str, Any]:
@@ -161,6 +161,11 @@ class LatentSource(Source):
                 "or run `shd-diffusion prepare` with another --output"
             )
         return vae
+
+
+def caption_number(index: int, epoch: int, count: int) -> int:
+    """Which of so many captions item `index` has in an epoch: each the next one, the first another one by image."""
+    return (epoch + index) % count
 
 
 def groups_of(shards: list[dict[str, Any]]) -> list[range]:

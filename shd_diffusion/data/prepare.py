@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from shd_diffusion.data.cache_shards import Shard, plan_shards
 from shd_diffusion.data.conditions import CaptionEncoder, LabelEncoder
 from shd_diffusion.data.datasets import DataConfig, open_dataset
 from shd_diffusion.data.decoding import UnreadableImage
@@ -28,7 +29,6 @@ from shd_diffusion.data.latent_space import LatentSpace, load_vae
 from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
 from shd_diffusion.data.prompts import Prompts
 from shd_diffusion.data.sampled_latents import LatentSampler, TeacherSamplingConfig
-from shd_diffusion.data.cache_shards import Shard, plan_shards
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import holds_files, save_tensors, sha256, write_json, write_text
 from shd_diffusion.hashing import hash_model
@@ -116,7 +116,7 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
 
     latents: Latents = encode_images
     if isinstance(images, Prompts):
-        latents = teacher_latents(config, images, space, source)
+        latents = teacher_latents(config, images, space, manifest["shape"], source)
     mine = shards[state.process_index :: state.num_processes]
     encode_shards(mine, images, space, encoder, latents, config)
     state.wait_for_everyone()
@@ -351,7 +351,9 @@ def encode_images(
         yield torch.stack([space.encode(pixels), space.encode(pixels.flip(-1))], dim=1), batch
 
 
-def teacher_latents(config: PrepareConfig, images: Images, space: LatentSpace, source: str) -> Latents:
+def teacher_latents(
+    config: PrepareConfig, images: Images, space: LatentSpace, shape: list[int], source: str
+) -> Latents:
     """What lets the teacher sample the latents of prompts, (b, 1, C, h, w); see `Latents`.
 
     Raises:
@@ -362,7 +364,7 @@ def teacher_latents(config: PrepareConfig, images: Images, space: LatentSpace, s
     try:
         pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype).to(processes().device)
         sampler = LatentSampler(
-            pipeline, space, images.shape[1:], settings.teacher_sampling, settings.prompt_arguments
+            pipeline, space, images.shape[1:], shape, settings.teacher_sampling, settings.prompt_arguments
         )
     except Exception as error:  # diffusers raises errors of any kind
         raise UserError(f"{source}: {name} cannot sample latents ({one_line(error)})") from error

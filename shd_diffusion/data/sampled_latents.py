@@ -13,9 +13,8 @@ from torch import Tensor
 
 from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.errors import UserError
-from shd_diffusion.models.denoiser import family_of, unpack
+from shd_diffusion.models.families import unpack
 from shd_diffusion.models.last_step import last_step
-from shd_diffusion.models.prompts import denoiser_name
 from shd_diffusion.randomness import generator
 from shd_diffusion.section import Section
 
@@ -29,18 +28,26 @@ class TeacherSamplingConfig(Section):
 
 
 class LatentSampler:
-    """Latents of prompts by a text-to-image pipeline with all its weights."""
+    """Latents of prompts by a text-to-image pipeline with all its weights.
+
+    Args:
+        size: of the images in pixels; `shape` is that of the latents.
+
+    Raises:
+        UserError: the pipeline's call takes no guidance scale.
+    """
 
     def __init__(
         self,
         pipeline: DiffusionPipeline,
         space: LatentSpace,
         size: tuple[int, int],
+        shape: Sequence[int],
         config: TeacherSamplingConfig,
         arguments: Mapping[str, Any],
     ) -> None:
         takes = inspect.signature(type(pipeline).__call__).parameters
-        self.pipeline, self.space, self.size, self.config = pipeline, space, size, config
+        self.pipeline, self.space, self.shape, self.config = pipeline, space, tuple(shape), config
         self.arguments = {"height": size[0], "width": size[1], **arguments}
         if config.guidance_scale is not None:
             if "guidance_scale" not in takes:
@@ -63,9 +70,8 @@ class LatentSampler:
                 **self.arguments,
             )
         latents = steps[-1].float()
-        patch = family_of(getattr(self.pipeline, denoiser_name(self.pipeline))).patch
-        if patch is not None and latents.ndim == 3:
-            (tokens,) = latents.shape[1:2]
-            rows = round((tokens * self.size[0] / self.size[1]) ** 0.5)
-            latents = unpack(latents, torch.Size((rows * patch, tokens // rows * patch)), patch)
-        return self.space.denormalise(latents).cpu()
+        if latents.ndim == 3:  # packed: p×p patches are tokens
+            height, width = self.shape[-2:]
+            patch = round((height * width / latents.shape[1]) ** 0.5)
+            latents = unpack(latents, torch.Size((height, width)), patch)
+        return self.space.denormalise(latents.view(-1, *self.shape)).cpu()

@@ -7,104 +7,71 @@ metrics of whole sets of images do not.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from accelerate.utils import gather_object
-from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from shd_diffusion.data.images import to_rgb_bytes
 from shd_diffusion.evaluation.extractors import Extractor
 from shd_diffusion.evaluation.lpips import LPIPS
 from shd_diffusion.models.last_step import last_step
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
-from shd_diffusion.randomness import generator
+from shd_diffusion.sampling.image_sampler import ImageSampler
 from shd_diffusion.statistics import Estimate, bootstrap
 
 Measures = dict[str, list[float]]
 """Numbers by measure, one an image."""
 
 
-@dataclass(frozen=True)
-class Calls:
-    """What both pipelines are asked for.
-
-    Attributes:
-        indices: of N images; the noise of image j follows from (seed, j), as that of `sample`.
-        inputs: N values by argument of the pipelines' call: {"prompt": texts}, {"class_labels": classes}, or none.
-        seed: see `indices`.
-        arguments: the other arguments of the call, the same for all images.
-        pass_size: images that go through a model at once.
-    """
-
-    indices: Sequence[int]
-    inputs: Mapping[str, Sequence[Any]]
-    seed: int = 0
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    pass_size: int = 1
-
-
 def against_teacher(
-    student: DiffusionPipeline,
-    teacher: DiffusionPipeline,
-    calls: Calls,
+    student: ImageSampler,
+    teacher: ImageSampler,
+    indices: Sequence[int],
     extractor: Extractor,
     lpips: LPIPS | None = None,
+    pass_size: int = 1,
 ) -> Measures:
-    """How far each image of the student is from the teacher's, see `measure`; in the order of the images.
+    """How far each image of the student is from the teacher's, see `measure`; in the order of the indices.
 
     Args:
-        student, teacher: of one class, on one device; they may share parts, the scheduler too.
+        student, teacher: of one class of pipelines, on one device, with the same prompts or labels, seed and arguments,
+            such as `ByPrompt(pipeline, config, prompts)`: image j of both starts from the same noise, by (seed, j). The
+            pipelines may share parts, the scheduler too.
+        indices: of the images, N.
         extractor: what features are compared.
         lpips: None leaves that measure out.
+        pass_size: images that go through a model at once.
 
     Raises:
-        ValueError: the pipelines are of different classes.
+        ValueError: the pipelines are of different classes, or images are not finite.
     """
-    if type(student) is not type(teacher):
-        raise ValueError(f"a {type(student).__name__} and a {type(teacher).__name__} do not compare")
-    state, count = processes(), len(calls.indices)
+    kinds = [type(sampler.pipeline) for sampler in (student, teacher)]
+    if kinds[0] is not kinds[1]:
+        raise ValueError(f"a {kinds[0].__name__} and a {kinds[1].__name__} do not compare")
+    state, count = processes(), len(indices)
     extractor, lpips = extractor.to(state.device), None if lpips is None else lpips.to(state.device)
-    passes = [range(start, min(start + calls.pass_size, count)) for start in range(0, count, calls.pass_size)]
+    passes = [list(indices[start : start + pass_size]) for start in range(0, count, pass_size)]
     found: list[dict[str, Tensor]] = []
     with (
         state.split_between_processes(passes) as mine,
         progress_bar(count, "student against teacher", "image", visible=state.is_main_process) as bar,
     ):
-        for places in mine:
-            of_student, of_teacher = (generate(each, calls, places) for each in (student, teacher))
-            found.append(measure(*of_student, *of_teacher, extractor, lpips))
-            bar.update(min(len(places) * state.num_processes, count - bar.n))
+        for each in mine:
+            latents, images = generate(student, each)
+            found.append(measure(latents, images, *generate(teacher, each), extractor, lpips))
+            bar.update(min(len(each) * state.num_processes, count - bar.n))
     found = gather_object(found)
     return {name: torch.cat([part[name] for part in found]).tolist() for name in found[0]}
 
 
-@torch.no_grad()
-def generate(pipeline: DiffusionPipeline, calls: Calls, places: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The final latents (B, ...) of some of the images, and the images, 8-bit (B, 3, H, W).
-
-    Args:
-        places: which of `calls.indices`.
-    """
-    inputs: dict[str, Any] = {
-        name: [values[place] for place in places] for name, values in calls.inputs.items()
-    }
-    if not inputs:  # unconditional
-        inputs = {"num_images": len(places)}
-    pipeline.set_progress_bar_config(disable=True)
-    with last_step(pipeline.scheduler) as latents:
-        images = pipeline(
-            **inputs,
-            **calls.arguments,
-            generator=[generator(calls.seed, "sample", calls.indices[place]) for place in places],
-            output_type="pt",
-            return_dict=False,
-        )[0]
-    return latents[-1], to_rgb_bytes(images * 2 - 1)
+def generate(sampler: ImageSampler, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """The final latents (B, ...) of these images, and the images, 8-bit (B, 3, H, W)."""
+    sampler.pipeline.set_progress_bar_config(disable=True)
+    with last_step(sampler.pipeline.scheduler) as latents:
+        images = sampler.images(indices)
+    return latents[-1], images
 
 
 @torch.no_grad()

@@ -12,17 +12,19 @@ from diffusers import DiffusionPipeline
 from shd_diffusion.config import DistillConfig, RunConfig, SampleConfig
 from shd_diffusion.data.decoding import decode
 from shd_diffusion.errors import UserError
-from shd_diffusion.evaluation.against_teacher import Calls, against_teacher, summarise
+from shd_diffusion.evaluation.against_teacher import against_teacher, summarise
 from shd_diffusion.evaluation.extractors import Extractor
 from shd_diffusion.evaluation.lpips import LPIPS, lpips_is_missing
 from shd_diffusion.files import json_sha256
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.models.factory import DENOISERS, load_model
 from shd_diffusion.processes import processes
+from shd_diffusion.protocol import OF_THE_MODEL
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.sampling.by_class import call_arguments
+from shd_diffusion.sampling.by_class import ByClass
 from shd_diffusion.sampling.by_prompt import ByPrompt
 from shd_diffusion.sampling.generate import Summary, image_path
+from shd_diffusion.sampling.image_sampler import ImageSampler
 from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.schedulers import own_scheduler
 
@@ -44,46 +46,33 @@ def compare_with_teacher(
         raise UserError(f"{run.config_file}: key `{KEY}`: this run has no teacher; set it to 0")
     indices = chosen_images(sampled, config.evaluate.against_teacher)
     if len(indices) < config.evaluate.against_teacher:
-        what = "labels" if sampled.prompts is None else "different prompts"
+        what = "images" if sampled.prompts is None else "different prompts"
         raise UserError(
-            f"key `{KEY}` is {config.evaluate.against_teacher}, but {run.samples} has images of {len(indices)} {what}; "
+            f"key `{KEY}` is {config.evaluate.against_teacher}, but {run.samples} has {len(indices)} {what}; "
             "sample more, or lower it"
         )
     sample = _sampling_of(sampled)
-    student = open_pipeline(str(run.pipeline))
-    scheduler = own_scheduler(sample, student.scheduler)
-    student.register_modules(scheduler=scheduler)
-    teacher = with_denoiser_of(student, config.teacher.path)
-    inputs: dict[str, list[Any]] = {}
-    if sampled.prompts is not None:
-        size = sampled.protocol["height"], sampled.protocol["width"]
-        by_prompt = ByPrompt(student, sample, sampled.prompts, None if None in size else size)
-        inputs, arguments = by_prompt.inputs(range(len(sampled.prompts))), by_prompt.arguments
-    else:
-        arguments = call_arguments(sample)
-        if sampled.labels is not None:
-            inputs = {"class_labels": sampled.labels}
-    chosen = {name: [values[index] for index in indices] for name, values in inputs.items()}
-    calls = Calls(indices, chosen, sample.seed, arguments, sample.pass_size)
+    pipeline = open_pipeline(str(run.pipeline), sample.dtype)
+    if sample.scheduler != type(pipeline.scheduler).__name__ or sample.scheduler_arguments:
+        pipeline.scheduler = own_scheduler(sample, pipeline.scheduler)
+    student, teacher = (
+        _sampler(each, sample, sampled)
+        for each in (pipeline, with_denoiser_of(pipeline, config.teacher.path))
+    )
     height, width = decode(image_path(run.samples, 0), str(image_path(run.samples, 0))).shape[1:]
     left_out = lpips_is_missing(height, width)
     lpips = None if left_out else LPIPS()
-    protocol = {
-        "teacher_sha256": hash_model(_denoiser(teacher)[1]),
-        "images_sha256": json_sha256([indices, calls.inputs]),
-        "seed": calls.seed,
-        "scheduler": type(scheduler).__name__,
-        "scheduler_arguments": sample.scheduler_arguments,
-        "arguments": dict(calls.arguments),
-        "pass_size": calls.pass_size,
+    protocol = {key: value for key, value in sampled.protocol.items() if key not in OF_THE_MODEL} | {
+        "teacher_sha256": hash_model(_denoiser(teacher.pipeline)[1]),
+        "images_sha256": json_sha256([(index, _made_from(sampled, index)) for index in indices]),
         "features": extractor.name,
         "extractor_sha256": extractor.sha256,
         "lpips": None if lpips is None else lpips.protocol(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},
     }
-    for pipeline in (student, teacher):
-        pipeline.to(processes().device)
-    measures = against_teacher(student, teacher, calls, extractor, lpips)
+    for sampler in (student, teacher):
+        sampler.pipeline.to(processes().device)
+    measures = against_teacher(student, teacher, indices, extractor, lpips, sample.pass_size)
     return {
         **{name: asdict(estimate) for name, estimate in summarise(measures).items()},
         "indices": indices,
@@ -105,6 +94,21 @@ def _sampling_of(sampled: Summary) -> SampleConfig:
     """How the samples were made."""
     known = {key: value for key, value in sampled.protocol.items() if key in SampleConfig.model_fields}
     return SampleConfig(**{**known, "images_per_prompt": 1})  # its prompts are told image by image
+
+
+def _sampler(pipeline: DiffusionPipeline, sample: SampleConfig, sampled: Summary) -> ImageSampler:
+    """What makes image j of the samples from another model too."""
+    if sampled.prompts is None:
+        return ByClass(pipeline, sample)
+    height, width = (sampled.protocol.get(key) for key in ("height", "width"))
+    size = None if height is None or width is None else (height, width)
+    return ByPrompt(pipeline, sample, sampled.prompts, size)
+
+
+def _made_from(sampled: Summary, index: int) -> str | int | None:
+    """The prompt or the label of an image."""
+    told = sampled.labels if sampled.prompts is None else sampled.prompts
+    return None if told is None else told[index]
 
 
 def with_denoiser_of(pipeline: DiffusionPipeline, path: str) -> DiffusionPipeline:

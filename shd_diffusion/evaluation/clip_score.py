@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from shd_diffusion.evaluation.metric import Column, Metric, Need
+from shd_diffusion.evaluation.metric import Column, Metric, MetricInputs, Need
 
 
 def clip_score(images: Tensor, texts: Tensor) -> float:
@@ -21,10 +21,20 @@ def clip_score(images: Tensor, texts: Tensor) -> float:
     return max(100 * F.cosine_similarity(images.double(), texts.double()).mean().item(), 0.0)
 
 
+def _caution(inputs: MetricInputs) -> str | None:
+    cut, count = inputs.image_text.cut, len(inputs.image_text.texts)
+    return (
+        f"{cut} of {count} prompts are longer than the CLIP model takes: it saw their beginning"
+        if cut
+        else None
+    )
+
+
 CLIP_SCORE = Metric(
     "clip_score",
     lambda inputs: clip_score(inputs.image_text.images, inputs.image_text.own_texts),
     (Column("clip_score", "CLIP score", "CLIP", "higher", ".2f"),),
     needs=(Need.IMAGE_TEXT, Need.PROMPTS),
     usual=True,
+    caution=_caution,
 )

@@ -20,15 +20,15 @@ from shd_diffusion.evaluation.image_prompts import image_prompts
 from shd_diffusion.evaluation.image_text import ImageTextEncoder, encode_texts
 from shd_diffusion.evaluation.images import FolderImages, ImageSet, open_image_files, tensor_images
 from shd_diffusion.evaluation.metric import OF_THE_IMAGES, ImageText, Metric, MetricInputs, Need
-from shd_diffusion.evaluation.metrics import check_settings, choose_metrics
+from shd_diffusion.evaluation.metrics import check_settings, choose_metrics, without_reference
 from shd_diffusion.evaluation.nearest import write_nearest
-from shd_diffusion.evaluation.references import FEWEST_IMAGES, Reference, open_reference
+from shd_diffusion.evaluation.references import FEWEST_IMAGES, NO_REFERENCE, Reference, open_reference
 from shd_diffusion.processes import processes
 
 
 def compute_metrics(
     images: Path | Tensor | ImageSet,
-    reference: str | Path | Tensor | ReferenceImages,
+    reference: str | Path | Tensor | ReferenceImages | None,
     config: EvaluateConfig,
     labels: Sequence[int] | None = None,
     protocol: dict[str, Any] | None = None,
@@ -39,7 +39,8 @@ def compute_metrics(
 
     Args:
         images: 8-bit images (N, 3, H, W), a set of them, a folder of image files, or an .npz of the ADM suite.
-        reference: see `open_reference`; `config.reference` goes before it.
+        reference: see `open_reference`; `config.reference` goes before it. None: metrics of prompts, labels or logits
+            alone.
         config: extractor, metrics, resize filter.
         labels: the class that was asked for, image by image.
         protocol: how the images were made (steps, scheduler, guidance, seed, ...); kept beside the metrics.
@@ -62,11 +63,15 @@ def compute_metrics(
     if prompts is None and config.clip_model is not None and isinstance(generated, FolderImages):
         prompts = image_prompts(generated.folder, generated.paths)
     _, height, width = generated[0].shape
-    source = config.reference or reference
+    source = reference if config.reference is None else config.reference
+    if source is None:
+        config = without_reference(config)
     data = source if isinstance(source, str) else None
     check_settings(config, data)
     extractor, clip = load_models(config, data)
-    real = open_reference(source, extractor, config.batch_size, config.resize, min(height, width))
+    real = NO_REFERENCE
+    if source is not None:
+        real = open_reference(source, extractor, config.batch_size, config.resize, min(height, width))
     classes = torch.tensor(labels) if labels is not None else generated.labels
     possible = _possible_needs(extractor, clip, real, classes, prompts)
     metrics = choose_metrics(config.metrics, possible)
@@ -123,8 +128,10 @@ def _image_text(
     number = {prompt: index for index, prompt in enumerate(dict.fromkeys(prompts))}
     if known is None:
         known = extract_features(images, clip, batch_size, "images by CLIP")["features"]
-    texts = encode_texts(_encoder(clip), list(number), batch_size)
-    return ImageText(known, texts, torch.tensor([number[prompt] for prompt in prompts]))
+    encoder = _encoder(clip)
+    texts = encode_texts(encoder, list(number), batch_size)
+    groups = torch.tensor([number[prompt] for prompt in prompts])
+    return ImageText(known, texts, groups, sum(map(encoder.is_cut, number)))
 
 
 def _open(images: Path | Tensor | ImageSet) -> ImageSet:
@@ -147,6 +154,7 @@ def _possible_needs(
         Need.PROMPTS: prompts is not None,
         Need.DIFFERENT_PROMPTS: len(set(prompts or ())) > 1,
         Need.IMAGE_TEXT: clip is not None,
+        Need.REFERENCE: bool(reference.statistics),
         Need.REFERENCE_IMAGES: reference.features is not None,
         Need.REFERENCE_LABELS: reference.labels is not None,
     }
@@ -193,7 +201,7 @@ def _warnings(metrics: list[Metric], inputs: MetricInputs, reference: Reference,
     warnings = []
     count, width = inputs.features.shape
     for images, number in (("images", count), ("reference images", reference.count or width + 1)):
-        if number <= width:
+        if reference.statistics and number <= width:
             warnings.append(
                 f"{number} {images} are too few for {width} features: "
                 "their covariance is singular and the FID biased upwards"

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, override_config
-from shd_diffusion.data import reference_images
+from shd_diffusion.data import ReferenceImages, reference_images
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.against_teacher_run import compare_with_teacher
 from shd_diffusion.evaluation.evaluate import compute_metrics, load_models
 from shd_diffusion.evaluation.extractors import extractor_name
 from shd_diffusion.evaluation.images import FolderImages
-from shd_diffusion.evaluation.metrics import check_settings
+from shd_diffusion.evaluation.metrics import check_settings, needs_reference, without_reference
 from shd_diffusion.files import write_json
 from shd_diffusion.models.factory import is_hub_name
 from shd_diffusion.processes import processes
@@ -35,14 +35,25 @@ def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     sampled = read_summary(run.samples)
     if sampled is None or not sampled.num_images:
         raise UserError(f"{run.path}: has no finished samples; run `shd-diffusion sample {run.path}` first")
-    reference = config.evaluate.reference or reference_images(config.trained_on)
-    name = extractor_name(config.evaluate.extractor, config.data.name)
-    settings = config.evaluate.model_copy(update={"extractor": name})
+    settings, reference = config.evaluate, config.evaluate.reference or _reference_of(config)
+    if reference is None:
+        settings = without_reference(settings)
+    name = extractor_name(settings.extractor, config.data.name)
+    settings = settings.model_copy(update={"extractor": name})
     found = {}
     if settings.against_teacher:
         extractor, _ = load_models(settings, None)
         found["against_teacher"] = compare_with_teacher(run, config, sampled, extractor)
     return _evaluate_and_keep(run, reference, settings, found)
+
+
+def _reference_of(config: RunConfig) -> ReferenceImages | None:
+    """The images of the data set; None where there are none, or no metric needs them."""
+    if config.evaluate.metrics is None and config.data.name == "prompts":
+        return None
+    if config.evaluate.metrics is not None and not needs_reference(config.evaluate):
+        return None
+    return reference_images(config.trained_on)
 
 
 def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
@@ -83,14 +94,15 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     # Whatever can be seen to be wrong before hours of sampling.
     config = override_config(EvaluationConfig(), overrides, "--set")
     reference = _given_reference(name, config.evaluate)
-    check_settings(config.evaluate, reference)
-    load_models(config.evaluate, reference)
+    settings = config.evaluate if reference is not None else without_reference(config.evaluate)
+    check_settings(settings, reference)
+    load_models(settings, reference)
 
     place = RunFolder(output or _default_output(name))
     with processes().local_main_process_first():
         pipeline = open_pipeline(name, config.sample.dtype)
     sample_pipeline(pipeline, config.sample, place.samples, {}, name, "--set")
-    return _evaluate_and_keep(place, reference, config.evaluate)
+    return _evaluate_and_keep(place, reference, settings)
 
 
 def _default_output(name: str) -> Path:
@@ -102,10 +114,10 @@ def _default_output(name: str) -> Path:
     )
 
 
-def _given_reference(name: str, config: EvaluateConfig) -> str:
+def _given_reference(name: str, config: EvaluateConfig) -> str | None:
     if config.against_teacher:
         raise UserError(f"{name}: is no run of `distill`, so `evaluate.against_teacher` must be 0")
-    if config.reference is None:
+    if config.reference is None and needs_reference(config):
         raise UserError(
             f"{name}: is no run here, so the images to compare with must be given: --reference REF"
         )

@@ -17,6 +17,7 @@ from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 from torch_fidelity.utils import create_feature_extractor
 
 from shd_diffusion.errors import UserError, did_you_mean, one_line
+from shd_diffusion.evaluation import efficientnet
 from shd_diffusion.evaluation.classifiers import RECIPES, ClassifierExtractor, trained_classifier
 from shd_diffusion.evaluation.dinov2 import URLS as DINOV2_URLS
 from shd_diffusion.evaluation.dinov2 import DinoV2Extractor
@@ -30,17 +31,25 @@ from shd_diffusion.files import sha256
 from shd_diffusion.processes import processes
 
 SPATIAL_CHANNELS = 7  # × 17 × 17 = 2,023 numbers, about as many as the 2,048 pooled ones
-OF_DATA = {"digits": "digits-classifier", "fashion_mnist": "fashion-mnist-classifier"}
+OF_DATA = {
+    "digits": "digits-classifier",
+    "fashion_mnist": "fashion-mnist-classifier",
+    "emoji": efficientnet.NAME,
+}
 """The extractors of small data sets; all others have photographs, for which Inception is usual."""
 
 
 @dataclass(frozen=True)
 class ExtractorSpec:
-    """An extractor: the roles of its outputs, how a file of weights is read, where one is published, what it allows."""
+    """An extractor: the roles of its outputs, how a file of weights is read, where one is published, what it allows.
+
+    `packaged`: where a package has put its weights.
+    """
 
     roles: tuple[str, ...]
     build: Callable[[str, Path], nn.Module]
     url: str | None = None
+    packaged: Callable[[], Path] | None = None
     provides: tuple[Need, ...] = ()
 
 
@@ -122,6 +131,8 @@ def find_extractor(
             published = f"; {Path(spec.url).name} is published at {spec.url}" if spec.url else ""
             raise UserError(f"evaluate.extractor_weights: {weights} is missing{published}")
         return spec, Path(weights)
+    if spec.packaged is not None:
+        return spec, spec.packaged()
     cached = Path(torch.hub.get_dir()) / "checkpoints" / Path(spec.url or "").name
     return spec, cached if cached.is_file() else None
 
@@ -193,7 +204,13 @@ EXTRACTORS = {
     for name in RECIPES
 }
 EXTRACTORS["inception-v3-compat"] = ExtractorSpec(
-    _WITH_LOGITS, _inception, URL_INCEPTION_V3, (Need.LOGITS, Need.SPATIAL)
+    _WITH_LOGITS, _inception, URL_INCEPTION_V3, provides=(Need.LOGITS, Need.SPATIAL)
+)
+EXTRACTORS[efficientnet.NAME] = ExtractorSpec(
+    _WITH_LOGITS,
+    lambda _, weights: efficientnet.EfficientNetExtractor(weights),
+    packaged=efficientnet.packaged_weights,
+    provides=(Need.LOGITS,),
 )
 for _name, _url in DINOV2_URLS.items():
     EXTRACTORS[_name] = ExtractorSpec(
@@ -201,7 +218,10 @@ for _name, _url in DINOV2_URLS.items():
     )
 for _name, _url in CLIP_URLS.items():
     EXTRACTORS[_name] = ExtractorSpec(
-        ("features",), lambda name, weights: _from_torch_fidelity(name, ["clip"], weights), _url, (Need.CLIP,)
+        ("features",),
+        lambda name, weights: _from_torch_fidelity(name, ["clip"], weights),
+        _url,
+        provides=(Need.CLIP,),
     )
 EXTRACTORS[CLIP] = ExtractorSpec(
     ("features",), lambda _, folder: load_image_text_encoder(str(folder)), provides=(Need.CLIP,)

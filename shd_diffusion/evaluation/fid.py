@@ -14,7 +14,7 @@ def _distance(inputs: MetricInputs, role: str) -> float:
 
 
 _COLUMN, _SPATIAL_COLUMN = (Column(name.lower(), name, name, "lower", ".2f") for name in ("FID", "sFID"))
-FID = Metric("fid", lambda inputs: _distance(inputs, "features"), (_COLUMN,), usual=True)
+FID = Metric("fid", lambda inputs: _distance(inputs, "features"), (_COLUMN,), (Need.REFERENCE,), usual=True)
 SFID = Metric(
     "sfid", lambda inputs: _distance(inputs, "spatial"), (_SPATIAL_COLUMN,), (Need.SPATIAL,), usual=True
 )

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from shd_diffusion.evaluation.frechet import Statistics, feature_statistics, frechet_distance
-from shd_diffusion.evaluation.metric import Column, Metric
+from shd_diffusion.evaluation.metric import Column, Metric, Need
 
 
 def fid_infinity(generated: Tensor, reference: Statistics, points: int = 15, seed: int = 0) -> float:
@@ -33,4 +33,5 @@ FID_INFINITY = Metric(
     "fid-infinity",
     lambda inputs: fid_infinity(inputs.features, inputs.statistics["features"]),
     (Column("fid_infinity", "FID∞", "FID∞", "lower", ".2f"),),
+    needs=(Need.REFERENCE,),
 )

@@ -28,6 +28,7 @@ class ImageTextEncoder(nn.Module):
     Attributes:
         source: the folder or hub name that it comes from.
         revision: the commit, of a model of the hub.
+        tokens: of a text, at most; what is longer is cut.
         sha256: of all that its features follow from: config, weights, image processor and tokenizer.
     """
 
@@ -35,6 +36,9 @@ class ImageTextEncoder(nn.Module):
         super().__init__()
         self.source, self.revision = source, getattr(model.config, "_commit_hash", None)
         self.model, self.processor = model.eval().requires_grad_(False), processor
+        self.tokens = min(
+            processor.tokenizer.model_max_length, model.config.text_config.max_position_embeddings
+        )
         tokenizer = json.loads(processor.tokenizer.backend_tokenizer.to_str())
         tokenizer |= {"padding": None, "truncation": None}  # of its last call
         parts = [hash_model(model), processor.image_processor.to_dict(), tokenizer]
@@ -52,8 +56,14 @@ class ImageTextEncoder(nn.Module):
 
         The tokenizer cuts, which keeps the token of the end, whose state is the feature.
         """
-        inputs = self.processor.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True)
+        inputs = self.processor.tokenizer(
+            list(texts), return_tensors="pt", padding=True, truncation=True, max_length=self.tokens
+        )
         return self.model.get_text_features(**inputs.to(self.model.device)).pooler_output
+
+    def is_cut(self, text: str) -> bool:
+        """Whether a text is longer than the model takes."""
+        return len(self.processor.tokenizer(text, verbose=False).input_ids) > self.tokens
 
     def forward(self, images: Tensor) -> tuple[Tensor]:
         """The features of images alone, as an extractor gives them."""

@@ -23,12 +23,23 @@ class Need(StrEnum):
     LABELS = "labels of the images"
     PROMPTS = "prompts of the images, in `sampling.json`, `metadata.jsonl` or a .txt beside each"
     DIFFERENT_PROMPTS = "two or more different prompts"
+    REFERENCE = "a reference, `evaluate.reference`"
     REFERENCE_IMAGES = "reference images, not only their statistics"
     REFERENCE_LABELS = "labels of the reference images"
 
 
+OF_THE_REFERENCE = frozenset({Need.REFERENCE, Need.SPATIAL, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS})
+"""Needs that no evaluation without a reference meets."""
+
 OF_THE_IMAGES = frozenset(
-    {Need.LABELS, Need.PROMPTS, Need.DIFFERENT_PROMPTS, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS}
+    {
+        Need.LABELS,
+        Need.PROMPTS,
+        Need.DIFFERENT_PROMPTS,
+        Need.REFERENCE,
+        Need.REFERENCE_IMAGES,
+        Need.REFERENCE_LABELS,
+    }
 )
 """Needs that images meet or do not, whatever the extractor."""
 
@@ -41,11 +52,13 @@ class ImageText:
         images: (N, D).
         texts: of the P different prompts, (P, D).
         groups: which of them is the prompt of each image, (N,).
+        cut: how many of the prompts are longer than the model takes.
     """
 
     images: Tensor
     texts: Tensor
     groups: Tensor
+    cut: int = 0
 
     @property
     def own_texts(self) -> Tensor:

@@ -16,7 +16,7 @@ from shd_diffusion.evaluation.image_text import check_image_text_encoder
 from shd_diffusion.evaluation.inception_score import INCEPTION_SCORE
 from shd_diffusion.evaluation.kid import KID
 from shd_diffusion.evaluation.label_accuracy import LABEL_ACCURACY
-from shd_diffusion.evaluation.metric import OF_THE_IMAGES, Column, Metric, Need
+from shd_diffusion.evaluation.metric import OF_THE_IMAGES, OF_THE_REFERENCE, Column, Metric, Need
 from shd_diffusion.evaluation.per_class import PER_CLASS
 from shd_diffusion.evaluation.precision_recall import PRECISION_RECALL
 from shd_diffusion.evaluation.r_precision import R_PRECISION
@@ -55,6 +55,27 @@ def choose_metrics(names: Collection[str] | None, possible: Collection[Need]) ->
             if need not in possible:
                 raise UserError(f"evaluate.metrics: `{name}` needs {need}; leave it out, or give that")
     return [METRICS[name] for name in names]
+
+
+def needs_reference(config: EvaluateConfig) -> bool:
+    """Whether metrics that a config names need a reference; without names only a CLIP model can do without."""
+    if config.metrics is None:
+        return config.clip_model is None
+    return any(
+        OF_THE_REFERENCE.intersection(METRICS[name].needs) for name in config.metrics if name in METRICS
+    )
+
+
+def without_reference(config: EvaluateConfig) -> EvaluateConfig:
+    """The config of an evaluation without a reference: where all is about prompts, CLIP is the extractor too."""
+    about_prompts = [name for name, metric in METRICS.items() if Need.IMAGE_TEXT in metric.needs]
+    if (
+        config.extractor is not None
+        or config.clip_model is None
+        or set(config.metrics or ()) - set(about_prompts)
+    ):
+        return config
+    return config.model_copy(update={"extractor": CLIP})
 
 
 def check_settings(config: EvaluateConfig, data: str | None = None) -> None:

@@ -35,7 +35,10 @@ def write_nearest(
     about = {"reference": reference.source, "num_reference_images": reference.count}
     if reference.images is None or reference.features is None:
         path.with_suffix(".png").unlink(missing_ok=True)
-        write_json(path, {**about, "note": "the reference is a file of statistics without images"})
+        what = (
+            "the reference is a file of statistics without images" if reference.statistics else "no reference"
+        )
+        write_json(path, {**about, "note": what})
         return
     chosen = torch.linspace(0, len(samples) - 1, min(SAMPLES, len(samples))).round().long()
     distances, neighbours = nearest(features[chosen], reference.features, NEIGHBOURS)

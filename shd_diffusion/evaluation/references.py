@@ -54,6 +54,10 @@ class Reference:
     images: ImageSet | None = None
 
 
+NO_REFERENCE = Reference("none", "", None, {})
+"""What images are compared with that are not compared with others."""
+
+
 def open_reference(
     source: str | Path | Tensor | ReferenceImages,
     extractor: Extractor,

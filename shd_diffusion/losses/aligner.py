@@ -11,16 +11,18 @@ all blocks times student heads of all blocks.
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
 
+from shd_diffusion.losses.padding import mean_of_rows
 from shd_diffusion.losses.term import Records, StepOutputs, Term, TermConfig
 from shd_diffusion.models.trace import Trace
 
 
 class HeadAligner(Term):
-    """Mean over samples, teacher heads and query rows of KL(teacher's map || mixture of the student's maps).
+    """Mean over samples, teacher heads and query rows that count of KL(teacher's map || mixture of the student's maps).
 
     Attributes:
         scores: by kind of attention, (teacher heads, student heads) over all blocks of that kind.
@@ -67,7 +69,8 @@ class HeadAligner(Term):
             mixed = torch.einsum("mn,bnqk->bmqk", self.weights(kind), maps)
             floor = torch.finfo(mixed.dtype).tiny  # below it a softmax has no value either
             pointwise = torch.xlogy(target, target) - target * mixed.clamp_min(floor).log()
-            divergences.append(pointwise.sum(-1).mean())
+            counted = _counted(outputs.student.records, kind)
+            divergences.append(mean_of_rows(pointwise.sum(-1), counted).mean())
         return torch.stack(divergences).mean()
 
 
@@ -90,3 +93,9 @@ def _maps(records: Records, kind: str) -> Tensor:
     if len({one.shape[2:] for one in maps}) > 1:
         raise ValueError("the aligner mixes heads of all blocks, and their token grids differ")
     return torch.cat(maps, dim=1)
+
+
+def _counted(records: Records, kind: str) -> Tensor | None:
+    """The query rows that count in all blocks of a kind, (B, Q); None where all do."""
+    of_kind = (record.counted for record in _main_streams(records).values() if record.kind == kind)
+    return reduce(torch.logical_and, known) if (known := [c for c in of_kind if c is not None]) else None

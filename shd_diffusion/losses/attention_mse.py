@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 
 from shd_diffusion.attention import AttentionRecord
+from shd_diffusion.attention.kernels import MASKED
+from shd_diffusion.losses.padding import alike
 from shd_diffusion.losses.term import MappedTermConfig, StepOutputs, Term, TermConfig, map_traces
 from shd_diffusion.models.trace import Trace
 
@@ -24,7 +26,10 @@ class AttentionMSEConfig(MappedTermConfig):
 
 
 class AttentionMSE(Term):
-    """Mean over mapped blocks, samples, heads and pairs of tokens of (logit_student - logit_teacher)²."""
+    """Mean over mapped blocks, samples, heads and pairs of tokens of (logit_student - logit_teacher)².
+
+    Of pairs that the mask leaves, in query rows that count.
+    """
 
     Config: ClassVar[type[TermConfig]] = AttentionMSEConfig
     captures = "records"
@@ -49,12 +54,23 @@ class AttentionMSE(Term):
     def forward(self, outputs: StepOutputs) -> Tensor:
         errors = []
         for name, by in self.pairs.items():
-            target = self._logits(outputs.teacher.records[by]).detach()
-            logits = self._logits(outputs.student.records[name])
-            masked = ~target.isfinite()
-            errors.append((logits - target).masked_fill(masked, 0).square().mean())
+            teacher, student = alike(outputs.teacher.records[by], outputs.student.records[name])
+            squared = (self._logits(student) - self._logits(teacher).detach()).square()
+            errors.append(_mean_of_seen(squared, student))
         return torch.stack(errors).mean()
 
     def _logits(self, record: AttentionRecord) -> Tensor:
         logits = record.logits()  # (B, H, Q, K)
         return logits.mean(1) if self.config.heads == "average" else logits
+
+
+def _mean_of_seen(squared: Tensor, record: AttentionRecord) -> Tensor:
+    """Mean over samples of each one's mean over heads and the pairs (query row, key) that count."""
+    if record.mask is None:
+        return squared.mean()
+    seen = record.mask > MASKED
+    if record.counted is not None:
+        seen = seen & record.counted[:, None, :, None]
+    seen = (seen if squared.ndim == 4 else seen.any(1)).expand_as(squared)
+    sums = squared.masked_fill(~seen, 0).flatten(1).sum(1)
+    return (sums / seen.flatten(1).sum(1).clamp_min(1)).mean()

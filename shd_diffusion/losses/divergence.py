@@ -75,11 +75,12 @@ def adaptive_kl(target: Tensor, log_student: Tensor, head: float = 0.5) -> tuple
 
 
 def mse(target: Tensor, log_student: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean squared error over the keys: the ablation's alternative."""
+    """Mean squared error over the keys that a mask leaves: the ablation's alternative."""
+    keys = (log_student > -1e20).sum(-1, dtype=target.dtype)  # of those that are hidden, log q is far lower
     student = log_student.exp()
     difference = student - target
-    value = difference.square().mean(-1)
-    slope = difference.mul_(2 / target.shape[-1])
+    value = difference.square().sum(-1) / keys
+    slope = difference.mul_(2 / keys[..., None])
     return value, student.mul_(slope.sub_(torch.linalg.vecdot(student, slope)[..., None]))
 
 

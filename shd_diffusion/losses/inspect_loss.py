@@ -9,6 +9,7 @@ from torch import Tensor
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction
 from shd_diffusion.losses.map_divergence import Pool, SqueezedTeacher, log_maps, map_stream, pooled
+from shd_diffusion.losses.padding import comparable_logits, mean_of_rows
 from shd_diffusion.squeezing.map_stream import EVERYTHING, kept
 from shd_diffusion.squeezing.merge_weights import mixture
 from shd_diffusion.squeezing.residual import relative_residual, residual_energies
@@ -25,7 +26,7 @@ class Inspection:
         coefficients: (S, M - N), by row (S, M - N, Q): see `SqueezeDetails`.
         weights: (S, N, M), by row (S, N, M, Q).
         residual: (S, N), see `SqueezeDetails`.
-        divergence: (S, N), mean over the query rows.
+        divergence: (S, N), mean over the query rows that count.
     """
 
     teacher: Tensor
@@ -47,7 +48,7 @@ def inspect_block(
     value = record.value.to(weights.dtype)
     weight = record.output_weight.to(value.device)
     energies = residual_energies(maps, value, weight, weights, teacher.squeezer.groups)
-    softened = record.logits(teacher.temperature).softmax(-1)
+    softened = comparable_logits(record, teacher.temperature).softmax(-1)
     squeezed = pooled(mixture(weights, teacher.squeezer.groups)(EVERYTHING, softened), teacher.pool)
     log_student = log_maps(student, EVERYTHING, teacher.temperature, pool)
     if teacher.granularity == "sample":
@@ -59,5 +60,7 @@ def inspect_block(
         coefficients=coefficients,
         weights=weights,
         residual=relative_residual(energies),
-        divergence=divergence(squeezed, log_student)[0].mean(-1),
+        divergence=mean_of_rows(
+            divergence(squeezed, log_student)[0], student.counted if pool == (1, 1) else None
+        ),
     )

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction, safe_log
+from shd_diffusion.losses.padding import comparable_logits, row_share
 from shd_diffusion.losses.token_grid import Pool
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.map_stream import Chunk, MapStream, Part, sample_groups, stream
@@ -36,7 +37,7 @@ def map_divergence(
     pool: Pool = (1, 1),
     compile: bool = False,
 ) -> Tensor:
-    """Mean divergence, over the query rows, of a student's maps from their targets.
+    """Mean divergence, over the query rows that count, of a student's maps from their targets.
 
     Maps exist for a few samples and one chunk of their rows at a time. The gradient is linear in each head's
     upstream gradient, so it is formed in the same pass, while a chunk's maps are at hand: only gradients in the
@@ -76,7 +77,7 @@ class _MapDivergence(torch.autograd.Function):
         compile: bool,
     ) -> Tensor:
         dtype = torch.promote_types(query.dtype, torch.float32)
-        rows = query.shape[2] // pool[0]
+        share = row_share(student, pool[0], dtype)
         values = query.new_empty(query.shape[:2], dtype=dtype)
         of_query, of_key = (torch.empty_like(tensor, dtype=dtype) for tensor in (query, key))
         of_mask = None
@@ -90,16 +91,17 @@ class _MapDivergence(torch.autograd.Function):
             own = None if of_mask is None else of_mask if len(of_mask) == 1 else of_mask[samples]
             found = on_samples(student.of_samples(samples), some, divergence, temperature, pool, own)
             values[samples], of_query[samples], of_key[samples] = found
-        ctx.save_for_backward(of_query, of_key, of_mask)
-        ctx.scale, ctx.share = student.scale / temperature / rows, 1 / temperature / rows
+        ctx.save_for_backward(of_query, of_key, of_mask, share)
+        ctx.scale, ctx.temperature = student.scale / temperature, temperature
         ctx.dtypes = query.dtype, key.dtype, None if mask is None else mask.dtype
         ctx.mask_shape = None if mask is None else mask.shape
-        return values.div_(rows)
+        return values.mul_(share[:, None])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        of_query, of_key, of_mask = ctx.saved_tensors
+        of_query, of_key, of_mask, share = ctx.saved_tensors
+        upstream = upstream * share[:, None]
         by_head = upstream[:, :, None, None]
         gradients = [
             (saved * (by_head * ctx.scale)).to(dtype)
@@ -111,7 +113,7 @@ class _MapDivergence(torch.autograd.Function):
             raise RuntimeError(
                 "samples that share a learned mask must have equal upstream gradients, as a mean gives"
             )
-        of_mask = (of_mask * (by_head[: len(of_mask)] * ctx.share)).sum_to_size(ctx.mask_shape)
+        of_mask = (of_mask * (by_head[: len(of_mask)] / ctx.temperature)).sum_to_size(ctx.mask_shape)
         return *gradients, of_mask.to(ctx.dtypes[2]), *[None] * 6
 
 
@@ -160,7 +162,7 @@ def _chunk(
     """Divergence of each target row (samples, H, rows) and its gradient by the student's logits."""
     if pool == (1, 1):
         return divergence(target, log_maps(student, part, temperature))
-    maps = student.logits(temperature, *part).softmax(-1)
+    maps = comparable_logits(student, temperature, *part).softmax(-1)
     coarse = pooled(maps, pool)
     value, gradient = divergence(target, safe_log(coarse))
     # log q of the pooled map stands for its logits; from there through log and pooling to the map itself
@@ -171,7 +173,7 @@ def _chunk(
 
 def log_maps(record: AttentionRecord, part: Part, temperature: float = 1.0, pool: Pool = (1, 1)) -> Tensor:
     """log q of a chunk of a record's maps on the targets' grid; finite at masked keys too, so that 0 · log 0 = 0."""
-    logits = record.logits(temperature, *part)
+    logits = comparable_logits(record, temperature, *part)
     if pool != (1, 1):
         return safe_log(pooled(logits.softmax(-1), pool))
     found = logits.log_softmax(-1)
@@ -258,7 +260,7 @@ def map_stream(
     batch, heads, rows, _ = record.query.shape
 
     def logits(part: Part) -> Tensor:
-        return record.logits(temperature, *part)
+        return comparable_logits(record, temperature, *part)
 
     shape = batch, heads, rows, record.key.shape[2]
     return stream(shape, logits, record.query.device, chunk_rows, multiple)

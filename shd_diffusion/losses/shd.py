@@ -13,6 +13,7 @@ from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DIVERGENCES, Divergence
 from shd_diffusion.losses.inspect_loss import Inspection, inspect_block
 from shd_diffusion.losses.map_divergence import SqueezedTeacher, map_divergence, map_stream
+from shd_diffusion.losses.padding import alike
 from shd_diffusion.losses.term import (
     MappedTermConfig,
     NonFiniteError,
@@ -80,6 +81,8 @@ class SHDConfig(MappedTermConfig):
 
 class SHDLoss:
     """Mean over blocks, samples, heads and query rows of τ² · divergence(squeezed teacher map, student map).
+
+    Query rows of padding count in no mean, and in no coefficient; keys that a mask hides carry no attention.
 
     Nothing about the teacher receives a gradient; the student's queries and keys do. Maps are computed in float32 or
     better, chunk by chunk.
@@ -178,6 +181,7 @@ class SHDLoss:
     ) -> tuple[SqueezedTeacher, AttentionRecord, Pool]:
         """The teacher's squeezed maps and the student's record on a common grid; all rows where step is None."""
         config = self.config
+        teacher, student = alike(teacher, student)
         of_teacher, of_student = common_grid(teacher, student, size)
         share = config.rows if step is not None else 1.0
         rows = sample_rows(len(of_student[0]), share, self.seed, step or 0, name)

@@ -36,6 +36,7 @@ def take(
     """The record on these samples, query rows and keys, in this order; None for all."""
     query, key, value, mask = record.query, record.key, record.value, record.mask
     samples, rows, keys = (None if i is None else i.to(query.device) for i in (samples, rows, keys))
+    counted = record.some_counted(samples, rows)
     if samples is not None:
         query, key, value = (tensor.index_select(0, samples) for tensor in (query, key, value))
     if rows is not None:
@@ -45,7 +46,7 @@ def take(
     mask = taken(mask, samples, rows)
     if mask is not None and keys is not None:
         mask = mask.index_select(3, keys)
-    return replace(record, query=query, key=key, value=value, mask=mask)
+    return replace(record, query=query, key=key, value=value, mask=mask, counted=counted)
 
 
 def common_grid(
@@ -81,8 +82,8 @@ def coarsening(fine: int, coarse: int, size: tuple[int, ...] | None = None) -> T
     if fine == coarse:
         return torch.arange(fine)[:, None]
     height, width = size or (1, 1)
-    rows, columns = _grid(fine, height, width)
-    coarse_rows, coarse_columns = _grid(coarse, height, width)
+    rows, columns = grid_shape(fine, height, width)
+    coarse_rows, coarse_columns = grid_shape(coarse, height, width)
     ratio = rows // max(coarse_rows, 1)
     if not ratio or (rows, columns) != (coarse_rows * ratio, coarse_columns * ratio):
         raise ValueError(
@@ -92,7 +93,7 @@ def coarsening(fine: int, coarse: int, size: tuple[int, ...] | None = None) -> T
     return tokens.transpose(1, 2).reshape(coarse, ratio**2)
 
 
-def _grid(tokens: int, height: int, width: int) -> tuple[int, int]:
+def grid_shape(tokens: int, height: int, width: int) -> tuple[int, int]:
     """Rows and columns of so many tokens in the ratio of height to width; (0, 0) if there is no such grid."""
     rows = isqrt(tokens * height // width)
     columns = tokens // rows if rows else 0

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes, to_rgb
@@ -53,7 +53,11 @@ def train_autoencoder(images: Images, config: AutoencoderConfig, seed: int) -> A
             num_encoder_blocks=(0, 1, 2),  # full resolution is where the time goes
             num_decoder_blocks=(3, 1, 0),
             latent_channels=config.latent_channels,
-        ).to(memory_format=torch.channels_last)
+        )
+        for layer in (*vae.encoder.layers, *vae.decoder.layers):
+            if isinstance(layer, nn.Conv2d):  # by torch's own initialisation each would shrink its input
+                nn.init.kaiming_normal_(layer.weight, nonlinearity="linear")
+    vae.to(memory_format=torch.channels_last)
     _train(vae, pixels, config, seed)
     with torch.no_grad():
         latents = torch.cat([vae.encode(from_bytes(part)).latents for part in pixels[:1024].split(64)])

@@ -1,15 +1,13 @@
-"""One way to call every denoiser: `predict(model, noised, timesteps, condition)`, and what a family needs for it.
+"""One way to call every denoiser: `predict(model, noised, timesteps, condition)`; families.py has what a family needs.
 
 A condition is a flat dict of tensors (B, ...), the keyword arguments of the model; a dot in a name nests
-(`added_cond_kwargs.text_embeds`). A model without any is called with an empty one. A new family is one entry in
-`FAMILIES`, or none where the model takes the noised sample, `timestep` in 0..T and its condition as they are.
+(`added_cond_kwargs.text_embeds`). A model without any is called with an empty one.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -19,35 +17,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from shd_diffusion.attention.capture import unwrap
+from shd_diffusion.models.families import family_of, pack, unpack
 
 Condition: TypeAlias = Mapping[str, Tensor]
-Arguments: TypeAlias = dict[str, Any]
-
-
-def _unchanged(model: Any, timesteps: Tensor) -> Tensor:
-    return timesteps
-
-
-def _as_they_are(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
-    return arguments
-
-
-@dataclass(frozen=True)
-class Family:
-    """How the denoisers of one class are called.
-
-    Attributes:
-        timesteps: (model, timesteps of the forward process, which count to T) to what the model is told.
-        arguments: (model, noised, condition) to the model's keyword arguments: those that follow from the shape of
-            the noised sample alone are added here.
-        patch: side p of the p×p patches of a latent that the pipeline packs into one token; None: it packs none.
-        not_conditions: the arguments that are no part of a condition: the timestep, and what `arguments` adds.
-    """
-
-    timesteps: Callable[[Any, Tensor], Tensor] = _unchanged
-    arguments: Callable[[Any, Tensor, Arguments], Arguments] = _as_they_are
-    patch: int | None = None
-    not_conditions: frozenset[str] = frozenset({"timestep"})
 
 
 def predict(model: nn.Module, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -60,15 +32,16 @@ def predict(model: nn.Module, noised: Tensor, timesteps: Tensor, condition: Cond
         condition: tensors (B, ...) by argument of the model.
 
     Returns:
-        (B, C', H, W); C' is 2C where the model also predicts a variance.
+        What its pipeline gives its scheduler, (B, C', H, W); C' is 2C where the model also predicts a variance, which a
+        scheduler gets only if it uses one.
     """
     inner = unwrap(model)
     family = family_of(inner)
     arguments = family.arguments(inner, noised, _nested(condition))
+    arguments[family.timestep] = family.timesteps(inner, timesteps)
     sample = noised if family.patch is None else pack(noised, family.patch)
-    told = family.timesteps(inner, timesteps)
-    prediction: Tensor = model(sample, timestep=told, **arguments, return_dict=False)[0]
-    return prediction if family.patch is None else unpack(prediction, noised.shape[-2:], family.patch)
+    found = family.prediction(model(family.sample(sample), **arguments, return_dict=False)[0])
+    return found if family.patch is None else unpack(found, noised.shape, family.patch)
 
 
 def predict_frozen(model: ModelMixin, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
@@ -83,15 +56,8 @@ def predict_frozen(model: ModelMixin, noised: Tensor, timesteps: Tensor, conditi
     return prediction.to(noised.device)
 
 
-def family_of(model: nn.Module) -> Family:
-    """The entry of the model's class or of the first of its base classes that has one."""
-    return next(
-        (FAMILIES[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in FAMILIES), Family()
-    )
-
-
-def _nested(condition: Condition) -> Arguments:
-    arguments: Arguments = {}
+def _nested(condition: Condition) -> dict[str, Any]:
+    arguments: dict[str, Any] = {}
     for name, value in condition.items():
         outer, dot, inner = name.partition(".")
         if dot:
@@ -177,66 +143,6 @@ def num_classes(model: nn.Module) -> int | None:
     return int(config["num_class_embeds"]) - 1 if config.get("num_class_embeds") else None
 
 
-# --- arguments that follow from the shape ------------------------------------------------------------------------
-
-
-def _one_hot_tokens(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
-    """A UNet2DConditionModel attends to context tokens. diffusers' own `image_proj` makes 32 of them from one
-    embedding of an image; from a one-hot label it makes 32 learned tokens a class."""
-    if "class_labels" not in arguments or model.config.get("encoder_hid_dim_type") != "image_proj":
-        return arguments
-    one_hot = F.one_hot(arguments.pop("class_labels"), model.config["encoder_hid_dim"])
-    added = arguments.pop("added_cond_kwargs", {}) | {"image_embeds": one_hot}
-    return arguments | {"encoder_hidden_states": None, "added_cond_kwargs": added}
-
-
-def _flux_positions(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
-    """Rotary positions (N, 3) of text tokens, all 0, and of patches: 0, row, column."""
-    rows, columns = noised.shape[-2] // 2, noised.shape[-1] // 2
-    grid = torch.zeros(rows, columns, 3, device=noised.device, dtype=noised.dtype)
-    grid[..., 1] += torch.arange(rows, device=noised.device)[:, None]
-    grid[..., 2] += torch.arange(columns, device=noised.device)
-    text = arguments["encoder_hidden_states"].shape[1]
-    return arguments | {"img_ids": grid.view(-1, 3), "txt_ids": grid.new_zeros(text, 3)}
-
-
-def _qwen_shapes(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
-    """(frames, rows, columns) of patches, an image each."""
-    size = (1, noised.shape[-2] // 2, noised.shape[-1] // 2)
-    return arguments | {"img_shapes": [[size]] * len(noised)}
-
-
-def pack(latents: Tensor, patch: int) -> Tensor:
-    """Latents (B, C, H, W) as tokens (B, H·W/p², C·p²), as the pipelines of Flux and its relatives pack them."""
-    return F.pixel_unshuffle(latents, patch).flatten(2).mT
-
-
-def unpack(tokens: Tensor, size: torch.Size, patch: int) -> Tensor:
-    """The inverse of `pack` for latents of this height and width."""
-    height, width = size
-    return F.pixel_shuffle(tokens.mT.unflatten(2, (height // patch, width // patch)), patch)
-
-
-def _thousandths(model: Any, timesteps: Tensor) -> Tensor:
-    """The model multiplies them by 1000 again."""
-    return timesteps / 1000
-
-
-def _scaled_by_config(model: Any, timesteps: Tensor) -> Tensor:
-    return timesteps * model.config.timestep_scale
-
-
-# What each family needs beyond its condition.
-FAMILIES: dict[str, Family] = {
-    "UNet2DConditionModel": Family(arguments=_one_hot_tokens),
-    "FluxTransformer2DModel": Family(
-        _thousandths, _flux_positions, patch=2, not_conditions=frozenset({"timestep", "img_ids", "txt_ids"})
-    ),
-    "SanaTransformer2DModel": Family(_scaled_by_config),
-    "QwenImageTransformer2DModel": Family(_thousandths, _qwen_shapes, patch=2),
-}
-
-
 # --- small facts --------------------------------------------------------------------------------------------------
 
 
@@ -263,6 +169,13 @@ def num_tokens(model: ModelMixin) -> int:
 def count_parameters(model: nn.Module) -> int:
     """Number of scalars in all parameters."""
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def prepare(model: ModelMixin) -> ModelMixin:
+    """The model, ready for prompts of different lengths in one batch; needed by CogView4 alone, whose own attention
+    heeds no mask. Not inside a capture."""
+    family_of(model).prepare(model)
+    return model
 
 
 def freeze(model: ModelMixin) -> ModelMixin:

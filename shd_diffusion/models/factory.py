@@ -15,6 +15,7 @@ from pydantic import Field, model_validator
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json
 from shd_diffusion.models import squeezed
+from shd_diffusion.models.denoiser import prepare
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.section import Section
@@ -100,7 +101,7 @@ def build_model(config: ModelConfig) -> ModelMixin:
     if unknown:
         raise ValueError(f"`{class_name}` takes no argument `{unknown[0]}`")
     try:
-        return _without_label_dropout(kind(**config.arguments))
+        return _ready(kind(**config.arguments))
     except Exception as error:  # constructors check little, and fail where the argument is used
         raise ValueError(f"`{class_name}` refuses its arguments: {one_line(error)}") from error
 
@@ -179,7 +180,7 @@ def _load(kind: type[ModelMixin], path: str, subfolder: str | None, dtype: torch
         raise ValueError(f"weights are missing: {sorted(missing)[0]}")
     if broken := next((n for n, p in model.named_parameters() if not p.isfinite().all()), None):
         raise ValueError(f"weights are not finite: {broken}")
-    return _without_label_dropout(model)
+    return _ready(model)
 
 
 def find_model_folder(path: Path) -> Path | None:
@@ -202,12 +203,13 @@ def is_hub_name(name: str) -> bool:
     )
 
 
-def _without_label_dropout(model: ModelMixin) -> ModelMixin:
-    """Labels are dropped once, outside the model, for teacher and student alike.
+def _ready(model: ModelMixin) -> ModelMixin:
+    """The model as it is trained, or teaches.
 
-    diffusers' DiT would drop them a second time in train mode, in each block's embedding independently.
+    Labels are dropped once, outside the model, for teacher and student alike: diffusers' DiT would drop them a second
+    time in train mode, in each block's embedding independently.
     """
     for module in model.modules():
         if isinstance(module, LabelEmbedding):
             module.dropout_prob = 0.0
-    return model
+    return prepare(model)

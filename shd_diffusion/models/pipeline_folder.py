@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import shutil
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,16 @@ from typing import Any
 import diffusers
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from huggingface_hub import snapshot_download
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json, sha256, write_json
 from shd_diffusion.models.factory import DENOISERS, find_model_folder, is_hub_name
 
 INDEX = "model_index.json"
+READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
+"""The files of a text encoder or tokenizer that are read; repositories have the same weights in other formats too."""
+
 NOT_OF_PROMPTS = {*DENOISERS, "vae", "scheduler", "safety_checker", "feature_extractor", "image_encoder"}
 
 
@@ -55,10 +60,11 @@ class PipelineFolder:
 
     def has(self, part: str) -> bool:
         """Whether it has a part of this name."""
-        return bool((self.index.get(part) or [None])[0])
+        entry = self.index.get(part)
+        return isinstance(entry, list) and bool(entry) and bool(entry[0])
 
-    def local(self) -> Path:
-        """Its folder; one from the hub is brought here first.
+    def local(self, parts: Collection[str] | None = None) -> Path:
+        """Its folder; what the hub has of it, or of some `parts` alone, is brought here first.
 
         Raises:
             UserError: it cannot be brought.
@@ -66,7 +72,10 @@ class PipelineFolder:
         if Path(self.name).is_dir():
             return Path(self.name)
         try:
-            return Path(DiffusionPipeline.download(self.name))
+            if parts is None:
+                return Path(DiffusionPipeline.download(self.name, use_safetensors=True))
+            wanted = [f"{part}/*{suffix}" for part in parts for suffix in READ]
+            return Path(snapshot_download(self.name, allow_patterns=wanted, ignore_patterns=["*.fp16.*"]))
         except Exception as error:  # the hub's client raises errors of any kind
             raise UserError(f"{self.name}: cannot be had from the hub ({one_line(error)})") from error
 
@@ -89,11 +98,13 @@ class PipelineFolder:
 
         By their files, since text encoders can be larger than the memory that training has left.
         """
-        folder = self.local()
+        parts = sorted(name for name in self.index if name not in NOT_OF_PROMPTS and self.has(name))
+        folder = self.local(parts)
         digest = hashlib.sha256(str(self.index.get("_class_name")).encode())
-        for part in sorted(name for name in self.index if name not in NOT_OF_PROMPTS):
-            for file in sorted(path for path in (folder / part).rglob("*") if path.is_file()):
-                digest.update(f"{file.relative_to(folder)} {sha256(file)}".encode())
+        for part in parts:
+            for file in sorted((folder / part).rglob("*")):
+                if file.suffix in READ and ".fp16." not in file.name:
+                    digest.update(f"{file.relative_to(folder)} {sha256(file)}".encode())
         return digest.hexdigest()
 
     def save_with(self, model: ModelMixin, to: Path) -> None:

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import inspect
 import json
+import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,14 @@ import torch
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
-from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.hashing import hash_model
-from shd_diffusion.models.denoiser import Family, family_of, unwrap
+from shd_diffusion.models.families import Family, family_of
 
 DENOISERS = ("transformer", "unet")
-_PROBE = ("a", "a b c d e")  # two prompts of different lengths
+_PROBES = ("a", " ".join(string.ascii_lowercase * 2))  # a short prompt and a long one
 
 
 def denoiser_name(pipeline: DiffusionPipeline) -> str:
@@ -79,21 +79,32 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """The condition of each prompt; embedded guidance is that of scale 1."""
-        batches = [[*prompts]] if self._fixed_length else [[prompt] for prompt in prompts]
-        return [entries for batch in batches if batch for entries in self._record(batch, guidance_scale=1.0)]
+        batches = [[*prompts]] if self._same_in_any_batch else [[prompt] for prompt in prompts]
+        return [
+            entries for batch in batches if batch for entries in self._record(batch, **self.without_guidance)
+        ]
 
     def null(self) -> dict[str, Tensor]:
         """The condition of the pipeline's unconditional pass; where it has none, that of the empty prompt."""
-        prompt = [_PROBE[0]]
-        (conditional,) = self._record(prompt, guidance_scale=1.0)
-        guided = self._record(prompt, guidance_scale=2.0)
+        prompt = [_PROBES[0]]
+        (conditional,) = self.encode(prompt)
+        guided = self._record(prompt, **self._guidance(2.0))
         unconditional = sorted(guided, key=lambda entries: _distance(entries, conditional))[1:]
-        return unconditional[0] if unconditional else self._record([""], guidance_scale=1.0)[0]
+        return unconditional[0] if unconditional else self.encode([""])[0]
+
+    @functools.cached_property
+    def without_guidance(self) -> dict[str, Any]:
+        """Arguments of the pipeline's call by which it makes no unconditional pass, and embeds guidance of scale 1."""
+        prompt = [_PROBES[0]]
+        off = self._guidance(1.0)
+        # Z-Image counts from 0: its guidance_scale is w - 1
+        return off if len(self._record(prompt, **off)) == 1 else self._guidance(0.0)
 
     @functools.cached_property
     def identity(self) -> str:
         """SHA-256 of all that a condition follows from beside its prompt: text encoders' configs and weights,
         tokenizers, the pipeline's class and options, size and arguments."""
+        self.encode([_PROBES[0]])  # in which some pipelines set their tokenizer's padding side
         pipeline = self.pipeline
         options = {
             name: value
@@ -101,8 +112,12 @@ class PromptEncoder:
             if not name.startswith("_") and name not in pipeline.components
         }
         facts: list[Any] = [type(pipeline).__name__, options, self.size, self.arguments]
-        if "clean_caption" in self._takes:  # which a pipeline leaves undone where these are not installed
-            facts.append([is_bs4_available(), is_ftfy_available()])
+        module = inspect.getmodule(type(pipeline))
+        cleaners = (
+            "is_bs4_available",
+            "is_ftfy_available",
+        )  # some pipelines clean prompts by what is installed
+        facts.append([hasattr(module, name) and getattr(module, name)() for name in cleaners])
         for name, part in sorted(pipeline.components.items()):
             if name.startswith("text_encoder") and part is not None:
                 facts.append([name, hash_model(part)])
@@ -111,20 +126,28 @@ class PromptEncoder:
         return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     @functools.cached_property
-    def _fixed_length(self) -> bool:
+    def _same_in_any_batch(self) -> bool:
         """Whether a prompt's condition is the same beside a longer one."""
-        (alone,), (beside, _) = (self._record([*prompts], 1.0) for prompts in (_PROBE[:1], _PROBE))
-        return _distance(alone, beside) < 1e-3  # which rounding stays below
+        one, two = (self._record(prompts, **self.without_guidance) for prompts in (_PROBES[:1], _PROBES))
+        return _distance(one[0], two[0]) < 1e-3  # which rounding stays below
 
-    def _record(self, prompts: list[str], guidance_scale: float) -> list[dict[str, Tensor]]:
+    def _guidance(self, scale: float) -> dict[str, Any]:
+        """Arguments of classifier-free guidance: a true scale, where `guidance_scale` is one that is embedded."""
+        if "true_cfg_scale" not in self._takes:
+            return {"guidance_scale": scale} if "guidance_scale" in self._takes else {}
+        embeds = getattr(self.pipeline, self._denoiser).config.get("guidance_embeds")
+        return (
+            {"true_cfg_scale": scale}
+            | ({"negative_prompt": ""} if scale > 1 else {})
+            | ({"guidance_scale": 1.0} if embeds else {})
+        )
+
+    def _record(self, prompts: Sequence[str], **guidance: Any) -> list[dict[str, Tensor]]:
         """A condition for each sample that the denoiser is given in the first step."""
-        denoiser = getattr(self.pipeline, self._denoiser)
         height, width = self.size
-        arguments: dict[str, Any] = {"height": height, "width": width, "num_inference_steps": 2}
-        if "guidance_scale" in self._takes:
-            arguments["guidance_scale"] = guidance_scale
-        calls = record_calls(self.pipeline, prompts, **arguments | self.arguments)
-        family = family_of(unwrap(denoiser))
+        arguments = {"height": height, "width": width, "num_inference_steps": 2, **guidance, **self.arguments}
+        family = family_of(getattr(self.pipeline, self._denoiser))
+        calls = record_calls(self.pipeline, [*prompts], **arguments)
         return [entries for call in calls for entries in _conditions(call, family)]
 
 
@@ -201,14 +224,17 @@ def _conditions(call: Mapping[str, Any], family: Family) -> list[dict[str, Tenso
             if isinstance(value, dict)
             else {name: value}
         )
-        flat |= {key: entry for key, entry in inner.items() if key not in family.not_conditions}
+        flat |= {key: entry for key, entry in inner.items() if key not in (family.timestep, *family.derived)}
     by_sample = {
         name: value
         for name, value in flat.items()
         if (isinstance(value, Tensor) and value.ndim and len(value) == samples)
         or (isinstance(value, list) and len(value) == samples and all(isinstance(v, Tensor) for v in value))
     }
-    return [{name: value[i].detach().cpu() for name, value in by_sample.items()} for i in range(samples)]
+    return [
+        family.condition({name: value[i].detach().cpu() for name, value in by_sample.items()})
+        for i in range(samples)
+    ]
 
 
 def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
@@ -259,7 +285,11 @@ def load_for_prompts(
         config = kind.load_config(path, subfolder=name)
         with init_empty_weights():
             denoiser = kind.from_config(config).eval()
-        pipeline = DiffusionPipeline.from_pretrained(path, dtype=dtype, **{name: denoiser})
+        # the class itself, since `DiffusionPipeline` loads again what an optional argument gives
+        kind = getattr(diffusers, index["_class_name"])
+        pipeline: DiffusionPipeline = kind.from_pretrained(
+            path, dtype=dtype, use_safetensors=True, **{name: denoiser}
+        )
         for part in pipeline.components.values():
             if isinstance(part, nn.Module) and part is not denoiser:
                 part.to(device)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord, Kind, attention_blocks
 from shd_diffusion.attention.blocks import enclosing_block
@@ -73,10 +74,13 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
     Raises:
         ValueError: the model does not take such samples or conditions.
     """
-    with torch.device("meta"), torch.enable_grad():
+    with torch.device("meta"), torch.enable_grad(), _WholeMasks():
         twin = type(model).from_config(model.config).eval()
         noised, timesteps = torch.empty(1, *shape), torch.zeros(1, dtype=torch.long)
-        moved = {name: value.to("meta") for name, value in condition.items()}
+        moved = {
+            name: value.to("meta", twin.dtype if value.is_floating_point() else None)
+            for name, value in condition.items()
+        }
         try:
             blocks = {name: block.capturable for name, block in attention_blocks(twin).items()}
             attentions = [name for name, can in blocks.items() if can]
@@ -142,7 +146,16 @@ def _text_outputs(
         return frozenset()
     modules = {name.partition(":")[0] for name in several}
     for width in (shape[-1] // 2, shape[-1] * 2):
-        with suppress(Exception), torch.device("meta"), _kept_outputs(twin, modules) as found:
+        with suppress(Exception), torch.device("meta"), _WholeMasks(), _kept_outputs(twin, modules) as found:
             predict(twin, torch.empty(1, *shape[:-1], width), torch.zeros(1, dtype=torch.long), condition)
             return frozenset(name for name in several if found[name].shape == outputs[name].shape)
     return None
+
+
+class _WholeMasks(TorchFunctionMode):
+    """A mask has no numbers on the meta device: a model that counts the tokens of a prompt is told all of them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is Tensor.sum and args[0].is_meta and not args[0].is_floating_point():
+            args = (torch.ones(args[0].shape, dtype=torch.long, device="cpu"), *args[1:])
+        return func(*args, **(kwargs or {}))

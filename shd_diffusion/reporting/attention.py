@@ -7,22 +7,17 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.patches import Rectangle
-from PIL import Image
 
 from shd_diffusion.data.images import to_bytes
+from shd_diffusion.reporting.attention_words import WordBlock, word_blocks
+from shd_diffusion.reporting.maps import map_pixels, reduced
 from shd_diffusion.reporting.pictures import Pixels, data_uri, enlarge, mosaic, picture_plot
 from shd_diffusion.reporting.plot_style import LIGHT, Line, Plot, PlotStyle, Styles, finish, line_plot, panel
 from shd_diffusion.reporting.runs import Array, Attention, BlockAttention, Run
 
 MAX_SIDE = 64
-"""Pixels of a map: larger ones are shown reduced, by the mean over areas."""
-
-COLOURS = LinearSegmentedColormap.from_list(
-    "maps", ["#ffffff", "#d5e0f5", "#8fb0e8", "#4a6fc9", "#2c3a94", "#150f45"]
-)
-"""From nothing (white) to much (indigo); the page inverts it in the dark."""
+"""Rows and columns of a map: larger ones are shown reduced, by the mean over areas."""
 
 SQUEEZE_STYLE = PlotStyle("ink", "o")
 """What belongs to the squeezing alone, and so to no run."""
@@ -65,11 +60,13 @@ class AttentionView:
     image: str
     attention: Attention
     blocks: list[BlockView]
+    words: list[WordBlock]
     statistics: list[Plot]
 
     @property
     def plots(self) -> list[Plot]:
-        return [*self.statistics, *(plot for block in self.blocks for plot in (block.weights, block.maps))]
+        maps = [plot for block in self.blocks for plot in (block.weights, block.maps)]
+        return [*self.statistics, *maps, *(block.plot for block in self.words)]
 
 
 def attention_views(runs: Sequence[Run], styles: Styles) -> list[AttentionView]:
@@ -109,6 +106,7 @@ def _view(members: Sequence[tuple[Run, Attention]], styles: Styles, prefix: str)
             _block([(run, kept.blocks[i]) for run, kept in members], f"{prefix}-block-{i}")
             for i in range(len(blocks))
         ],
+        words=word_blocks(members, prefix),
         statistics=[
             by_block(prefix, "Divergence of squeezed and student's maps after training", "divergence", kept),
             by_block(prefix, "Share of the heads' output that squeezing loses", "relative residual", lost),
@@ -130,7 +128,7 @@ def by_block(
 
 
 def _input_image(image: Array) -> Pixels:
-    """(C, H, W) in [-1, 1] as RGB; of a latent the first three channels."""
+    """(C, H, W) in [-1, 1] as RGB; of a latent, where it could not be decoded, the first three channels."""
     channels = image[:3] if image.shape[0] >= 3 else image[:1].repeat(3, axis=0)
     return to_bytes(torch.from_numpy(channels.transpose(1, 2, 0))).numpy()
 
@@ -147,8 +145,8 @@ def membership(weights: Array) -> list[list[int]]:
 def _block(members: Sequence[tuple[Run, BlockAttention]], prefix: str) -> BlockView:
     """One block; `members` differ in the student's maps only."""
     block = members[0][1]
-    teacher, squeezed = reduced(block.teacher), reduced(block.squeezed)
-    students = [(run, kept, reduced(kept.student)) for run, kept in members]
+    teacher, squeezed = (reduced(maps, MAX_SIDE, MAX_SIDE) for maps in (block.teacher, block.squeezed))
+    students = [(run, kept, reduced(kept.student, MAX_SIDE, MAX_SIDE)) for run, kept in members]
     kinds = [("teacher", teacher), ("squeezed", squeezed), *((run.name, maps) for run, _, maps in students)]
     brightest = float(np.quantile(np.concatenate([maps.ravel() for _, maps in kinds]), 0.995)) or 1.0
     weights = block.weights.mean(axis=0)
@@ -172,20 +170,6 @@ def _block(members: Sequence[tuple[Run, BlockAttention]], prefix: str) -> BlockV
     rows = [(kind, mosaic([[pixels(each) for each in maps]], gap=6)) for kind, maps in kinds]
     picture = picture_plot(f"{prefix}-maps", f"Attention maps: {prefix}", rows, width=7.5, below=True)
     return BlockView(block.name, groups, brightest, head_weights(block, prefix), picture)
-
-
-def reduced(maps: Array) -> Array:
-    """Maps (H, Q, K) with at most `MAX_SIDE` rows and columns, by the mean over areas."""
-    height, width = maps.shape[1:]
-    factor = min(1.0, MAX_SIDE / max(height, width))
-    size = (max(1, round(width * factor)), max(1, round(height * factor)))
-    pictures = (Image.fromarray(each.astype(np.float32)) for each in maps)
-    return np.stack([np.asarray(picture.resize(size, Image.Resampling.BOX), float) for picture in pictures])
-
-
-def map_pixels(values: Array, brightest: float) -> Pixels:
-    """A map (Q, K) as RGB pixels, `brightest` and more being darkest."""
-    return np.asarray(COLOURS(np.clip(values / brightest, 0, 1), bytes=True)[..., :3])
 
 
 # --- statistics over many images ----------------------------------------------------------------------------

@@ -11,16 +11,16 @@ from rich.text import Text
 
 from shd_diffusion.evaluation.metric import Column
 from shd_diffusion.evaluation.metrics import columns, higher_is_better
-from shd_diffusion.reporting.runs import Run, read_runs
+from shd_diffusion.reporting.runs import AgainstTeacher, Run, read_runs
 from shd_diffusion.reporting.tables import count, duration, significant, terminal
 from shd_diffusion.settings_table import protocol_line, protocol_warning
 
-fid_text = "{:.2f}".format
+ARROWS = {"higher": "↑", "lower": "↓"}
 
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """A number as text, its standard deviation if known, and whether it is the best."""
+    """A number as text, its standard deviation or interval if known, and whether it is the best."""
 
     text: str
     spread: str = ""
@@ -63,8 +63,8 @@ def metrics_table(runs: Sequence[Run]) -> MetricsTable:
         time = Cell("–" if seconds is None else duration(seconds))
         return [Cell(count(run.summary.parameters)), Cell(str(run.summary.heads)), *metrics, time]
 
-    arrows = ["↑" if column.better == "higher" else "↓" for column in shown]
-    titles = [fid_title(runs) if column.key == "fid" else column.title for column in shown]
+    arrows = [ARROWS[column.better] for column in shown]
+    titles = [title_of(column, runs) for column in shown]
     return MetricsTable(
         ["Parameters", "Heads", *map("{} {}".format, titles, arrows), "Time an image"],
         ["Params", "Heads", *(f"{c.short} {arrow}" for c, arrow in zip(shown, arrows, strict=True)), "Time"],
@@ -81,19 +81,69 @@ def _best(students: Sequence[Run], key: str) -> float | None:
 
 
 def _cell(run: Run, column: Column, best: float | None) -> Cell:
-    def text(value: float) -> str:
-        return format(value, column.format) if column.format else significant(value)
-
     value, deviation = run.metric(column.key), run.metric(column.deviation or "")
-    spread = "" if deviation is None else f" ± {text(deviation)}"
-    return Cell("–") if value is None else Cell(text(value), spread, value == best)
+    spread = "" if deviation is None else f" ± {text_of(column, deviation)}"
+    return Cell("–") if value is None else Cell(text_of(column, value), spread, value == best)
 
 
-def fid_title(runs: Sequence[Run]) -> str:
-    """FID, named for the features that it is computed on."""
+def headline(runs: Sequence[Run]) -> Column | None:
+    """The metric that runs are ranked by: the first of the table that any of them has."""
+    return next((c for c in columns() if any(run.metric(c.key) is not None for run in runs)), None)
+
+
+def text_of(column: Column, value: float) -> str:
+    """A metric as it is printed."""
+    return format(value, column.format) if column.format else significant(value)
+
+
+def title_of(column: Column, runs: Sequence[Run]) -> str:
+    """A metric's title; FID is named for the features that it is computed on."""
     features = {run.metrics.features for run in runs if run.metrics}
     name = features.pop() if len(features) == 1 else None
-    return f"FID ({name})" if name else "FID"
+    return f"FID ({name})" if name and column.key == "fid" else column.title
+
+
+# --- student against teacher ----------------------------------------------------------------------------------------
+
+MEASURES = [
+    Column("latent_mse", "Latents, squared error", "MSE", "lower"),
+    Column("latent_relative_mse", "Latents, relative error", "rel.", "lower", ".1%"),
+    Column("feature_cosine", "Features, cosine", "cos", "higher", ".3f"),
+    Column("lpips", "LPIPS", "LPIPS", "lower", ".3f"),
+]
+
+
+def against_teacher_table(runs: Sequence[Run]) -> MetricsTable | None:
+    """How far the images of students are from their teacher's of the same noise; None where none was compared."""
+    compared = [(run, run.metrics.against_teacher) for run in runs if run.metrics]
+    students = [(run, against) for run, against in compared if against and against.measures]
+    if not students:
+        return None
+    shown = [column for column in MEASURES if any(column.key in found.measures for _, found in students)]
+    protocols = [found.protocol for _, found in students]
+    warning = protocol_warning(protocols)
+
+    def best(column: Column) -> float | None:
+        means = [found.measures[column.key].mean for _, found in students if column.key in found.measures]
+        return None if warning or len(means) < 2 else (max if column.better == "higher" else min)(means)
+
+    return MetricsTable(
+        [f"{column.title} {ARROWS[column.better]}" for column in shown],
+        [f"{column.short} {ARROWS[column.better]}" for column in shown],
+        [(run, [_estimate(found, column, best(column)) for column in shown]) for run, found in students],
+        protocol_line(protocols),
+        warning,
+    )
+
+
+def _estimate(found: AgainstTeacher, column: Column, best: float | None) -> Cell:
+    """A mean with its interval."""
+    value = found.measures.get(column.key)
+    if value is None:
+        return Cell("–")
+    known = value.low is not None and value.high is not None
+    interval = f" [{text_of(column, value.low)}, {text_of(column, value.high)}]" if known else ""  # type: ignore[arg-type]
+    return Cell(text_of(column, value.mean), interval, value.mean == best)
 
 
 def print_table(paths: Sequence[Path], console: Console | None = None) -> None:

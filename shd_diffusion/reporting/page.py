@@ -15,12 +15,18 @@ from shd_diffusion.files import replacing_folder, write_text
 from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
 from shd_diffusion.reporting.attention import attention_views
-from shd_diffusion.reporting.metrics_table import fid_text, fid_title, metrics_table
+from shd_diffusion.reporting.metrics_table import (
+    against_teacher_table,
+    headline,
+    metrics_table,
+    text_of,
+    title_of,
+)
 from shd_diffusion.reporting.neighbour_page import neighbour_plots, neighbourhoods
 from shd_diffusion.reporting.plot_style import DARK, LIGHT, TEACHER_STYLE, Plot, Styles, plot_styles
 from shd_diffusion.reporting.quality_plots import per_class_fid, quality_scatters
 from shd_diffusion.reporting.runs import Run, read_runs
-from shd_diffusion.reporting.samples import sample_gallery
+from shd_diffusion.reporting.samples import sample_galleries
 from shd_diffusion.reporting.training_plots import loss_curves, loss_shares, shd_by_block, validation_fid
 from shd_diffusion.settings_table import Setting, settings_table
 
@@ -43,23 +49,30 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
             then.
     """
     runs = read_runs(paths)
+    _check_place(output)  # before the plots take their time
     styles = run_styles(runs)
-    gallery, neighbours, attention = sample_gallery(runs), neighbourhoods(runs), attention_views(runs, styles)
+    galleries, neighbours, attention = (
+        sample_galleries(runs),
+        neighbourhoods(runs),
+        attention_views(runs, styles),
+    )
     plots = {
         "quality": [*quality_scatters(runs, styles), *per_class_fid(runs, styles)],
         "losses": [*loss_curves(runs, styles), *validation_fid(runs, styles)],
         "shares": loss_shares(runs),
         "divergences": shd_by_block(runs),
     }
-    beside = [*([gallery.plot()] if gallery else []), *neighbour_plots(neighbours)]
+    beside = [*(gallery.plot() for gallery in galleries), *neighbour_plots(neighbours)]
     beside += [plot for view in attention for plot in view.plots]
     content = {
         "title": title(runs),
         "lead": lead(runs),
         "runs": runs,
         "styles": styles,
-        "gallery": gallery,
+        "galleries": galleries,
         "table": metrics_table(runs),
+        "against_teacher": against_teacher_table(runs),
+        "outcomes": outcomes(runs),
         "plots": plots,
         "neighbourhoods": neighbours,
         "attention": attention,
@@ -82,15 +95,7 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
     Raises:
         UserError: what is there is not of an earlier page, or cannot be replaced.
     """
-    folder = output.with_name(f"{output.stem}-figures")
-    if output.exists() and not _is_report(output):
-        raise UserError(
-            f"{output}: would be replaced, but is no page of shd-diffusion; give another --output"
-        )
-    if folder.exists() and not output.exists():
-        raise UserError(
-            f"{folder}: would be replaced, but is of no {output.name}; move it or give another --output"
-        )
+    folder = _check_place(output)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -108,6 +113,20 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
                 (figures / f"{plot.name}.png").write_bytes(plot.png)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
+
+
+def _check_place(output: Path) -> Path:
+    """The folder of the page's plots; an error where it or the page would replace somebody else's."""
+    folder = output.with_name(f"{output.stem}-figures")
+    if output.exists() and not _is_report(output):
+        raise UserError(
+            f"{output}: would be replaced, but is no page of shd-diffusion; give another --output"
+        )
+    if folder.exists() and not output.exists():
+        raise UserError(
+            f"{folder}: would be replaced, but is of no {output.name}; move it or give another --output"
+        )
+    return folder
 
 
 def _is_report(page: Path) -> bool:
@@ -138,23 +157,44 @@ def title(runs: Sequence[Run]) -> str:
 
 
 def lead(runs: Sequence[Run]) -> str:
-    """The outcome by FID where it is known."""
+    """The outcome by FID where it is known, else by the first metric that is."""
     if warning := metrics_table(runs).warning:
         return warning
+    metric = headline(runs)
+    if metric is None:
+        return "Not evaluated yet."
     teachers, students = _by_role(runs)
-    fid = fid_title(runs)
-    ranked = sorted((value, run.name) for run in students if (value := run.metric("fid")) is not None)
+    title = title_of(metric, runs)
+    order = -1 if metric.better == "higher" else 1
+    ranked = sorted(
+        (order * value, run.name) for run in students if (value := run.metric(metric.key)) is not None
+    )
     reference = [
-        f"{'the teacher' if len(teachers) == 1 else run.name} has {fid_text(value)}"
+        f"{'the teacher' if len(teachers) == 1 else run.name} has {text_of(metric, value)}"
         for run in teachers
-        if (value := run.metric("fid")) is not None
+        if (value := run.metric(metric.key)) is not None
     ]
     if not ranked:
-        return f"By {fid} {', '.join(reference)}." if reference else "Not evaluated yet."
+        return f"By {title} {', '.join(reference)}."
     (best, name), *others = ranked
-    first = f"{name} has the lowest {fid} of the students" if others else f"{name} has {fid}"
-    rest = [*(f"{other} has {fid_text(value)}" for value, other in others), *reference]
-    return f"{first}, {fid_text(best)}" + (f"; {', '.join(rest)}." if rest else ".")
+    extreme = "highest" if metric.better == "higher" else "lowest"
+    first = f"{name} has the {extreme} {title} of the students" if others else f"{name} has {title}"
+    rest = [*(f"{other} has {text_of(metric, order * value)}" for value, other in others), *reference]
+    return f"{first}, {text_of(metric, order * best)}" + (f"; {', '.join(rest)}." if rest else ".")
+
+
+def outcomes(runs: Sequence[Run]) -> dict[str, str]:
+    """By run what stands below its name in a gallery: its heads, and the metric that runs are ranked by."""
+    metric = headline(runs)
+
+    def outcome(run: Run) -> str:
+        value = None if metric is None else run.metric(metric.key)
+        heads = f"{run.summary.heads} heads"
+        return (
+            heads if metric is None or value is None else f"{heads}, {metric.short} {text_of(metric, value)}"
+        )
+
+    return {run.name: outcome(run) for run in runs}
 
 
 def _by_role(runs: Sequence[Run]) -> tuple[list[Run], list[Run]]:

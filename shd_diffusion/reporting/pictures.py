@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from shd_diffusion.errors import UserError
-from shd_diffusion.reporting.plot_style import Plot, finish, panels
+from shd_diffusion.reporting.plot_style import Plot, drawable, finish, panels
 
 Pixels = NDArray[np.uint8]
 """(H, W, 3), or RGBA (H, W, 4)."""
@@ -31,11 +32,11 @@ def read_picture(path: Path, command: str) -> Pixels:
         raise UserError(f"{path}: cannot be read; run `{command}` again") from None
 
 
-def thumbnail(pixels: Pixels, most: int) -> Pixels:
-    """An image as it is shown: its longer side at most `most` pixels, and enlarged to about 48 if it is smaller."""
+def thumbnail(pixels: Pixels, most: int, least: int = 48) -> Pixels:
+    """An image as it is shown: its longer side at most `most` pixels, and enlarged to about `least` if smaller."""
     image = Image.fromarray(np.ascontiguousarray(pixels))
     image.thumbnail((most, most), Image.Resampling.LANCZOS)
-    return enlarge(np.asarray(image), side=48)
+    return enlarge(np.asarray(image), least)
 
 
 def enlarge(image: Pixels, side: int) -> Pixels:
@@ -44,16 +45,18 @@ def enlarge(image: Pixels, side: int) -> Pixels:
     return image.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
-def mosaic(images: Sequence[Sequence[Pixels]], gap: int) -> Pixels:
-    """Rows of equal images (H, W, 3) as one RGBA picture, transparent in the gaps between."""
-    height, width = images[0][0].shape[:2]
+def mosaic(images: Sequence[Sequence[Pixels | None]], gap: int) -> Pixels:
+    """Rows of images as one RGBA picture, transparent in the gaps between, and where an image is None or smaller."""
+    shapes = [image.shape for row in images for image in row if image is not None]
+    height, width = (max((shape[axis] for shape in shapes), default=1) for axis in (0, 1))
     rows, columns = len(images), max(map(len, images))
     picture = np.zeros((rows * (height + gap) - gap, columns * (width + gap) - gap, 4), np.uint8)
     for i, row in enumerate(images):
         for j, image in enumerate(row):
-            top, left = i * (height + gap), j * (width + gap)
-            picture[top : top + height, left : left + width, :3] = image
-            picture[top : top + height, left : left + width, 3] = 255
+            if image is not None:
+                top, left = i * (height + gap), j * (width + gap)
+                place = picture[top : top + image.shape[0], left : left + image.shape[1]]
+                place[..., 3], place[..., : image.shape[2]] = 255, image
     return picture
 
 
@@ -67,15 +70,35 @@ def data_uri(image: Pixels) -> str:
 
 
 def picture_plot(
-    name: str, description: str, pictures: Sequence[tuple[str, Pixels]], width: float, below: bool = False
+    name: str,
+    description: str,
+    pictures: Sequence[tuple[str, Pixels]],
+    width: float,
+    below: bool = False,
+    rows: Sequence[str] = (),
 ) -> Plot:
-    """Titled pictures of `width` inches, side by side or one `below` the other, for documents that are not the page."""
-    count, (height, breadth) = len(pictures), pictures[0][1].shape[:2]
-    rows, columns = (count, 1) if below else (1, count)
-    size = columns * width, rows * (width * height / breadth + 0.3)
-    with panels(rows, columns, *size) as (figure, axes):
+    """Titled pictures of `width` inches, side by side or one `below` the other, for documents that are not the page.
+
+    Args:
+        rows: what stands left of the first picture, evenly down its side; long text is wrapped and cut off.
+    """
+    count = len(pictures)
+    highest = max(picture.shape[0] / picture.shape[1] for _, picture in pictures)
+    across, down = (1, count) if below else (count, 1)
+    size = across * width + 1.6 * bool(rows), down * (width * highest + 0.3)
+    with panels(down, across, *size) as (figure, axes):
         for ax, (title, picture) in zip(axes, pictures, strict=True):
             ax.imshow(picture, interpolation="nearest")
             ax.set_title(title, loc="left")
-            ax.axis("off")
+            ax.set(xticks=[], yticks=[])
+            ax.grid(False)
+            ax.spines[:].set_visible(False)
+        if rows:
+            middles = (np.arange(len(rows)) + 0.5) * pictures[0][1].shape[0] / len(rows)
+            axes[0].set_yticks(middles, ["\n".join(_wrapped(text)) for text in rows])
+            axes[0].tick_params(length=0)
         return finish(figure, name, description, inline=False)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(drawable(text), 22, max_lines=5, placeholder=" …")

@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, Literal
 
 import matplotlib as mpl
@@ -20,8 +21,11 @@ from matplotlib.axes import Axes
 from matplotlib.axis import Axis
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from numpy.typing import ArrayLike, NDArray
+
+from shd_diffusion.progress import printable
 
 PALETTE = {  # on a light page and on a dark one
     "ink": ("#1c2126", "#e8ebee"),
@@ -233,6 +237,18 @@ def legend_above(figure: Figure, axes: Axes) -> None:
         [handle for handle, _ in named], [label for _, label in named],
         loc="outside upper left", ncols=columns, handlelength=1.4, columnspacing=1.2,
     )  # fmt: skip
+
+
+def drawable(text: str) -> str:
+    """Text on one line with a box for each character that the plots' font has not: emoji, or signs of Chinese."""
+    return "".join(c if ord(c) in _characters() else "▯" for c in printable(text))
+
+
+@cache
+def _characters() -> frozenset[int]:
+    return frozenset(
+        get_font(findfont(FontProperties(family=mpl.rcParamsDefault["font.family"]))).get_charmap()
+    )
 
 
 def smooth(values: NDArray[np.float64], window: int) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""Quality against what it costs, and which classes are hard: the Fréchet distance over sizes, times and classes."""
+"""Quality against what it costs, and which classes are hard: a metric over sizes and times, FID over classes."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
-from shd_diffusion.reporting.metrics_table import fid_text, fid_title
+from shd_diffusion.evaluation.metric import Column
+from shd_diffusion.reporting.metrics_table import headline, text_of, title_of
 from shd_diffusion.reporting.plot_style import Line, Plot, Styles, finish, line_plot, panel
 from shd_diffusion.reporting.runs import Run
 from shd_diffusion.reporting.tables import count, duration
@@ -16,21 +17,30 @@ LABEL_HEIGHT = 0.075  # of the panel's height
 
 
 def quality_scatters(runs: Sequence[Run], styles: Styles) -> list[Plot]:
-    """FID over parameters and over seconds an image; without a panel for which nothing is known."""
+    """FID, or the first metric that there is, over parameters and over seconds an image; without a panel for which
+    nothing is known."""
+    metric = headline(runs)
+    if metric is None:
+        return []
     return [
-        *_scatter(runs, styles, "parameters", lambda run: run.summary.parameters, count),
-        *_scatter(runs, styles, "sampling time an image", lambda run: run.seconds_per_image, duration),
+        *_scatter(runs, styles, metric, "parameters", lambda run: run.summary.parameters, count),
+        *_scatter(
+            runs, styles, metric, "sampling time an image", lambda run: run.seconds_per_image, duration
+        ),
     ]
 
 
 def _scatter(
     runs: Sequence[Run],
     styles: Styles,
+    metric: Column,
     cost: str,
     cost_of: Callable[[Run], float | None],
     text: Callable[[float], str],
 ) -> list[Plot]:
-    points = [(run, x, y) for run in runs if (x := cost_of(run)) and (y := run.metric("fid")) is not None]
+    points = [
+        (run, x, y) for run in runs if (x := cost_of(run)) and (y := run.metric(metric.key)) is not None
+    ]
     if not points:
         return []
     with panel(height=3.0) as (figure, axes):
@@ -41,13 +51,15 @@ def _scatter(
         axes.set_ylim(0, 1.15 * max(y for *_, y in points) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda value, _: text(value))
-        axes.set(xlabel=cost, ylabel=f"{fid_title(runs)}, lower is better")
-        _name_points(axes, points, styles)
-        listing = ", ".join(f"{run.name} {fid_text(y)} at {text(x)}" for run, x, y in points)
-        return [finish(figure, f"fid-over-{cost}", f"FID over {cost}: {listing}")]
+        axes.set(xlabel=cost, ylabel=f"{title_of(metric, runs)}, {metric.better} is better")
+        _name_points(axes, metric, points, styles)
+        listing = ", ".join(f"{run.name} {text_of(metric, y)} at {text(x)}" for run, x, y in points)
+        return [finish(figure, f"{metric.key}-over-{cost}", f"{metric.title} over {cost}: {listing}")]
 
 
-def _name_points(axes: Axes, points: Sequence[tuple[Run, float, float]], styles: Styles) -> None:
+def _name_points(
+    axes: Axes, metric: Column, points: Sequence[tuple[Run, float, float]], styles: Styles
+) -> None:
     """A name right of each point; names that would overlap move up, each linked to its point."""
     top = axes.get_ylim()[1]
     taken = float("-inf")
@@ -56,7 +68,7 @@ def _name_points(axes: Axes, points: Sequence[tuple[Run, float, float]], styles:
         taken, colour = height, styles[run.name].colour
         moved = height - y > 0.01 * top
         axes.annotate(
-            f"{run.name}  {fid_text(y)}", (x, y), (9, (height - y) / top * 170),
+            f"{run.name}  {text_of(metric, y)}", (x, y), (9, (height - y) / top * 170),
             textcoords="offset points", va="center", color=colour,
             arrowprops={"arrowstyle": "-", "color": colour, "lw": 0.6} if moved else None,
         )  # fmt: skip

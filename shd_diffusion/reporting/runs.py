@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError, safe_open
 
 from shd_diffusion.config import parse_yaml
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json
 from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
@@ -55,12 +55,39 @@ class Environment(Result):
 
 
 class Samples(Result):
-    """Images `000000.png` ... with their labels, if they are made by class, made with `protocol`."""
+    """Images `000000.png` ... with their labels or prompts, if they are made from these, made with `protocol`."""
 
     num_images: int
-    labels: list[int] | None
+    labels: list[int] | None = None
+    prompts: list[str] | None = None
     seconds_per_image: float
     protocol: dict[str, Any] = {}
+
+
+class Estimate(Result):
+    """A mean over `n` images with its 95 % interval, which one image alone does not have."""
+
+    mean: float
+    low: float | None = None
+    high: float | None = None
+    n: int
+
+
+class AgainstTeacher(Result):
+    """A student's images against its teacher's of the same noise and prompt or label: `measures` by name."""
+
+    measures: dict[str, Estimate]
+    protocol: dict[str, Any] = {}
+    notes: list[str] = []
+
+    @model_validator(mode="before")
+    @classmethod
+    def _by_kind(cls, content: Any) -> Any:
+        """In the file all stand side by side."""
+        if not isinstance(content, dict):
+            return content
+        measures = {k: v for k, v in content.items() if isinstance(v, dict) and "mean" in v}
+        return content | {"measures": measures}
 
 
 class Metrics(Result):
@@ -68,6 +95,7 @@ class Metrics(Result):
 
     values: dict[str, float]
     per_class_fid: dict[str, float] = {}
+    against_teacher: AgainstTeacher | None = None
     protocol: dict[str, Any] = {}
     warnings: list[str] = []
 
@@ -153,12 +181,21 @@ class Log:
     validation_terms: dict[str, Array]  # by term, (V, 2), step and its value on fixed items
 
 
+class Word(Result):
+    """A word of a prompt, that `encoder` was given, and which text keys are its own."""
+
+    text: str
+    encoder: str
+    keys: list[int] = Field(min_length=1)
+
+
 @dataclass(frozen=True, slots=True)
 class BlockAttention:
     """One student block: M teacher heads squeezed to N, on one image and over S images.
 
     `weights` are the parts of the teacher's heads in each squeezed map, `residual` is the error that squeezing leaves,
-    `divergence` that of the squeezed map to the student's.
+    `divergence` that of the squeezed map to the student's. `grid` is that of the patches that the query rows are of;
+    the keys from `text[0]` up to `text[1]` are text.
     """
 
     name: str
@@ -169,16 +206,23 @@ class BlockAttention:
     weights: Array  # (S, N, M), mean over rows
     residual: Array  # (S, N)
     divergence: Array  # (S, N)
+    grid: tuple[int, int] | None = None
+    text: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Attention:
-    """What teacher and student attend to: the maps on `image` (C, H, W), statistics over more images."""
+    """What teacher and student attend to: the maps on `image` (C, H, W), statistics over more images.
+
+    Of an image with a prompt, `words` are None where it is not known which text key is which word.
+    """
 
     image: Array
     label: int | None
     timestep: int | None
     blocks: list[BlockAttention]
+    prompt: str | None = None
+    words: list[Word] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,20 +379,48 @@ def read_attention(path: Path) -> Attention:
         with safe_open(path, framework="numpy") as file:
             description = json.loads((file.metadata() or {})["description"])
             blocks = [
-                _block(name, {field: file.get_tensor(f"{name}/{field}").astype(float) for field in fields})
-                for name in (block["student"] for block in description["blocks"])
+                _block(block, {f: file.get_tensor(f"{block['student']}/{f}").astype(float) for f in fields})
+                for block in description["blocks"]
             ]
             image = file.get_tensor("image").astype(float)
+            words = description.get("words")
+            words = None if words is None else [Word.model_validate(word) for word in words]
+            _check_words(words or [], blocks)
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: damaged ({error}); delete it and repeat the distillation's command"
+            f"{path}: damaged ({one_line(error)}); delete it and repeat the distillation's command"
         ) from None
-    return Attention(image, description.get("label"), description.get("timestep"), blocks)
+    return Attention(
+        image,
+        description.get("label"),
+        description.get("timestep"),
+        blocks,
+        description.get("prompt"),
+        words,
+    )
 
 
-def _block(name: str, tensors: dict[str, Array]) -> BlockAttention:
+def _block(described: dict[str, Any], tensors: dict[str, Array]) -> BlockAttention:
     weights = tensors.pop("weights")  # by row (S, N, M, Q)
-    return BlockAttention(name, weights=weights.mean(-1) if weights.ndim == 4 else weights, **tensors)
+    return BlockAttention(
+        described["student"],
+        weights=weights.mean(-1) if weights.ndim == 4 else weights,
+        grid=described.get("grid"),
+        text=described.get("text"),
+        **tensors,
+    )
+
+
+def _check_words(words: Sequence[Word], blocks: Sequence[BlockAttention]) -> None:
+    """See that words and patches are within the maps. Raises ValueError: they are not."""
+    keys = [0, *(key for word in words for key in word.keys)]
+    for block in blocks:
+        queries, count = block.student.shape[1:]
+        first, after = block.text or (0, count)
+        if block.text and not 0 <= first <= first + min(keys) <= first + max(keys) < after <= count:
+            raise ValueError(f"{block.name}: its maps have not the keys of the prompt")
+        if block.grid and block.grid[0] * block.grid[1] != queries:
+            raise ValueError(f"{block.name}: its maps have not the rows of the patches")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -58,20 +58,17 @@ def labels_of(indices: Sequence[int], num_classes: int | None, config: SampleCon
     return [int(torch.randint(num_classes, (), generator=each)) for each in drawn]
 
 
-def call_arguments(config: SampleConfig) -> dict[str, Any]:
-    """What `ClassConditionalPipeline` is called with beside labels and noise, the same for all images."""
-    keys = ("num_inference_steps", "guidance_power", "guidance_interval", "guidance_channels")
-    scale = 1.0 if config.guidance_scale is None else config.guidance_scale
-    return {"guidance_scale": scale, **{key: getattr(config, key) for key in keys}}
-
-
 def sample_images(pipeline: ClassConditionalPipeline, indices: Sequence[int], config: SampleConfig) -> Tensor:
     """The images of these indices: (B, C, H, W) in [-1, 1]."""
     generators = [generator(config.seed, "sample", index) for index in indices]
     noise = torch.stack([torch.randn(pipeline.noise_shape, generator=each) for each in generators])
     (images,) = pipeline(
         labels_of(indices, num_classes(pipeline.denoiser), config),
-        **call_arguments(config),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=1.0 if config.guidance_scale is None else config.guidance_scale,
+        guidance_power=config.guidance_power,
+        guidance_interval=config.guidance_interval,
+        guidance_channels=config.guidance_channels,
         num_images=len(indices),
         generator=generators,
         latents=noise,

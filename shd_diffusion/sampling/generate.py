@@ -116,7 +116,9 @@ def generate_images(
             seconds_per_image=seconds / computed if computed else summary.seconds_per_image,
             protocol=protocol,
         )
-        if lines := sampler.lines(finished):  # so that the `datasets` library reads the folder with its prompts
+        if lines := sampler.lines(
+            finished
+        ):  # so that the `datasets` library reads the folder with its prompts
             named = ({"file_name": image_path(folder, j).name, **line} for j, line in enumerate(lines))
             write_text(folder / METADATA, "".join(json.dumps(line) + "\n" for line in named))
         write_json(folder / SUMMARY, summary.model_dump())

@@ -19,17 +19,22 @@ from shd_diffusion.sampling.by_class import ByClass
 from shd_diffusion.sampling.by_prompt import ByPrompt
 from shd_diffusion.sampling.generate import generate_images
 from shd_diffusion.sampling.image_sampler import ImageSampler
+from shd_diffusion.sampling.layouts import check_layout, write_layout
 from shd_diffusion.sampling.open_pipeline import hash_pipeline, open_pipeline
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
-from shd_diffusion.sampling.prompts import read_prompts
+from shd_diffusion.sampling.prompts import Prompt, read_prompts
 from shd_diffusion.sampling.schedulers import check_sampling, own_scheduler
 
 
-def sample_run(run: RunFolder, config: RunConfig, folder: Path, npz: bool = False) -> dict[str, Any]:
+def sample_run(
+    run: RunFolder, config: RunConfig, folder: Path, npz: bool = False, layout: str | None = None
+) -> dict[str, Any]:
     """Sample `config.sample.num_images` images into a folder, continuing what is there.
 
     Args:
         npz: also write them all into one file, see `write_archive`.
+        layout: also write them as the scorer of a benchmark takes them, see `write_layout`; then `num_images` is of no
+            account, as all prompts are sampled.
 
     Returns:
         The content of `sampling.json`.
@@ -38,13 +43,33 @@ def sample_run(run: RunFolder, config: RunConfig, folder: Path, npz: bool = Fals
         UserError: the run is not complete, its pipeline is damaged, its samples have another protocol, or they cannot
             be sampled so.
     """
+    prompts: list[Prompt] = []
+    if layout is not None:
+        prompts = _prompts_of_layout(layout, config.sample)
+        count = len(prompts) * config.sample.images_per_prompt
+        config = config.model_copy(update={"sample": config.sample.model_copy(update={"num_images": count})})
     trained = {"steps_trained": run.read_summary()["steps"], "ema_decay": run.read_config().train.ema_decay}
     pipeline = open_pipeline(str(run.pipeline), config.sample.dtype)
     name, source = str(run.path), str(run.config_file)
     sampled = sample_pipeline(pipeline, config.sample, folder, trained, name, source, run_config=config)
     if npz and processes().is_main_process:
         write_archive(folder)
+    if layout is not None and processes().is_main_process:
+        write_layout(layout, folder, prompts)
     return sampled
+
+
+def _prompts_of_layout(layout: str, config: SampleConfig) -> list[Prompt]:
+    """The prompts of a benchmark, which its scorer can use.
+
+    Raises:
+        UserError: it cannot, or there are none.
+    """
+    if config.prompts is None:
+        raise UserError(f"--layout {layout}: needs the prompts of the benchmark; give them by --prompts")
+    prompts = read_prompts(Path(config.prompts))
+    check_layout(layout, prompts, config.images_per_prompt, config.prompts)
+    return prompts
 
 
 def sample_pipeline(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Sampler
 
+from shd_diffusion.config import TrainConfig
 from shd_diffusion.data.source import Source
 from shd_diffusion.losses.term import Batch
 from shd_diffusion.models.denoiser import Condition, drop_condition
@@ -167,6 +168,19 @@ class NoiseSettings:
     latent_noise: bool = False
     tokens: int = 0
     guidance_range: tuple[float, float] | None = None
+
+
+def noise_settings(train: TrainConfig, source: Source, tokens: int = 0) -> NoiseSettings:
+    """What training by a config draws for samples of a source; `tokens` are those of masked passes."""
+    scales = train.guidance_range
+    return NoiseSettings(
+        source.shape,
+        train.condition_dropout,
+        train.timestep_sampling,
+        source.needs_noise,
+        tokens,
+        None if scales is None else (scales[0], scales[1]),
+    )
 
 
 def draw_noise(seed: int, step: int | str, places: range, settings: NoiseSettings) -> StepNoise:

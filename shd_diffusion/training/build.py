@@ -28,7 +28,7 @@ from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
-from shd_diffusion.training.batches import BatchLayout, BatchLoader, NoiseSettings
+from shd_diffusion.training.batches import BatchLayout, BatchLoader, noise_settings
 from shd_diffusion.training.init_student import init_from_teacher
 
 
@@ -57,21 +57,10 @@ class Parts:
     student_trace: Trace
     teacher_trace: Trace | None
 
-    def noise_settings(self) -> NoiseSettings:
-        """What is drawn for the samples of a step."""
-        train = self.config.train
-        return NoiseSettings(
-            self.data.shape,
-            train.condition_dropout,
-            train.timestep_sampling,
-            self.data.needs_noise,
-            num_tokens(self.model) if train.mask_ratio else 0,
-            None if train.guidance_range is None else (train.guidance_range[0], train.guidance_range[1]),
-        )
-
     def loader(self, device: torch.device) -> Callable[[BatchLayout, int], BatchLoader]:
         """From a layout and the first step to a process's batches."""
-        train, seed, settings = self.config.train, self.config.seed, self.noise_settings()
+        train, seed = self.config.train, self.config.seed
+        settings = noise_settings(train, self.data, num_tokens(self.model) if train.mask_ratio else 0)
 
         def make(layout: BatchLayout, start: int) -> BatchLoader:
             steps = start, train.max_steps
@@ -98,6 +87,14 @@ def build(
     if isinstance(config, DistillConfig) and teacher is None:
         with check("teacher.path"):
             teacher = load_teacher(config.teacher)
+    with check("teacher.path" if teacher is not None else "pipeline"):
+        pipeline = None if teacher is None else teacher.pipeline
+        if isinstance(config, TrainTeacherConfig) and config.pipeline is not None:
+            pipeline = _open_pipeline(config.pipeline)
+        if pipeline is not None:
+            _check_latent_space(pipeline, data)
+    with check("data.caption_column"):
+        _check_prompts(pipeline, data)
     with check("data.path"):
         example = data.example()
     with check(key):
@@ -112,16 +109,6 @@ def build(
         if teacher is not None and isinstance(config, DistillConfig):
             _check_pair(teacher, model, config.teacher.path)
             teacher_trace = _trace(teacher.model, data, example)
-            pipeline = teacher.pipeline
-        else:
-            pipeline = None
-    with check("teacher.path" if teacher is not None else "pipeline"):
-        if isinstance(config, TrainTeacherConfig) and config.pipeline is not None:
-            pipeline = _open_pipeline(config.pipeline)
-        if pipeline is not None:
-            _check_latent_space(pipeline, data)
-    with check("data.caption_column"):
-        _check_prompts(pipeline, data)
     with check("train.guidance_range"):
         _check_guidance(config.train.guidance_range, example)
     with check(""):

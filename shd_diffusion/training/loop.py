@@ -25,7 +25,7 @@ from shd_diffusion.training.objectives import TrainingLoss
 from shd_diffusion.training.train_state import TrainState, whole
 
 Validation = Callable[[ModelMixin], tuple[dict[str, Any], Tensor | None]]
-"""Metrics of a model by name, and a picture of its samples, 8-bit (H, W, 3), if it makes some. Every process calls it."""
+"""Metrics of a model by name, and a picture of its samples, 8-bit (H, W, 3), if any. Every process calls it."""
 
 
 def fit(

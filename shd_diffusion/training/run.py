@@ -28,7 +28,7 @@ from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling
 from shd_diffusion.sampling.schedulers import own_scheduler
 from shd_diffusion.squeezing.plan import plans_from_json, plans_to_json
-from shd_diffusion.training.batches import BatchLayout
+from shd_diffusion.training.batches import BatchLayout, noise_settings
 from shd_diffusion.training.build import Parts, build
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
 from shd_diffusion.training.launch import make_accelerator, start_trackers
@@ -208,7 +208,7 @@ def _validation_loss(run: Run, loss: TrainingLoss) -> Validation | None:
     return make_validation_loss(
         loss,
         parts.data,
-        parts.noise_settings(),
+        noise_settings(train, parts.data),
         parts.config.seed,
         train.validation.loss_images,
         max(map(len, layout.passes)),
@@ -293,6 +293,7 @@ def _try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, sh
             config.seed,
             folder.attention_file,
             elements,
+            folder.pipeline,
         )
     except Exception as error:  # whatever it is, out of memory for one: the run itself is complete
         announce(f"{folder.path}: the report will show no attention maps ({one_line(error)})")

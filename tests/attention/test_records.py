@@ -114,3 +114,19 @@ def test_logits_of_some_samples_and_rows_are_those_of_all(temperature: float) ->
     torch.testing.assert_close(
         record.logits(temperature, slice(1, 2), slice(1, 4)), whole[1:2, :, 1:4], rtol=1e-12, atol=1e-12
     )
+
+
+def test_rows_of_padding_do_not_count() -> None:
+    """Rows that see no key; and where tokens attend among themselves, those that no other token sees."""
+    query, key, value = (torch.randn(SAMPLES, HEADS, KEYS, WIDTH) for _ in range(3))
+    kept = torch.arange(KEYS) < torch.tensor([4, KEYS])[:, None]
+    _, of_keys = record_of(query, key, value, kept[:, None, None])
+    _, of_pairs = record_of(query, key, value, kept[:, None, None] & kept[:, None, :, None])
+    _, unmasked = record_of(query, key, value)
+    _, biased = record_of(query, key, value, torch.linspace(-3, 3, KEYS)[None])
+    assert unmasked.counted is None and biased.counted.all()
+    for record in (of_keys, of_pairs):
+        assert torch.equal(record.counted, kept)
+        assert torch.equal(record.of_samples(slice(0, 1)).counted, kept[:1])
+    _, crossed = record_of(*qkv(), torch.arange(KEYS)[None] < 4)
+    assert crossed.counted.shape == (SAMPLES, QUERIES) and crossed.counted.all()

@@ -17,7 +17,7 @@ from PIL import Image
 from test_prepare import make_config
 
 from shd_diffusion.config import DataConfig
-from shd_diffusion.data import build_source, open_dataset
+from shd_diffusion.data import build_source, open_dataset, tar_images, tar_index
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.prepare import prepare

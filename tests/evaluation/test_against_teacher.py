@@ -6,90 +6,54 @@ import json
 import shutil
 from pathlib import Path
 
-import diffusers
 import numpy as np
 import pytest
 import torch
 import torchvision
-import transformers
 from commands import command, sets
-from diffusers import DDPMPipeline, DDPMScheduler, StableDiffusionPipeline, UNet2DModel
+from diffusers import DDPMScheduler
 from small_models import small_dit
-from tiny_clip import TOKENS, tokenizer
+from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
 from torch import Tensor, nn
 from torchmetrics.functional.image import learned_perceptual_image_patch_similarity
 
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.evaluation import compare_metrics, load_extractor
 from shd_diffusion.evaluation import lpips as lpips_module
-from shd_diffusion.evaluation.against_teacher import (
-    Calls,
-    against_teacher,
-    generate,
-    paired_difference,
-    summarise,
-)
+from shd_diffusion.evaluation.against_teacher import against_teacher, generate, paired_difference, summarise
 from shd_diffusion.evaluation.against_teacher_run import chosen_images, with_denoiser_of
 from shd_diffusion.evaluation.extractors import Extractor
 from shd_diffusion.evaluation.lpips import LPIPS, lpips_is_missing
 from shd_diffusion.randomness import generator
 from shd_diffusion.sampling import ClassConditionalPipeline
-from shd_diffusion.sampling.generate import Summary, call_arguments, sample_images
+from shd_diffusion.sampling.by_class import ByClass, sample_images
+from shd_diffusion.sampling.by_prompt import ByPrompt
+from shd_diffusion.sampling.generate import Summary
 
 PROMPTS = ["a red heart", "b", "the sea at night"]
-ARGUMENTS = {"num_inference_steps": 3, "guidance_scale": 3.0, "eta": 1.0, "height": 16, "width": 16}
+INDICES = [4, 0, 8]  # of the second, first and third prompt
+CONFIG = SampleConfig(seed=5, num_inference_steps=3, guidance_scale=3.0)
 
 
-def _random(model: nn.Module, seed: int) -> nn.Module:
-    """Every parameter random: as initialised, many models predict nothing."""
-    numbers = torch.Generator().manual_seed(seed)
+def _by_prompt(family: str, heads: int, seed: int) -> ByPrompt:
+    config = CONFIG.model_copy(update={"pipeline_arguments": ARGUMENTS.get(family, {})})
+    return ByPrompt(PIPELINES[family](heads, seed), config, PROMPTS, SIZE)
+
+
+def _by_class(heads: int, seed: int) -> ByClass:
+    """Of a DiT whose parameters are all random: adaLN-zero would predict exactly nothing."""
+    model, numbers = small_dit(heads, layers=1).eval(), torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2, generator=numbers)
-    return model.eval()
-
-
-def _unet(heads: int, seed: int) -> nn.Module:
-    return _random(
-        diffusers.UNet2DConditionModel(
-            sample_size=8,
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            block_out_channels=(8, 16),
-            layers_per_block=1,
-            norm_num_groups=4,
-            cross_attention_dim=8,
-            attention_head_dim=heads,
-        ),
-        seed,
-    )
+    scheduler = DDPMScheduler(num_train_timesteps=50, clip_sample=False)
+    return ByClass(ClassConditionalPipeline(model, scheduler), CONFIG)
 
 
 @pytest.fixture(scope="module")
-def pipelines() -> tuple[StableDiffusionPipeline, StableDiffusionPipeline]:
-    """A student and a teacher of Stable Diffusion's kind, each with a scheduler of its own that draws noise."""
-    text = transformers.CLIPTextConfig(
-        vocab_size=len(tokenizer()), hidden_size=8, intermediate_size=16, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=TOKENS, bos_token_id=0, eos_token_id=1, pad_token_id=1,
-    )  # fmt: skip
-    vae = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2, up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(4, 4), norm_num_groups=2, latent_channels=4,
-    )  # fmt: skip
-    encoder = _random(transformers.CLIPTextModel(text), 2)
-    return tuple(
-        StableDiffusionPipeline(
-            vae=_random(vae, 3),
-            text_encoder=encoder,
-            tokenizer=tokenizer(),
-            unet=_unet(heads, seed),
-            scheduler=diffusers.DDIMScheduler(beta_schedule="scaled_linear", clip_sample=False),
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        for heads, seed in ((1, 0), (2, 1))
-    )
+def pair() -> tuple[ByPrompt, ByPrompt]:
+    """A student and a teacher of Stable Diffusion's kind that differ in all their weights."""
+    return _by_prompt("sd1.5", 2, 0), _by_prompt("sd1.5", 4, 1)
 
 
 @pytest.fixture(scope="module")
@@ -97,27 +61,32 @@ def extractor(clip_folder: Path) -> Extractor:
     return load_extractor("clip", clip_model=str(clip_folder))
 
 
-def test_latents_and_images_are_the_pipelines_own(pipelines) -> None:
-    """One sampling gives what two calls of the pipeline do, from generators by (seed, index)."""
-    calls = Calls([4, 0, 7], {"prompt": PROMPTS}, seed=5, arguments=ARGUMENTS)
-    latents, images = generate(pipelines[0], calls, [0, 2])
-    for kind, found in (("latent", latents), ("pt", images)):
-        generators = [generator(5, "sample", index) for index in (4, 7)]
-        (expected, _) = pipelines[0](
-            [PROMPTS[0], PROMPTS[2]], generator=generators, output_type=kind, return_dict=False, **ARGUMENTS
-        )
-        expected = expected if kind == "latent" else (expected * 255).round().to(torch.uint8)
-        assert expected.float().std() > 0.1
-        torch.testing.assert_close(found, expected, rtol=0, atol=0 if kind == "latent" else 1)
+@pytest.mark.parametrize("family", ["sd1.5", "pixart-sigma", "sd3", "flux-dev"])
+def test_latents_and_images_are_the_pipelines_own(family: str) -> None:
+    """One sampling gives what a call for latents does, from generators by (seed, index), and the images of `sample`."""
+    sampler = _by_prompt(family, 2, 0)
+    latents, images = generate(sampler, INDICES[:2])
+    (expected, *_) = sampler.pipeline(
+        prompt=[PROMPTS[1], PROMPTS[0]],
+        generator=[generator(5, "sample", index) for index in INDICES[:2]],
+        num_inference_steps=3,
+        guidance_scale=3.0,
+        height=SIZE[0],
+        width=SIZE[1],
+        output_type="latent",
+        return_dict=False,
+        **ARGUMENTS.get(family, {}),
+    )
+    assert expected.std() > 0.1
+    torch.testing.assert_close(latents, expected, rtol=0, atol=0)
+    torch.testing.assert_close(images, sampler.images(INDICES[:2]), rtol=0, atol=0)
 
 
-def test_measures_are_their_definitions(pipelines, extractor: Extractor) -> None:
-    student, teacher = pipelines
-    calls = Calls([4, 0, 7], {"prompt": PROMPTS}, seed=5, arguments=ARGUMENTS, pass_size=2)
-    found = against_teacher(student, teacher, calls, extractor)
+def test_measures_are_their_definitions(pair, extractor: Extractor) -> None:
+    found = against_teacher(*pair, INDICES, extractor, pass_size=2)
     assert found.keys() == {"latent_mse", "latent_relative_mse", "feature_cosine"}
-    for place in range(3):
-        alone = [generate(pipeline, calls, [place]) for pipeline in (student, teacher)]
+    for place, index in enumerate(INDICES):
+        alone = [generate(sampler, [index]) for sampler in pair]
         ours, theirs = (latents.double().numpy() for latents, _ in alone)
         error = np.mean((ours - theirs) ** 2)
         features = [extractor(images).double().numpy()[0] for _, images in alone]
@@ -130,59 +99,42 @@ def test_measures_are_their_definitions(pipelines, extractor: Extractor) -> None
             "feature_cosine": cosine,
         }
         for name, value in expected.items():  # in a batch of two, rounded otherwise
-            assert found[name][place] == pytest.approx(float(value), rel=1e-3), name
+            assert found[name][place] == pytest.approx(float(value), rel=1e-2), name
         assert error > 1e-3 and cosine < 1
 
 
-def test_a_student_equals_itself(pipelines, extractor: Extractor) -> None:
-    calls = Calls([0, 1, 2], {"prompt": PROMPTS}, arguments=ARGUMENTS, pass_size=3)
-    found = against_teacher(pipelines[1], pipelines[1], calls, extractor)
+def test_a_student_equals_itself(pair, extractor: Extractor) -> None:
+    found = against_teacher(pair[1], pair[1], INDICES, extractor, pass_size=3)
     assert found["latent_mse"] == found["latent_relative_mse"] == [0.0] * 3
     assert found["feature_cosine"] == pytest.approx([1.0] * 3, abs=1e-6)
     summary = summarise(found)
     assert (summary["latent_mse"].low, summary["latent_mse"].high, summary["latent_mse"].n) == (0, 0, 3)
 
 
-def test_other_denoisers_share_the_rest(pipelines, tmp_path: Path) -> None:
-    student, teacher = pipelines
+def test_other_denoisers_share_the_rest(pair, tmp_path: Path) -> None:
+    student, teacher = (sampler.pipeline for sampler in pair)
     teacher.unet.save_pretrained(tmp_path)
     exchanged = with_denoiser_of(student, str(tmp_path))
     assert exchanged.unet is not student.unet and exchanged.vae is student.vae
-    assert student.unet.config.attention_head_dim == 1 and exchanged.unet.config.attention_head_dim == 2
-    calls = Calls([1], {"prompt": PROMPTS[:1]}, arguments=ARGUMENTS)
-    torch.testing.assert_close(
-        generate(exchanged, calls, [0])[0], generate(teacher, calls, [0])[0], rtol=0, atol=0
-    )
+    weights = [pipeline.unet.conv_in.weight for pipeline in (student, exchanged, teacher)]
+    assert torch.equal(weights[1], weights[2]) and not torch.equal(weights[0], weights[2])
 
 
 def test_classes_start_from_the_noise_of_sample(extractor: Extractor) -> None:
-    """The student's side of a pair is the image that `sample` writes."""
-    pipeline = ClassConditionalPipeline(
-        _random(small_dit(2, layers=1), 0), DDPMScheduler(num_train_timesteps=50, clip_sample=False)
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    config = SampleConfig(num_inference_steps=3, seed=7, guidance_scale=2.0)
-    calls = Calls(range(4), {"class_labels": [0, 1, 2, 3]}, 7, call_arguments(config), pass_size=4)
-    latents, images = generate(pipeline, calls, range(4))
-    expected = sample_images(pipeline, range(4), config)
+    student, teacher = _by_class(2, 0), _by_class(4, 1)
+    latents, images = generate(student, range(4))
+    expected = sample_images(student.pipeline, range(4), CONFIG)
     assert latents.shape == (4, 1, 8, 8)
     torch.testing.assert_close(latents.clamp(-1, 1), expected, rtol=0, atol=1e-6)
     torch.testing.assert_close(images.float() / 127.5 - 1, expected.expand(-1, 3, -1, -1), rtol=0, atol=1e-2)
-    teacher = ClassConditionalPipeline(_random(small_dit(4, layers=1), 1), pipeline.scheduler)
-    found = against_teacher(pipeline, teacher, calls, extractor)
-    assert min(found["latent_mse"]) > 1e-3
+    assert min(against_teacher(student, teacher, range(4), extractor, pass_size=4)["latent_mse"]) > 1e-3
 
 
-def test_models_without_a_condition_and_pipelines_of_other_classes(pipelines, extractor: Extractor) -> None:
-    unet = UNet2DModel(
-        sample_size=8, in_channels=1, out_channels=1, block_out_channels=(8,), layers_per_block=1,
-        down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",), norm_num_groups=4,
-    )  # fmt: skip
-    pipeline = ClassConditionalPipeline(_random(unet, 0), DDPMScheduler(num_train_timesteps=50))
-    calls = Calls([2, 3], {}, arguments={"num_inference_steps": 2}, pass_size=2)
-    assert against_teacher(pipeline, pipeline, calls, extractor)["latent_mse"] == [0.0, 0.0]
-    with pytest.raises(ValueError, match="a DDPMPipeline and a StableDiffusionPipeline do not compare"):
-        against_teacher(DDPMPipeline(unet, DDPMScheduler()), pipelines[0], calls, extractor)
+def test_pipelines_of_other_classes_do_not_compare(pair, extractor: Extractor) -> None:
+    with pytest.raises(
+        ValueError, match="a ClassConditionalPipeline and a StableDiffusionPipeline do not compare"
+    ):
+        against_teacher(_by_class(2, 0), pair[0], INDICES, extractor)
 
 
 def test_pairs_tell_apart_what_lies_within_the_spread() -> None:
@@ -274,7 +226,7 @@ def test_a_run_is_compared_with_its_teacher(student: Path, runs: Path, tmp_path:
     for name in ("latent_mse", "latent_relative_mse", "feature_cosine"):
         assert found[name]["n"] == 6 and found[name]["low"] < found[name]["mean"] < found[name]["high"]
     assert found["notes"] == ["LPIPS is left out: images of 8×8 are too small; it takes 32 pixels or more"]
-    assert found["protocol"]["arguments"]["num_inference_steps"] == 3  # as the samples were made
+    assert found["protocol"]["num_inference_steps"] == 3  # as the samples were made
     without = json.loads((runs / "kd-shd" / "evaluation" / "metrics.json").read_text())
     assert {key: metrics[key] for key in without} == without
     assert json.loads((student / "evaluation" / "metrics.json").read_text()) == metrics

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from commands import command, sets
 from scipy import stats
 from tiny_clip import TOKENS, clip_model
 from torch import Tensor, nn
@@ -203,6 +204,35 @@ def test_prompts_that_are_missing_leave_out_or_refuse(
                 compute_metrics(photographs[0], photographs[1], named)
     with pytest.raises(UserError, match="11 prompts for 12 images"):
         compute_metrics(photographs[0], photographs[1], config, prompts=["a"] * 11)
+
+
+def test_prompts_need_no_reference(captioned: Path, clip_folder: Path, photographs) -> None:
+    """CLIP is the extractor then, so that no Inception is wanted."""
+    code, printed, errors = command("evaluate", captioned, *sets(f"evaluate.clip_model={clip_folder}"))
+    assert code == 0, errors
+    found = json.loads(printed)
+    with_reference = EvaluateConfig(extractor="clip", clip_model=str(clip_folder))
+    expected = compute_metrics(captioned, photographs[1], with_reference)
+    kept = {"clip_score", "r_precision", "r_precision_low", "r_precision_high"}
+    assert {key: found[key] for key in kept} == {key: expected[key] for key in kept}
+    assert found.keys() == kept | {"protocol", "warnings"}
+    assert (found["protocol"]["reference"], found["protocol"]["features"]) == ("none", "clip")
+    assert len(found["warnings"]) == 1  # of the few captions; none of covariances
+    named = sets(f"evaluate.clip_model={clip_folder}", "evaluate.metrics=[clip_score,fid]")
+    code, _, errors = command("evaluate", captioned, *named)
+    assert code == 2 and "--reference REF" in errors
+    config = EvaluateConfig(clip_model=str(clip_folder), metrics=["clip_score", "fid"], extractor="clip")
+    with pytest.raises(UserError, match="`fid` needs a reference, `evaluate"):
+        compute_metrics(captioned, None, config)
+
+
+def test_prompts_that_are_cut_are_told(clip_folder: Path, photographs) -> None:
+    prompts = ["a cat", "abcdefghijklmno", "abcdefghijklmn"] * 4  # with two tokens they have 6, 17 and 16
+    config = EvaluateConfig(clip_model=str(clip_folder), metrics=["clip_score"])
+    found = compute_metrics(photographs[0], None, config, prompts=prompts)
+    assert found["warnings"] == [
+        "1 of 3 prompts are longer than the CLIP model takes: it saw their beginning"
+    ]
 
 
 def _other_type(folder: Path) -> None:

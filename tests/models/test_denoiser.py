@@ -26,12 +26,11 @@ from shd_diffusion.models.denoiser import (
     null_condition,
     num_classes,
     num_tokens,
-    pack,
     pad,
     predict,
     sample_shape,
-    unpack,
 )
+from shd_diffusion.models.families import pack, unpack
 from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.models.trace import trace

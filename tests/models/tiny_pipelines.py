@@ -16,7 +16,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline, ModelMixin
 from diffusers.pipelines.flux2.system_messages import SYSTEM_MESSAGE as flux2_system_message
-from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+from tokenizers import Regex, Tokenizer, models, pre_tokenizers, processors
 from torch import nn
 
 SIZE = (64, 64)  # 8 × 8 latents; two pipelines take it that a VAE divides sides by 8, so all here do
@@ -83,7 +83,7 @@ def vae(channels: int = 4, **changes: Any) -> diffusers.AutoencoderKL:
 _WORDS = re.compile(r"<\|?\w+\|?>|\n|\w+|[^\w\s]")
 
 
-def llm_tokenizer(*templates: str, chat: str | None = None, side: str = "left") -> Any:
+def llm_tokenizer(*templates: str, chat: str | None = None, side: str = "left", bos: bool = False) -> Any:
     """One token a word of the templates, and one a letter of every other word."""
     words = dict.fromkeys(word for template in templates for word in _WORDS.findall(template))
     letters = dict.fromkeys(string.ascii_letters + string.digits + string.punctuation)
@@ -91,6 +91,8 @@ def llm_tokenizer(*templates: str, chat: str | None = None, side: str = "left") 
     vocab += [(token, -1.0) for token in words | letters]
     tokenizer = Tokenizer(models.Unigram(vocab, unk_id=3))
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(_WORDS.pattern), "removed", invert=True)
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing("<bos> $A", special_tokens=[("<bos>", 2)])
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
@@ -329,7 +331,7 @@ def flux2(heads: int = 4) -> DiffusionPipeline:
 
 def sana(heads: int = 4) -> DiffusionPipeline:
     """Its self-attention is linear: `heads` are those of its cross-attention."""
-    tokenizer = llm_tokenizer(side="left")  # which the pipeline turns round
+    tokenizer = llm_tokenizer(bos=True)  # padding on the left, which the pipeline turns round
     blocks = {"block_types": ("ResBlock",) * 4, "block_out_channels": (4,) * 4, "layers_per_block": (1,) * 4}
     sides = {f"{side}_{key}": value for side in ("encoder", "decoder") for key, value in blocks.items()}
     qkv = {"encoder_qkv_multiscales": ((),) * 4, "decoder_qkv_multiscales": ((),) * 4}
@@ -411,7 +413,7 @@ def video_vae(kind: Any) -> ModelMixin:
 
 
 def lumina2(heads: int = 4) -> DiffusionPipeline:
-    tokenizer = llm_tokenizer(LUMINA_TEMPLATE)
+    tokenizer = llm_tokenizer(LUMINA_TEMPLATE, bos=True)
     transformer = diffusers.Lumina2Transformer2DModel(
         sample_size=8,
         in_channels=4,
@@ -501,7 +503,7 @@ def hunyuan_dit(heads: int = 4) -> DiffusionPipeline:
 
 
 def cogview4(heads: int = 4) -> DiffusionPipeline:
-    tokenizer = llm_tokenizer()
+    tokenizer = llm_tokenizer(bos=True)
     transformer = diffusers.CogView4Transformer2DModel(
         in_channels=4,
         out_channels=4,

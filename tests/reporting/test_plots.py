@@ -10,19 +10,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
-import pytest
 from PIL import Image
 from safetensors.numpy import load_file
 
-from shd_diffusion.errors import UserError
-from shd_diffusion.reporting.attention import attention_views, map_pixels, membership, reduced
+from shd_diffusion.reporting.attention import attention_views, membership
+from shd_diffusion.reporting.maps import map_pixels, reduced
 from shd_diffusion.reporting.neighbour_page import neighbour_plots, neighbourhoods, short_name
 from shd_diffusion.reporting.page import run_styles
 from shd_diffusion.reporting.pictures import data_uri, mosaic
 from shd_diffusion.reporting.plot_style import DARK, DEPTH_COLOURS, LIGHT, smooth
 from shd_diffusion.reporting.quality_plots import quality_scatters
 from shd_diffusion.reporting.runs import read_runs
-from shd_diffusion.reporting.samples import sample_gallery
 from shd_diffusion.reporting.training_plots import (
     depth_shades,
     loss_curves,
@@ -54,23 +52,6 @@ def test_mosaic_sets_images_apart_by_transparent_gaps() -> None:
     assert not picture[2].any() and not picture[:, 3].any()
 
 
-def test_the_gallery_shows_the_same_indices_of_every_run(runs: dict[str, Path]) -> None:
-    gallery = sample_gallery(read_runs(list(runs.values())))
-    assert gallery and gallery.same_noise
-    assert gallery.labels == list(range(10))
-    for run, picture in gallery.pictures:
-        cell = picture.shape[0] // 10
-        image = np.asarray(
-            Image.open(run.path / "samples" / "000037.png").convert("RGB")
-        )  # fourth of label 7
-        factor = 48 // 8
-        top, left = 7 * (48 + 3), 3 * (48 + 3)
-        assert cell == 50
-        np.testing.assert_array_equal(
-            picture[top : top + 48, left : left + 48, :3], image.repeat(factor, 0).repeat(factor, 1)
-        )
-
-
 def test_samples_stand_beside_their_neighbours(runs: dict[str, Path]) -> None:
     (run,) = read_runs([runs["kd"]])
     (near,) = neighbourhoods([run])
@@ -97,31 +78,6 @@ def test_samples_stand_beside_their_neighbours(runs: dict[str, Path]) -> None:
 def test_neighbours_are_called_by_number_or_file() -> None:
     assert short_name("digits: image 12") == "#12"
     assert short_name("train/n01440764/n01440764_10026.JPEG") == "n01440764_10026.JPEG"
-
-
-def test_samples_of_other_seeds_are_not_called_the_same_noise(
-    runs: dict[str, Path], fresh_run: Callable[[str], Path]
-) -> None:
-    other = fresh_run("kd-shd")
-    path = other / "samples" / "sampling.json"
-    content = json.loads(path.read_text())
-    content["protocol"]["seed"] = 1
-    path.write_text(json.dumps(content))
-    gallery = sample_gallery(read_runs([runs["kd"], other]))
-    assert gallery and not gallery.same_noise
-
-
-def test_large_samples_are_reduced_and_broken_ones_named(fresh_run: Callable[[str], Path]) -> None:
-    run = fresh_run("kd")
-    for index in range(40):
-        Image.new("RGB", (256, 512), (0, 0, index)).save(run / "samples" / f"{index:06d}.png")
-    gallery = sample_gallery(read_runs([run]))
-    assert gallery
-    height, width = gallery.pictures[0][1].shape[:2]
-    assert (height, width) == (10 * 128 + 9 * 8, 4 * 64 + 3 * 8)
-    (run / "samples" / "000000.png").write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"000000\.png: cannot be read; run `shd-diffusion sample .*` again"):
-        sample_gallery(read_runs([run]))
 
 
 def test_each_squeezed_head_stands_under_the_heads_it_is_made_of(runs: dict[str, Path]) -> None:
@@ -161,9 +117,9 @@ def test_map_pixels_darken_with_attention() -> None:
 
 def test_large_maps_are_averaged_over_areas() -> None:
     maps = np.random.default_rng(0).random((2, 256, 128))
-    expected = maps.reshape(2, 64, 4, 32, 4).mean(axis=(2, 4))
-    np.testing.assert_allclose(reduced(maps), expected, rtol=1e-5)
-    np.testing.assert_allclose(reduced(maps[:, :16, :16]), maps[:, :16, :16], rtol=1e-6)
+    expected = maps.reshape(2, 64, 4, 64, 2).mean(axis=(2, 4))
+    np.testing.assert_allclose(reduced(maps, 64, 64), expected, rtol=1e-5)
+    np.testing.assert_allclose(reduced(maps[:, :16, :16], 64, 64), maps[:, :16, :16], rtol=1e-6)
 
 
 def test_figures_take_the_colours_of_the_page(runs: dict[str, Path]) -> None:
@@ -233,13 +189,7 @@ def test_figures_do_without_numbers_that_are_not_there(fresh_run: Callable[[str]
         '{"step": 2, "terms": {"denoise": {"value": 0.0, "share": 1.0}}}\n'
     )
     (folder / "evaluation" / "metrics.json").write_text('{"fid": NaN, "precision": Infinity, "protocol": {}}')
-    sampling = json.loads((folder / "samples" / "sampling.json").read_text()) | {"labels": None}
-    (folder / "samples" / "sampling.json").write_text(json.dumps(sampling))
     runs = read_runs([folder])
     styles = run_styles(runs)
     assert [plot.name for plot in loss_curves(runs, styles)] == ["loss-denoise"]
-    assert (quality_scatters(runs, styles), sample_gallery(runs), validation_fid(runs, styles)) == (
-        [],
-        None,
-        [],
-    )
+    assert (quality_scatters(runs, styles), validation_fid(runs, styles)) == ([], [])

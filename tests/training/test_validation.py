@@ -19,7 +19,7 @@ from shd_diffusion.config import SampleConfig
 from shd_diffusion.data.images import to_rgb_bytes
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline
-from shd_diffusion.sampling.generate import sample_images
+from shd_diffusion.sampling.by_class import sample_images
 from shd_diffusion.training.metrics_logger import MetricsLogger
 from shd_diffusion.training.validation import sample_grid
 

@@ -1,0 +1,107 @@
+"""Padded text: what a loss finds in a batch of a short and a long sample is the mean of what it finds in each alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from blocks_of_records import record, shd
+from torch import Tensor
+
+from shd_diffusion.attention import AttentionRecord
+from shd_diffusion.attention.kernels import MASKED
+from shd_diffusion.losses import TERMS
+from shd_diffusion.losses.divergence import DIVERGENCES
+from shd_diffusion.losses.term import Batch, Captured, StepOutputs
+from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
+from shd_diffusion.models.trace import Trace
+
+TOKENS, SHORT = 9, 6
+COUNTED = torch.arange(TOKENS) < torch.tensor([SHORT, TOKENS])[:, None]
+MASK = torch.zeros(2, 1, 1, TOKENS).masked_fill(~COUNTED[:, None, None], MASKED)
+
+
+def padded(heads: int, seed: int, learns: bool = False) -> AttentionRecord:
+    """Of text and image at once; the first sample's text is short."""
+    made = record(heads=heads, queries=TOKENS, seed=seed, learns=learns, mask=MASK, kind="self")
+    return replace(made, counted=COUNTED)
+
+
+def alone(of: AttentionRecord, sample: int) -> AttentionRecord:
+    """One sample without its padding."""
+    tokens = slice(int(COUNTED[sample].sum()))
+    query, key, value = (part[sample : sample + 1, :, tokens] for part in (of.query, of.key, of.value))
+    return replace(of, query=query, key=key, value=value, mask=None, counted=None)
+
+
+def gradients(value: Tensor, of: AttentionRecord) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(value, (of.query, of.key))
+
+
+STRATEGIES: list[dict[str, Any]] = [
+    *({"divergence": name} for name in DIVERGENCES),
+    {"granularity": "row"},
+    {"merge": "joint"},
+    {"temperature": 2.0},
+    {"chunk_rows": 2},
+]
+
+
+@pytest.mark.parametrize("options", STRATEGIES, ids=str)
+def test_shd_of_a_padded_sample_is_that_of_its_tokens(options: dict[str, Any]) -> None:
+    teacher, student, loss = padded(5, 1), padded(2, 2, learns=True), shd(**options)
+    both = loss({"block": teacher}, {"block": student})
+    each = [loss({"block": alone(teacher, i)}, {"block": alone(student, i)}) for i in range(2)]
+    torch.testing.assert_close(both, (each[0] + each[1]) / 2, rtol=1e-12, atol=0)
+    for found, expected in zip(
+        gradients(both, student), gradients((each[0] + each[1]) / 2, student), strict=True
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-14)
+
+
+def test_what_padded_rows_hold_changes_nothing() -> None:
+    teacher, student, loss = padded(5, 1), padded(2, 2), shd()
+    expected = loss({"block": teacher}, {"block": student})
+    other = teacher.query.masked_fill(~COUNTED[:, None, :, None], 7.0)
+    assert torch.equal(loss({"block": replace(teacher, query=other)}, {"block": student}), expected)
+    found = loss.inspect({"block": teacher}, {"block": student})["block"].divergence
+    torch.testing.assert_close(found.mean(), expected, rtol=1e-12, atol=0)
+
+
+def test_what_counts_for_one_model_alone_does_not_count() -> None:
+    teacher, student, loss = padded(5, 1), padded(2, 2), shd()
+    expected = loss({"block": teacher}, {"block": student})
+    assert torch.equal(loss({"block": replace(teacher, counted=None)}, {"block": student}), expected)
+    assert torch.equal(loss({"block": teacher}, {"block": replace(student, counted=None)}), expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "heads"),
+    [
+        ("attention_mse", {"heads": "average"}, 2),
+        ("attention_mse", {"heads": "equal"}, 5),
+        ("aligner", {}, 2),
+    ],
+)
+def test_other_terms_leave_padding_out(name: str, options: dict[str, Any], heads: int) -> None:
+    def trace(of: AttentionRecord) -> Trace:
+        return Trace((1, 4, 4), {"block": of}, torch.zeros(1, 1, 4, 4))
+
+    teacher, student = padded(5, 1), padded(heads, 2, learns=True)
+    kind = TERMS[name]
+    term = kind(
+        kind.Config.model_validate({"weight": 1.0, **options}), trace(student), trace(teacher)
+    ).double()
+    process = ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig()))
+    images = torch.zeros(1, 1, 4, 4)
+    batch = Batch(images, images, images, torch.zeros(1), {})
+
+    def of(teacher: AttentionRecord, student: AttentionRecord) -> Tensor:
+        both = Captured({"block": student}), Captured({"block": teacher})
+        return term(StepOutputs(process, batch, images, images, *both))
+
+    found = of(teacher, student)
+    expected = (of(alone(teacher, 0), alone(student, 0)) + of(alone(teacher, 1), alone(student, 1))) / 2
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)

@@ -1,0 +1,112 @@
+"""Prompts of different lengths in one batch: predictions, traces, and the SHD loss of each family."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from diffusers import ModelMixin
+from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
+from torch import Tensor
+
+from shd_diffusion.attention import AttentionCapture, AttentionRecord
+from shd_diffusion.data.latent_space import LatentSpace
+from shd_diffusion.losses import SHDLoss
+from shd_diffusion.models.denoiser import freeze, pad, predict, prepare
+from shd_diffusion.models.prompts import PromptEncoder, denoiser_name
+from shd_diffusion.models.trace import trace
+
+PROMPTS = ["a cat", "a red fox jumps over two dozing dogs and cats"]  # 16 and 48 tokens to CogView4
+ALL = list(PIPELINES)
+
+
+@cache
+def drawn(name: str) -> tuple[Tensor, Tensor, list[dict[str, Tensor]]]:
+    """Noised samples, timesteps, and a short and a long prompt's conditions."""
+    pipeline = PIPELINES[name]()
+    conditions = PromptEncoder(pipeline, SIZE, ARGUMENTS.get(name, {})).encode(PROMPTS)
+    torch.manual_seed(1)
+    shape = LatentSpace(pipeline.vae).parts(torch.zeros(1, 3, *SIZE))[0].shape[1:]
+    if name == "wan":
+        shape = (shape[0], 2, *shape[2:])
+    return (
+        torch.randn(2, *shape, dtype=torch.float64),
+        torch.tensor([250, 700]),
+        [doubled(c) for c in conditions],
+    )
+
+
+def doubled(condition: dict[str, Tensor]) -> dict[str, Tensor]:
+    """So that no difference is rounding: a batch's sums may be taken in another order."""
+    return {n: entry.double() if entry.is_floating_point() else entry for n, entry in condition.items()}
+
+
+@cache
+def denoiser(name: str, heads: int = 4) -> ModelMixin:
+    pipeline = PIPELINES[name](heads=heads, seed=heads)
+    return freeze(prepare(getattr(pipeline, denoiser_name(pipeline)).double()))
+
+
+def of_one(name: str, index: int) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    noised, timesteps, conditions = drawn(name)
+    return noised[index : index + 1], timesteps[index : index + 1], pad(conditions[index : index + 1])
+
+
+def of_both(name: str) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    noised, timesteps, conditions = drawn(name)
+    return noised, timesteps, pad(conditions)
+
+
+def records(model: ModelMixin, batch: tuple[Any, ...]) -> dict[str, AttentionRecord]:
+    with AttentionCapture(model) as capture:
+        predict(model, *batch)
+        return capture.records
+
+
+@pytest.mark.parametrize("name", ALL)
+@torch.no_grad()
+def test_a_batch_predicts_what_each_sample_does_alone(name: str) -> None:
+    model = denoiser(name)
+    both = predict(model, *of_both(name))
+    for index in range(2):
+        alone = predict(model, *of_one(name, index))
+        torch.testing.assert_close(both[index : index + 1], alone, rtol=1e-5, atol=1e-5)
+    assert (both[0] - both[1]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_pass_can_be_traced(name: str) -> None:
+    model, (noised, timesteps, condition) = denoiser(name), of_one(name, 1)
+    found = trace(model, tuple(noised.shape[1:]), condition)
+    present = records(model, (noised, timesteps, condition))
+    assert {n: (r.query.shape, r.key.shape) for n, r in found.records.items()} == {
+        n: (r.query.shape, r.key.shape) for n, r in present.items() if n in found.records
+    }
+    texts = [n for n in present if n.endswith(":context")]
+    assert present.keys() - found.records.keys() <= set(texts[-1:])  # text that ends in the last block
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_shd_loss_of_a_batch_is_the_mean_of_each_alone(name: str) -> None:
+    teacher, student, loss = denoiser(name), denoiser(name, heads=2), SHDLoss()
+    student.requires_grad_(True)
+
+    def of(batch: tuple[Any, ...]) -> tuple[Tensor, dict[str, Tensor]]:
+        with torch.no_grad():
+            of_teacher = records(teacher, batch)
+        student.zero_grad()
+        value = loss(of_teacher, records(student, batch))
+        value.backward()
+        gradients = {n: p.grad for n, p in student.named_parameters() if p.grad is not None}
+        return value.detach(), {n: g.clone() for n, g in gradients.items()}
+
+    (both, gradients), *alone = of(of_both(name)), of(of_one(name, 0)), of(of_one(name, 1))
+    assert both.isfinite() and both > 0
+    torch.testing.assert_close(both, (alone[0][0] + alone[1][0]) / 2, rtol=1e-5, atol=0)
+    assert gradients.keys() == alone[0][1].keys() and any(g.any() for g in gradients.values())
+    means = {n: (alone[0][1][n] + alone[1][1][n]) / 2 for n in gradients}
+    largest = max(float(mean.abs().max()) for mean in means.values())
+    for parameter, gradient in gradients.items():
+        torch.testing.assert_close(gradient, means[parameter], rtol=1e-5, atol=1e-7 * largest)

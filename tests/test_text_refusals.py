@@ -1,0 +1,197 @@
+"""What cannot be prepared, trained or sampled from prompts is refused in one line, and nothing is written."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE, t5
+
+from shd_diffusion.config import DistillConfig, TrainTeacherConfig, read_config, read_prepare_config
+from shd_diffusion.data.prepare import prepare
+from shd_diffusion.errors import UserError
+from shd_diffusion.training.run import train
+
+FAMILY = "pixart-sigma"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher, images with captions, and their cache."""
+    root = tmp_path_factory.mktemp("made")
+    (root / "images").mkdir()
+    for index in range(3):
+        Image.new("RGB", SIZE, (80 * index, 0, 0)).save(root / "images" / f"{index}.png")
+    lines = [json.dumps({"file_name": f"{index}.png", "text": f"red {index}"}) for index in range(3)]
+    (root / "images" / "metadata.jsonl").write_text("\n".join(lines))
+    torch.manual_seed(0)
+    PIPELINES[FAMILY]().save_pretrained(root / "teacher")
+    path = write(root, tree(root))
+    config = read_prepare_config(path)
+    prepare(config, Path(str(config.output)), str(path))
+    return root
+
+
+@pytest.fixture
+def root(made: Path, tmp_path: Path) -> Path:
+    """A copy that may be spoilt."""
+    shutil.copytree(made, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+def tree(root: Path) -> dict[str, Any]:
+    return {
+        "output": str(root / "run"),
+        "teacher": {"path": str(root / "teacher")},
+        "student": {"arguments": {"num_attention_heads": 2, "cross_attention_dim": 24}},
+        "data": {
+            "name": "image_folder",
+            "path": str(root / "images"),
+            "image_size": SIZE[0],
+            "caption_column": "text",
+        },
+        "prepare": {"output": str(root / "cache"), "prompt_arguments": ARGUMENTS[FAMILY]},
+        "train": {"max_steps": 1, "batch_size": 2},
+    }
+
+
+def write(root: Path, content: dict[str, Any]) -> Path:
+    (root / "config.yaml").write_text(yaml.safe_dump(content))
+    return root / "config.yaml"
+
+
+def files(root: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def refused(root: Path, content: dict[str, Any], command: str) -> str:
+    """The one line in which a command ends, after the config file's name."""
+    path = write(root, content)
+    before = files(root)
+    with pytest.raises(UserError) as raised:
+        if command == "prepare":
+            config = read_prepare_config(path)
+            prepare(config, Path(str(config.output)), str(path))
+        else:
+            kind: Any = DistillConfig if command == "distill" else TrainTeacherConfig
+            run = read_config(path, kind)
+            train(run, root / "run", str(path))
+    message = str(raised.value)
+    assert "\n" not in message and files(root) == before
+    return message
+
+
+def exchange_text_encoder(root: Path) -> None:
+    torch.manual_seed(1)
+    t5().save_pretrained(root / "teacher" / "text_encoder")
+
+
+def exchange_tokenizer(root: Path) -> None:
+    file = root / "teacher" / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": 7}))
+
+
+def spoil_class(root: Path) -> None:
+    file = root / "teacher" / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "NoSuchPipeline"}))
+
+
+Spoil = Callable[[Path], object]
+Change = Callable[[dict[str, Any]], object]
+NOTHING: Any = lambda _: None  # noqa: E731
+
+REFUSED: dict[str, tuple[str, Spoil, Change, list[str]]] = {
+    "no caption column": (
+        "prepare",
+        NOTHING,
+        lambda c: c["data"].pop("caption_column"),
+        ["config.yaml", "`data.caption_column` is missing", "name where the captions are"],
+    ),
+    "unknown argument of the call": (
+        "prepare",
+        NOTHING,
+        lambda c: c["prepare"].update(prompt_arguments={"max_lenght": 3}),
+        ["config.yaml", "`prepare.prompt_arguments`", "max_lenght"],
+    ),
+    "a folder that is no pipeline": (
+        "prepare",
+        spoil_class,
+        NOTHING,
+        ["config.yaml", "`data.caption_column`", "text-to-image pipeline"],
+    ),
+    "a cache of another length": (
+        "prepare",
+        NOTHING,
+        lambda c: c["prepare"].update(prompt_arguments=ARGUMENTS[FAMILY] | {"max_sequence_length": 9}),
+        ["manifest.json", "text encoder, tokenizer or caption length", "give another --output"],
+    ),
+    "prepare with another text encoder": (
+        "prepare",
+        exchange_text_encoder,
+        NOTHING,
+        ["manifest.json", "text encoder, tokenizer or caption length"],
+    ),
+    "distill with another text encoder": (
+        "distill",
+        exchange_text_encoder,
+        NOTHING,
+        ["config.yaml", "other text encoders or tokenizers than", "`prepare.output`"],
+    ),
+    "distill with another tokenizer": (
+        "distill",
+        exchange_tokenizer,
+        NOTHING,
+        ["config.yaml", "other text encoders or tokenizers than"],
+    ),
+    "nothing prepared": (
+        "distill",
+        NOTHING,
+        lambda c: c["prepare"].update(output=c["prepare"]["output"] + "-2"),
+        ["config.yaml", "cache-2", "`shd-diffusion prepare`"],
+    ),
+    "no section prepare": (
+        "distill",
+        NOTHING,
+        lambda c: c.pop("prepare"),
+        ["config.yaml", "`teacher.path`", "run `shd-diffusion prepare` first"],
+    ),
+    "a student of other conditions": (
+        "distill",
+        NOTHING,
+        lambda c: c["student"]["arguments"].update(caption_channels=6),
+        ["config.yaml", "`student`", "encoder_hidden_states"],
+    ),
+    "a range of guidance for who is told none": (
+        "distill",
+        NOTHING,
+        lambda c: c["train"].update(guidance_range=[1, 4]),
+        ["config.yaml", "`train.guidance_range`", "remove it"],
+    ),
+    "captions without a pipeline": (
+        "train-teacher",
+        NOTHING,
+        lambda c: (
+            c.pop("teacher"),
+            c.update(model={"class": "PixArtTransformer2DModel", "arguments": {}}),
+            c.pop("student"),
+        ),
+        ["config.yaml", "`data.caption_column`", "set `pipeline`"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused(case: str, root: Path) -> None:
+    command, spoil, change, parts = REFUSED[case]
+    content = tree(root)
+    spoil(root)
+    change(content)
+    message = refused(root, content, command)
+    assert all(part in message for part in parts), message
