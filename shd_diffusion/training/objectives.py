@@ -82,6 +82,10 @@ class TrainingLoss:
             terms |= {name + MASKED: term for name, term in self._pass(model, masked, step).items()}
         return terms
 
+    def plain(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The unweighted terms of the first step on a batch, all tokens seen; nothing is kept of them."""
+        return self._pass(model, batch, 0)
+
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step."""
         weights = {name: term.weight(step, self.max_steps) for name, term in self._all()}
