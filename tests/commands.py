@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import signal
-import subprocess
-import sys
 from pathlib import Path
+
+from forks import Fork
 
 ROOT = Path(__file__).parents[1]
 TEACHER_CONFIG = ROOT / "configs" / "digits" / "teacher.yaml"
@@ -31,11 +30,6 @@ def command(*arguments: object) -> tuple[int, str, str]:
     return result.exit_code, result.stdout, result.stderr
 
 
-def start(*arguments: object) -> subprocess.Popen[str]:
-    """Start the command line in a process that Ctrl-C reaches, also where this one is a job in the background."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "shd_diffusion.cli", *map(str, arguments)],
-        stderr=subprocess.PIPE,
-        text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+def start(*arguments: object) -> Fork:
+    """Start the command line in a process of its own."""
+    return Fork("shd_diffusion.cli:main", *arguments)

@@ -207,6 +207,20 @@ BAD = {
         ["losses.denoise.weight=0", "losses.output.weight=0", "losses.shd.every=2"],
         ["distill.yaml", "losses", "steps without any term"],
     ),
+    "a kind of attention that there is none of": (
+        ["losses.shd.kinds=[cross]"],
+        [
+            "distill.yaml",
+            "losses.shd",
+            "`kinds` names cross-attention, of which the student has none",
+            "it has self",
+        ],
+    ),
+    "rows of no joint attention": (
+        ["losses.features.weight=1", "losses.features.streams=[text]"],
+        ["distill.yaml", "losses.features", "`streams` names text, but no joint attention"],
+    ),
+    "after all of it": (["losses.shd.after=1"], ["distill.yaml", "losses.shd.after", "less than 1"]),
     "timesteps backwards": (
         ["losses.shd.timesteps=[800, 200]"],
         ["distill.yaml", "losses.shd", "[800, 200]"],
@@ -245,7 +259,7 @@ def test_a_teacher_that_cannot_be_captured_is_named(tmp_path: Path) -> None:
     unet.save_pretrained(tmp_path / "unet")
     arguments = sets(*SHORT, f"teacher.path={tmp_path / 'unet'}")
     code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
-    assert code == 2 and "the teacher has no self-attention that can be captured" in errors
+    assert code == 2 and "the student has self, the teacher none" in errors
     assert "losses.shd" in errors and str(tmp_path / "unet") in errors
     assert not (tmp_path / "run").exists()
 

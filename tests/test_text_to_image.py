@@ -15,12 +15,14 @@ import torch
 import yaml
 from diffusers import DiffusionPipeline
 from PIL import Image
+from safetensors import safe_open
 from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
 
 from shd_diffusion.config import DistillConfig, read_config, read_prepare_config
 from shd_diffusion.data.prepare import prepare
 from shd_diffusion.models.prompts import denoiser_name
 from shd_diffusion.randomness import generator
+from shd_diffusion.reporting import write_report
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.sample_run import sample_run
 from shd_diffusion.training.run import train
@@ -169,3 +171,36 @@ def test_plain_diffusers_gives_the_same_images_in_a_fresh_process(distilled, tmp
             with Image.open(distilled(name).samples / f"{index:06d}.png") as image:
                 ours = np.asarray(image)
             assert np.array_equal(ours, np.load(tmp_path / f"{name}-{index:06d}.png.npy")), name
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_attention_maps_name_the_words_of_their_prompt(name: str, distilled) -> None:
+    run = distilled(name)
+    with safe_open(run.attention_file, "pt") as file:
+        description = json.loads(file.metadata()["description"])
+        image = file.get_tensor("image")
+        maps = {
+            block["student"]: file.get_tensor(f"{block['student']}/teacher")
+            for block in description["blocks"]
+        }
+    assert description["prompt"] in {caption for captions in CAPTIONS for caption in captions}
+    assert image.shape == (3, *SIZE)  # decoded
+    words = description["words"]
+    spelled = "".join(word["text"] for word in words).replace(" ", "")
+    assert description["prompt"].replace(" ", "") in spelled or spelled.endswith("<|endoftext|>")  # cut off
+    keys = [key for word in words for key in word["keys"]]
+    assert len(set(keys)) == len(keys)
+    with_text = [block for block in description["blocks"] if block["text"]]
+    assert bool(with_text) == (name not in ("lumina2", "z-image"))  # which join both before their first block
+    for block in with_text:
+        first, after = block["text"]
+        queries, count = maps[block["student"]].shape[1:]
+        assert first + max(keys) < after <= count and np.prod(block["grid"]) == queries
+
+
+def test_the_report_shows_a_runs_prompts_and_words(distilled, tmp_path: Path) -> None:
+    page = write_report([distilled("sd3").path], tmp_path / "report.html").read_text()
+    for prompt in PROMPTS:
+        assert f'title="{prompt}"' in page
+    assert "Which words the patches of the image attend to" in page
+    assert "<small>text_encoder_3</small>" in page and "&lt;|startoftext|&gt;" in page

@@ -119,6 +119,17 @@ def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | N
     return weight[:, :width] if weight.shape[1] > width else weight
 
 
+def enclosing_block(attention: str) -> str:
+    """Module path of the transformer block around an attention module: the innermost one that is numbered.
+
+    `transformer_blocks.3.attn1` lies in `transformer_blocks.3`; a UNet's `mid_block.attentions.0` is its own.
+    """
+    parts = attention.partition(":")[0].split(".")
+    while len(parts) > 1 and not parts[-1].isdigit():
+        parts.pop()
+    return ".".join(parts)
+
+
 def processor_name(module: nn.Module) -> str:
     return type(getattr(module, "processor", None)).__name__
 

@@ -13,8 +13,17 @@ from shd_diffusion.attention.capture import unwrap
 from shd_diffusion.attention.processors import in_backward
 
 
+def output_tensors(module: str, output: Any) -> dict[str, Tensor]:
+    """The tensors that a module puts out, by name: its path, or `<path>:<position>` of each in a tuple."""
+    if isinstance(output, Tensor):
+        return {module: output}
+    if not isinstance(output, tuple | list):
+        return {}
+    return {f"{module}:{place}": part for place, part in enumerate(output) if isinstance(part, Tensor)}
+
+
 class OutputCapture:
-    """Context in which every forward pass of `model` leaves the output of each named module.
+    """Context in which every forward pass of `model` leaves what named modules put out.
 
     An output is kept with its graph. What a backward pass runs again (non-reentrant gradient checkpointing) is
     not kept.
@@ -25,18 +34,21 @@ class OutputCapture:
 
     Args:
         model: a diffusers model, also inside DistributedDataParallel.
-        modules: module paths inside the model.
+        names: module paths inside the model, or `<path>:<position>` where a module puts out several tensors.
 
     Attributes:
-        outputs: of the last forward pass by module path.
+        outputs: of the last forward pass by name.
 
     Raises:
         AttributeError: the model has no such module.
     """
 
-    def __init__(self, model: nn.Module, modules: Iterable[str]) -> None:
+    def __init__(self, model: nn.Module, names: Iterable[str]) -> None:
         self._model = unwrap(model)
-        self._modules = {name: self._model.get_submodule(name) for name in modules}
+        self._wanted: dict[str, list[str]] = {}
+        for name in names:
+            self._wanted.setdefault(name.partition(":")[0], []).append(name)
+        self._modules = {path: self._model.get_submodule(path) for path in self._wanted}
         self._hooks: list[Any] = []
         self._with_gradients = False
         self.outputs: dict[str, Tensor] = {}
@@ -44,7 +56,7 @@ class OutputCapture:
     def __enter__(self) -> OutputCapture:
         self._hooks = [
             self._model.register_forward_pre_hook(self._begin),
-            *(m.register_forward_hook(partial(self._keep, name)) for name, m in self._modules.items()),
+            *(m.register_forward_hook(partial(self._keep, path)) for path, m in self._modules.items()),
         ]
         return self
 
@@ -56,16 +68,18 @@ class OutputCapture:
     def _begin(self, *_: Any) -> None:
         self.outputs, self._with_gradients = {}, torch.is_grad_enabled()
 
-    def _keep(self, name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+    def _keep(self, path: str, module: nn.Module, inputs: Any, output: Any) -> None:
         if in_backward():
             return
         if self._with_gradients and not torch.is_grad_enabled():
             raise RuntimeError(
-                f"`{name}` runs without gradients in a forward pass that has them, under reentrant "
+                f"`{path}` runs without gradients in a forward pass that has them, under reentrant "
                 "checkpointing; checkpoint with use_reentrant=False (diffusers' default)"
             )
-        if not isinstance(output, Tensor):
-            raise RuntimeError(
-                f"`{name}` puts out {type(output).__name__}, not one tensor: it has no features to match"
-            )
-        self.outputs[name] = output
+        found = output_tensors(path, output)
+        for name in self._wanted[path]:
+            if name not in found:
+                raise RuntimeError(
+                    f"`{path}` puts out {type(output).__name__}, and no tensor `{name}`: it has no features to match"
+                )
+            self.outputs[name] = found[name]

@@ -39,7 +39,7 @@ class AttentionMSE(Term):
         self, config: AttentionMSEConfig, student: Trace, teacher: Trace | None, seed: int = 0
     ) -> None:
         super().__init__(config, student, teacher, seed)
-        self.pairs = map_traces(student, teacher, config.layer_map)
+        self.pairs = map_traces(student, teacher, config)
         assert teacher is not None
         for name, by in self.pairs.items():
             heads = student.records[name].heads, teacher.records[by].heads

@@ -1,7 +1,14 @@
 """Feature distillation: the student's block outputs through a linear projector against the teacher's.
 
 Source: Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015), with the linear projector of the SHD
-paper's comparison. Extra parameters: C_student · C_teacher + C_teacher for each mapped block.
+paper's comparison. Extra parameters: C_student · C_teacher + C_teacher for each pair of outputs.
+
+Diffusion transformers have features that are huge in a few channels. Two remedies, each sample by itself:
+
+- `normalise`: a sample's distance over the mean square of its target (Zhang et al., "LAPTOP-Diff", arXiv 2404.11098).
+- `within_deviations`: positions (a channel of a token) where the target lies further than so many standard deviations
+  from its mean, both over all tokens and channels, are left out (Fang et al., "TinyFusion", arXiv 2412.01199: 2). Their
+  code also sets the student's own outliers to 0; behind a projector these are no outliers of the same channels.
 """
 
 from __future__ import annotations
@@ -10,15 +17,18 @@ from collections.abc import Mapping
 from typing import ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from shd_diffusion.attention.blocks import enclosing_block
+from shd_diffusion.losses.choice import Stream
 from shd_diffusion.losses.term import (
     MappedTermConfig,
     StepOutputs,
     Term,
     TermConfig,
-    enclosing_block,
+    map_modules,
     map_traces,
 )
 from shd_diffusion.models.trace import Trace
@@ -28,8 +38,10 @@ _OTHER_TOKENS = (
 )
 
 
-class FeatureDistillation(Term):
-    """Mean over mapped blocks of ||P(student) - teacher||², averaged over samples, tokens and channels.
+class FeatureTerm(Term):
+    """A distance of features, averaged over the pairs of mapped blocks.
+
+    Blocks that put out two streams, image and text, make two pairs: image tokens with image tokens, text with text.
 
     Attributes:
         projectors: P by pair, in the order of `pairs`.
@@ -43,21 +55,15 @@ class FeatureDistillation(Term):
     ) -> None:
         super().__init__(config, student, teacher, seed)
         assert teacher is not None
-        # a block with several attention modules is matched once
-        modules = {
-            self.module(name): (student.width(name), self.module(by), teacher.width(by))
-            for name, by in map_traces(student, teacher, config.layer_map).items()
-        }
-        self.pairs = {name: by for name, (_, by, _) in modules.items()}
-        for name, by in map_traces(student, teacher, config.layer_map).items():
-            if student.records[name].kind == "joint":
-                raise ValueError(
-                    f"{name} puts out two streams, image and text: they have no features to match yet"
-                )
-            counts = student.records[name].query.shape[2], teacher.records[by].query.shape[2]
-            if counts[0] != counts[1]:
-                raise ValueError(_OTHER_TOKENS.format(name, counts[0], by, counts[1]))
-        self.projectors = nn.ModuleList(self.projector(own, other) for own, _, other in modules.values())
+        blocks = map_modules(map_traces(student, teacher, config), self.module)
+        self.pairs = pair_outputs(blocks, student, teacher, config.streams)
+        widths = []
+        for name, by in self.pairs.items():
+            own, other = tokens(student.outputs[name]).shape, tokens(teacher.outputs[by]).shape
+            if own[1] != other[1]:
+                raise ValueError(_OTHER_TOKENS.format(name, own[1], by, other[1]))
+            widths.append((own[2], other[2]))
+        self.projectors = nn.ModuleList(self.projector(*pair) for pair in widths)
 
     def module(self, attention: str) -> str:
         """The module whose output is matched, by the attention module in it."""
@@ -69,7 +75,7 @@ class FeatureDistillation(Term):
 
     def distance(self, projected: Tensor, target: Tensor) -> Tensor:
         """Of features (B, N, C): a scalar."""
-        return F.mse_loss(projected, target)
+        raise NotImplementedError
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         """See the class.
@@ -82,6 +88,85 @@ class FeatureDistillation(Term):
             features, target = matched_tokens(outputs.student.outputs, name, outputs.teacher.outputs, by)
             distances.append(self.distance(projector(features), target))
         return torch.stack(distances).mean()
+
+
+class FeatureConfig(MappedTermConfig):
+    """Features, each sample's distance over the target's mean square, or without the target's outliers."""
+
+    normalise: bool = False
+    within_deviations: float | None = Field(None, ge=1, allow_inf_nan=False)
+
+
+class FeatureDistillation(FeatureTerm):
+    """Mean over pairs of ||P(student) - teacher||², averaged over samples, tokens and channels."""
+
+    Config: ClassVar[type[TermConfig]] = FeatureConfig
+    config: FeatureConfig
+
+    def distance(self, projected: Tensor, target: Tensor) -> Tensor:
+        if not self.config.normalise and self.config.within_deviations is None:
+            return F.mse_loss(projected, target)
+        return squared_distance(
+            projected, target, self.config.normalise, self.config.within_deviations
+        ).mean()
+
+
+def squared_distance(
+    projected: Tensor, target: Tensor, normalise: bool = False, within_deviations: float | None = None
+) -> Tensor:
+    """Mean squared difference by sample, (B,), of features (B, N, C); see the head of this file."""
+    counted = torch.ones_like(target)
+    if within_deviations is not None:
+        variance, mean = torch.var_mean(target, dim=(1, 2), keepdim=True)
+        counted = ((target - mean).abs() <= within_deviations * variance.sqrt()).to(target)
+    distance = ((projected - target).square() * counted).sum((1, 2))
+    if normalise:
+        energy = (target.square() * counted).sum((1, 2))
+        return distance / energy.clamp_min(torch.finfo(energy.dtype).tiny)
+    return distance / counted.sum((1, 2))
+
+
+def pair_outputs(
+    blocks: Mapping[str, str], student: Trace, teacher: Trace, streams: list[Stream] | None = None
+) -> dict[str, str]:
+    """The teacher's output of each of the student's that is matched, by names as `output_tensors` gives them.
+
+    Args:
+        blocks: the teacher's module of each of the student's.
+        streams: of modules that put out two; None for both.
+
+    Raises:
+        ValueError: two modules have no stream in common.
+    """
+    pairs: dict[str, str] = {}
+    for block, by in blocks.items():
+        own, other = _by_stream(block, student), _by_stream(by, teacher)
+        if not own.keys() & other.keys():
+            raise ValueError(
+                f"{block} puts out {_listed(own)}, the teacher's {by} {_listed(other)}: there are no features to match"
+            )
+        pairs |= {
+            own[stream]: other[stream]
+            for stream in own
+            if stream in other and (stream is None or streams is None or stream in streams)
+        }
+    return pairs
+
+
+def _by_stream(module: str, trace: Trace) -> dict[Stream | None, str]:
+    """The outputs of a module by what their tokens are of, the image first; None where it puts out one tensor."""
+    if module in trace.outputs:
+        return {None: module}
+    found = [name for name in trace.outputs if name.partition(":")[0] == module]
+    image = next((name for name in found if name not in trace.text_outputs), None)
+    text = next((name for name in found if name in trace.text_outputs), None)
+    return {**({"image": image} if image else {}), **({"text": text} if text else {})}
+
+
+def _listed(outputs: Mapping[Stream | None, str]) -> str:
+    return (
+        " and ".join(f"tokens of the {stream}" if stream else "one stream" for stream in outputs) or "nothing"
+    )
 
 
 def matched_tokens(

@@ -16,8 +16,8 @@ def map_blocks(
 ) -> dict[str, str]:
     """The teacher block of each student block, by name; blocks meet their own kind only.
 
-    Self-attention is compared with self-attention, cross with cross, joint with joint, and where one module
-    leaves several records (`<name>:context`), like with like.
+    Self-attention is compared with self-attention, cross with cross, joint with joint. Where one module leaves several
+    records (`<name>:context`), the others follow its first one, like to like.
 
     Args:
         teacher: kinds of the teacher's blocks by name, in execution order.
@@ -43,9 +43,10 @@ def map_blocks(
     def group(name: str, kinds: Mapping[str, Kind]) -> tuple[Kind, str, str]:
         return (*_stream(name, kinds), _stage(name) if staged else "")
 
-    for stream in dict.fromkeys(group(name, student) for name in student):
-        of_student = [name for name in student if group(name, student) == stream]
-        of_teacher = [name for name in teacher if group(name, teacher) == stream]
+    of_blocks = [[name for name in kinds if ":" not in name] for kinds in (student, teacher)]
+    for stream in dict.fromkeys(group(name, student) for name in of_blocks[0]):
+        of_student = [name for name in of_blocks[0] if group(name, student) == stream]
+        of_teacher = [name for name in of_blocks[1] if group(name, teacher) == stream]
         for name, index in zip(
             of_student, _indices(len(of_teacher), len(of_student), layer_map), strict=True
         ):
@@ -58,6 +59,11 @@ def map_blocks(
                     f"{name}: no {stream[0]}-attention block {index} among the teacher's {len(of_teacher)}"
                 )
             pairs[name] = of_teacher[index]
+    for name in student:
+        block, _, stream_of_block = name.partition(":")
+        by = f"{pairs.get(block)}:{stream_of_block}"
+        if stream_of_block and by in teacher:
+            pairs[name] = by
     return {name: pairs[name] for name in student if name in pairs}
 
 

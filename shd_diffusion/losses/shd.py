@@ -12,7 +12,6 @@ from torch import Tensor
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DIVERGENCES, Divergence
 from shd_diffusion.losses.inspect_loss import Inspection, inspect_block
-from shd_diffusion.losses.layer_map import map_blocks
 from shd_diffusion.losses.map_divergence import SqueezedTeacher, map_divergence, map_stream
 from shd_diffusion.losses.padding import alike
 from shd_diffusion.losses.term import (
@@ -22,6 +21,7 @@ from shd_diffusion.losses.term import (
     StepOutputs,
     Term,
     TermConfig,
+    map_records,
     map_traces,
 )
 from shd_diffusion.losses.token_grid import Pool, common_grid, on_grid, sample_rows, take
@@ -38,7 +38,6 @@ class SHDConfig(MappedTermConfig):
 
     Attributes:
         temperature: τ, softens both maps.
-        layer_map: which teacher block each student block learns from, see `map_blocks`.
         divergence: of the squeezed map and the student's.
         pairing: `adjacent`, `matched` (call `calibrate` first, or set `plans`), or one plan for all blocks.
         granularity: one coefficient a `sample`, or one a query `row`.
@@ -144,14 +143,7 @@ class SHDLoss:
 
     def pairs(self, teacher_records: Records, student_records: Records) -> dict[str, str]:
         """The teacher block of each student block that learns from one."""
-        teacher = {name: record.kind for name, record in teacher_records.items()}
-        student = {name: record.kind for name, record in student_records.items()}
-        pairs = map_blocks(teacher, student, self.config.layer_map)
-        if not pairs:
-            raise ValueError(
-                "no student block learns from a teacher block: nothing was captured, or the layer map is empty"
-            )
-        return pairs
+        return map_records(student_records, teacher_records, self.config)
 
     def _active(self, timesteps: Tensor | None, device: torch.device, batch: int) -> Tensor | None:
         """Indices of the samples that count; None where all do."""
@@ -281,8 +273,9 @@ class SHD(Term):
 
     def __init__(self, config: SHDConfig, student: Trace, teacher: Trace | None, seed: int = 0) -> None:
         super().__init__(config, student, teacher, seed)
-        self.pairs = map_traces(student, teacher, config.layer_map)
-        self.loss = SHDLoss(config.model_copy(update={"layer_map": self.pairs}), seed)
+        self.pairs = map_traces(student, teacher, config)
+        chosen = {"layer_map": self.pairs, "kinds": None, "streams": None, "after": 0.0}
+        self.loss = SHDLoss(config.model_copy(update=chosen), seed)
         assert teacher is not None
         for name, by in self.pairs.items():
             heads = teacher.records[by].heads, student.records[name].heads

@@ -6,7 +6,7 @@ them. A new one is a file with a `Term` and its options, and a line there.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -14,8 +14,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from shd_diffusion.attention import AttentionRecord
-from shd_diffusion.losses.layer_map import LayerMap, map_blocks
+from shd_diffusion.attention import AttentionRecord, Kind
+from shd_diffusion.losses.choice import Stream, choose_pairs
 from shd_diffusion.models.denoiser import Condition
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.trace import Trace
@@ -35,9 +35,20 @@ class TermConfig(Section):
 
 
 class MappedTermConfig(TermConfig):
-    """A term on pairs of blocks."""
+    """A term on pairs of blocks.
+
+    Attributes:
+        layer_map: which teacher block each student block learns from, see `map_blocks`.
+        kinds: of attention that count; None for all that both models have.
+        streams: of joint attention, whose query rows count, the image's or the text's; None for both.
+        after: share of the student's mapped blocks, in order of depth, that is left out at the start: with 0.5 the
+            later half counts.
+    """
 
     layer_map: Literal["uniform", "last", "first"] | list[int | None] | dict[str, str] = "uniform"
+    kinds: list[Kind] | None = Field(None, min_length=1)
+    streams: list[Stream] | None = Field(None, min_length=1)
+    after: float = Field(0.0, ge=0, lt=1)
 
 
 @dataclass(frozen=True)
@@ -57,7 +68,7 @@ class Batch:
 
 @dataclass(frozen=True)
 class Captured:
-    """Of one model's forward pass: attention records by block, and outputs by module path."""
+    """Of one model's forward pass: attention records by block, and outputs by name, see `OutputCapture`."""
 
     records: Records = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
@@ -144,29 +155,29 @@ class Term(nn.Module):
         raise NotImplementedError
 
 
-def map_traces(student: Trace, teacher: Trace | None, layer_map: LayerMap) -> dict[str, str]:
-    """The teacher's attention block of each of the student's that learns from one, see `map_blocks`.
+def map_records(student: Records, teacher: Records, config: MappedTermConfig) -> dict[str, str]:
+    """The teacher's record of each of the student's that learns from one, see `choose_pairs`.
 
     Raises:
         ValueError: they cannot be mapped, or no block is left.
     """
+    of_teacher, of_student = ({n: r.kind for n, r in records.items()} for records in (teacher, student))
+    return choose_pairs(of_teacher, of_student, config.layer_map, config.kinds, config.streams, config.after)
+
+
+def map_traces(student: Trace, teacher: Trace | None, config: MappedTermConfig) -> dict[str, str]:
+    """As `map_records`, of what a pass of each model leaves."""
     if teacher is None:
         raise ValueError("there is no teacher")
-    of_teacher, of_student = ({n: r.kind for n, r in t.records.items()} for t in (teacher, student))
-    pairs = map_blocks(of_teacher, of_student, layer_map)
-    if not pairs:
-        raise ValueError(
-            "no student block learns from a teacher block: none is captured, or the layer map is empty"
-        )
-    return pairs
+    return map_records(student.records, teacher.records, config)
 
 
-def enclosing_block(attention: str) -> str:
-    """Module path of the transformer block around an attention module: the innermost one that is numbered.
+def map_modules(pairs: Mapping[str, str], module: Callable[[str], str]) -> dict[str, str]:
+    """The teacher's module of each of the student's, from pairs of records and the module of a record's name.
 
-    `transformer_blocks.3.attn1` lies in `transformer_blocks.3`; a UNet's `mid_block.attentions.0` is its own.
+    Where a module has several records, its first one decides.
     """
-    parts = attention.partition(":")[0].split(".")
-    while len(parts) > 1 and not parts[-1].isdigit():
-        parts.pop()
-    return ".".join(parts)
+    modules: dict[str, str] = {}
+    for name, by in pairs.items():
+        modules.setdefault(module(name), module(by))
+    return modules

@@ -4,7 +4,7 @@ Source: Miles, Elezi, Deng, "VkD: Improving Knowledge Distillation using Orthogo
 an orthogonal projection keeps the student's features as they are among each other, so that the student
 learns and not the projector; the teacher's features are whitened for generation, standardised for
 classification. The distance is the smooth L1 of the published code, which pools the tokens first; here every
-token counts. Extra parameters: C_student · C_teacher for each mapped block.
+token counts. Extra parameters: C_student · C_teacher for each pair of outputs.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal
 
-from shd_diffusion.losses.features import FeatureDistillation
+from shd_diffusion.losses.features import FeatureTerm
 from shd_diffusion.losses.term import MappedTermConfig, TermConfig
 from shd_diffusion.models.trace import Trace
 
@@ -29,8 +29,8 @@ class VkDConfig(MappedTermConfig):
     normalisation: Literal["whiten", "standardise"] = "whiten"
 
 
-class VkD(FeatureDistillation):
-    """Mean over mapped blocks of the smooth L1 distance between P(student) and the normalised teacher.
+class VkD(FeatureTerm):
+    """Mean over pairs of the smooth L1 distance between P(student) and the normalised teacher.
 
     P has orthonormal rows, one a student's channel (orthonormal columns where the student is wider).
     """

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from shd_diffusion.attention import AttentionCapture, AttentionRecord, attention_blocks
+from shd_diffusion.attention import AttentionCapture, AttentionRecord, Kind, attention_blocks
+from shd_diffusion.attention.blocks import enclosing_block
+from shd_diffusion.attention.outputs import output_tensors
 from shd_diffusion.models.denoiser import Condition, predict
 
 
@@ -22,8 +26,12 @@ class Trace:
     Attributes:
         shape: of the sample, (C, H, W).
         records: of every attention block that ran and can be captured, in order of depth. What runs in masked passes
-            only (MDTv2's side block) is not among them.
+            only (MDTv2's side block) is not among them, nor are text rows that end in the last block.
         output: the prediction, (1, C', H, W).
+        outputs: what the attention modules of the records and the blocks around them put out, (1, N, C) or
+            (1, C, H, W), by name as `output_tensors` gives it; without what takes no part in the prediction, and
+            without tuples of which it cannot be told which part is the text's.
+        text_outputs: which of those that came in tuples are the text's.
         unreached: parameters that take no part in the prediction: those of what runs in masked passes only, or of a
             text stream that ends in the last block. No loss on a plain pass gives them a gradient.
     """
@@ -31,12 +39,19 @@ class Trace:
     shape: tuple[int, ...]
     records: Mapping[str, AttentionRecord]
     output: Tensor
+    outputs: Mapping[str, Tensor] = field(default_factory=dict)
+    text_outputs: frozenset[str] = frozenset()
     unreached: frozenset[str] = frozenset()
 
     @property
     def predicts_variance(self) -> bool:
         """Whether the model puts out twice the channels that it takes: beside its objective, a variance."""
         return self.output.shape[1] == 2 * self.shape[0]
+
+    @property
+    def kinds(self) -> dict[str, Kind]:
+        """The kind of attention of each record."""
+        return {name: record.kind for name, record in self.records.items()}
 
     def width(self, name: str) -> int:
         """Channels C of the tokens that an attention block writes to."""
@@ -67,14 +82,18 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
             for name, value in condition.items()
         }
         try:
-            if not any(block.capturable for block in attention_blocks(twin).values()):
-                output, records = predict(twin, noised, timesteps, moved), {}
-            else:
-                blocks = {name: block.capturable for name, block in attention_blocks(twin).items()}
-                wanted = None if all(blocks.values()) else [name for name, can in blocks.items() if can]
-                with AttentionCapture(twin, wanted) as capture:
-                    output = predict(twin, noised, timesteps, moved)
-                    records = {name: record.detached() for name, record in capture.records.items()}
+            blocks = {name: block.capturable for name, block in attention_blocks(twin).items()}
+            attentions = [name for name, can in blocks.items() if can]
+            modules = {*attentions, *map(enclosing_block, attentions)}
+            with _kept_outputs(twin, modules) as kept:
+                if not attentions:
+                    output, records = predict(twin, noised, timesteps, moved), {}
+                else:
+                    with AttentionCapture(twin, None if all(blocks.values()) else attentions) as capture:
+                        output = predict(twin, noised, timesteps, moved)
+                        records = {name: record.detached() for name, record in capture.records.items()}
+            for tensor in kept.values():
+                tensor.retain_grad()
             output.sum().backward()
         except Exception as error:  # of any kind, a ZeroDivisionError of a model without heads for one
             given = ", ".join(moved) or "no condition"
@@ -83,7 +102,54 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
                 f"{type(model).__name__} takes no samples {tuple(shape)} with {given} ({reason})"
             ) from error
     unreached = frozenset(name for name, p in twin.named_parameters() if p.grad is None)
-    return Trace(shape, records, output.detach(), unreached)
+    outputs = {name: tensor.detach() for name, tensor in kept.items() if tensor.grad is not None}
+    records = {name: record for name, record in records.items() if not _ends(name, kept, outputs)}
+    texts = _text_outputs(twin, shape, moved, outputs)
+    if texts is None:
+        texts, outputs = frozenset(), {name: t for name, t in outputs.items() if ":" not in name}
+    return Trace(shape, records, output.detach(), outputs, texts, unreached)
+
+
+@contextmanager
+def _kept_outputs(model: ModelMixin, modules: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+    """While it lasts, what modules put out is kept, by name."""
+    found: dict[str, Tensor] = {}
+
+    def keep(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        found.update(output_tensors(path, output))
+
+    hooks = [model.get_submodule(path).register_forward_hook(partial(keep, path)) for path in modules]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _ends(record: str, kept: Mapping[str, Tensor], reached: Mapping[str, Tensor]) -> bool:
+    """Whether a record is of text rows that end in their block: the prediction depends on the image's output alone."""
+    path, _, stream = record.partition(":")
+    parts = [name for name in kept if name.startswith(f"{path}:")]
+    return bool(stream) and len(parts) > 1 and sum(name in reached for name in parts) < 2
+
+
+@torch.no_grad()
+def _text_outputs(
+    twin: ModelMixin, shape: tuple[int, ...], condition: Condition, outputs: Mapping[str, Tensor]
+) -> frozenset[str] | None:
+    """Which of several outputs of one module have as many tokens for a sample of another width: they are the text's.
+
+    None where the model takes no other width.
+    """
+    several = [name for name in outputs if ":" in name]
+    if not several:
+        return frozenset()
+    modules = {name.partition(":")[0] for name in several}
+    for width in (shape[-1] // 2, shape[-1] * 2):
+        with suppress(Exception), torch.device("meta"), _WholeMasks(), _kept_outputs(twin, modules) as found:
+            predict(twin, torch.empty(1, *shape[:-1], width), torch.zeros(1, dtype=torch.long), condition)
+            return frozenset(name for name in several if found[name].shape == outputs[name].shape)
+    return None
 
 
 class _WholeMasks(TorchFunctionMode):

@@ -49,6 +49,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
             then.
     """
     runs = read_runs(paths)
+    _check_place(output)  # before the plots take their time
     styles = run_styles(runs)
     galleries, neighbours, attention = (
         sample_galleries(runs),
@@ -94,15 +95,7 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
     Raises:
         UserError: what is there is not of an earlier page, or cannot be replaced.
     """
-    folder = output.with_name(f"{output.stem}-figures")
-    if output.exists() and not _is_report(output):
-        raise UserError(
-            f"{output}: would be replaced, but is no page of shd-diffusion; give another --output"
-        )
-    if folder.exists() and not output.exists():
-        raise UserError(
-            f"{folder}: would be replaced, but is of no {output.name}; move it or give another --output"
-        )
+    folder = _check_place(output)
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -120,6 +113,20 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
                 (figures / f"{plot.name}.png").write_bytes(plot.png)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
+
+
+def _check_place(output: Path) -> Path:
+    """The folder of the page's plots; an error where it or the page would replace somebody else's."""
+    folder = output.with_name(f"{output.stem}-figures")
+    if output.exists() and not _is_report(output):
+        raise UserError(
+            f"{output}: would be replaced, but is no page of shd-diffusion; give another --output"
+        )
+    if folder.exists() and not output.exists():
+        raise UserError(
+            f"{folder}: would be replaced, but is of no {output.name}; move it or give another --output"
+        )
+    return folder
 
 
 def _is_report(page: Path) -> bool:

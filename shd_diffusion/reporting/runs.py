@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from safetensors import SafetensorError, safe_open
 
 from shd_diffusion.config import parse_yaml
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json
 from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
@@ -371,7 +371,7 @@ def read_attention(path: Path) -> Attention:
             _check_words(words or [], blocks)
     except (SafetensorError, LookupError, TypeError, ValueError) as error:
         raise UserError(
-            f"{path}: damaged ({error}); delete it and repeat the distillation's command"
+            f"{path}: damaged ({one_line(error)}); delete it and repeat the distillation's command"
         ) from None
     return Attention(
         image,

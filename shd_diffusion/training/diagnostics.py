@@ -91,7 +91,7 @@ def save_attention_maps(
     seed: int,
     path: Path,
     elements: int,
-    pipeline: Path | None = None,
+    pipeline: Path,
 ) -> None:
     """Write `attention.safetensors`: the maps of one image, and how a few dozen images are squeezed, block by block.
 

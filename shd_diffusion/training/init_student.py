@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from diffusers import ModelMixin
 
+from shd_diffusion.attention.blocks import enclosing_block
+from shd_diffusion.losses.choice import choose_pairs
 from shd_diffusion.losses.layer_map import LayerMap
-from shd_diffusion.losses.term import enclosing_block, map_traces
+from shd_diffusion.losses.term import map_modules
 from shd_diffusion.models.trace import Trace
 
 
@@ -58,8 +60,7 @@ def init_from_teacher(
 def _paired_blocks(student: Trace, teacher: Trace, layer_map: LayerMap) -> dict[str, str | None]:
     """The teacher's transformer block of each of the student's, by path; None for one that is left out."""
     blocks: dict[str, str | None] = {enclosing_block(name): None for name in student.records}
-    pairs = map_traces(student, teacher, layer_map)
-    return blocks | {enclosing_block(name): enclosing_block(by) for name, by in pairs.items()}
+    return blocks | map_modules(choose_pairs(teacher.kinds, student.kinds, layer_map), enclosing_block)
 
 
 def _source(name: str, blocks: dict[str, str | None]) -> str | None:

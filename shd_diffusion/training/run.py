@@ -270,7 +270,7 @@ def _try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, sh
             config.seed,
             folder.attention_file,
             elements,
-            None if parts.pipeline is None else parts.pipeline.local(),
+            folder.pipeline,
         )
     except Exception as error:  # whatever it is, out of memory for one: the run itself is complete
         announce(f"{folder.path}: the report will show no attention maps ({one_line(error)})")

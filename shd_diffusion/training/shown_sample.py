@@ -65,7 +65,7 @@ def picture(source: Source, clean: Tensor, place: Path) -> Tensor:
 
 
 def shown_prompt(
-    source: Source, pipeline: Path | None, number: int, condition: Condition, place: Path
+    source: Source, pipeline: Path, number: int, condition: Condition, place: Path
 ) -> ShownPrompt | None:
     """The prompt of a cached sample; None where there are no prompts.
 
@@ -75,7 +75,7 @@ def shown_prompt(
         condition: of the batch that it is in.
         place: what to call it in a message.
     """
-    if not isinstance(source, LatentSource) or source.prompts_sha256 is None or pipeline is None:
+    if not isinstance(source, LatentSource) or source.prompts_sha256 is None:
         return None
     epoch, index = divmod(number, len(source))
     prompt = None

@@ -70,6 +70,19 @@ def test_an_output_that_is_not_one_tensor_is_named(model: DiTTransformer2DModel)
         call(model, torch.randn(2, 1, 8, 8))
 
 
+def test_parts_of_a_tuple_have_names_of_their_own(model: DiTTransformer2DModel) -> None:
+    norm = "transformer_blocks.0.norm1"  # (tokens, gates and shifts)
+    images = torch.randn(2, 1, 8, 8)
+    with OutputCapture(model, [f"{norm}:0", f"{norm}:4", BLOCK]) as capture:
+        call(model, images)
+        outputs = capture.outputs
+    assert {name: output.shape for name, output in outputs.items()} == {
+        f"{norm}:0": (2, 16, 8), f"{norm}:4": (2, 8), BLOCK: (2, 16, 8)
+    }  # fmt: skip
+    with OutputCapture(model, [f"{norm}:5"]), pytest.raises(RuntimeError, match=rf"no tensor `{norm}:5`"):
+        call(model, images)
+
+
 def test_an_unknown_module(model: DiTTransformer2DModel) -> None:
     with pytest.raises(AttributeError):
         OutputCapture(model, ["transformer_blocks.9"])

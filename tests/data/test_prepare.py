@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from forks import launch
 from image_files import BROKEN, NUM_IMAGES, SIZE
 from safetensors.torch import load_file, save_file
 
@@ -20,8 +18,6 @@ from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.data.prepare import EncodeConfig, PrepareConfig
 from shd_diffusion.data.prepare import prepare as run_prepare
 from shd_diffusion.errors import UserError
-
-ROOT = Path(__file__).parents[2]
 
 
 def make_config(images: Path, vae: Path, size: int = SIZE, **changes: object) -> PrepareConfig:
@@ -263,17 +259,7 @@ def test_two_processes_write_what_one_does(images: Path, vae: Path, tmp_path: Pa
     alone = make_cache(images, vae, tmp_path / "alone")
     script = tmp_path / "two.py"
     script.write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", script]
-    # sums are split among threads: bits are the same for the same number of them only
-    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
-    done = subprocess.run(
-        [*launch, make_config(images, vae).model_dump_json(), tmp_path / "together"],
-        env={**os.environ, **threads, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.returncode == 0, done.stderr
+    launch(2, script, make_config(images, vae).model_dump_json(), tmp_path / "together")
     assert shard_files(tmp_path / "together") == shard_files(alone)
     manifests = [
         json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("alone", "together")

@@ -72,3 +72,14 @@ def test_more_student_blocks_than_the_teacher_has(layer_map):
 def test_a_kind_that_the_teacher_lacks_is_an_error():
     with pytest.raises(ValueError, match="cross"):
         map_blocks(blocks("t", ["self"] * 2), blocks("s", ["self", "cross"]))
+
+
+def test_the_text_rows_of_a_block_follow_its_image_rows():
+    """The last block of a joint model has none of the text's: counted apart, the streams would part."""
+    teacher = {f"t{i}{stream}": "joint" for i in range(4) for stream in ("", ":context")} | {"t4": "joint"}
+    student = {"s0": "joint", "s0:context": "joint", "s1": "joint"}
+    assert map_blocks(teacher, student) == {"s0": "t2", "s0:context": "t2:context", "s1": "t4"}
+    assert map_blocks(teacher, student, [1, 3]) == {"s0": "t1", "s0:context": "t1:context", "s1": "t3"}
+    assert map_blocks(teacher, student, "last") == {"s0": "t3", "s0:context": "t3:context", "s1": "t4"}
+    assert map_blocks(teacher, student, [4, 4]) == {"s0": "t4", "s1": "t4"}
+    assert map_blocks(student, student, [None, 1]) == {"s1": "s1"}

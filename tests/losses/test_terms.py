@@ -12,9 +12,10 @@ from small_models import small_dit
 from torch import nn
 
 from shd_diffusion.attention import AttentionCapture
+from shd_diffusion.attention.blocks import enclosing_block
 from shd_diffusion.attention.outputs import OutputCapture
 from shd_diffusion.losses import TERMS, LossesConfig, Term, build_terms
-from shd_diffusion.losses.term import Batch, Captured, StepOutputs, enclosing_block
+from shd_diffusion.losses.term import Batch, Captured, StepOutputs
 from shd_diffusion.losses.variance import variational_bound
 from shd_diffusion.losses.vkd import standardise, whiten
 from shd_diffusion.models.denoiser import freeze, null_condition, predict

@@ -28,7 +28,7 @@ PROTOCOL = {
 GROUPS = [(0, 1, 2, 3), (4, 5), (6, 7), (8, 9), (10, 11)]
 
 
-def make_run(folder: Path, fid: float) -> Path:
+def make_run(folder: Path, fid: float, blocks: int = BLOCKS) -> Path:
     """A complete run folder; without SHD's term and attention for a teacher."""
     folder.mkdir(parents=True)
     rng = np.random.default_rng(round(fid))
@@ -44,7 +44,7 @@ def make_run(folder: Path, fid: float) -> Path:
     summary = {
         "name": folder.name, "stage": "train-teacher" if teacher else "distill",
         "class": "DiTTransformer2DModel", "parameters": 1_243_000 if teacher else 261_000,
-        "heads": 12 if teacher else 5, "blocks": BLOCKS, "head_dim": 8, "steps": 600, "images": 76_800,
+        "heads": 12 if teacher else 5, "blocks": blocks, "head_dim": 8, "steps": 600, "images": 76_800,
         "teacher": None if teacher else "runs/teacher",
         "teacher_heads": None if teacher else 12,
     }  # fmt: skip
@@ -55,7 +55,7 @@ def make_run(folder: Path, fid: float) -> Path:
         "command": command, "started": "2026-01-01T00:00:00+00:00",
     }  # fmt: skip
     write(folder / "environment.json", environment)
-    write_log(folder / "metrics.jsonl", terms, fid, rng)
+    write_log(folder / "metrics.jsonl", terms, fid, rng, blocks)
     write_samples(folder / "samples", fid)
     figures = {
         "fid": fid, "inception_score_mean": 9 - fid / 100, "inception_score_std": 0.11,
@@ -67,7 +67,7 @@ def make_run(folder: Path, fid: float) -> Path:
     write(folder / "evaluation" / "metrics.json", figures)
     write_nearest(folder / "evaluation")
     if not teacher:
-        write_attention(folder / "attention.safetensors", closeness=1 - fid / 500)
+        write_attention(folder / "attention.safetensors", 1 - fid / 500, blocks)
     return folder
 
 
@@ -76,7 +76,7 @@ def write(path: Path, content: Any) -> None:
     path.write_text(json.dumps(content))
 
 
-def write_log(path: Path, terms: list[str], fid: float, rng: np.random.Generator) -> None:
+def write_log(path: Path, terms: list[str], fid: float, rng: np.random.Generator, blocks: int) -> None:
     """60 logged steps with a decaying, noisy loss; the validation at four of them."""
     lines = []
     for step in range(10, 601, 10):
@@ -90,7 +90,7 @@ def write_log(path: Path, terms: list[str], fid: float, rng: np.random.Generator
         }  # fmt: skip
         if "shd" in terms:
             entry["shd_by_block"] = {
-                f"transformer_blocks.{i}.attn1": values["shd"] * 3**i * 3 / 13 for i in range(BLOCKS)
+                f"transformer_blocks.{i}.attn1": values["shd"] * 3**i * 3 / 13 for i in range(blocks)
             }
         if step % 150 == 0:
             entry["validation"] = {"fid": fid * (1 + 300 / step)}
@@ -141,14 +141,14 @@ def softmax(logits: NDArray[np.float64]) -> NDArray[np.float64]:
     return exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def write_attention(path: Path, closeness: float, samples: int = 32, tokens: int = 16) -> None:
+def write_attention(path: Path, closeness: float, blocks: int, samples: int = 32, tokens: int = 16) -> None:
     """Maps of a teacher with 12 heads squeezed to 5; the student's are a mixture of those and of its own."""
     rng = np.random.default_rng(7)
     own = np.random.default_rng(round(closeness * 1000))
     place = np.stack(np.divmod(np.arange(tokens), 4), -1)
     near = -np.linalg.norm(place[:, None] - place[None], axis=-1)
     tensors: dict[str, NDArray[Any]] = {}
-    names = [f"transformer_blocks.{i}.attn1" for i in range(BLOCKS)]
+    names = [f"transformer_blocks.{i}.attn1" for i in range(blocks)]
     for name in names:
         teacher = softmax(rng.normal(0, 1.2, (12, tokens, tokens)) + near * rng.uniform(0, 2, (12, 1, 1)))
         alpha = rng.normal(0.5, 0.1, (samples, 7)).clip(0, 1)
@@ -165,8 +165,8 @@ def write_attention(path: Path, closeness: float, samples: int = 32, tokens: int
             f"{name}/divergence": own.gamma(5, 0.04 * (1.05 - closeness), (samples, 5)),
         }  # fmt: skip
     tensors["image"] = load_digits().images[13][None] / 8 - 1
-    blocks = [{"student": name, "teacher": name, "kind": "self"} for name in names]
-    description = {"label": 3, "timestep": 250, "blocks": blocks}
+    described = [{"student": name, "teacher": name, "kind": "self"} for name in names]
+    description = {"label": 3, "timestep": 250, "blocks": described}
     save_file(
         {key: np.ascontiguousarray(value, dtype=np.float32) for key, value in tensors.items()},
         path,

@@ -47,6 +47,7 @@ PROBE = """<script>addEventListener('load', () => {
       return inner.left < outer.left - 2 || inner.right > outer.right + 2
           || inner.top < outer.top - 2 || inner.bottom > outer.bottom + 2;
     }).map(t => t.textContent),
+    titles: [...document.querySelectorAll('.gallery .title')].map(t => t.clientHeight),
     rows: [...document.querySelectorAll('.results tbody tr')].map(r => r.clientHeight),
     blocks: [...document.querySelectorAll('.block')].filter(b => b.checkVisibility()).length,
     colour: style.color, background: style.backgroundColor, axis: getComputedStyle(text).fill,
@@ -95,6 +96,20 @@ def test_it_fits_the_screen_and_is_readable(report: Path, tmp_path: Path, width:
     pixels = np.asarray(Image.open(picture).convert("L"), float)
     assert pixels.shape[0] == 1200 and pixels.std() > 20
     assert (np.median(pixels) > 200) == (scheme == "light")
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_prompts_are_laid_out_beside_their_images(text_report: Path, tmp_path: Path, width: int) -> None:
+    address = framed(text_report, tmp_path, width, 1200)
+    size = f"--window-size={width},1200"
+    dump = chromium(tmp_path, SCHEMES["light"], size, "--virtual-time-budget=4000", "--dump-dom", address)
+    match = re.search(r'data-found="([^"]*)"', dump)
+    assert match, "the page did not load"
+    found: dict[str, Any] = json.loads(html.unescape(match[1]))
+    assert (found["width"], found["scroll"], found["over"]) == (width, width, [])
+    assert found["broken"] == 0 and found["cut"] == []
+    assert found["blocks"] == 2  # one of the maps, one of the words
+    assert max(found["titles"]) < 160  # long prompts are cut off
 
 
 def test_it_prints_light_with_the_details_open(report: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 import os
 import re
@@ -13,15 +14,18 @@ from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib as mpl
 import pytest
 from PIL import Image
 
+from shd_diffusion.cli import main
 from shd_diffusion.errors import UserError
 from shd_diffusion.reporting import write_report
 from shd_diffusion.reporting.page import lead, title
 from shd_diffusion.reporting.runs import read_runs
 
 from .made_up_runs import BLOCKS
+from .made_up_text_runs import HOSTILE, make_text_run
 
 
 class Elements(HTMLParser):
@@ -50,6 +54,13 @@ class Elements(HTMLParser):
 def text_of(page: str) -> str:
     page = re.sub(r"<style>.*?</style>|<svg.*?</svg>", " ", page, flags=re.DOTALL)
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+def without(run: Path, *parts: str) -> Path:
+    """A run without what a test does not look at, and what takes its time to draw."""
+    for part in parts:
+        (run / part).unlink()
+    return run
 
 
 def test_the_page_is_whole_and_needs_nothing_else(report: Path) -> None:
@@ -88,6 +99,43 @@ def test_the_page_says_what_came_out(report: Path) -> None:
     ):
         assert part in text, part
     assert "make them with" not in text
+
+
+def test_the_page_of_text_runs_shows_prompts_words_and_the_teacher(text_report: Path) -> None:
+    page = text_report.read_text()
+    elements = Elements(page)
+    assert elements.open == []
+    text = text_of(page)
+    for part in (
+        "kd-shd has the lowest CMMD of the students, 0.500; kd has 0.700, the teacher has 0.400.",
+        "teacher 12 heads, CMMD 0.400 kd 5 heads, CMMD 0.700",
+        "a red disc a green disc a blue disc",
+        "Of each prompt the first image; 6 other prompts are left out, evenly, and no image was picked by hand. "
+        "Each begins from the same noise in every run.",
+        "CMMD ↓ CLIP score ↑ R-precision ↑",
+        "kd-shd 400 k 5 0.500 30.23 70.0% [70.0%, 90.0%] 800 ms",
+        "kd-shd 0.0500 [0.0450, 0.0550] 10.0% [9.0%, 11.0%] 0.900 [0.810, 0.990]",
+        "kd: LPIPS is left out: its weights are not here",
+        "a red disc on <b>& אדום 🐈 What the teacher attends to on this image (noised to timestep 250), what",
+        "each word of the prompt: mean over the heads",
+        "Block 2, b.attn. the image <|startoftext|> teacher, ",
+    ):
+        assert part in text, part
+    images = [attributes for tag, attributes in elements.found if tag == "img"]
+    assert sum("a blue disc" in str(image.get("alt")) for image in images) == 2  # one is missing
+
+
+def test_prompts_are_text_whatever_is_in_them(tmp_path: Path) -> None:
+    run = make_text_run(tmp_path / "teacher", 0.0, HOSTILE, len(HOSTILE))
+    page = write_report([run], tmp_path / "report.html").read_text()
+    elements = Elements(page)
+    assert elements.open == []
+    assert not {"script", "b"} & {tag for tag, _ in elements.found}
+    assert "\x07" not in page
+    titles = [
+        str(attributes["title"]) for _, attributes in elements.found if attributes.get("class") == "title"
+    ]
+    assert [title.replace(r"\x07", "\x07") for title in titles] == HOSTILE
 
 
 def test_every_figure_is_beside_it_as_png(report: Path) -> None:
@@ -136,7 +184,9 @@ def test_what_a_run_lacks_is_named_with_its_command(fresh_run: Callable[[str], P
 def test_neighbours_that_are_not_there_are_accounted_for(
     fresh_run: Callable[[str], Path], runs: dict[str, Path], tmp_path: Path
 ) -> None:
-    old, blind = fresh_run("kd"), fresh_run("none")
+    old, blind = (
+        without(fresh_run(name), "attention.safetensors", "metrics.jsonl") for name in ("kd", "none")
+    )
     (old / "evaluation" / "nearest.json").unlink()
     note = {"reference": "imagenet.npz", "num_reference_images": None, "note": "it has no images"}
     (blind / "evaluation" / "nearest.json").write_text(json.dumps(note))
@@ -146,8 +196,8 @@ def test_neighbours_that_are_not_there_are_accounted_for(
     assert "Drawn or remembered" not in text
 
 
-def test_names_and_values_from_files_are_escaped(fresh_run: Callable[[str], Path], tmp_path: Path) -> None:
-    run = fresh_run("<b>&'\"")
+def test_names_and_values_from_files_are_escaped(fresh_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = fresh_run("<b>&'\"", blocks=1)
     metrics = run / "evaluation" / "metrics.json"
     content = json.loads(metrics.read_text())
     content["warnings"] = ["<script>alert(1)</script>"]
@@ -212,13 +262,13 @@ def test_a_page_of_somebody_else_is_left_alone(runs: dict[str, Path], tmp_path: 
 def test_a_place_that_cannot_be_written_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"report\.html: cannot be written"):
-        write_report([runs["kd"]], tmp_path / "file" / "report.html")
+        write_report([runs["teacher"]], tmp_path / "file" / "report.html")
 
 
-def test_names_of_runs_are_names(fresh_run: Callable[[str], Path], tmp_path: Path) -> None:
+def test_names_of_runs_are_names(fresh_run: Callable[..., Path], tmp_path: Path) -> None:
     """No formula, no colour, no reference, no escape sequence: what the page shows is what the folder is called."""
     names = [r"$\undefined{$ #1f63d6 url(#a)", "_child", "a\x1b[31mb" + os.fsdecode(b"\xe9"), '"><b>']
-    page = write_report([fresh_run(name) for name in names], tmp_path / "report.html").read_text()
+    page = write_report([fresh_run(name, blocks=1) for name in names], tmp_path / "report.html").read_text()
     assert Elements(page).open == []
     for name in [*names[:2], r"a\x1b[31mb\udce9", names[3]]:
         assert page.count(f">{html.escape(name, quote=False)}</text>") >= 4, name  # legends and titles
@@ -226,31 +276,38 @@ def test_names_of_runs_are_names(fresh_run: Callable[[str], Path], tmp_path: Pat
 
 
 def test_the_users_settings_of_matplotlib_do_not_matter(
-    runs: dict[str, Path], report: Path, tmp_path: Path
+    runs: dict[str, Path], report: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Another process, whose settings are read at the start."""
-    (tmp_path / "matplotlibrc").write_text(
-        "lines.linewidth: 9\naxes.grid: False\nsavefig.dpi: 20\nfont.size: 30\n"
-    )
-    script = (
-        "import sys, pathlib, shd_diffusion.reporting as r; page, *runs = map(pathlib.Path, sys.argv[1:]);"
-        "r.write_report(runs, page)"
-    )
-    environment = {**os.environ, "MATPLOTLIBRC": str(tmp_path / "matplotlibrc"), "MPLBACKEND": "svg"}
-    command = [sys.executable, "-c", script, tmp_path / "report.html", *runs.values()]
-    subprocess.run(command, env=environment, check=True)
-    assert (tmp_path / "report.html").read_text() == report.read_text()
+    settings = {
+        "lines.linewidth": 9,
+        "axes.grid": False,
+        "savefig.dpi": 20,
+        "font.size": 30,
+        "backend": "svg",
+    }
+    for name, value in settings.items():
+        monkeypatch.setitem(mpl.rcParams, name, value)
+    page = write_report(list(runs.values()), tmp_path / "report.html")
+    assert page.read_text() == report.read_text()
 
 
-def test_a_terminal_that_knows_ascii_alone_gets_no_escape_sequences(fresh_run: Callable[[str], Path]) -> None:
-    run = fresh_run("é\x1b[31m")
+def test_a_terminal_that_knows_ascii_alone_gets_no_escape_sequences(
+    fresh_run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = without(fresh_run("é\x1b[31m"), "attention.safetensors", "metrics.jsonl")
     command = [sys.executable, "-m", "shd_diffusion.cli", "report", run]
-    for folder, code in ((run, 0), (run / "gone", 2)):
-        done = subprocess.run(
-            [*command[:-1], folder],
-            env={**os.environ, "PYTHONIOENCODING": "ascii"},
-            capture_output=True,
-            check=False,
-        )
-        assert done.returncode == code and b"Traceback" not in done.stderr
-        assert b"\x1b" not in done.stdout + done.stderr and rb"\x1b[31m" in done.stdout + done.stderr
+    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=ascii_alone, capture_output=True, check=False)
+    said = done.stdout + done.stderr
+    assert done.returncode == 0 and b"Traceback" not in said
+    assert b"\x1b" not in said and rb"\x1b[31m" in said
+
+    streams = [io.TextIOWrapper(io.BytesIO(), encoding="ascii", write_through=True) for _ in range(2)]
+    monkeypatch.setattr(sys, "stdout", streams[0])
+    monkeypatch.setattr(sys, "stderr", streams[1])
+    monkeypatch.setattr(sys, "argv", ["shd-diffusion", "report", str(run / "gone")])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = b"".join(stream.buffer.getvalue() for stream in streams)
+    assert b"\x1b" not in said and rb"\x1b[31m" in said

@@ -12,9 +12,11 @@ import pytest
 from rich.console import Console
 
 from shd_diffusion.reporting import print_table
-from shd_diffusion.reporting.metrics_table import MetricsTable, metrics_table
+from shd_diffusion.reporting.metrics_table import MetricsTable, against_teacher_table, metrics_table
 from shd_diffusion.reporting.runs import read_runs
 from shd_diffusion.reporting.tables import count, csv_text, duration, escape_markdown, markdown, significant
+
+from .made_up_text_runs import make_text_run
 
 
 def table_of(*runs: Path) -> MetricsTable:
@@ -123,3 +125,33 @@ def test_the_terminal_table_fits_80_columns(runs: dict[str, Path]) -> None:
 )  # fmt: skip
 def test_numbers_are_short(text: str, expected: str) -> None:
     assert text == expected
+
+
+def against(*runs: Path) -> MetricsTable:
+    table = against_teacher_table(read_runs(runs))
+    assert table is not None
+    return table
+
+
+def test_students_stand_against_their_teacher(text_runs: list[Path]) -> None:
+    table = against(*text_runs)
+    assert cells(table) == {
+        "Run": ["Latents, squared error ↓", "Latents, relative error ↓", "Features, cosine ↑"],
+        "kd": ["0.150 [0.135, 0.165]", "30.0% [27.0%, 33.0%]", "0.700 [0.630, 0.770]"],
+        "kd-shd": ["**0.0500 [0.0450, 0.0550]**", "**10.0% [9.0%, 11.0%]**", "**0.900 [0.810, 0.990]**"],
+    }  # fmt: skip
+    assert against_teacher_table(read_runs(text_runs[2:])) is None  # of a teacher
+
+
+def test_students_of_other_teachers_are_not_ranked(text_runs: list[Path], tmp_path: Path) -> None:
+    other = make_text_run(tmp_path / "other", 0.2, images=1)
+    found = json.loads((other / "evaluation" / "metrics.json").read_text())["against_teacher"]
+    found["protocol"]["teacher_sha256"] = "cd" * 32
+    found["lpips"] = {"mean": 0.25, "low": None, "high": None, "n": 1}
+    edit_metrics(other, against_teacher=found)
+    table = against(text_runs[0], other)
+    assert (
+        table.warning == "These metrics do not compare: the protocols differ in teacher_sha256."
+        and not table.marks
+    )
+    assert [cells(table)[name][-1] for name in ("kd", "other")] == ["–", "0.250"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import shutil
 import signal
@@ -11,7 +12,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from commands import DISTILL_CONFIG, command, sets, start
+from commands import DISTILL_CONFIG, command, sets
+from forks import Fork
 from safetensors.torch import load_file
 
 from shd_diffusion.errors import DivergedError
@@ -41,14 +43,34 @@ def study_file(folder: Path, teacher: Path, **changes: object) -> Path:
     return path
 
 
+def start_fork(job: runner.Job, command_line: str, threads: int) -> Fork:
+    """A worker that need not import anything."""
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    worker = "shd_diffusion.study.worker:main"
+    return Fork(worker, command_line, json.dumps(job.commands), output=str(job.log))
+
+
+IN_FORKS = f"""
+import json
+from forks import Fork
+from shd_diffusion import cli
+from shd_diffusion.study import runner
+{inspect.getsource(start_fork)}
+runner.Job.start = start_fork
+cli.main()
+"""
+
+
 def test_a_study_is_interrupted_and_resumed(
     runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     study, output = study_file(tmp_path, runs / "teacher"), tmp_path / "study"
-    process = start("study", study)
+    script = tmp_path / "study.py"
+    script.write_text(IN_FORKS)
+    process = Fork(script, "study", study)
     deadline = time.monotonic() + 240
     while not (output / "runs/vkd/seed-0/config.yaml").exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors, errors
@@ -57,7 +79,12 @@ def test_a_study_is_interrupted_and_resumed(
     assert finished / "evaluation/metrics.json" in before
     assert not (output / "runs/kd/seed-1").exists() and not (output / "study.json").exists()
 
-    code, said, errors = command("study", study)
+    code, said, errors = command("study", study, *sets("budget.runs=1"))  # by a worker as it is
+    assert code == 0 and "2 of 4 runs are complete" in said, errors
+    assert (output / "runs/vkd/seed-0/evaluation/metrics.json").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(runner.Job, "start", start_fork)
+        code, said, errors = command("study", study)
     assert code == 0 and "4 of 4 runs are complete" in said, errors
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*") if path.is_file()} == before
 

@@ -6,13 +6,13 @@ import json
 import resource
 import shutil
 import signal
-import subprocess
 import time
 from pathlib import Path
 
 import pytest
 import torch
 from commands import TEACHER_CONFIG, command, sets, start
+from forks import Fork
 from safetensors.torch import load_file
 
 from shd_diffusion.run_folder import RunFolder
@@ -26,7 +26,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     return load_file(run / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors")
 
 
-def wait_for(path: Path, process: subprocess.Popen[str]) -> None:
+def wait_for(path: Path, process: Fork) -> None:
     deadline = time.monotonic() + 120
     while not path.exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from commands import DISTILL_CONFIG, TEACHER_CONFIG, command, sets
+from forks import launch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
@@ -62,12 +63,6 @@ def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-def launch(launcher: list[str], *arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
-    started = [sys.executable, "-m", *launcher, *map(str, arguments)]
-    return subprocess.run(started, env=environment, capture_output=True, text=True, timeout=240, cwd=ROOT)
-
-
 @pytest.fixture(scope="module")
 def dealt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one config: alone, accumulated, in two processes, sharded, and sharded with an interruption."""
@@ -84,9 +79,7 @@ def dealt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = folder / "together.py"
     script.write_text(TOGETHER)
     runs = {str(folder / name): [*common, *HALVES[name]] for name in ("two", "maps alone", "sharded")}
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = launch(torchrun, script, DISTILL_CONFIG, json.dumps(runs))
-    assert done.returncode == 0, done.stderr
+    launch(2, script, DISTILL_CONFIG, json.dumps(runs))
     return folder
 
 
@@ -137,9 +130,7 @@ def test_four_processes_take_the_same_first_step(dealt: Path, tmp_path: Path) ->
         "train.batch_size=8",
         "train.max_steps=1",
     ]
-    torchrun = ["torch.distributed.run", "--standalone", "--nproc_per_node", "4"]
-    done = launch(torchrun, script, DISTILL_CONFIG, json.dumps({str(tmp_path / "run"): overrides}))
-    assert done.returncode == 0, done.stderr
+    launch(4, script, DISTILL_CONFIG, json.dumps({str(tmp_path / "run"): overrides}))
     first, second = log(tmp_path / "run")[0], log(dealt / "alone")[0]
     assert first["loss"] == pytest.approx(second["loss"], rel=1e-5)
     assert first["gradient_norm"] == pytest.approx(second["gradient_norm"], rel=1e-5)
@@ -176,10 +167,18 @@ def test_a_sharded_run_leaves_what_any_other_does(dealt: Path) -> None:
 
 def test_accelerate_launch_is_the_same_run(dealt: Path, tmp_path: Path) -> None:
     arguments = sets(*STEPS, *STUDENT, *ALONE, f"teacher.path={dealt / 'teacher'}")
-    launcher = ["accelerate.commands.launch", "--cpu", "--num_processes", "1", "--num_machines", "1"]
-    launcher += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    done = launch(
-        launcher, ROOT / "pipelines" / "distill.py", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments
+    launcher = ["--cpu", "--num_processes", "1", "--num_machines", "1", "--dynamo_backend", "no"]
+    launcher += ["--mixed_precision", "no", str(ROOT / "pipelines" / "distill.py")]
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "accelerate.commands.launch", *launcher),
+            *(str(DISTILL_CONFIG), "--output", str(tmp_path / "run"), *arguments),
+        ],
+        env={**os.environ, **threads, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     ours, theirs = weights(tmp_path / "run"), weights(dealt / "alone")
