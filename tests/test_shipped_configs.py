@@ -16,7 +16,9 @@ from shd_diffusion.models.factory import build_model
 from shd_diffusion.training.inspect_models import inspect_model, merges_of, pair_rows
 
 CONFIGS = sorted(
-    p for p in (ROOT / "configs").glob("*/*.yaml") if p.parent.name != "studies" and p.stem not in ("prepare", "pipeline")
+    path
+    for path in (ROOT / "configs").glob("*/*.yaml")
+    if path.parent.name != "studies" and path.stem not in ("prepare", "pipeline")  # of no training
 )
 
 # Teachers that are converted from published weights, and the configs of the same models.
