@@ -48,10 +48,10 @@ $(EMOJI)/base/model_index.json: | $(FONT) $(VENV)/installed-text
 demo-text: $(FONT) $(VENV)/installed-text $(EMOJI)/base/model_index.json
 	@echo '[2/8] pictures and names to latents and embeddings'
 	$(SHD) prepare configs/emoji/teacher.yaml --set pipeline=$(EMOJI)/base --output $(EMOJI)/cache
-	@echo '[3/8] a teacher with 12 heads'
+	@echo '[3/8] a teacher with 8 heads'
 	$(SHD) train-teacher configs/emoji/teacher.yaml --set pipeline=$(EMOJI)/base --set prepare.output=$(EMOJI)/cache \
 		--output $(EMOJI)/teacher
-	@echo '[4/8] a student with 5 heads: with output KD'
+	@echo '[4/8] a student with 3 heads: with output KD'
 	$(DISTIL_EMOJI) --set losses.shd.weight=0 --output $(EMOJI)/kd
 	@echo '[5/8] the same student: with output KD and SHD'
 	$(DISTIL_EMOJI) --output $(EMOJI)/kd-shd
