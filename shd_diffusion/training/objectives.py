@@ -156,11 +156,12 @@ class _Capture:
     def __init__(self, model: ModelMixin, terms: Mapping[str, Term], side: int) -> None:
         wanted: dict[str, dict[str, None]] = {"records": {}, "outputs": {}}
         for term in terms.values():
-            if term.captures == "records":
-                # a block that joins image and text leaves a second record, `<block>:context`
-                wanted["records"] |= {name.partition(":")[0]: None for name in term.looks_at[side]}
-            elif term.captures == "outputs":
+            records = term.looks_at[side] if term.captures == "records" else ()
+            if term.captures == "outputs":
                 wanted["outputs"] |= dict.fromkeys(term.looks_at[side])
+                records = term.rows.values() if side == 0 else ()
+            # a block that joins image and text leaves a second record, `<block>:context`
+            wanted["records"] |= {name.partition(":")[0]: None for name in records}
         self._records = AttentionCapture(model, wanted["records"]) if wanted["records"] else None
         self._outputs = OutputCapture(model, wanted["outputs"])
         self._stack = ExitStack()

@@ -1,4 +1,4 @@
-"""Prompts of different lengths in one batch: predictions, traces, and the SHD loss of each family."""
+"""Prompts of different lengths in one batch: predictions, traces, and the losses of each family."""
 
 from __future__ import annotations
 
@@ -14,12 +14,15 @@ from torch import Tensor
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
 from shd_diffusion.data.latent_space import LatentSpace
-from shd_diffusion.losses import SHDLoss
+from shd_diffusion.losses import TERMS, SHDLoss, Term
 from shd_diffusion.losses.padding import with_text_mask
+from shd_diffusion.losses.term import Batch
 from shd_diffusion.models.denoiser import freeze, pad, predict, prepare
 from shd_diffusion.models.families import TEXT_MASK
+from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
 from shd_diffusion.models.prompts import PromptEncoder, denoiser_name
 from shd_diffusion.models.trace import trace
+from shd_diffusion.training.objectives import TrainingLoss
 
 PROMPTS = ["a cat", "a red fox jumps over two dozing dogs and cats"]  # 16 and 48 tokens to CogView4
 ALL = list(PIPELINES)
@@ -137,3 +140,32 @@ def test_the_shd_loss_of_a_batch_is_the_mean_of_each_alone(name: str) -> None:
     largest = max(float(mean.abs().max()) for mean in means.values())
     for parameter, gradient in gradients.items():
         torch.testing.assert_close(gradient, means[parameter], rtol=1e-5, atol=1e-7 * largest)
+
+
+PADDED = ["qwen-image", "chroma", "cogview4", "lumina2", "z-image"]
+"""Families whose text tokens attend too, and may be of padding."""
+
+
+@pytest.mark.parametrize("name", PADDED)
+def test_the_feature_terms_of_a_batch_are_the_mean_of_each_alone(name: str) -> None:
+    teacher, student = denoiser(name), denoiser(name, heads=2)
+    shape, (_, _, condition) = tuple(drawn(name)[0].shape[1:]), of_one(name, 1)
+    traces = [trace(model, shape, condition) for model in (student, teacher)]
+    process = ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig(objective="flow")))
+    terms: dict[str, Term] = {}
+    for term, options in (
+        ("features", {"normalise": True, "within_deviations": 2.0}),
+        ("attention_output", {}),
+        ("vkd", {"normalisation": "standardise"}),
+    ):
+        torch.manual_seed(0)
+        terms[term] = TERMS[term](TERMS[term].Config(weight=1, **options), *traces).double()
+        assert terms[term].rows
+
+    def of(noised: Tensor, timesteps: Tensor, condition: dict[str, Tensor]) -> dict[str, Tensor]:
+        return loss(student, Batch(noised, noised, noised, timesteps, condition), 0)
+
+    with TrainingLoss(process, terms, student, teacher, 10) as loss, torch.no_grad():
+        both, *alone = of(*of_both(name)), of(*of_one(name, 0)), of(*of_one(name, 1))
+    for term, found in both.items():
+        torch.testing.assert_close(found, (alone[0][term] + alone[1][term]) / 2, rtol=1e-9, atol=0)
