@@ -1,0 +1,129 @@
+"""Every family of text-to-image pipelines with half of its heads and neurons: what it is then good for."""
+
+from __future__ import annotations
+
+import copy
+from functools import cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from test_prompts import as_latents, spy
+from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
+from torch import Tensor
+
+import shd_diffusion.models  # the names of squeezed classes, for `from_pretrained`
+from shd_diffusion.attention import attention_blocks
+from shd_diffusion.attention.blocks import LINEAR
+from shd_diffusion.compression import CompressedModel, compress
+from shd_diffusion.losses import LossesConfig, build_terms
+from shd_diffusion.losses.term import Batch
+from shd_diffusion.models.denoiser import freeze, pad, predict, prepare
+from shd_diffusion.models.forward_process import ForwardProcess
+from shd_diffusion.models.layouts import feed_forwards, head_layout
+from shd_diffusion.models.pipeline_folder import find_pipeline
+from shd_diffusion.models.prompts import PromptEncoder, denoiser_name
+from shd_diffusion.models.trace import trace
+from shd_diffusion.training.objectives import TrainingLoss
+
+PROMPTS = ["a cat", "a red fox jumps"]
+HEADS = 4
+# one pipeline of each class of denoiser
+NAMES = sorted({*PIPELINES} - {"sd2", "pixart-alpha", "sd3", "flux-schnell"})
+
+
+class Squeezed(NamedTuple):
+    """A pipeline, calibration batches for its denoiser, and that with half of its heads and neurons."""
+
+    pipeline: DiffusionPipeline
+    teacher: ModelMixin
+    batches: list[Any]
+    found: CompressedModel
+
+
+def draw_batches(name: str, pipeline: DiffusionPipeline, count: int) -> list[tuple[Tensor, Tensor, Any]]:
+    """Noise at several timesteps, with prompts of different lengths."""
+    arguments = ARGUMENTS.get(name, {})
+    condition = pad(PromptEncoder(pipeline, SIZE, arguments).encode(PROMPTS))
+    latents = as_latents(pipeline, spy(pipeline, prompt=PROMPTS[0], **arguments)[0]["sample"])
+    draw = torch.Generator().manual_seed(0)
+    shape = len(PROMPTS), *latents.shape[1:]
+    timesteps = torch.tensor([300.0, 800.0])
+    return [(torch.randn(shape, generator=draw), timesteps, condition) for _ in range(count)]
+
+
+@cache
+def squeezed(name: str) -> Squeezed:
+    pipeline = PIPELINES[name](heads=HEADS)
+    batches = draw_batches(name, pipeline, 2)
+    teacher = prepare(getattr(pipeline, denoiser_name(pipeline)))
+    return Squeezed(pipeline, teacher, batches, compress(teacher, batches, predict, heads=2, neurons=0.5))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_all_heads_and_all_neurons_are_the_teacher(name: str) -> None:
+    _, teacher, batches, _ = squeezed(name)
+    found = compress(teacher, batches[:1], predict, heads=HEADS, neurons=1.0)
+    assert type(found.model) is type(teacher) and found.parts == () and found.lost < 1e-10
+    expected = predict(teacher, *batches[1])
+    error = (predict(found.model, *batches[1]) - expected).norm() / expected.norm()
+    assert error < 1e-5 and expected.norm() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_half_of_all_heads_and_neurons_are_left_and_lose_little(name: str) -> None:
+    _, teacher, _, found = squeezed(name)
+    blocks = attention_blocks(teacher)
+    heads = {name for name, block in blocks.items() if block.reason != LINEAR}
+    assert heads and feed_forwards(teacher)
+    assert {part.name for part in found.parts} == heads | set(feed_forwards(teacher))
+    assert all(part.after == part.before // 2 for part in found.parts)
+    assert all(part.lost <= part.lost_before + 1e-6 for part in found.parts if part.what == "heads")
+    assert found.lost < 0.15  # of 1, what a model that predicts 0 loses
+
+
+@pytest.mark.parametrize("name", NAMES)
+@torch.no_grad()
+def test_it_stands_in_the_pipeline_and_samples(name: str, tmp_path: Path) -> None:
+    pipeline, _, batches, found = squeezed(name)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    folder = find_pipeline(str(tmp_path / "teacher"))
+    assert folder is not None
+    folder.save_with(found.model, tmp_path / "small")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "small")
+    denoiser = getattr(loaded, denoiser_name(loaded))
+    assert type(denoiser) is getattr(shd_diffusion.models.squeezed, type(found.model).__name__)
+    prepare(denoiser)
+    assert torch.equal(predict(denoiser, *batches[0]), predict(found.model, *batches[0]))
+    loaded.set_progress_bar_config(disable=True)
+    size = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 2}
+    image = loaded(prompt=["a cat"], output_type="pt", **size, **ARGUMENTS.get(name, {}))[0][0]
+    assert image.isfinite().all() and image.std() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_takes_a_step_of_distillation(name: str) -> None:
+    pipeline, teacher, batches, found = squeezed(name)
+    noised, timesteps, condition = batches[0]
+    one = {key: value[:1] for key, value in condition.items()}
+    student = copy.deepcopy(found.model).train()
+    traces = [trace(model, tuple(noised.shape[1:]), one) for model in (student, teacher)]
+    losses = {"denoise": {"weight": 0.0}, "variance": {"weight": 0.0}, "output": {"weight": 1.0}, "shd": {}}
+    terms = build_terms(LossesConfig.model_validate(losses), *traces, seed=0)
+    process = ForwardProcess.from_scheduler(pipeline.scheduler)
+    batch = Batch(torch.randn_like(noised), torch.randn_like(noised), noised, timesteps, condition)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    with TrainingLoss(process, terms, student, freeze(teacher), 10) as loss:
+        values = loss(student, batch, 0)
+    assert {"output", "shd"} == values.keys() and all(value.isfinite() for value in values.values())
+    sum(values.values()).backward()
+    optimizer.step()
+    before, after = found.model.state_dict(), student.state_dict()
+    assert all(value.isfinite().all() for value in after.values())
+    for part in found.parts:
+        if part.what == "heads":
+            weight = f"{head_layout(student, part.name).queries[0].layer}.weight"
+            assert not torch.equal(after[weight], before[weight]), part.name
