@@ -68,7 +68,7 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 def make_pipeline(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
     """Make a text-to-image pipeline for a teacher to be trained in: text encoder, autoencoder, scheduler."""
     from shd_diffusion.config import read_config
-    from shd_diffusion.models.text_pipeline import TextPipelineConfig, make_text_pipeline
+    from shd_diffusion.training.text_pipeline import TextPipelineConfig, make_text_pipeline
 
     parsed = read_config(config, TextPipelineConfig, set_ or [])
     place = _output(parsed, output, config)

@@ -16,8 +16,8 @@ from shd_diffusion.config import (
 )
 from shd_diffusion.data.prepare import PrepareConfig
 from shd_diffusion.errors import UserError
-from shd_diffusion.models.text_pipeline import TextPipelineConfig
 from shd_diffusion.study.config import StudyConfig
+from shd_diffusion.training.text_pipeline import TextPipelineConfig
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 DISTILL = CONFIGS / "digits" / "distill.yaml"

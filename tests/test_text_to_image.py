@@ -22,6 +22,7 @@ from shd_diffusion.config import DistillConfig, read_config, read_prepare_config
 from shd_diffusion.data.prepare import prepare
 from shd_diffusion.models.prompts import denoiser_name
 from shd_diffusion.randomness import generator
+from shd_diffusion.reporting import write_report
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.sample_run import sample_run
 from shd_diffusion.training.run import train
@@ -195,3 +196,11 @@ def test_attention_maps_name_the_words_of_their_prompt(name: str, distilled) -> 
         first, after = block["text"]
         queries, count = maps[block["student"]].shape[1:]
         assert first + max(keys) < after <= count and np.prod(block["grid"]) == queries
+
+
+def test_the_report_shows_a_runs_prompts_and_words(distilled, tmp_path: Path) -> None:
+    page = write_report([distilled("sd3").path], tmp_path / "report.html").read_text()
+    for prompt in PROMPTS:
+        assert f'title="{prompt}"' in page
+    assert "Which words the patches of the image attend to" in page
+    assert "<small>text_encoder_3</small>" in page and "&lt;|startoftext|&gt;" in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -15,12 +16,15 @@ from shd_diffusion.attention import AttentionCapture, AttentionRecord
 from shd_diffusion.attention.blocks import kernel_calls
 from shd_diffusion.attention.probe import CONTEXT, MAIN
 from shd_diffusion.compression.lockstep import Call
+from shd_diffusion.models.layouts import HeadLayout, Slice, head_layout
 from shd_diffusion.models.squeezed import (
-    check_heads_can_be_cut,
     check_heads_can_be_widened,
     cut_heads,
-    input_layers,
-    output_layers,
+    cut_norm,
+    kept_channels,
+    norms_over_heads,
+    position_bias,
+    rotates,
     widen_heads,
 )
 from shd_diffusion.squeezing import match_merges, plan_merges
@@ -33,17 +37,28 @@ from shd_diffusion.squeezing.heads import (
     select_heads,
 )
 from shd_diffusion.squeezing.map_stream import MapStream, cut, stream
+from shd_diffusion.squeezing.matching import merge_rounds
 from shd_diffusion.squeezing.moments import Moments, ridge, solve
+from shd_diffusion.squeezing.norms import ChannelMoments
 from shd_diffusion.squeezing.plan import Plan, Round, members
+from shd_diffusion.squeezing.shared_keys import (
+    key_value_counts,
+    plan_sharing,
+    select_sharing,
+    sharing_pairs,
+)
 
 Pairing = Literal["adjacent", "matched"]
 Queries = Literal["select", "factor"]
 
 Features: TypeAlias = Callable[[], Iterator[tuple[str, Tensor, Tensor]]]
-"""Of each output layer its path, rows of features F_j = A'_j H (rows, N, c), and what it should put out (rows, C)."""
+"""Of each output layer its path, rows of features F_j = A'_j H (rows, N, c), and what heads should add (rows, C)."""
 
 _AT_ONCE = 2**24  # elements of features that exist at once
 _MATCHED_ON = 64  # samples on which pairs are found
+_WIDEST = (
+    2**14
+)  # features of all heads whose moments are held, 2 GB; beyond it values are merged, not refitted
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,19 +78,6 @@ class HeadOptions:
     rounds: int = 4
     rows: int | None = None
     head_dim: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """Which layers of an attention block belong together.
-
-    Attributes:
-        values: the layers that make the values, in the order of their keys.
-        outputs: by path of each output layer, the suffixes of the records whose query rows it projects, in their order.
-    """
-
-    values: tuple[str, ...]
-    outputs: dict[str, tuple[str, ...]]
 
 
 @dataclass(slots=True)
@@ -105,15 +107,17 @@ def squeeze_attention(
 ) -> tuple[float, float]:
     """Leave an attention block so many heads, as close to the targets as least squares brings them, in place.
 
-    Values and output weights are refitted in turn where the block has one output layer. Where two streams share the
-    maps and each has an output layer of its own, the merged values stay and both output layers are fitted.
+    Values and output weights are refitted in turn where each head has both for itself. Where two streams share the maps
+    and each has an output layer of its own, or where heads share values, the merged values stay and the output layers
+    are fitted; so too where the moments of all heads' features would not fit into memory.
 
     Args:
         model: the model around the block.
         name: module path of the block.
         heads: N, fewer than the block's M.
         calls: the block's calls with the calibration batches; a mask by head is cut with the heads.
-        targets: by path of each output layer, what it should put out in each call, (B, Q, C).
+        targets: by path of each output layer, what the heads should add to it in each call, (B, Q, C): their part of
+            the product, without a bias.
         options: how.
 
     Returns:
@@ -123,24 +127,33 @@ def squeeze_attention(
         ValueError: the block is of a kind that cannot be squeezed.
     """
     check_can_be_squeezed(model, name, options)
-    module: Any = model.get_submodule(name)
-    layout, before, width = layout_of(module), module.heads, module.inner_dim // module.heads
-    projections = list(output_layers(module).values())
-    query, key = (_by_head(layer, before) for layer in (module.to_q, module.to_k))
-    value = torch.cat([_by_head(getattr(module, layer), before) for layer in layout.values], 1)
+    layout = head_layout(model, name)
+    before, width = layout.heads, layout.width
+    query, key = (_by_head(model, part, width) for part in (layout.queries[0], layout.keys[0]))
+    value = torch.cat([_by_head(model, part, width) for part in _values(model, name)], 1)
+    value = value.repeat_interleave(layout.sharing, 0)  # of each head, (M, c, d)
     # W^O of all streams side by side, (M, d, C)
-    outputs = torch.cat([p.weight.detach().T.unflatten(0, (before, width)) for p in projections], 2).double()
+    outputs = torch.cat([_columns(model, part).T.unflatten(0, (before, width)) for part in layout.outputs], 2)
+    bias = position_bias(model, name)
+    table = None if bias is None else bias.table.detach()
 
     seen = _look(model, name, calls, options.queries == "factor")
-    groups = members(_plan(seen.records, heads, options.pairing), before)
-    selected = select_heads(groups, seen.movements)
+    groups = members(_plan(seen.records, layout, heads, options.pairing), before)
+    if layout.sharing == 1:
+        selected = select_heads(groups, seen.movements)
+    else:
+        groups, selected = select_sharing(groups, seen.movements, layout.sharing)
+    norms = _fit_norms(model, name, layout, torch.tensor(selected), calls)
     cut_heads(model, name, torch.tensor(selected))
+    for path, (factor, shift) in norms.items():
+        _scale_norm(model.get_submodule(path), factor, shift)
     wider = options.head_dim or width
     if wider != width:
         widen_heads(model, name, wider)
     for call in calls:
         _cut_mask(call, before, selected)
     if seen.query_inputs is not None and seen.key_inputs is not None:
+        layout = head_layout(model, name)
         grams = seen.query_inputs.gram, seen.key_inputs.centred().gram
         for j, group in enumerate(groups):
             shares = seen.movements[list(group)] / seen.movements[list(group)].sum()
@@ -148,105 +161,157 @@ def squeeze_attention(
                 query[list(group)], key[list(group)], shares, *grams, wider
             )
             # attention divides the logits by the root of the width
-            _write_head(module.to_q, j, merged_query * (wider / width) ** 0.5)
-            _write_head(module.to_k, j, merged_key)
+            _write_head(model, layout.queries[0], j, merged_query * (wider / width) ** 0.5)
+            _write_head(model, layout.keys[0], j, merged_key)
+            if bias is not None and table is not None:
+                bias.table.data[:, j] = table[:, list(group)] @ shares.to(table)
 
+    layout = head_layout(model, name)
     seen_again = partial(_features, model, name, calls, targets, options.rows)
-    if len(projections) == 1:
-        return _fit_values_and_output(module, seen_again, value, outputs, groups, wider, options.rounds)
-    return _fit_outputs(module, seen_again, value, outputs, groups, wider)
-
-
-def layout_of(module: Any) -> Layout:
-    """The layers of an attention block by stream."""
-    ((_, order),) = kernel_calls(module)
-    paths = list(output_layers(module))
-    names = {MAIN: "to_v", CONTEXT: "add_v_proj"}
-    if getattr(module, "add_q_proj", None) is not None:  # two streams with projections of their own
-        return Layout(
-            tuple(names[stream] for stream in order), dict(zip(paths, ((MAIN,), (CONTEXT,)), strict=False))
-        )
-    return Layout(("to_v",), {paths[0]: order})
+    if len(layout.outputs) == 1 and layout.sharing == 1 and heads * value.shape[1] <= _WIDEST:
+        return _fit_values_and_output(model, name, seen_again, value, outputs, groups, options.rounds)
+    return _fit_outputs(model, name, seen_again, value, outputs, groups)
 
 
 def check_can_be_squeezed(model: nn.Module, name: str, options: HeadOptions) -> None:
     """Raise ValueError unless the heads of that block can be squeezed so."""
-    check_heads_can_be_cut(model, name)
+    layout = head_layout(model, name)
     module: Any = model.get_submodule(name)
     if len(kernel_calls(module)) != 1:
         raise ValueError(f"attention block `{name}` attends twice, to text and image: it cannot be squeezed")
-    width = module.inner_dim // module.heads
-    if options.head_dim is not None and options.head_dim != width:
+    if options.head_dim is not None and options.head_dim != layout.width:
         check_heads_can_be_widened(model, name)
-        if options.head_dim < width:
+        if options.head_dim < layout.width:
             raise ValueError(
-                f"attention block `{name}` has heads of width {width}, not to become {options.head_dim}"
+                f"attention block `{name}` has heads of width {layout.width}, not to become {options.head_dim}"
             )
+    plain = len(layout.queries) == layout.sharing == 1 and _streams(model, name) == ((MAIN,),)
     if options.queries == "factor" and (
-        getattr(module, "norm_q", None) is not None
-        or layout_of(module) != Layout(("to_v",), {"to_out.0": (MAIN,)})
+        rotates(module) or getattr(module, "norm_q", None) is not None or not plain
     ):
         raise ValueError(
-            f"attention block `{name}` normalises its queries or joins two streams; "
+            f"attention block `{name}` normalises or rotates its queries, shares its keys or joins two streams; "
             "take `select` instead of `factor`"
         )
+
+
+def head_counts(model: nn.Module, name: str) -> tuple[int, ...]:
+    """The numbers of heads that an attention block can have; fewer than all up to M where heads share keys.
+
+    Raises:
+        ValueError: it is of a layout whose heads cannot be squeezed.
+    """
+    layout = head_layout(model, name)
+    return tuple(key_value_counts(layout.heads, layout.key_value_heads))
+
+
+def _streams(model: nn.Module, name: str) -> tuple[tuple[str, ...], ...]:
+    """For each output layer of a block the suffixes of the records whose query rows it projects, in their order."""
+    ((_, order),) = kernel_calls(model.get_submodule(name))
+    layout = head_layout(model, name)
+    if len(layout.queries) == 2:  # two streams with projections of their own
+        return ((MAIN,), (CONTEXT,))[: len(layout.outputs)]
+    return (order,)
+
+
+def _values(model: nn.Module, name: str) -> tuple[Slice, ...]:
+    """The rows that make a block's values, in the order of their keys."""
+    ((_, order),) = kernel_calls(model.get_submodule(name))
+    values = head_layout(model, name).values
+    return values[::-1] if len(values) == 2 and order[0] == CONTEXT else values
 
 
 # --- fitting ------------------------------------------------------------------------------------------------
 
 
 def _fit_values_and_output(
-    module: Any, seen: Features, value: Tensor, outputs: Tensor, groups: Round, width: int, rounds: int
+    model: nn.Module, name: str, seen: Features, value: Tensor, outputs: Tensor, groups: Round, rounds: int
 ) -> tuple[float, float]:
     """Fit values and the one output layer of a block whose queries and keys are there already."""
-    (projection,) = output_layers(module).values()
+    layout = head_layout(model, name)
+    (output,) = layout.outputs
     heads, inputs = len(groups), value.shape[1]
-    moments = Moments.zeros(heads * inputs, projection.out_features, value.device)
+    moments = Moments.zeros(heads * inputs, outputs.shape[2], value.device)
     for _, features, target in seen():
         moments.add(features.flatten(1), target)
-    fitted = moments if projection.bias is None else moments.centred()
+    fitted = moments.centred() if _has_bias(model, output) else moments
     blocks = fitted.gram.unflatten(0, (heads, inputs)).unflatten(2, (heads, inputs))
     own = torch.stack([blocks[j, :, j] for j in range(heads)])
-    values, merged = merge_values(value, outputs, groups, own, width)
+    values, merged = merge_values(value, outputs, groups, own, layout.width)
     started = fitted.loss((values @ merged).flatten(0, 1))
     values, merged, _ = refit_heads(fitted, values, merged, rounds)
     circuits = (values @ merged).flatten(0, 1)
-    _write_values(module, values)
-    _write_output(projection, merged.flatten(0, 1), moments.constant(circuits))
+    _write_values(model, name, values)
+    _write_output(model, output, merged.flatten(0, 1), moments.constant(circuits))
     return started / float(fitted.energy), fitted.loss(circuits) / float(fitted.energy)
 
 
 def _fit_outputs(
-    module: Any, seen: Features, value: Tensor, outputs: Tensor, groups: Round, width: int
+    model: nn.Module, name: str, seen: Features, value: Tensor, outputs: Tensor, groups: Round
 ) -> tuple[float, float]:
     """Merge the values of a block whose queries and keys are there already, and fit each of its output layers."""
+    layout = head_layout(model, name)
     heads, inputs = len(groups), value.shape[1]
     own = value.new_zeros(heads, inputs, inputs)
     for _, features, _ in seen():
         by_head = features.transpose(0, 1).double()
         own += by_head.mT @ by_head
-    values, merged = merge_values(value, outputs, groups, own, width)
-    _write_values(module, values)
+    values, merged = merge_values(value, outputs, groups, own, layout.width, layout.sharing)
+    _write_values(model, name, values)
+    values = values.repeat_interleave(layout.sharing, 0)
 
-    projections = output_layers(module)
     moments = {
-        path: Moments.zeros(heads * width, layer.out_features, value.device)
-        for path, layer in projections.items()
+        part.layer: Moments.zeros(heads * layout.width, len(_columns(model, part)), value.device)
+        for part in layout.outputs
     }
     for path, features, target in seen():
         mixed = torch.einsum("rjc,jcd->rjd", features.double(), values)
         moments[path].add(mixed.flatten(1), target)
     started = lost = energy = 0.0
-    parts = merged.flatten(0, 1).split([layer.out_features for layer in projections.values()], 1)
-    for (path, layer), before in zip(projections.items(), parts, strict=True):
-        fitted = moments[path] if layer.bias is None else moments[path].centred()
+    parts = merged.flatten(0, 1).split([len(_columns(model, part)) for part in layout.outputs], 1)
+    for part, before in zip(layout.outputs, parts, strict=True):
+        all_moments = moments[part.layer]
+        fitted = all_moments.centred() if _has_bias(model, part) else all_moments
         gram = fitted.gram.clone()
         gram.diagonal().add_(ridge(gram, RIDGE))
         weight = solve(gram, fitted.cross)
-        _write_output(layer, weight, moments[path].constant(weight))
+        _write_output(model, part, weight, all_moments.constant(weight))
         started, lost = started + fitted.loss(before), lost + fitted.loss(weight)
         energy += float(fitted.energy)
     return started / energy, lost / energy
+
+
+def _fit_norms(
+    model: nn.Module, name: str, layout: HeadLayout, selected: Tensor, calls: Sequence[Call]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Of each norm over all heads the factor and the shift, (n,), that bring it back once these heads alone stay."""
+    channels = norms_over_heads(layout, *kept_channels(layout, selected, name))
+    moments: dict[str, ChannelMoments] = {}
+    with ExitStack() as stack:
+        for path, kept in channels.items():
+            norm: Any = model.get_submodule(path)
+            kept = kept.to(norm.weight.device)
+            smaller = copy.deepcopy(norm)
+            cut_norm(smaller, kept)
+            moments[path] = ChannelMoments.zeros(len(kept), kept.device)
+
+            def add(
+                _: nn.Module,
+                args: tuple[Tensor, ...],
+                output: Tensor,
+                smaller: nn.Module = smaller,
+                kept: Tensor = kept,
+                into: ChannelMoments = moments[path],
+            ) -> None:
+                into.add(smaller(args[0][..., kept]), output[..., kept])
+
+            stack.enter_context(norm.register_forward_hook(add))
+        for call in calls if channels else ():
+            model.get_submodule(name)(*call.args, **call.kwargs)
+    return {
+        path: each.line() if _has_shift(model.get_submodule(path)) else (each.factor(), 0 * each.x)
+        for path, each in moments.items()
+    }
 
 
 # --- passes over the calls ----------------------------------------------------------------------------------
@@ -255,8 +320,9 @@ def _fit_outputs(
 def _runs(
     model: nn.Module, name: str, calls: Sequence[Call]
 ) -> Iterator[tuple[dict[str, AttentionRecord], dict[str, Tensor]]]:
-    """The block's records of each call by suffix, and the inputs (B, tokens, c) of its layers by their names."""
+    """The block's records of each call by suffix, and the inputs (B, tokens, c) of its layers by path."""
     module: Any = model.get_submodule(name)
+    layers = {part.layer for part in head_layout(model, name).inputs}
     inputs: dict[str, Tensor] = {}
 
     def keep(layer: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -264,8 +330,9 @@ def _runs(
 
     with ExitStack() as stack:
         capture = stack.enter_context(AttentionCapture(model, [name]))
-        for layer, linear in input_layers(module).items():
-            stack.enter_context(linear.register_forward_pre_hook(partial(keep, layer)))
+        for layer in layers:
+            hook = model.get_submodule(layer).register_forward_pre_hook(partial(keep, layer))
+            stack.enter_context(hook)
         for call in calls:
             module(*call.args, **call.kwargs)
             yield {key.removeprefix(name): record for key, record in capture.records.items()}, dict(inputs)
@@ -273,9 +340,9 @@ def _runs(
 
 def _look(model: nn.Module, name: str, calls: Sequence[Call], factor: bool) -> Sights:
     """Run the block with all its heads."""
-    module: Any = model.get_submodule(name)
-    device = module.to_q.weight.device
-    seen = Sights(torch.zeros(module.heads, dtype=torch.float64, device=device), [])
+    layout = head_layout(model, name)
+    device = _columns(model, layout.outputs[0]).device
+    seen = Sights(torch.zeros(layout.heads, dtype=torch.float64, device=device), [])
     for records, inputs in _runs(model, name, calls):
         for record in records.values():
             weight = record.output_weight.detach().double().T.unflatten(0, (record.heads, -1))  # (M, d, C)
@@ -287,22 +354,25 @@ def _look(model: nn.Module, name: str, calls: Sequence[Call], factor: bool) -> S
         if have < _MATCHED_ON:
             seen.records.append(records[MAIN].of_samples(slice(_MATCHED_ON - have)))
         if factor:
+            rows = [_with_one(model, part, inputs) for part in (layout.queries[0], layout.keys[0])]
             if seen.query_inputs is None or seen.key_inputs is None:
-                seen.query_inputs, seen.key_inputs = (
-                    Moments.zeros(layer.in_features + (layer.bias is not None), 1, device)
-                    for layer in (module.to_q, module.to_k)
-                )
-            for layer, moments in (("to_q", seen.query_inputs), ("to_k", seen.key_inputs)):
-                rows = _with_one(getattr(module, layer), inputs[layer]).flatten(0, 1)
-                moments.add(rows, rows[:, :1])
+                seen.query_inputs, seen.key_inputs = (Moments.zeros(x.shape[-1], 1, device) for x in rows)
+            for x, moments in zip(rows, (seen.query_inputs, seen.key_inputs), strict=True):
+                moments.add(x.flatten(0, 1), x[..., :1].flatten(0, 1))
     return seen
 
 
-def _plan(records: Sequence[AttentionRecord], heads: int, pairing: Pairing) -> Plan:
+def _plan(records: Sequence[AttentionRecord], layout: HeadLayout, heads: int, pairing: Pairing) -> Plan:
+    sharing = layout.sharing
+    key_values = key_value_counts(layout.heads, layout.key_value_heads)[heads]
     if pairing == "adjacent":
-        return plan_merges(records[0].heads, heads)
+        shared = plan_sharing(layout.heads, sharing, heads, key_values)
+        return plan_merges(layout.heads, heads) if sharing == 1 else shared
     batches = [(_map_stream(record), record.value.float()) for record in records]
-    return match_merges(batches, records[0].output_weight.detach().float(), heads)
+    weight = records[0].output_weight.detach().float()
+    if sharing == 1:
+        return match_merges(batches, weight, heads)
+    return merge_rounds(batches, weight, heads, sharing_pairs(sharing, heads, key_values))
 
 
 def _map_stream(record: AttentionRecord) -> MapStream:
@@ -319,13 +389,13 @@ def _features(
     rows: int | None,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
     """See `Features`; H has a 1 appended where the values have a bias."""
-    module: Any = model.get_submodule(name)
-    layout, drawn = layout_of(module), torch.Generator().manual_seed(0)
+    outputs, values = head_layout(model, name).outputs, _values(model, name)
+    streams, drawn = _streams(model, name), torch.Generator().manual_seed(0)
     for number, (records, inputs) in enumerate(_runs(model, name, calls)):
-        made_from = [_with_one(getattr(module, layer), inputs[layer]) for layer in layout.values]
-        for path, suffixes in layout.outputs.items():
+        made_from = [_with_one(model, part, inputs) for part in values]
+        for output, suffixes in zip(outputs, streams, strict=True):
             of_stream = [records[suffix] for suffix in suffixes]
-            parts = targets[path][number].split([record.query.shape[2] for record in of_stream], 1)
+            parts = targets[output.layer][number].split([record.query.shape[2] for record in of_stream], 1)
             for record, target in zip(of_stream, parts, strict=True):
                 count = target.shape[1]
                 index = torch.randperm(count, generator=drawn)[: rows or count].to(target.device)
@@ -337,7 +407,7 @@ def _features(
                         a @ h[samples, None].to(a.dtype) for a, h in zip(split, made_from, strict=True)
                     ]
                     joined = torch.cat(features, 3).transpose(1, 2)  # (samples, rows, N, c)
-                    yield path, joined.flatten(0, 1), target[samples][:, index].flatten(0, 1)
+                    yield output.layer, joined.flatten(0, 1), target[samples][:, index].flatten(0, 1)
 
 
 def _samples(record: AttentionRecord, width: int, rows: int | None = None) -> list[slice]:
@@ -349,40 +419,66 @@ def _samples(record: AttentionRecord, width: int, rows: int | None = None) -> li
 # --- weights ------------------------------------------------------------------------------------------------
 
 
-def _with_one(linear: nn.Linear, inputs: Tensor) -> Tensor:
+def _with_one(model: nn.Module, part: Slice, inputs: Mapping[str, Tensor]) -> Tensor:
     """What a layer's weight and bias multiply: its inputs, with a 1 where it has a bias."""
-    if linear.bias is None:
-        return inputs
-    return torch.cat([inputs, inputs.new_ones(*inputs.shape[:-1], 1)], -1)
+    x = inputs[part.layer]
+    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if _has_bias(model, part) else x
 
 
-def _by_head(linear: nn.Linear, heads: int) -> Tensor:
-    """A layer's weight and bias as they multiply `_with_one` from the right, (heads, c, d), float64."""
+def _has_bias(model: nn.Module, part: Slice) -> bool:
+    return getattr(model.get_submodule(part.layer), "bias", None) is not None
+
+
+def _has_shift(norm: nn.Module) -> bool:
+    return getattr(norm, "bias", None) is not None
+
+
+def _by_head(model: nn.Module, part: Slice, width: int) -> Tensor:
+    """Rows of weight and bias as they multiply `_with_one` from the right, (heads, c, d), float64."""
+    linear: Any = model.get_submodule(part.layer)
     parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
-    return torch.cat(parts, 1).detach().double().unflatten(0, (heads, -1)).mT
+    return torch.cat(parts, 1)[part.indices].detach().double().unflatten(0, (-1, width)).mT
 
 
-def _write_head(linear: nn.Linear, head: int, weight: Tensor) -> None:
+def _columns(model: nn.Module, part: Slice) -> Tensor:
+    """Columns of a weight, (C, heads·d), float64."""
+    linear: Any = model.get_submodule(part.layer)
+    weight: Tensor = linear.weight
+    return weight[:, part.indices].detach().double()
+
+
+def _write_head(model: nn.Module, part: Slice, head: int, weight: Tensor) -> None:
     """The rows of one head from what `_by_head` gives of it."""
-    rows = slice(head * weight.shape[1], (head + 1) * weight.shape[1])
+    linear: Any = model.get_submodule(part.layer)
+    start = part.start + head * weight.shape[1]
+    rows = slice(start, start + weight.shape[1])
     linear.weight.data[rows] = weight[: linear.in_features].T.to(linear.weight)
     if linear.bias is not None:
         linear.bias.data[rows] = weight[-1].to(linear.bias)
 
 
-def _write_values(module: Any, values: Tensor) -> None:
-    """Values of all heads (N, c, d), of all layers that make them one after the other."""
-    layers = [getattr(module, layer) for layer in layout_of(module).values]
+def _write_values(model: nn.Module, name: str, values: Tensor) -> None:
+    """Values of all heads that have some of their own (G, c, d), of all rows that make them one after the other."""
+    parts = _values(model, name)
+    layers: list[Any] = [model.get_submodule(part.layer) for part in parts]
     sizes = [layer.in_features + (layer.bias is not None) for layer in layers]
     for head, of_head in enumerate(values):
-        for layer, weight in zip(layers, of_head.split(sizes), strict=True):
-            _write_head(layer, head, weight)
+        for part, weight in zip(parts, of_head.split(sizes), strict=True):
+            _write_head(model, part, head, weight)
 
 
-def _write_output(linear: nn.Linear, weight: Tensor, constant: Tensor) -> None:
-    linear.weight.data.copy_(weight.T)
+def _write_output(model: nn.Module, part: Slice, weight: Tensor, constant: Tensor) -> None:
+    """The columns of the heads; the bias takes up the constant beside them."""
+    linear: Any = model.get_submodule(part.layer)
+    linear.weight.data[:, part.indices] = weight.T.to(linear.weight)
     if linear.bias is not None:
-        linear.bias.data.copy_(constant)
+        linear.bias.data += constant.to(linear.bias)
+
+
+def _scale_norm(norm: Any, factor: Tensor, shift: Tensor) -> None:
+    norm.weight.data *= factor.to(norm.weight)
+    if _has_shift(norm):
+        norm.bias.data.mul_(factor.to(norm.bias)).add_(shift.to(norm.bias))
 
 
 def _cut_mask(call: Call, heads: int, kept: Sequence[int]) -> None:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,18 +13,18 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from shd_diffusion.attention import attention_blocks
-from shd_diffusion.compression.attention import HeadOptions, check_can_be_squeezed, squeeze_attention
-from shd_diffusion.compression.depth import block_importances, block_list, remove_blocks
-from shd_diffusion.compression.feed_forward import squeeze_feed_forward
-from shd_diffusion.compression.lockstep import Lockstep
-from shd_diffusion.models.squeezed import (
-    declare_shape,
-    feed_forwards,
-    neurons,
-    output_layers,
-    shape,
-    squeezed_class,
+from shd_diffusion.attention.blocks import LINEAR
+from shd_diffusion.compression.attention import (
+    HeadOptions,
+    check_can_be_squeezed,
+    head_counts,
+    squeeze_attention,
 )
+from shd_diffusion.compression.depth import block_importances, block_list, remove_blocks
+from shd_diffusion.compression.feed_forward import channels_last, squeeze_feed_forward
+from shd_diffusion.compression.lockstep import Call, Follower, Lockstep
+from shd_diffusion.models.layouts import Slice, feed_forwards, head_layout
+from shd_diffusion.models.squeezed import declare_shape, shape, squeezed_class
 from shd_diffusion.squeezing.blocks import blocks_to_remove
 
 Batch: TypeAlias = tuple[Tensor, Tensor, Any]
@@ -48,7 +47,8 @@ class Part:
         before: how many it had.
         after: how many it has.
         lost_before: |error|² / |teacher's output|², about the means: of merged heads before the refit, of the layer
-            with all its neurons. It includes what the squeezed blocks before it have moved.
+            with all its neurons. It includes what the squeezed blocks before it have moved. Neurons whose layer also
+            projects heads count with them.
         lost: the same in the end. Of a block: the change of the model's output where it alone is skipped.
     """
 
@@ -135,30 +135,32 @@ def compress(
     wanted = {name: asked[_origin(name, origins)] for name in stock if _origin(name, origins) in asked}
 
     predicted: tuple[list[Tensor], list[Tensor]] = [], []
-    sites = {_student_site(student, name): name for name in wanted}
-    sources = {name: _teacher_sites(teacher, _origin(name, origins)) for name in wanted}
+    sites = {_site(student, name): name for name in wanted}
+    sources = {name: _outputs(teacher, _origin(name, origins)) for name in wanted}
+    readers: dict[str, list[str]] = {}
+    for name, parts_of_teacher in sources.items():
+        for part in parts_of_teacher:
+            readers.setdefault(part.layer, []).append(name)
     with (
-        Lockstep(
-            teacher, chain(*sources.values()), _passes(teacher, held, predict, predicted[0])
-        ) as teacher_walk,
+        Lockstep(teacher, readers, _passes(teacher, held, predict, predicted[0])) as teacher_walk,
         Lockstep(student, sites, _passes(student, held, predict, predicted[1])) as walk,
     ):
+        teacher_calls = Follower(teacher_walk, readers)
         while calls := walk.advance():
             name = sites[calls[0].name]
-            targets: dict[str, list[Tensor]] = {}
-            for _ in sources[name]:  # the layers that put out what the module does, one of each stream
-                teacher_calls = teacher_walk.advance()
-                layer = teacher_calls[0].name
-                outputs = [teacher.get_submodule(layer)(*call.args) for call in teacher_calls]
-                targets[layer.removeprefix(f"{_origin(name, origins)}.")] = outputs
+            teacher_found = teacher_calls.calls(name, [part.layer for part in sources[name]])
             if shape(student)[name] == wanted[name]:
                 continue  # a module that runs twice
+            own = [part.layer for part in _outputs(student, name)]
+            put_out = (
+                _put_out(teacher, part, of_layer)
+                for part, of_layer in zip(sources[name], teacher_found, strict=True)
+            )
+            targets = dict(zip(own, put_out, strict=True))
             what: Literal["heads", "neurons"]
             if name in feed_forwards(student):
-                what, fit = (
-                    "neurons",
-                    squeeze_feed_forward(student.get_submodule(name), wanted[name], calls, *targets.values()),
-                )
+                (target,) = targets.values()
+                what, fit = "neurons", squeeze_feed_forward(student, name, wanted[name], calls, target)
             else:
                 what, fit = "heads", squeeze_attention(student, name, wanted[name], calls, targets, options)
             tell(Part(_origin(name, origins), what, stock[name], wanted[name], *fit))
@@ -185,17 +187,30 @@ def wanted_heads(model: nn.Module, heads: Counts, options: HeadOptions) -> dict[
     Raises:
         ValueError: counts that are not there, or a block that cannot be squeezed.
     """
+    if heads is None:
+        return {}
     blocks = attention_blocks(model)
-    if isinstance(heads, Mapping):
-        found = _wanted({name: block.heads for name, block in blocks.items()}, heads, "heads")
-    else:
-        capturable = {name: block.heads for name, block in blocks.items() if block.capturable}
-        found = _wanted(capturable, heads, "heads")
-    for name in found:
+    have = {
+        name: block.heads for name, block in blocks.items() if isinstance(heads, Mapping) or block.capturable
+    }
+    if not have and any(block.reason == LINEAR for block in blocks.values()):
+        raise ValueError(
+            f"the only attention of {type(model).__name__} is linear: {LINEAR}, and no heads to merge"
+        )
+    found = _wanted(have, heads, "heads")
+    for name, count in found.items():
         if (reason := blocks[name].reason) is not None:
             raise ValueError(f"attention block `{name}`: {reason}")
         check_can_be_squeezed(model, name, options)
-    return found
+        possible = head_counts(model, name)
+        if isinstance(heads, float):
+            found[name] = min(possible, key=lambda each: (abs(each - count), -each))
+        elif count not in possible:
+            raise ValueError(
+                f"`{name}` shares {blocks[name].key_value_heads} keys and values among {blocks[name].heads} heads, "
+                f"which can become {', '.join(map(str, possible))}, not {count}"
+            )
+    return {name: count for name, count in found.items() if count < have[name]}
 
 
 def wanted_neurons(model: nn.Module, counts: Counts) -> dict[str, int]:
@@ -204,7 +219,7 @@ def wanted_neurons(model: nn.Module, counts: Counts) -> dict[str, int]:
     Raises:
         ValueError: counts that are not there.
     """
-    return _wanted({name: neurons(layer) for name, layer in feed_forwards(model).items()}, counts, "neurons")
+    return _wanted({name: layer.neurons for name, layer in feed_forwards(model).items()}, counts, "neurons")
 
 
 def _plain_shape(model: ModelMixin, heads: Counts, neurons: Counts) -> dict[str, int]:
@@ -266,16 +281,25 @@ def _passes(
     return [functools.partial(run, batch) for batch in batches]
 
 
-def _student_site(model: nn.Module, name: str) -> str:
-    """Where a walk stops to squeeze a module: before an attention block, before a feed-forward's last layer."""
-    return f"{name}.net.2" if name in feed_forwards(model) else name
+def _site(model: nn.Module, name: str) -> str:
+    """Where a walk stops to squeeze a module: before an attention block, before a feed-forward's output layer."""
+    layer = feed_forwards(model).get(name)
+    return name if layer is None else layer.output.layer
 
 
-def _teacher_sites(model: nn.Module, name: str) -> list[str]:
-    """The layers that put out what the squeezed module should put out, one of each stream."""
-    if name in feed_forwards(model):
-        return [f"{name}.net.2"]
-    return [f"{name}.{path}" for path in output_layers(model.get_submodule(name))]
+def _outputs(model: nn.Module, name: str) -> tuple[Slice, ...]:
+    """The columns by which a module puts out, of each stream; neurons are fitted with the heads beside them."""
+    layer = feed_forwards(model).get(name)
+    if layer is None:
+        return head_layout(model, name).outputs
+    return (Slice(layer.output.layer, 0, layer.output.start + layer.output.length),)
+
+
+def _put_out(model: nn.Module, part: Slice, calls: Sequence[Call]) -> list[Tensor]:
+    """What these columns of a layer add to its output in each call, channels last."""
+    layer: Any = model.get_submodule(part.layer)
+    weight = layer.weight.flatten(1)[:, part.indices]
+    return [channels_last(layer, call.args[0])[..., part.indices] @ weight.T for call in calls]
 
 
 def _origin(name: str, origins: Mapping[str, str]) -> str:

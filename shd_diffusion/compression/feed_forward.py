@@ -3,44 +3,60 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from diffusers.models.attention import FeedForward
-from torch import Tensor
+from torch import Tensor, nn
 
 from shd_diffusion.compression.lockstep import Call
-from shd_diffusion.models.squeezed import cut_neurons, neurons
+from shd_diffusion.models.layouts import feed_forwards
+from shd_diffusion.models.squeezed import cut_neurons
 from shd_diffusion.squeezing.moments import Moments
 from shd_diffusion.squeezing.neurons import remove_neurons
 
 
 def squeeze_feed_forward(
-    layer: FeedForward, keep: int, calls: Sequence[Call], targets: Sequence[Tensor]
+    model: nn.Module, name: str, keep: int, calls: Sequence[Call], targets: Sequence[Tensor]
 ) -> tuple[float, float]:
     """Leave a feed-forward layer so many neurons, as close to the targets as least squares brings them, in place.
 
+    Where heads go into its output layer beside the neurons, their weights are fitted with the neurons'.
+
     Args:
-        layer: plain or gated.
+        model: the model around the layer.
+        name: its path, one of `feed_forwards`.
         keep: neurons that stay, fewer than there are.
-        calls: calls of its last linear layer `net.2` with the calibration batches; their activations are cut too.
-        targets: what that layer should put out in each call, (..., C).
+        calls: calls of its output layer with the calibration batches; their activations are cut too.
+        targets: what that layer should put out in each call, without a bias, (..., C).
 
     Returns:
         |error|² / |target|², about the means, of the layer as it is and of the one with fewer neurons.
     """
-    last = layer.net[2]
-    moments = Moments.zeros(neurons(layer), last.out_features, targets[0].device)
+    output = feed_forwards(model)[name].output
+    last: Any = model.get_submodule(output.layer)
+    before = last.weight.detach().flatten(1).T.double()
+    moments = Moments.zeros(len(before), before.shape[1], targets[0].device)
     for call, target in zip(calls, targets, strict=True):
-        moments.add(call.args[0].flatten(0, -2), target.flatten(0, -2))
+        moments.add(channels_last(last, call.args[0]).flatten(0, -2), target.flatten(0, -2))
     fitted = moments if last.bias is None else moments.centred()
-    before = last.weight.detach().T.double()
-    kept, weight, _ = remove_neurons(fitted, before, keep)
+    kept, weight, _ = remove_neurons(fitted, before, keep, fixed=output.start)
 
     whole = weight.new_zeros(before.shape).index_copy(0, kept, weight)
-    cut_neurons(layer, kept)
-    last.weight.data.copy_(weight.T)
+    cut_neurons(model, name, kept[output.start :] - output.start)
+    last.weight.data.copy_(weight.T.reshape(last.weight.shape))
     if last.bias is not None:
-        last.bias.data.copy_(moments.constant(whole))
+        last.bias.data += moments.constant(whole).to(last.bias)
     for call in calls:
-        call.args = (call.args[0][..., kept], *call.args[1:])
+        cut = channels_last(last, call.args[0])[..., kept]
+        call.args = (channels_first(last, cut), *call.args[1:])
     energy = float(fitted.energy)
     return fitted.loss(before) / energy, fitted.loss(whole) / energy
+
+
+def channels_last(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a linear layer or a 1×1 convolution takes or gives, its channels last."""
+    return x.movedim(1, -1) if isinstance(layer, nn.Conv2d) else x
+
+
+def channels_first(layer: nn.Module, x: Tensor) -> Tensor:
+    """The inverse of `channels_last`."""
+    return x.movedim(-1, 1) if isinstance(layer, nn.Conv2d) else x

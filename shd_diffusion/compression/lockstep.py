@@ -7,7 +7,7 @@ is walked through block after block in the time of one pass, whatever its class 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -72,6 +72,40 @@ class Lockstep:
         if len({call.name for call in calls}) > 1 or len(calls) not in (0, len(self._passes)):
             raise RuntimeError("the model runs other modules for some batches than for others")
         return calls
+
+
+class Follower:
+    """The calls of a walk for readers that each want those of some modules, in step with another walk.
+
+    The calls of a module are kept until all its readers have had them.
+
+    Args:
+        walk: through a model, with those modules.
+        readers: of each module.
+    """
+
+    def __init__(self, walk: Lockstep, readers: Mapping[str, Iterable[str]]) -> None:
+        self._walk, self._readers = walk, {module: frozenset(names) for module, names in readers.items()}
+        self._held: dict[str, tuple[Sequence[Call], set[str]]] = {}
+
+    def calls(self, reader: str, modules: Sequence[str]) -> list[Sequence[Call]]:
+        """The calls of each of these modules that this reader has not had yet.
+
+        Raises:
+            RuntimeError: the walk ends before.
+        """
+        while missing := [name for name in modules if reader not in self._held.get(name, ((), set()))[1]]:
+            calls = self._walk.advance()
+            if not calls:
+                raise RuntimeError(f"`{missing[0]}` does not run where it is looked for")
+            self._held[calls[0].name] = calls, set(self._readers[calls[0].name])
+        found = [self._held[name][0] for name in modules]
+        for name in modules:
+            waiting = self._held[name][1]
+            waiting.remove(reader)
+            if not waiting:
+                del self._held[name]
+        return found
 
 
 class _Abandoned(BaseException):

@@ -1,31 +1,31 @@
 """Models whose blocks have fewer heads or neurons than their class's config can say.
 
-`Squeezed<X>` is the diffusers class X with two more entries in its config: the heads and the neurons of the blocks that
-differ. It is built as X is and then cut to shape, so it is saved and loaded like any other model.
+`Squeezed<X>` is the diffusers class X with more entries in its config: the heads, the keys and values that these share
+if they do, and the neurons of the blocks that differ. It is built as X is and then cut to shape, so it is saved and
+loaded like any other model.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+import itertools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import diffusers
 import torch
 from diffusers import ModelMixin
-from diffusers.models.attention import FeedForward
 from diffusers.models.modeling_utils import LegacyModelMixin
 from torch import Tensor, nn
 
 from shd_diffusion.attention import attention_blocks
-from shd_diffusion.attention.blocks import processor_name
 from shd_diffusion.models import dit, mdtv2
+from shd_diffusion.models.layouts import HeadLayout, Slice, feed_forwards, head_layout
+from shd_diffusion.squeezing.shared_keys import key_value_counts
 
 PREFIX = "Squeezed"
-# Where a module keeps its heads: rows of these layers, columns of those.
-_ROWS = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-_COLUMNS = ("to_out", "to_add_out")
+CONFIG_KEYS = ("squeezed_heads", "squeezed_key_value_heads", "squeezed_neurons")
 
 
 @functools.cache
@@ -33,7 +33,8 @@ def squeezed_class(kind: type[ModelMixin]) -> type[ModelMixin]:
     """`Squeezed<kind>`: `kind`, whose constructor also takes `squeezed_heads` and `squeezed_neurons`.
 
     Both map module paths (`transformer_blocks.0.attn1`, `transformer_blocks.0.ff`) to counts; what they leave out is as
-    in `kind`.
+    in `kind`. `squeezed_key_value_heads` counts the keys and values of heads that share them; left out, there are as
+    many as can be (`key_value_counts`).
 
     Raises:
         ValueError: diffusers loads such a class as another one.
@@ -47,19 +48,21 @@ def squeezed_class(kind: type[ModelMixin]) -> type[ModelMixin]:
         self: Any,
         *args: Any,
         squeezed_heads: Mapping[str, int] | None = None,
+        squeezed_key_value_heads: Mapping[str, int] | None = None,
         squeezed_neurons: Mapping[str, int] | None = None,
         **kwargs: Any,
     ) -> None:
         kind.__init__(self, *args, **kwargs)
-        heads, neurons = dict(squeezed_heads or {}), dict(squeezed_neurons or {})
-        self.register_to_config(squeezed_heads=heads, squeezed_neurons=neurons)
+        counts = [dict(each or {}) for each in (squeezed_heads, squeezed_key_value_heads, squeezed_neurons)]
+        self.register_to_config(**dict(zip(CONFIG_KEYS, counts, strict=True)))
+        heads, key_values, neurons = counts
         for name, count in heads.items():
-            cut_heads(self, name, torch.arange(count, device="cpu"))
+            cut_heads(self, name, first_heads(head_layout(self, name), count, key_values.get(name)))
         for name, count in neurons.items():
-            cut_neurons(self.get_submodule(name), torch.arange(count, device="cpu"))
+            cut_neurons(self, name, torch.arange(count, device="cpu"))
 
     # diffusers reads from the signature what a config may hold.
-    own = list(inspect.signature(__init__).parameters.values())[2:4]
+    own = list(inspect.signature(__init__).parameters.values())[2:5]
     stock = [p for p in inspect.signature(kind.__init__).parameters.values() if p.kind is not p.VAR_KEYWORD]
     __init__.__signature__ = inspect.Signature([*stock, *own])  # type: ignore[attr-defined]
     body = {"__init__": __init__, "__module__": __name__, "__doc__": f"{kind.__name__}, squeezed."}
@@ -93,57 +96,47 @@ def declare_shape(model: ModelMixin, stock: Mapping[str, int]) -> None:
     differing = {name: count for name, count in shape(model).items() if count != stock[name]}
     if not differing and not isinstance(model, Squeezed):
         return
-    heads = {name: count for name, count in differing.items() if hasattr(model.get_submodule(name), "heads")}
-    neurons = {name: count for name, count in differing.items() if name not in heads}
+    blocks = attention_blocks(model)
     kind: Any = type(model)
     model.__class__ = squeezed_class(kind)
-    earlier = [dict(getattr(model.config, key, None) or {}) for key in ("squeezed_heads", "squeezed_neurons")]
-    model.register_to_config(squeezed_heads=earlier[0] | heads, squeezed_neurons=earlier[1] | neurons)
+    earlier = {key: dict(getattr(model.config, key, None) or {}) for key in CONFIG_KEYS}
+    heads = earlier["squeezed_heads"] | {n: count for n, count in differing.items() if n in blocks}
+    neurons = earlier["squeezed_neurons"] | {n: count for n, count in differing.items() if n not in blocks}
+    shared = {name: count for name in heads if (count := blocks[name].key_value_heads) != heads[name]}
+    model.register_to_config(**dict(zip(CONFIG_KEYS, (heads, shared, neurons), strict=True)))
 
 
 def shape(model: nn.Module) -> dict[str, int]:
     """Heads of every attention block and neurons of every feed-forward layer, by module path."""
     heads = {name: block.heads for name, block in attention_blocks(model).items()}
-    return heads | {name: neurons(layer) for name, layer in feed_forwards(model).items()}
-
-
-def feed_forwards(model: nn.Module) -> dict[str, FeedForward]:
-    """The feed-forward layers that can be squeezed, by module path."""
-    return {name: module for name, module in model.named_modules() if isinstance(module, FeedForward)}
-
-
-def neurons(layer: FeedForward) -> int:
-    """Neurons of a feed-forward layer; a gated unit is one."""
-    return layer.net[2].in_features
+    return heads | {name: layer.neurons for name, layer in feed_forwards(model).items()}
 
 
 # --- cutting ------------------------------------------------------------------------------------------------
 
 
-def check_heads_can_be_cut(model: nn.Module, name: str) -> None:
-    """Raise ValueError unless heads can leave the attention block of that name."""
-    module: Any = model.get_submodule(name)
-    # what has no `inner_dim` or no `set_processor` (Mochi's) is none of diffusers' usual layouts
-    usual = hasattr(module, "inner_dim") and hasattr(module, "set_processor") and output_layers(module)
-    if not usual or any(getattr(module, layer, None) is None for layer in _ROWS[:3]):
-        kind = type(module).__name__
-        raise ValueError(f"attention block `{name}` is a {kind} of a layout whose heads cannot be squeezed")
-    if getattr(module, "fused_projections", False):
-        raise ValueError(f"attention block `{name}` has fused projections; call unfuse_qkv_projections()")
-    if "AddedKV" in processor_name(module):
+def first_heads(layout: HeadLayout, heads: int, key_value_heads: int | None = None) -> Tensor:
+    """The first heads (N,) of the first key/value heads, as many of each as is asked for.
+
+    Raises:
+        ValueError: no such numbers can be cut from this layout.
+    """
+    if key_value_heads is None:
+        key_value_heads = key_value_counts(layout.heads, layout.key_value_heads).get(heads, layout.heads + 1)
+    each = heads // key_value_heads
+    if not (0 < key_value_heads <= layout.key_value_heads and 0 < each <= layout.sharing):
         raise ValueError(
-            f"attention block `{name}` has a processor of fixed width: its heads cannot be squeezed"
+            f"{layout.heads} heads on {layout.key_value_heads} keys and values cannot become {heads}"
         )
-    if module.to_k.out_features != module.to_q.out_features:
-        raise ValueError(f"attention block `{name}` shares keys among heads, which cannot be squeezed")
-    for norm in ("norm_q", "norm_k"):
-        weight = getattr(getattr(module, norm, None), "weight", None)
-        if weight is not None and weight.numel() > module.inner_dim // module.heads:
-            raise ValueError(f"attention block `{name}` normalises over all heads at once: none can leave")
+    of_each = torch.arange(each, device="cpu")
+    return (torch.arange(key_value_heads, device="cpu")[:, None] * layout.sharing + of_each).flatten()
 
 
 def cut_heads(model: nn.Module, name: str, kept: Tensor) -> None:
     """Leave an attention block only some of its heads, with their weights, in place.
+
+    Where heads share keys and values, those that share one and follow one another in `kept` go on to share it. A norm
+    over all heads keeps its weight in the channels that stay, although it then takes their mean square alone.
 
     Args:
         model: the model around the block.
@@ -151,25 +144,61 @@ def cut_heads(model: nn.Module, name: str, kept: Tensor) -> None:
         kept: (N,) indices of the heads that stay, in their new order.
 
     Raises:
-        ValueError: the block's heads cannot be cut, or it has no such heads.
+        ValueError: the block's heads cannot be cut, it has no such heads, or unequal numbers would share a key.
     """
-    check_heads_can_be_cut(model, name)
-    module: Any = model.get_submodule(name)
-    if not len(kept) or int(kept.max()) >= module.heads:
-        raise ValueError(f"attention block `{name}` has {module.heads} heads, not those: {kept.tolist()}")
-    width = module.inner_dim // module.heads
-    channels = (kept[:, None] * width + torch.arange(width, device=kept.device)).flatten()
-    for linear in input_layers(module).values():
-        _keep_rows(linear, channels)
-    for linear in output_layers(module).values():
-        _keep_columns(linear, channels)
+    layout = head_layout(model, name)
+    if not len(kept) or int(kept.max()) >= layout.heads:
+        raise ValueError(f"attention block `{name}` has {layout.heads} heads, not those: {kept.tolist()}")
+    channels, key_value_channels = kept_channels(layout, kept, name)
+    _keep(model, [(part, channels) for part in layout.queries], 0)
+    _keep(model, [(part, key_value_channels) for part in layout.keys + layout.values], 0)
+    _keep(model, [(part, channels) for part in layout.outputs], 1)
+    for path, its in norms_over_heads(layout, channels, key_value_channels).items():
+        cut_norm(model.get_submodule(path), its)
     if (bias := position_bias(model, name)) is not None:
         bias.table = _part(bias.table, kept, 1)
+    module: Any = model.get_submodule(name)
     module.heads, module.inner_dim = len(kept), len(channels)
-    if hasattr(module, "inner_kv_dim"):
-        module.inner_kv_dim = len(channels)
+    for attribute in ("inner_kv_dim", "kv_inner_dim"):
+        if hasattr(module, attribute):
+            setattr(module, attribute, len(key_value_channels))
     if hasattr(module, "sliceable_head_dim"):
         module.sliceable_head_dim = len(kept)
+
+
+def kept_channels(layout: HeadLayout, kept: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """The channels of queries and those of keys and values that stay with these heads, (N·d,) and (G'·d,).
+
+    Raises:
+        ValueError: unequal numbers of heads would share a key.
+    """
+    keys = kept
+    if layout.sharing > 1:
+        keys, counts = torch.unique_consecutive(kept // layout.sharing, return_counts=True)
+        if len(counts.unique()) > 1:
+            raise ValueError(
+                f"attention block `{name}` shares keys among heads, as many each; not so {kept.tolist()}"
+            )
+    queries, key_values = (
+        (heads[:, None] * layout.width + torch.arange(layout.width, device=heads.device)).flatten()
+        for heads in (kept, keys)
+    )
+    return queries, key_values
+
+
+def norms_over_heads(layout: HeadLayout, channels: Tensor, key_value_channels: Tensor) -> dict[str, Tensor]:
+    """The channels that stay of each norm over all heads, by its path."""
+    return dict.fromkeys(layout.query_norms, channels) | dict.fromkeys(layout.key_norms, key_value_channels)
+
+
+def cut_norm(norm: Any, channels: Tensor) -> None:
+    """Leave a norm only some of its channels, (n,), in place."""
+    norm.weight = _part(norm.weight, channels, 0)
+    if getattr(norm, "bias", None) is not None:
+        norm.bias = _part(norm.bias, channels, 0)
+    for attribute, value in (("normalized_shape", (len(channels),)), ("dim", torch.Size([len(channels)]))):
+        if hasattr(norm, attribute):
+            setattr(norm, attribute, value)
 
 
 def widen_heads(model: nn.Module, name: str, width: int) -> None:
@@ -186,21 +215,23 @@ def widen_heads(model: nn.Module, name: str, width: int) -> None:
         ValueError: its queries are normalised or rotated, so that the function would be another one.
     """
     check_heads_can_be_widened(model, name)
-    module: Any = model.get_submodule(name)
-    heads, before = module.heads, module.inner_dim // module.heads
-    missing = width - before
-    for layer, linear in input_layers(module).items():
-        factor = (width / before) ** 0.5 if layer in ("to_q", "add_q_proj") else 1.0
+    layout = head_layout(model, name)
+    heads, before = layout.heads, layout.width
+    for part in layout.inputs:
+        linear: Any = model.get_submodule(part.layer)
+        factor = (width / before) ** 0.5 if part in layout.queries else 1.0
         for key, parameter in linear.named_parameters():
             by_head = parameter.detach().unflatten(0, (heads, before)) * factor
-            shape = by_head.shape[0], missing, *by_head.shape[2:]
-            wider = torch.cat([by_head, by_head.new_zeros(shape)], 1).flatten(0, 1)
+            missing = by_head.new_zeros(heads, width - before, *by_head.shape[2:])
+            wider = torch.cat([by_head, missing], 1).flatten(0, 1)
             setattr(linear, key, nn.Parameter(wider, requires_grad=parameter.requires_grad))
         linear.out_features = heads * width
-    for linear in output_layers(module).values():
-        by_head = nn.functional.pad(linear.weight.detach().unflatten(1, (heads, before)), (0, missing))
+    for part in layout.outputs:
+        linear = model.get_submodule(part.layer)
+        by_head = nn.functional.pad(linear.weight.detach().unflatten(1, (heads, before)), (0, width - before))
         linear.weight = nn.Parameter(by_head.flatten(1), requires_grad=linear.weight.requires_grad)
         linear.in_features = heads * width
+    module: Any = model.get_submodule(name)
     module.inner_dim = heads * width
     if hasattr(module, "inner_kv_dim"):
         module.inner_kv_dim = heads * width
@@ -210,52 +241,55 @@ def widen_heads(model: nn.Module, name: str, width: int) -> None:
 
 def check_heads_can_be_widened(model: nn.Module, name: str) -> None:
     """Raise ValueError unless the heads of that block can have another width."""
-    check_heads_can_be_cut(model, name)
+    layout = head_layout(model, name)
     module: Any = model.get_submodule(name)
-    rotates = any(
-        "rotary" in parameter for parameter in inspect.signature(module.processor.__call__).parameters
-    )
-    if rotates or getattr(module, "norm_q", None) is not None or not getattr(module, "scale_qk", True):
+    if (
+        rotates(module)
+        or getattr(module, "norm_q", None) is not None
+        or not getattr(module, "scale_qk", True)
+    ):
         raise ValueError(
             f"attention block `{name}` normalises, rotates or does not scale its queries: heads of another width "
             "compute something else"
         )
+    layers = [part.layer for part in layout.inputs + layout.outputs]
+    if layout.sharing > 1 or len(set(layers)) < len(layers) or any(not x.startswith(name) for x in layers):
+        raise ValueError(
+            f"attention block `{name}` shares keys or layers: its heads cannot have another width"
+        )
 
 
-def cut_neurons(layer: FeedForward, kept: Tensor) -> None:
+def rotates(module: Any) -> bool:
+    """Whether an attention block turns its queries and keys by a rotary embedding."""
+    return any(
+        "rotary" in parameter or "freqs" in parameter
+        for parameter in inspect.signature(module.processor.__call__).parameters
+    )
+
+
+def cut_neurons(model: nn.Module, name: str, kept: Tensor) -> None:
     """Leave a feed-forward layer only some of its neurons, with their weights, in place.
 
     Args:
-        layer: plain or gated.
+        model: the model around the layer.
+        name: its path, one of `feed_forwards`.
         kept: (n,) indices of the neurons that stay.
 
     Raises:
         ValueError: it has no such neurons.
     """
-    count, first = neurons(layer), layer.net[0].proj
-    if not len(kept) or int(kept.max()) >= count:
-        raise ValueError(f"a feed-forward layer of {count} neurons cannot keep {len(kept)} that it has not")
-    parts = first.out_features // count  # 2 where gated: all values, then all gates
-    _keep_rows(first, torch.cat([kept + part * count for part in range(parts)]))
-    _keep_columns(layer.net[2], kept)
-
-
-def input_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """The layers whose rows belong to heads: queries, keys and values of every stream, by name."""
-    layers = {name: getattr(module, name, None) for name in _ROWS}
-    return {name: layer for name, layer in layers.items() if layer is not None}
-
-
-def output_layers(module: nn.Module) -> dict[str, nn.Linear]:
-    """The layers whose columns belong to heads: the output projection of every stream, by path in the module."""
-    found: dict[str, nn.Linear] = {}
-    for name in _COLUMNS:
-        layer = getattr(module, name, None)
-        if isinstance(layer, nn.ModuleList):
-            name, layer = f"{name}.0", layer[0]
-        if isinstance(layer, nn.Linear):
-            found[name] = layer
-    return found
+    layout = feed_forwards(model)[name]
+    if not len(kept) or int(kept.max()) >= layout.neurons:
+        raise ValueError(
+            f"`{name}`, a feed-forward layer of {layout.neurons} neurons, cannot keep {len(kept)} that it has not"
+        )
+    _keep(model, [(part, kept) for part in layout.inputs], 0)
+    _keep(model, [(layout.output, kept)], 1)
+    around: Any = model.get_submodule(name.rpartition(".")[0])
+    if layout.output.start and hasattr(
+        around, "mlp_hidden_dim"
+    ):  # a single block splits by it what both share
+        around.mlp_hidden_dim = len(kept)
 
 
 def position_bias(model: nn.Module, name: str) -> mdtv2.RelativePositionBias | None:
@@ -264,16 +298,36 @@ def position_bias(model: nn.Module, name: str) -> mdtv2.RelativePositionBias | N
     return bias if isinstance(bias, mdtv2.RelativePositionBias) else None
 
 
-def _keep_rows(linear: nn.Linear, rows: Tensor) -> None:
-    linear.weight = _part(linear.weight, rows, 0)
-    if linear.bias is not None:
-        linear.bias = _part(linear.bias, rows, 0)
-    linear.out_features = len(rows)
+def _keep(model: nn.Module, parts: Iterable[tuple[Slice, Tensor]], dim: int) -> None:
+    """Of each slice leave its layer only the rows (dim 0) or columns (dim 1) that are kept, in their order."""
+    by_layer: dict[str, list[tuple[Slice, Tensor]]] = {}
+    for part, kept in parts:
+        by_layer.setdefault(part.layer, []).append((part, kept))
+    for path, of_layer in by_layer.items():
+        layer: Any = model.get_submodule(path)
+        pieces, end = [], 0
+        for part, kept in sorted(of_layer, key=lambda each: each[0].start):
+            pieces += [torch.arange(end, part.start, device=kept.device), part.start + kept]
+            end = part.start + part.length
+        pieces.append(torch.arange(end, layer.weight.shape[dim], device=pieces[0].device))
+        _index(layer, torch.cat(pieces), dim)
 
 
-def _keep_columns(linear: nn.Linear, columns: Tensor) -> None:
-    linear.weight = _part(linear.weight, columns, 1)
-    linear.in_features = len(columns)
+def _index(layer: Any, index: Tensor, dim: int) -> None:
+    """Leave a linear layer or a convolution, depthwise if it has groups, the rows or columns of this index."""
+    layer.weight = _part(layer.weight, index, dim)
+    if dim == 0 and layer.bias is not None:
+        layer.bias = _part(layer.bias, index, 0)
+    depthwise = dim == 0 and getattr(layer, "groups", 1) > 1
+    for end in ("in", "out") if depthwise else (("out", "in")[dim],):
+        setattr(layer, f"{end}_features" if isinstance(layer, nn.Linear) else f"{end}_channels", len(index))
+    if depthwise:
+        layer.groups = len(index)
+    blocks = ("_tp_packed_col_blocks", "_tp_packed_row_blocks")[dim]
+    if (sizes := getattr(layer, blocks, None)) is not None:  # what diffusers shards one by one
+        ends = itertools.accumulate(sizes, initial=0)
+        counts = [int(((index >= start) & (index < end)).sum()) for start, end in itertools.pairwise(ends)]
+        setattr(layer, blocks, counts)
 
 
 def _part(parameter: Tensor, kept: Tensor, dim: int) -> nn.Parameter:

@@ -83,7 +83,13 @@ def _best(students: Sequence[Run], key: str) -> float | None:
 def _cell(run: Run, column: Column, best: float | None) -> Cell:
     value, deviation = run.metric(column.key), run.metric(column.deviation or "")
     spread = "" if deviation is None else f" ± {text_of(column, deviation)}"
+    spread += interval_text(column, run.metric(f"{column.key}_low"), run.metric(f"{column.key}_high"))
     return Cell("–") if value is None else Cell(text_of(column, value), spread, value == best)
+
+
+def interval_text(column: Column, low: float | None, high: float | None) -> str:
+    """A 95 % interval behind its value; nothing where it is not known."""
+    return "" if low is None or high is None else f" [{text_of(column, low)}, {text_of(column, high)}]"
 
 
 def headline(runs: Sequence[Run]) -> Column | None:
@@ -141,8 +147,7 @@ def _estimate(found: AgainstTeacher, column: Column, best: float | None) -> Cell
     value = found.measures.get(column.key)
     if value is None:
         return Cell("–")
-    known = value.low is not None and value.high is not None
-    interval = f" [{text_of(column, value.low)}, {text_of(column, value.high)}]" if known else ""  # type: ignore[arg-type]
+    interval = interval_text(column, value.low, value.high)
     return Cell(text_of(column, value.mean), interval, value.mean == best)
 
 

@@ -84,12 +84,13 @@ def factor_queries_keys(
 
 
 def merge_values(
-    values: Tensor, outputs: Tensor, groups: Sequence[Group], grams: Tensor, width: int
+    values: Tensor, outputs: Tensor, groups: Sequence[Group], grams: Tensor, width: int, sharing: int = 1
 ) -> tuple[Tensor, Tensor]:
     """Where the refit starts: rank-d factors of Σ_h W^V_h W^O_h over each group, closest in a metric of its own.
 
     The minimiser of |R_j (M_j - V_j O_j)|, R_j the root of the Gram matrix: O_j spans the first right singular vectors
-    of R_j M_j.
+    of R_j M_j. Where several merged heads share V_j, the matrices M_j stand side by side, and so do the O_j; the metric
+    is that of all their features.
 
     Args:
         values: W^V of the teacher's heads as they multiply from the right, (M, c, d).
@@ -97,21 +98,25 @@ def merge_values(
         groups: N groups of heads.
         grams: of what each merged head's values are made from, F_j = A'_j H, (N, c, c).
         width: d of the merged heads.
+        sharing: so many groups that follow one another share their values.
 
     Returns:
-        V (N, c, width) and O (N, width, C), float64.
+        V (N / sharing, c, width) and O (N, width, C), float64.
     """
-    merged = [
-        reduced(sum_of_circuits(values, outputs, group), gram, width)
-        for group, gram in zip(groups, grams, strict=True)
-    ]
-    return torch.stack([v for v, _ in merged]), torch.stack([o for _, o in merged])
-
-
-def sum_of_circuits(values: Tensor, outputs: Tensor, group: Group) -> Tensor:
-    """Σ_h W^V_h W^O_h over a group, (c, C): its value-output circuit (Elhage et al. 2021)."""
-    heads = list(group)
-    return torch.einsum("hcd,hdo->co", values[heads].double(), outputs[heads].double())
+    found_values: list[Tensor] = []
+    found_outputs: list[Tensor] = []
+    for start in range(0, len(groups), sharing):
+        own = groups[start : start + sharing]
+        left = torch.cat([values[head] for group in own for head in group], 1).double()
+        right = torch.block_diag(*(outputs[list(group)].double().flatten(0, 1) for group in own))
+        metric = left.T @ grams[start : start + sharing].double().sum(0) @ left
+        sizes, vectors = torch.linalg.eigh((metric + metric.T) / 2)
+        core = sizes.clamp_min(0).sqrt()[:, None] * vectors.T @ right
+        top = torch.linalg.svd(core, full_matrices=False).Vh[:width].T
+        v, o = _balanced(left @ (right @ top), top.T, width)
+        found_values.append(v)
+        found_outputs += o.chunk(len(own), 1)
+    return torch.stack(found_values), torch.stack(found_outputs)
 
 
 def reduced(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -126,10 +131,15 @@ def reduced(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     metric = weight.T @ (gram @ weight)
     top = torch.linalg.eigh((metric + metric.T) / 2).eigenvectors[:, -rank:].flip(1)
     values = weight @ top
+    return _balanced(values, top.T, rank)
+
+
+def _balanced(values: Tensor, outputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """V (c, r') and O (r', C) with rows of length 1, scaled evenly and filled with zeros to the rank."""
     length = values.norm(dim=0).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
-    missing = rank - top.shape[1]
+    missing = rank - values.shape[1]
     pad = torch.nn.functional.pad
-    return pad(values / length, (0, missing)), pad((top * length).T, (0, 0, 0, missing))
+    return pad(values / length, (0, missing)), pad(outputs * length[:, None], (0, 0, 0, missing))
 
 
 def refit_heads(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from math import isfinite
 from typing import TypeAlias
@@ -29,6 +29,9 @@ from shd_diffusion.squeezing.residual import residual_energies
 Batches: TypeAlias = Sequence[tuple[MapStream, Tensor]]
 """Calibration batches of one block: the teacher's maps (B, M, Q, K) and values (B, M, K, d)."""
 
+Choice: TypeAlias = Callable[[Round, Mapping[Group, float]], list[Group]]
+"""(the teacher's heads behind each head of a round, what each pair of these loses) to the pairs that merge."""
+
 
 @torch.no_grad()
 def match_merges(
@@ -43,6 +46,39 @@ def match_merges(
 
     A round's matching is exact, a sequence of them need not be: where it loses more than the adjacent plan,
     which takes several rounds to happen, the adjacent plan is returned. The options are those of `squeeze_heads`.
+
+    Raises:
+        ValueError: more target heads than the teacher has, or numbers that are not finite.
+    """
+    num_heads = batches[0][1].shape[1]
+    plan = merge_rounds(batches, output_weight, target, matched_pairs(target), granularity, coefficient)
+
+    def lost(candidate: Plan) -> float:
+        squeezer = prepare_squeezer(candidate, output_weight, num_heads, merge)
+        total = 0.0
+        for maps, values in batches:
+            found, _ = squeeze_weights(maps, values, squeezer, granularity, coefficient)
+            total += residual_energies(maps, values, output_weight, found, squeezer.groups)[0].sum().item()
+        return total
+
+    return min(plan_merges(num_heads, target), plan, key=lost)
+
+
+def matched_pairs(target: int) -> Choice:
+    """As many pairs as a round merges, of least total loss."""
+    return lambda behind, losses: minimum_matching(losses, len(behind), num_merges(len(behind), target))
+
+
+@torch.no_grad()
+def merge_rounds(
+    batches: Batches,
+    output_weight: Tensor,
+    target: int,
+    choice: Choice,
+    granularity: Granularity = "sample",
+    coefficient: Coefficient = "closed_form",
+) -> Plan:
+    """The plan that a choice of pairs leads to, round by round, on calibration batches.
 
     Raises:
         ValueError: more target heads than the teacher has, or numbers that are not finite.
@@ -64,25 +100,21 @@ def match_merges(
                 into[pair] = torch.lerp(weight[:, pair[1]], weight[:, pair[0]], alpha[:, None])
         if not all(map(isfinite, losses.values())):
             raise ValueError("attention maps or values are not finite")
-        pairs = minimum_matching(losses, len(behind), num_merges(len(behind), target))
-        alone = set(range(len(behind))) - {head for pair in pairs for head in pair}
-        groups = tuple(sorted([*pairs, *((head,) for head in alone)]))
+        pairs = choice(behind, losses)
+        groups = round_of(pairs, len(behind))
         weights = [merge_weights(weight, groups, of) for weight, of in zip(weights, merged, strict=True)]
         behind = tuple(joined(behind[head] for head in group) for group in groups)
         plan.append(groups)
-
-    def lost(candidate: Plan) -> float:
-        squeezer = prepare_squeezer(candidate, output_weight, num_heads, merge)
-        total = 0.0
-        for maps, values in batches:
-            found, _ = squeeze_weights(maps, values, squeezer, granularity, coefficient)
-            total += residual_energies(maps, values, output_weight, found, squeezer.groups)[0].sum().item()
-        return total
-
-    return min(plan_merges(num_heads, target), tuple(plan), key=lost)
+    return tuple(plan)
 
 
-def minimum_matching(losses: dict[Group, float], heads: int, merges: int) -> list[Group]:
+def round_of(pairs: Sequence[Group], heads: int) -> Round:
+    """A round that merges these pairs of so many heads."""
+    alone = set(range(heads)) - {head for pair in pairs for head in pair}
+    return tuple(sorted([*pairs, *((head,) for head in alone)]))
+
+
+def minimum_matching(losses: Mapping[Group, float], heads: int, merges: int) -> list[Group]:
     """The `merges` disjoint pairs of least total loss.
 
     Heads that are to stay alone are matched, at no loss, to as many nodes that stand for staying alone.

@@ -16,7 +16,7 @@ _TOGETHER = 64  # removals whose corrections are applied to the large matrices i
 
 
 def remove_neurons(
-    moments: Moments, weight: Tensor, keep: int, strength: float = RIDGE
+    moments: Moments, weight: Tensor, keep: int, strength: float = RIDGE, fixed: int = 0
 ) -> tuple[Tensor, Tensor, list[float]]:
     """Remove neurons one by one, each time the one whose loss is least, and correct the others' weights.
 
@@ -26,23 +26,25 @@ def remove_neurons(
 
     Args:
         moments: of the activations Z (T, n) and the layer's outputs Y (T, C); centred where the layer has a bias.
-        weight: W_0, the layer's output weight as it multiplies from the right, (n, C).
+        weight: W_0, the layer's output weight as it multiplies from the right, (fixed + n, C).
         keep: neurons that stay, 1 to n; n returns the weights as they are.
         strength: λ over the mean of the Gram matrix's diagonal.
+        fixed: so many features in front of the neurons go into the layer too, such as attended values. They stay, and
+            their weights are fitted with the others.
 
     Returns:
-        The neurons that stay (keep,), ascending; their weights (keep, C), float64; and the objective at the first
-        minimum and after each removal, 1 + n - keep numbers.
+        The features that stay (fixed + keep,), ascending; their weights (fixed + keep, C), float64; and the objective
+        at the first minimum and after each removal, 1 + n - keep numbers.
 
     Raises:
         ValueError: `keep` is not between 1 and n.
     """
-    neurons = len(weight)
+    features, neurons = len(weight), len(weight) - fixed
     if not 1 <= keep <= neurons:
         raise ValueError(f"{keep} of {neurons} neurons cannot be kept: 1 to {neurons} can")
     start = weight.double()
     if keep == neurons:
-        return torch.arange(neurons, device=weight.device), start, [moments.loss(start)]
+        return torch.arange(features, device=weight.device), start, [moments.loss(start)]
     penalty = ridge(moments.gram, strength)
     gram = moments.gram.clone()
     gram.diagonal().add_(penalty)
@@ -53,13 +55,14 @@ def remove_neurons(
     objective = [moments.loss(weight) + penalty * float(change.square().sum())]
 
     energies, diagonal = weight.square().sum(1), inverse.diagonal().clone()  # |w_j|², (G⁻¹)_jj
-    alive = torch.ones(neurons, dtype=torch.bool, device=weight.device)
+    alive = torch.ones(features, dtype=torch.bool, device=weight.device)
+    may_leave = torch.arange(features, device=weight.device) >= fixed
     for done in range(0, neurons - keep, _TOGETHER):
         count = min(_TOGETHER, neurons - keep - done)
         # Since the last product: inverse - U Uᵀ and weight - U A are the matrices as they are.
-        u, a = inverse.new_zeros(neurons, count), weight.new_zeros(count, weight.shape[1])
+        u, a = inverse.new_zeros(features, count), weight.new_zeros(count, weight.shape[1])
         for k in range(count):
-            losses = torch.where(alive, energies / diagonal, torch.inf)
+            losses = torch.where(alive & may_leave, energies / diagonal, torch.inf)
             j = int(losses.argmin())
             objective.append(objective[-1] + float(losses[j]))
             alive[j] = False

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from shd_diffusion.attention import AttentionCapture, attention_blocks
 from shd_diffusion.compression import compress
 from shd_diffusion.compression.attention import HeadOptions
-from shd_diffusion.models.squeezed import cut_heads, input_layers, shape, squeezed_class
+from shd_diffusion.models.layouts import head_layout
+from shd_diffusion.models.squeezed import cut_heads, shape, squeezed_class
 
 SQUEEZABLE = [
     "dit",
@@ -127,8 +128,8 @@ def test_doubled_heads_of_joint_blocks_leave_without_loss(name):
     teacher = family.build()
     blocks = [block for block in attention_blocks(teacher).values() if block.heads > 1]
     for block in blocks:
-        for layer in input_layers(teacher.get_submodule(block.name)).values():
-            for parameter in layer.parameters():
+        for part in head_layout(teacher, block.name).inputs:
+            for parameter in teacher.get_submodule(part.layer).parameters():
                 by_head = parameter.data.unflatten(0, (block.heads, -1))
                 by_head[1:] = by_head[:1].clone()
     found = compress(teacher, batches_of(family), run_family, heads={block.name: 1 for block in blocks})

@@ -46,7 +46,8 @@ def make_text_run(folder: Path, noise: float, prompts: list[str] | None = None, 
         "heads": 12 if teacher else 5, "teacher_heads": None if teacher else 12,
     }  # fmt: skip
     write(folder / "summary.json", summary)
-    write_log(folder / "metrics.jsonl", ["denoise"] if teacher else ["denoise", "shd"], 300 * noise, rng)
+    terms = ["denoise"] if teacher else ["denoise", "shd"]
+    write_log(folder / "metrics.jsonl", terms, 300 * noise, rng, blocks=3)
     told = [prompts[index % len(prompts)] for index in range(images)]
     sampling = {
         "num_images": images,

@@ -16,8 +16,8 @@ from pydantic import Field
 from shd_diffusion.data.datasets import DataConfig, open_dataset
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import holds_files, replacing_folder
-from shd_diffusion.models.autoencoder import DOWNSAMPLING, AutoencoderConfig, train_autoencoder
 from shd_diffusion.section import Section
+from shd_diffusion.training.autoencoder import DOWNSAMPLING, AutoencoderConfig, train_autoencoder
 
 
 class TextPipelineConfig(Section):

@@ -15,9 +15,9 @@ from tiny_pipelines import llm_tokenizer
 
 from shd_diffusion.data.image_sets import ImagesInMemory
 from shd_diffusion.data.images import from_bytes
-from shd_diffusion.models.autoencoder import AutoencoderConfig, train_autoencoder
 from shd_diffusion.models.prompts import PromptEncoder
-from shd_diffusion.models.text_pipeline import model_of_package
+from shd_diffusion.training.autoencoder import AutoencoderConfig, train_autoencoder
+from shd_diffusion.training.text_pipeline import model_of_package
 
 SIZE = 16
 
