@@ -9,10 +9,10 @@ import pytest
 import torch
 from commands import ROOT
 
-from shd_diffusion.config import DistillConfig, RunConfig, read_config, read_run_config
+from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, read_config, read_run_config
 from shd_diffusion.evaluation.extractors import image_size_of
 from shd_diffusion.models.denoiser import num_classes, num_tokens, sample_shape
-from shd_diffusion.models.factory import build_model
+from shd_diffusion.models.factory import ModelConfig, build_model, fill_in
 from shd_diffusion.training.inspect_models import inspect_model, merges_of, pair_rows
 
 CONFIGS = sorted(
@@ -23,6 +23,19 @@ CONFIGS = sorted(
 
 # Teachers that are converted from published weights, and the configs of the same models.
 CONVERTED = {"models/mdtv2-xl-2": "mdtv2-xl-teacher.yaml", "models/dit-xl-2": "dit-xl-teacher.yaml"}
+
+
+HUB = ROOT / "tests" / "golden" / "hub_configs"
+"""The published configs of pipelines on the hub, by the names of the files that distil them."""
+
+
+def teacher_model(path: Path, config: DistillConfig) -> ModelConfig:
+    """The teacher of a distillation, without weights."""
+    if (HUB / path.stem).is_dir():
+        return fill_in(ModelConfig(), str(HUB / path.stem))
+    found = teacher_config(path, config)
+    assert isinstance(found, TrainTeacherConfig)
+    return found.model
 
 
 def teacher_config(path: Path, config: DistillConfig) -> RunConfig:
@@ -45,8 +58,9 @@ def test_its_models_can_be_built_and_paired(path: Path) -> None:
     section = config.student if isinstance(config, DistillConfig) else config.model
     if section.class_name is None:  # like the teacher but for these
         assert isinstance(config, DistillConfig)
-        like = teacher_config(path, config).model
-        section = like.model_copy(update={"arguments": {**like.arguments, **section.arguments}})
+        like = teacher_model(path, config)
+        arguments = {**like.arguments, **section.arguments}
+        section = like.model_copy(update={"class_name": like.class_name, "arguments": arguments})
     with torch.device("meta"):
         model = build_model(section)
     if config.train.mask_ratio:
@@ -54,7 +68,7 @@ def test_its_models_can_be_built_and_paired(path: Path) -> None:
     if not isinstance(config, DistillConfig):
         return
     with torch.device("meta"):
-        teacher = build_model(teacher_config(path, config).model)
+        teacher = build_model(teacher_model(path, config))
     assert (sample_shape(teacher), num_classes(teacher)) == (sample_shape(model), num_classes(model))
     rows = [{row.block.name: row for row in inspect_model(part)} for part in (teacher, model)]
     pairs = pair_rows(*(list(part.values()) for part in rows), config.losses["shd"].layer_map)
