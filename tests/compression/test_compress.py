@@ -13,7 +13,7 @@ from small_models import small_dit
 from torch import Tensor, nn
 
 from shd_diffusion.attention import AttentionCapture, attention_blocks
-from shd_diffusion.compression import compress
+from shd_diffusion.compression import attention, compress
 from shd_diffusion.compression.attention import HeadOptions
 from shd_diffusion.models.layouts import feed_forwards, head_layout
 from shd_diffusion.models.squeezed import cut_heads, shape, squeezed_class
@@ -325,6 +325,14 @@ def test_every_way_of_merging_is_better_than_dropping_heads(queries, pairing):
         error += (run_dit(dropped, *batch).detach() - expected).square().sum().item()
         energy += expected.square().sum().item()
     assert found.lost < 0.5 * error / energy
+
+
+def test_where_all_features_would_not_fit_into_memory_merged_values_stay(monkeypatch):
+    whole = compress(random_dit(4), dit_batches(), run_dit, heads=2)
+    monkeypatch.setattr(attention, "_WIDEST", 10)
+    narrow = compress(random_dit(4), dit_batches(), run_dit, heads=2)
+    first, second = narrow.parts[0], whole.parts[0]
+    assert second.lost < first.lost < first.lost_before
 
 
 def test_a_part_of_the_rows_gives_nearly_the_same_fit():
