@@ -6,7 +6,11 @@ BIN    := $(VENV)/bin
 SHD    := $(BIN)/shd-diffusion
 STUDENT = $(SHD) distill configs/digits/distill.yaml --set teacher.path=$(RUNS)/teacher
 
-.PHONY: demo test lint clean
+EMOJI  ?= runs/emoji
+DISTIL_EMOJI = $(SHD) distill configs/emoji/distill.yaml --set teacher.path=$(EMOJI)/teacher --set prepare.output=$(EMOJI)/cache
+FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
+
+.PHONY: demo demo-text test lint clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -29,6 +33,34 @@ demo: $(VENV)/installed
 	$(SHD) evaluate $(addprefix $(RUNS)/,teacher none kd kd-shd) >/dev/null
 	@echo '[7/7] report'
 	$(SHD) report $(addprefix $(RUNS)/,teacher none kd kd-shd) --output $(RUNS)/report.html
+
+$(VENV)/installed-text: $(VENV)/installed
+	$(BIN)/pip install --progress-bar on -e '.[text-demo]'
+	touch $@
+
+$(FONT):
+	@echo 'The pictures are those of the font $(FONT): apt-get install fonts-noto-color-emoji' >&2; exit 1
+
+$(EMOJI)/base/model_index.json: | $(FONT) $(VENV)/installed-text
+	@echo '[1/8] a text encoder, and an autoencoder of emoji'
+	$(SHD) make-pipeline configs/emoji/pipeline.yaml --output $(EMOJI)/base
+
+demo-text: $(FONT) $(VENV)/installed-text $(EMOJI)/base/model_index.json
+	@echo '[2/8] pictures and names to latents and embeddings'
+	$(SHD) prepare configs/emoji/teacher.yaml --set pipeline=$(EMOJI)/base --output $(EMOJI)/cache
+	@echo '[3/8] a teacher with 8 heads'
+	$(SHD) train-teacher configs/emoji/teacher.yaml --set pipeline=$(EMOJI)/base --set prepare.output=$(EMOJI)/cache \
+		--output $(EMOJI)/teacher
+	@echo '[4/8] a student with 3 heads: with output KD'
+	$(DISTIL_EMOJI) --set losses.shd.weight=0 --output $(EMOJI)/kd
+	@echo '[5/8] the same student: with output KD and SHD'
+	$(DISTIL_EMOJI) --output $(EMOJI)/kd-shd
+	@echo '[6/8] images of prompts, some of them never seen'
+	$(SHD) sample $(addprefix $(EMOJI)/,teacher kd kd-shd)
+	@echo '[7/8] metrics'
+	$(SHD) evaluate $(addprefix $(EMOJI)/,teacher kd kd-shd) >/dev/null
+	@echo '[8/8] report'
+	$(SHD) report $(addprefix $(EMOJI)/,teacher kd kd-shd) --output $(EMOJI)/report.html
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

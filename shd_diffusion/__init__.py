@@ -5,8 +5,30 @@ maps into as many as the student has, `AttentionCapture` records what the blocks
 `SHDLoss` is the divergence that the student is trained with.
 """
 
-from shd_diffusion.attention import AttentionCapture
-from shd_diffusion.losses import SHDLoss
-from shd_diffusion.squeezing import plan_merges, squeeze_heads
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from shd_diffusion.attention import AttentionCapture
+    from shd_diffusion.losses import SHDLoss
+    from shd_diffusion.squeezing import plan_merges, squeeze_heads
 
 __all__ = ["AttentionCapture", "SHDLoss", "plan_merges", "squeeze_heads"]
+
+_ROOMS = {
+    "AttentionCapture": "attention",
+    "SHDLoss": "losses",
+    "plan_merges": "squeezing",
+    "squeeze_heads": "squeezing",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Imported when they are asked for: torch and diffusers take seconds, and the command line has a guard to set."""
+    if name not in _ROOMS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,6 @@ from typing import Annotated, Any, Literal, ParamSpec
 import typer
 
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import read_json
 from shd_diffusion.progress import printable
 
 app = typer.Typer(
@@ -284,6 +283,7 @@ def compare(
 ) -> None:
     """Compare two evaluations, if their protocols allow it."""
     from shd_diffusion.evaluation import compare_metrics
+    from shd_diffusion.files import read_json
 
     typer.echo(json.dumps(compare_metrics(read_json(first), read_json(second), anyway), indent=2))
 

@@ -24,11 +24,26 @@ from shd_diffusion.section import Section
 
 
 class ValidationConfig(Section):
-    """A few samples and their Fréchet distance every so many steps while training; 0 switches it off."""
+    """What is measured of the averaged weights every so many steps while training; 0 switches it off.
+
+    `num_images` samples and their Fréchet distance, for images by class; and every term of the loss on `loss_images`
+    fixed items of the data at fixed noise and timesteps, without dropped conditions. 0 switches each off.
+    """
 
     every: int = Field(0, ge=0)
-    num_images: int = Field(500, ge=2)
+    num_images: int = Field(500, ge=0)
     num_inference_steps: int = Field(10, ge=1)
+    loss_images: int = Field(0, ge=0)
+
+    @model_validator(mode="after")
+    def _there_is_something_to_measure(self) -> ValidationConfig:
+        if self.num_images == 1:
+            raise ValueError("`num_images` of a Fréchet distance are 2 at least; or set it to 0")
+        if self.every and not self.num_images and not self.loss_images:
+            raise ValueError(
+                "there is nothing to measure; set `loss_images` or `num_images`, or `every` to 0"
+            )
+        return self
 
 
 class TrainConfig(Section):

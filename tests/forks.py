@@ -1,8 +1,9 @@
 """Processes of one's own that need not import anything: forked off a server that has, once a test session.
 
 What runs in them is what would run in a fresh interpreter; only the ten seconds that torch, diffusers and
-transformers take to import are spared. Fresh interpreters are started by test_page.py (the command line),
-test_sampling.py (torchrun), test_processes.py (accelerate) and test_study.py (a study's worker).
+transformers take to import are spared. (Nor does this file import them: conftest.py imports it in the process that
+only hands out tests.) Fresh interpreters are started by test_page.py (the command line), test_sampling.py (torchrun),
+test_processes.py (accelerate) and test_study.py (a study's worker).
 """
 
 from __future__ import annotations
@@ -19,9 +20,6 @@ import tempfile
 import time
 import weakref
 from pathlib import Path
-
-import torch
-from torch.distributed import TCPStore
 
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
@@ -61,7 +59,7 @@ class Fork:
                 {**os.environ, **environment},
                 str(Path.cwd()),
                 output or self._file.name,
-                torch.get_num_threads(),  # sums are split among them: the same number, the same bits
+                _threads(),
             ),
         )
         self._process.start()
@@ -99,6 +97,8 @@ class Fork:
 
 def launch(number: int, target: str | Path, *arguments: object) -> None:
     """Run a script in so many processes, with all that torchrun tells them, until all have ended well."""
+    from torch.distributed import TCPStore
+
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     ranks = [
         Fork(
@@ -126,7 +126,16 @@ def launch(number: int, target: str | Path, *arguments: object) -> None:
     assert [rank.returncode for rank in ranks] == [0] * number, "\n".join(said)
 
 
+def _threads() -> int:
+    """Of this process: sums are split among threads, so that the same number makes the same bits."""
+    import torch
+
+    return torch.get_num_threads()
+
+
 def _run(argv: list[str], environment: dict[str, str], folder: str, output: str, threads: int) -> None:
+    import torch
+
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)

@@ -120,7 +120,7 @@ def test_a_key_that_is_given_twice_is_an_error(tmp_path: Path) -> None:
         read_config(tmp_path / "twice.yaml", TrainTeacherConfig)
 
 
-@pytest.mark.parametrize("text", ["[" * 5000, "a: 2001-99-99", "a: " + "9" * 5000])
+@pytest.mark.parametrize("text", ["[" * 2000, "a: 2001-99-99", "a: " + "9" * 5000])
 def test_what_breaks_the_parser_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError, match=r"bad\.yaml"):

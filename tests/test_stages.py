@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -332,6 +334,12 @@ def test_a_teacher_of_another_image_size_is_refused(runs: Path, tmp_path: Path) 
     arguments = sets(*SHORT, f"teacher.path={teacher}")
     code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
     assert code == 2 and "(1, 16, 16)" in errors and "(1, 8, 8)" in errors and not (tmp_path / "run").exists()
+
+
+def test_the_command_line_is_there_before_torch_is() -> None:
+    """Its guard against Ctrl-C holds while torch and diffusers are imported, and `--help` does not wait for them."""
+    seen = "import sys, shd_diffusion.cli; print(*{'torch', 'diffusers', 'numpy'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", seen], check=True, capture_output=True).stdout == b"\n"
 
 
 def test_the_command_of_a_launch_file_is_that_file(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -20,6 +20,7 @@ from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
 
 from shd_diffusion.config import DistillConfig, read_config, read_prepare_config
 from shd_diffusion.data.prepare import prepare
+from shd_diffusion.errors import UserError
 from shd_diffusion.models.prompts import denoiser_name
 from shd_diffusion.randomness import generator
 from shd_diffusion.reporting import write_report
@@ -204,3 +205,29 @@ def test_the_report_shows_a_runs_prompts_and_words(distilled, tmp_path: Path) ->
         assert f'title="{prompt}"' in page
     assert "Which words the patches of the image attend to" in page
     assert "<small>text_encoder_3</small>" in page and "&lt;|startoftext|&gt;" in page
+
+
+def test_the_loss_on_fixed_captions_while_training(distilled, tmp_path: Path) -> None:
+    """FID while training is for images by class; the loss is for any data, and changes nothing of the run."""
+    first = distilled("sd1.5")
+    config = first.read_config()
+    assert isinstance(config, DistillConfig)
+    for loss_images, name in ((0, "refused"), (4, "watched")):
+        validation = config.train.validation.model_copy(update={"every": 1, "loss_images": loss_images})
+        watched = config.model_copy(
+            update={"train": config.train.model_copy(update={"validation": validation})}
+        )
+        if not loss_images:
+            with pytest.raises(
+                UserError, match=r"^c\.yaml: key `train\.validation\.every`: .* `train\.validation\.loss_"
+            ):
+                train(watched, tmp_path / name, "c.yaml")
+            assert not (tmp_path / name).exists()
+        else:
+            train(watched, tmp_path / name, "c.yaml")
+    logs = [
+        [json.loads(line) for line in RunFolder(path).metrics_file.read_text().splitlines()]
+        for path in (first.path, tmp_path / "watched")
+    ]
+    assert [line["validation"]["terms"].keys() for line in logs[1]] == [{"denoise", "output", "shd"}] * 3
+    assert logs[1][-1]["terms"] == logs[0][-1]["terms"]

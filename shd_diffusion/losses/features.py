@@ -13,7 +13,7 @@ Diffusion transformers have features that are huge in a few channels. Two remedi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import ClassVar
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from shd_diffusion.attention.blocks import enclosing_block
+from shd_diffusion.attention.probe import CONTEXT
 from shd_diffusion.losses.choice import Stream
 from shd_diffusion.losses.term import (
     MappedTermConfig,
@@ -42,6 +43,7 @@ class FeatureTerm(Term):
     """A distance of features, averaged over the pairs of mapped blocks.
 
     Blocks that put out two streams, image and text, make two pairs: image tokens with image tokens, text with text.
+    Padding counts in no mean.
 
     Attributes:
         projectors: P by pair, in the order of `pairs`.
@@ -55,8 +57,11 @@ class FeatureTerm(Term):
     ) -> None:
         super().__init__(config, student, teacher, seed)
         assert teacher is not None
-        blocks = map_modules(map_traces(student, teacher, config), self.module)
+        records = map_traces(student, teacher, config)
+        blocks = map_modules(records, self.module)
         self.pairs = pair_outputs(blocks, student, teacher, config.streams)
+        attentions = {self.module(name): name.partition(":")[0] for name in reversed(records)}
+        self.rows = rows_of_outputs(self.pairs, attentions, student)
         widths = []
         for name, by in self.pairs.items():
             own, other = tokens(student.outputs[name]).shape, tokens(teacher.outputs[by]).shape
@@ -73,8 +78,8 @@ class FeatureTerm(Term):
         """From the student's width to the teacher's."""
         return nn.Linear(student_width, teacher_width)
 
-    def distance(self, projected: Tensor, target: Tensor) -> Tensor:
-        """Of features (B, N, C): a scalar."""
+    def distance(self, projected: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+        """Of features (B, N, C), of the tokens that count (B, N): a scalar."""
         raise NotImplementedError
 
     def forward(self, outputs: StepOutputs) -> Tensor:
@@ -86,7 +91,8 @@ class FeatureTerm(Term):
         distances = []
         for (name, by), projector in zip(self.pairs.items(), self.projectors, strict=True):
             features, target = matched_tokens(outputs.student.outputs, name, outputs.teacher.outputs, by)
-            distances.append(self.distance(projector(features), target))
+            counted = outputs.student.records[self.rows[name]].counted if name in self.rows else None
+            distances.append(self.distance(projector(features), target, counted))
         return torch.stack(distances).mean()
 
 
@@ -103,27 +109,38 @@ class FeatureDistillation(FeatureTerm):
     Config: ClassVar[type[TermConfig]] = FeatureConfig
     config: FeatureConfig
 
-    def distance(self, projected: Tensor, target: Tensor) -> Tensor:
-        if not self.config.normalise and self.config.within_deviations is None:
+    def distance(self, projected: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+        options = self.config.normalise, self.config.within_deviations
+        if counted is None and options == (False, None):
             return F.mse_loss(projected, target)
-        return squared_distance(
-            projected, target, self.config.normalise, self.config.within_deviations
-        ).mean()
+        return squared_distance(projected, target, *options, counted).mean()
 
 
 def squared_distance(
-    projected: Tensor, target: Tensor, normalise: bool = False, within_deviations: float | None = None
+    projected: Tensor,
+    target: Tensor,
+    normalise: bool = False,
+    within_deviations: float | None = None,
+    counted: Tensor | None = None,
 ) -> Tensor:
-    """Mean squared difference by sample, (B,), of features (B, N, C); see the head of this file."""
-    counted = torch.ones_like(target)
+    """Mean squared difference by sample, (B,), of features (B, N, C); see the head of this file.
+
+    Args:
+        counted: which tokens count, (B, N); None for all.
+    """
+
+    def total(values: Tensor) -> Tensor:
+        return (values * weight).sum((1, 2), keepdim=True)
+
+    weight = torch.ones_like(target) if counted is None else counted[..., None].expand_as(target).to(target)
     if within_deviations is not None:
-        variance, mean = torch.var_mean(target, dim=(1, 2), keepdim=True)
-        counted = ((target - mean).abs() <= within_deviations * variance.sqrt()).to(target)
-    distance = ((projected - target).square() * counted).sum((1, 2))
-    if normalise:
-        energy = (target.square() * counted).sum((1, 2))
-        return distance / energy.clamp_min(torch.finfo(energy.dtype).tiny)
-    return distance / counted.sum((1, 2))
+        number = weight.sum((1, 2), keepdim=True)
+        mean = total(target) / number
+        variance = total((target - mean).square()) / (number - 1)
+        weight = weight * ((target - mean).abs() <= within_deviations * variance.sqrt())
+    scale = total(target.square()) if normalise else weight.sum((1, 2), keepdim=True)
+    distance = total((projected - target).square()) / scale.clamp_min(torch.finfo(scale.dtype).tiny)
+    return distance.flatten()
 
 
 def pair_outputs(
@@ -151,6 +168,23 @@ def pair_outputs(
             if stream in other and (stream is None or streams is None or stream in streams)
         }
     return pairs
+
+
+def rows_of_outputs(names: Iterable[str], attentions: Mapping[str, str], trace: Trace) -> dict[str, str]:
+    """The records whose query rows are the tokens of outputs, where padding may be among them.
+
+    Args:
+        names: of outputs.
+        attentions: the attention module that each of the modules has its tokens in.
+    """
+    rows = {}
+    for name in names:
+        attention = attentions[name.partition(":")[0]]
+        record = trace.records.get(f"{attention}{CONTEXT}" if name in trace.text_outputs else attention)
+        count = tokens(trace.outputs[name]).shape[1]
+        if name in trace.padded_outputs and record is not None and record.query.shape[2] == count:
+            rows[name] = record.name
+    return rows
 
 
 def _by_stream(module: str, trace: Trace) -> dict[Stream | None, str]:

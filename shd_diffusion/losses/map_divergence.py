@@ -147,8 +147,9 @@ def _sums(
 
 @cache
 def _compiled() -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
-    # Blocks of another shape or plan have graphs of their own. torch's overloads do not know the argument.
-    return torch.compile(_sums, recompile_limit=64)  # type: ignore[call-overload]
+    # Blocks of another shape or plan have graphs of their own: one for any shape takes minutes to compile.
+    # torch's overloads do not know the last argument.
+    return torch.compile(_sums, dynamic=False, recompile_limit=64)  # type: ignore[call-overload]
 
 
 def _chunk(

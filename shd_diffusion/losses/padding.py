@@ -1,7 +1,7 @@
-"""Query rows of padding: what shares a batch with a longer prompt is filled up with them, and they weigh nothing.
+"""Query rows of padding: where prompts are filled up to a length, and text attends too, they weigh nothing.
 
-Where attention is joint, or its tokens are text and image at once, padded text has query rows too. Whatever they attend
-to, no token that counts ever sees.
+Most models hide padded keys, so that no token that counts ever sees what these rows attend to. Some attend to padding
+(`TEXT_MASK`): its keys are keys then like any other, but its query rows, often nine of ten, still are no text.
 """
 
 from __future__ import annotations
@@ -9,10 +9,35 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from shd_diffusion.attention.kernels import MASKED
+from shd_diffusion.attention.probe import CONTEXT
 from shd_diffusion.attention.records import AttentionRecord, Index
+from shd_diffusion.losses.term import Records
+from shd_diffusion.models.denoiser import Condition
+from shd_diffusion.models.families import TEXT_MASK
+
+
+def with_text_mask(records: Records, condition: Condition) -> dict[str, AttentionRecord]:
+    """Records in which padded text does not count, where the model attends to it and only the condition tells it.
+
+    Text has query rows in the second record of a joint block, and before the image's in a block of a single stream.
+    """
+    mask = condition.get(TEXT_MASK)  # (B, L)
+    if mask is None:
+        return dict(records)
+
+    def marked(name: str, record: AttentionRecord) -> AttentionRecord:
+        image = record.query.shape[2] - mask.shape[1]
+        single = name.startswith("single_") and image > 0
+        if not single and not (name.endswith(CONTEXT) and image == 0):
+            return record
+        counted = F.pad(mask.to(record.query.device), (0, image), value=True)
+        return replace(record, counted=counted if record.counted is None else counted & record.counted)
+
+    return {name: marked(name, record) for name, record in records.items()}
 
 
 def alike(teacher: AttentionRecord, student: AttentionRecord) -> tuple[AttentionRecord, AttentionRecord]:

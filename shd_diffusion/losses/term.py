@@ -123,6 +123,7 @@ class Term(nn.Module):
         reaches_output: whether its gradient goes through the student's prediction, and so to all parameters.
         captures: `records` or `outputs` of the blocks or modules in `pairs`, if it looks inside the models.
         pairs: student block or module -> the teacher's.
+        rows: student output -> the record whose query rows are its tokens, where not all of these may count.
     """
 
     Config: ClassVar[type[TermConfig]] = TermConfig
@@ -131,11 +132,12 @@ class Term(nn.Module):
     reaches_output: ClassVar[bool] = False
     captures: ClassVar[Literal["records", "outputs"] | None] = None
     pairs: Mapping[str, str]
+    rows: Mapping[str, str]
 
     def __init__(self, config: TermConfig, student: Trace, teacher: Trace | None, seed: int = 0) -> None:
         """Raises ValueError: it cannot be computed for these models."""
         super().__init__()
-        self.config, self.pairs = config, {}
+        self.config, self.pairs, self.rows = config, {}, {}
 
     @classmethod
     def applies(cls, student: Trace) -> bool:

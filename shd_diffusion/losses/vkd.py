@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from torch.nn.utils.parametrizations import orthogonal
 
 from shd_diffusion.losses.features import FeatureTerm
+from shd_diffusion.losses.padding import mean_of_rows
 from shd_diffusion.losses.term import MappedTermConfig, TermConfig
 from shd_diffusion.models.trace import Trace
 
@@ -47,23 +48,28 @@ class VkD(FeatureTerm):
         linear = nn.Linear(student_width, teacher_width, bias=False)
         return orthogonal(linear, orthogonal_map="matrix_exp", use_trivialization=False)
 
-    def distance(self, projected: Tensor, target: Tensor) -> Tensor:
-        return F.smooth_l1_loss(projected, self.normalise(target))
+    def distance(self, projected: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
+        gap = F.smooth_l1_loss(projected, self.normalise(target, counted), reduction="none")
+        return mean_of_rows(gap.mean(-1), counted).mean()
 
 
-def standardise(features: Tensor) -> Tensor:
+def standardise(features: Tensor, counted: Tensor | None = None) -> Tensor:
     """Each token with mean 0 and variance 1 over its channels."""
     return F.layer_norm(features, features.shape[-1:], eps=EPSILON)
 
 
-def whiten(features: Tensor) -> Tensor:
+def whiten(features: Tensor, counted: Tensor | None = None) -> Tensor:
     """Channels with mean 0 and the identity as covariance over a batch's tokens: the least change (ZCA).
 
     The batch is what one process sees in one forward pass, so the loss depends on how a step is dealt out.
     Directions in which the batch does not vary stay near 0.
+
+    Args:
+        features: (B, N, C).
+        counted: which tokens count, (B, N); None for all.
     """
-    flat = features.flatten(0, -2)
-    centred = flat - flat.mean(0)
-    values, vectors = torch.linalg.eigh(centred.T @ centred / len(flat))
+    known = features.flatten(0, -2) if counted is None else features[counted]
+    mean = known.mean(0)
+    values, vectors = torch.linalg.eigh((known - mean).T @ (known - mean) / len(known))
     scale = (values.clamp_min(0) + EPSILON * values.max()).rsqrt()
-    return (centred @ (vectors * scale) @ vectors.T).view_as(features)
+    return (features - mean) @ (vectors * scale) @ vectors.T

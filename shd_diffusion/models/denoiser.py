@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from shd_diffusion.attention.capture import unwrap
-from shd_diffusion.models.families import family_of, pack, unpack
+from shd_diffusion.models.families import TEXT_MASK, family_of, pack, unpack
 
 Condition: TypeAlias = Mapping[str, Tensor]
 
@@ -37,7 +37,8 @@ def predict(model: nn.Module, noised: Tensor, timesteps: Tensor, condition: Cond
     """
     inner = unwrap(model)
     family = family_of(inner)
-    arguments = family.arguments(inner, noised, _nested(condition))
+    told = {name: value for name, value in condition.items() if name != TEXT_MASK}
+    arguments = family.arguments(inner, noised, _nested(told))
     arguments[family.timestep] = family.timesteps(inner, timesteps)
     sample = noised if family.patch is None else pack(noised, family.patch)
     found = family.prediction(model(family.sample(sample), **arguments, return_dict=False)[0])

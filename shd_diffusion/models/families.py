@@ -17,10 +17,13 @@ from diffusers.models.transformers.transformer_cogview4 import (
     CogView4AttnProcessor,
     CogView4TrainingAttnProcessor,
 )
-from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import get_resize_crop_region_for_grid
 from torch import Tensor, nn
 
 Arguments: TypeAlias = dict[str, Any]
+
+TEXT_MASK = "text_mask"
+"""Of a condition, which of its text tokens are no padding, (B, L) bool. The model is not told, and attends to all; but
+query rows of padding count in no loss."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Family:
         derived: the arguments that `arguments` adds; they are no part of a condition.
         condition: what is made of one sample's arguments, as a pipeline tells them, to have its condition.
         prepare: what is done to a model before prompts of different lengths share its batches.
+        text: the pipeline's tokenizers whose tokens, one after another, are the text of its joint attention, where the
+            model is not told which of them are padding and attends to all: see `TEXT_MASK`.
+        registers: so many learned tokens the model puts before them.
     """
 
     timesteps: Callable[[Any, Tensor], Tensor] = lambda model, timesteps: timesteps
@@ -49,6 +55,8 @@ class Family:
     derived: tuple[str, ...] = ()
     condition: Callable[[dict[str, Tensor]], dict[str, Tensor]] = lambda told: told
     prepare: Callable[[Any], None] = lambda model: None
+    text: tuple[str, ...] = ()
+    registers: int = 0
 
 
 def family_of(model: nn.Module) -> Family:
@@ -167,6 +175,10 @@ def _qwen_shapes(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
 
 def _hunyuan_positions(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
     """Rotary embedding of patches in a grid that is centred in that of 512 pixels."""
+    from diffusers.pipelines.hunyuandit.pipeline_hunyuandit import (  # which needs transformers
+        get_resize_crop_region_for_grid,
+    )
+
     patch = model.config.patch_size
     grid = noised.shape[-2] // patch, noised.shape[-1] // patch
     region = get_resize_crop_region_for_grid(grid, 512 // 8 // patch)
@@ -252,6 +264,7 @@ _POSITIONS = ("img_ids", "txt_ids")
 
 # What each family needs beyond its condition.
 FAMILIES: dict[str, Family] = {
+    "SD3Transformer2DModel": Family(text=("tokenizer", "tokenizer_3")),
     "UNet2DConditionModel": Family(arguments=_one_hot_tokens),
     "HunyuanDiT2DModel": Family(
         timesteps=_in_precision_of_model, arguments=_hunyuan_positions, derived=("image_rotary_emb",)
@@ -261,19 +274,22 @@ FAMILIES: dict[str, Family] = {
         arguments=_flux_positions,
         patch=2,
         derived=_POSITIONS,
+        text=("tokenizer_2",),
     ),
     "Flux2Transformer2DModel": Family(
         timesteps=_thousandths,
         arguments=_flux2_positions,
         patch=1,  # its VAE's latents are patches already
         derived=_POSITIONS,
+        text=("tokenizer",),
     ),
     "ChromaTransformer2DModel": Family(
         timesteps=_thousandths,
         arguments=_chroma_positions,
         patch=2,
         derived=_POSITIONS,
-        condition=_mask_of_text,
+        condition=_mask_of_text,  # a bias, which hides nothing
+        text=("tokenizer",),
     ),
     "SanaTransformer2DModel": Family(timesteps=_scaled_by_config),
     "QwenImageTransformer2DModel": Family(
@@ -284,7 +300,7 @@ FAMILIES: dict[str, Family] = {
         condition=_with_mask("encoder_hidden_states", "encoder_hidden_states_mask"),
     ),
     "Lumina2Transformer2DModel": Family(timesteps=_backwards, prediction=_negated),
-    "AuraFlowTransformer2DModel": Family(timesteps=_thousandths),
+    "AuraFlowTransformer2DModel": Family(timesteps=_thousandths, text=("tokenizer",), registers=8),
     "CogView4Transformer2DModel": Family(
         arguments=_mask_if_needed,
         condition=_with_mask("encoder_hidden_states", "attention_mask"),

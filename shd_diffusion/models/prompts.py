@@ -20,6 +20,7 @@ from typing import Any
 
 import diffusers
 import torch
+import torch.nn.functional as F
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.hashing import hash_model
-from shd_diffusion.models.families import Family, family_of
+from shd_diffusion.models.families import TEXT_MASK, Family, family_of
 
 DENOISERS = ("transformer", "unet")
 _PROBES = ("a", " ".join(string.ascii_lowercase * 2))  # a short prompt and a long one
@@ -80,17 +81,16 @@ class PromptEncoder:
     def encode(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """The condition of each prompt; embedded guidance is that of scale 1."""
         batches = [[*prompts]] if self._same_in_any_batch else [[prompt] for prompt in prompts]
-        return [
-            entries for batch in batches if batch for entries in self._record(batch, **self.without_guidance)
-        ]
+        return [entries for batch in batches if batch for entries in self._encode(batch)]
 
     def null(self) -> dict[str, Tensor]:
         """The condition of the pipeline's unconditional pass; where it has none, that of the empty prompt."""
-        prompt = [_PROBES[0]]
-        (conditional,) = self.encode(prompt)
+        prompt, empty = [_PROBES[0]], self.encode([""])[0]
+        (conditional,) = self._record(prompt, **self.without_guidance)
         guided = self._record(prompt, **self._guidance(2.0))
         unconditional = sorted(guided, key=lambda entries: _distance(entries, conditional))[1:]
-        return unconditional[0] if unconditional else self.encode([""])[0]
+        mask = {name: value for name, value in empty.items() if name == TEXT_MASK}
+        return unconditional[0] | mask if unconditional else empty
 
     @functools.cached_property
     def without_guidance(self) -> dict[str, Any]:
@@ -142,24 +142,46 @@ class PromptEncoder:
             | ({"guidance_scale": 1.0} if embeds else {})
         )
 
-    def _record(self, prompts: Sequence[str], **guidance: Any) -> list[dict[str, Tensor]]:
+    def _encode(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Conditions, with the mask of their text where the denoiser is told none."""
+        family = family_of(getattr(self.pipeline, self._denoiser))
+        masks: dict[str, Tensor] = {}
+        found = self._record(prompts, masks if family.text else None, **self.without_guidance)
+        if not family.text or any(name not in masks for name in family.text):  # an encoder may be left out
+            return found
+        mask = torch.cat([masks[name].bool().cpu() for name in family.text], 1)
+        mask = F.pad(mask, (family.registers, 0), value=True)
+        return [entries | {TEXT_MASK: own} for entries, own in zip(found, mask, strict=True)]
+
+    def _record(
+        self, prompts: Sequence[str], masks: dict[str, Tensor] | None = None, **guidance: Any
+    ) -> list[dict[str, Tensor]]:
         """A condition for each sample that the denoiser is given in the first step."""
         height, width = self.size
         arguments = {"height": height, "width": width, "num_inference_steps": 2, **guidance, **self.arguments}
         family = family_of(getattr(self.pipeline, self._denoiser))
-        calls = record_calls(self.pipeline, [*prompts], **arguments)
+        calls = record_calls(self.pipeline, [*prompts], masks, **arguments)
         return [entries for call in calls for entries in _conditions(call, family)]
 
 
-def record_calls(pipeline: DiffusionPipeline, prompts: list[str], **arguments: Any) -> list[dict[str, Any]]:
+def record_calls(
+    pipeline: DiffusionPipeline, prompts: list[str], masks: dict[str, Tensor] | None = None, **arguments: Any
+) -> list[dict[str, Any]]:
     """The arguments of a denoiser's calls in the first step of its pipeline's call, by name; none is computed.
 
     The pipeline's parts are left as they are: a copy runs, with a recorder for a denoiser.
+
+    Args:
+        masks: takes, by tokenizer, which of the prompts' tokens (B, L) are no padding.
     """
     name = denoiser_name(pipeline)
     running, calls = copy.copy(pipeline), list[dict[str, Any]]()
     running.__dict__[name] = _Recorder(getattr(pipeline, name), calls, _device(pipeline))
     running.__dict__["scheduler"] = _stopping(pipeline.scheduler)
+    if masks is not None:
+        for part in (part for part in pipeline.components if part.startswith("tokenizer")):
+            if getattr(pipeline, part) is not None:
+                running.__dict__[part] = _NotingTokenizer(getattr(pipeline, part), masks, part)
     running.set_progress_bar_config(disable=True)
     with contextlib.suppress(_FirstStep):
         running(prompt=prompts, **arguments)
@@ -199,6 +221,27 @@ class _Recorder(nn.Module):
             [torch.zeros_like(x) for x in sample] if isinstance(sample, list) else torch.zeros_like(sample)
         )
         return Transformer2DModelOutput(sample=zeros)
+
+
+class _NotingTokenizer:
+    """A tokenizer that notes the attention mask of its first call: of the prompts, as they are padded."""
+
+    def __init__(self, tokenizer: Any, masks: dict[str, Tensor], name: str) -> None:
+        self.tokenizer, self.masks, self.name = tokenizer, masks, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._noted(self.tokenizer(*args, **kwargs))
+
+    def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        return self._noted(self.tokenizer.apply_chat_template(*args, **kwargs))
+
+    def _noted(self, found: Any) -> Any:
+        if isinstance(found, Mapping) and "attention_mask" in found:
+            self.masks.setdefault(self.name, found["attention_mask"])
+        return found
 
 
 def _stopping(scheduler: Any) -> Any:

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import ModelMixin
@@ -32,6 +32,8 @@ class Trace:
             (1, C, H, W), by name as `output_tensors` gives it; without what takes no part in the prediction, and
             without tuples of which it cannot be told which part is the text's.
         text_outputs: which of those that came in tuples are the text's.
+        padded_outputs: whose tokens may be of padding: those of text, or of text and image at once, where the condition
+            has a mask.
         unreached: parameters that take no part in the prediction: those of what runs in masked passes only, or of a
             text stream that ends in the last block. No loss on a plain pass gives them a gradient.
     """
@@ -41,6 +43,7 @@ class Trace:
     output: Tensor
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
     text_outputs: frozenset[str] = frozenset()
+    padded_outputs: frozenset[str] = frozenset()
     unreached: frozenset[str] = frozenset()
 
     @property
@@ -104,10 +107,18 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
     unreached = frozenset(name for name, p in twin.named_parameters() if p.grad is None)
     outputs = {name: tensor.detach() for name, tensor in kept.items() if tensor.grad is not None}
     records = {name: record for name, record in records.items() if not _ends(name, kept, outputs)}
-    texts = _text_outputs(twin, shape, moved, outputs)
-    if texts is None:
-        texts, outputs = frozenset(), {name: t for name, t in outputs.items() if ":" not in name}
-    return Trace(shape, records, output.detach(), outputs, texts, unreached)
+    parts, padded = {name for name in outputs if ":" in name}, any("mask" in name for name in condition)
+    streams = _streams(twin, shape, moved, outputs) if parts or padded else {}
+    outputs = {name: tensor for name, tensor in outputs.items() if name in streams or name not in parts}
+    return Trace(
+        shape,
+        records,
+        output.detach(),
+        outputs,
+        text_outputs=frozenset(name for name in parts if streams.get(name) == "text"),
+        padded_outputs=frozenset(name for name in streams if padded and streams[name] != "image"),
+        unreached=unreached,
+    )
 
 
 @contextmanager
@@ -134,22 +145,24 @@ def _ends(record: str, kept: Mapping[str, Tensor], reached: Mapping[str, Tensor]
 
 
 @torch.no_grad()
-def _text_outputs(
+def _streams(
     twin: ModelMixin, shape: tuple[int, ...], condition: Condition, outputs: Mapping[str, Tensor]
-) -> frozenset[str] | None:
-    """Which of several outputs of one module have as many tokens for a sample of another width: they are the text's.
+) -> dict[str, Literal["image", "text", "both"]]:
+    """What the tokens of each output are of, by how their number follows the width of a sample.
 
-    None where the model takes no other width.
+    Empty where the model takes no other width.
     """
-    several = [name for name in outputs if ":" in name]
-    if not several:
-        return frozenset()
-    modules = {name.partition(":")[0] for name in several}
+    modules = {name.partition(":")[0] for name in outputs}
     for width in (shape[-1] // 2, shape[-1] * 2):
         with suppress(Exception), torch.device("meta"), _WholeMasks(), _kept_outputs(twin, modules) as found:
             predict(twin, torch.empty(1, *shape[:-1], width), torch.zeros(1, dtype=torch.long), condition)
-            return frozenset(name for name in several if found[name].shape == outputs[name].shape)
-    return None
+            streams: dict[str, Literal["image", "text", "both"]] = {}
+            for name, output in outputs.items():
+                size, other = output.shape[1:].numel(), found[name].shape[1:].numel()
+                follows = size * width == other * shape[-1]
+                streams[name] = "text" if size == other else "image" if follows else "both"
+            return streams
+    return {}
 
 
 class _WholeMasks(TorchFunctionMode):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -146,9 +146,16 @@ class Term(Result):
 
 
 class Validation(Result):
-    """Fréchet distance on a few samples while training."""
+    """While training: the Fréchet distance on a few samples, and the terms of the loss on a few fixed items."""
 
-    fid: float
+    fid: float | None = None
+    terms: dict[str, float] | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> Validation:
+        if self.fid is None and self.terms is None:
+            raise ValueError("a validation has `fid` or `terms`")
+        return self
 
 
 class LogEntry(Result):
@@ -171,6 +178,7 @@ class Log:
     shares: dict[str, Array]  # by term, (L,)
     divergences: dict[str, Array]  # by student block, the SHD term of this block alone: (L,)
     validation: Array  # (V, 2), step and Fréchet distance
+    validation_terms: dict[str, Array]  # by term, (V, 2), step and its value on fixed items
 
 
 class Word(Result):
@@ -347,8 +355,17 @@ def read_log(path: Path) -> Log:
         values={term: column(f"terms.{term}.value") for term in terms},
         shares={term: column(f"terms.{term}.share") for term in terms},
         divergences={block: column(f"shd_by_block.{block}") for block in blocks},
-        validation=np.array([(e.step, e.validation.fid) for e in entries if e.validation]).reshape(-1, 2),
+        validation=_points((e.step, e.validation.fid) for e in entries if e.validation),
+        validation_terms={
+            term: _points((e.step, (e.validation.terms or {}).get(term)) for e in entries if e.validation)
+            for term in dict.fromkeys(t for e in entries if e.validation for t in e.validation.terms or {})
+        },
     )
+
+
+def _points(found: Iterable[tuple[int, float | None]]) -> Array:
+    """Steps and values, (V, 2), where there is one."""
+    return np.array([(step, value) for step, value in found if value is not None], float).reshape(-1, 2)
 
 
 def read_attention(path: Path) -> Attention:

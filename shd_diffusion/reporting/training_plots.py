@@ -1,4 +1,4 @@
-"""What happened while training: every term of the loss, its share, SHD's by block, the Fréchet distance."""
+"""What happened while training: every term of the loss, its share, SHD's by block, and the validation's metrics."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ TERM_COLOURS = {"denoise": LIGHT["muted"], "output": LIGHT["run-4"], "shd": LIGH
 
 
 def loss_curves(runs: Sequence[Run], styles: Styles) -> list[Plot]:
-    """One panel a term: unweighted values on a logarithmic scale, the mean in front of the raw steps."""
+    """One panel a term: unweighted values on a logarithmic scale, the mean in front of the raw steps; points are the
+    validation's, on fixed items."""
     by_term: dict[str, list[tuple[Run, Log]]] = {}
     for run in runs:
         if run.log:
@@ -46,6 +47,17 @@ def _term_panel(term: str, logs: Sequence[tuple[Run, Log]], styles: Styles) -> P
             chosen = _thin(len(values))
             axes.plot(log.steps[chosen], values[chosen], color=colour, linewidth=0.8, alpha=0.35)
             axes.plot(log.steps[chosen], _running_mean(values)[chosen], color=colour, label=run.name)
+            if term in log.validation_terms:
+                steps, fixed = log.validation_terms[term].T
+                axes.plot(
+                    steps,
+                    fixed,
+                    "o--",
+                    color=colour,
+                    markersize=3,
+                    linewidth=0.8,
+                    label=f"{run.name}, validation",
+                )
         axes.set(xlabel="step", ylabel=f"{term}, unweighted", yscale="log")
         logarithmic_ticks(axes.yaxis)
         legend_above(figure, axes)

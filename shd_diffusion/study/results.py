@@ -131,7 +131,7 @@ def read_outcome(planned: Planned, study: StudyConfig) -> Outcome:
     for entry in read_entries(run.metrics_file):
         seconds += entry.seconds_per_step * (entry.step - last)
         last = entry.step
-        if entry.validation:
+        if entry.validation and entry.validation.fid is not None:
             validation.append(ValidationPoint(last, seconds, entry.validation.fid))
     metrics = dict(read_result(run.evaluation_file, Metrics).values)
     for after in study.after_seconds:

@@ -183,8 +183,10 @@ def noise_settings(train: TrainConfig, source: Source, tokens: int = 0) -> Noise
     )
 
 
-def draw_noise(seed: int, step: int, places: range, settings: NoiseSettings) -> StepNoise:
+def draw_noise(seed: int, step: int | str, places: range, settings: NoiseSettings) -> StepNoise:
     """The noise of some places in a step's batch; teacher and student share it, and all variants of one seed.
+
+    What is no step has a name.
 
     Each place has a generator of its own, so a process draws for its own samples only. `logit_normal` timesteps are
     the sigmoid of a standard normal (Esser et al. 2024, section 3.1).

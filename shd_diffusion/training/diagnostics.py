@@ -17,6 +17,7 @@ from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.attention.blocks import text_keys
 from shd_diffusion.data import Source
 from shd_diffusion.files import save_tensors
+from shd_diffusion.losses.padding import with_text_mask
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.losses.term import Batch, Records
 from shd_diffusion.losses.token_grid import grid_shape
@@ -75,9 +76,10 @@ def paired_records(
         for batch in batches:
             for model in (teacher, student):
                 predict_frozen(model, batch.noised, batch.timesteps, batch.condition)
+            taught = {name: record.to(student.device) for name, record in of_teacher.records.items()}
             yield (
-                {name: record.to(student.device) for name, record in of_teacher.records.items()},
-                of_student.records,
+                with_text_mask(taught, batch.condition),
+                with_text_mask(of_student.records, batch.condition),
             )
 
 

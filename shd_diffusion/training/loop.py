@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,8 +24,8 @@ from shd_diffusion.training.metrics_logger import MetricsLogger
 from shd_diffusion.training.objectives import TrainingLoss
 from shd_diffusion.training.train_state import TrainState, whole
 
-Validation = Callable[[ModelMixin], tuple[dict[str, float], Tensor]]
-"""Metrics of a model by name, and a picture of its samples, 8-bit (H, W, 3). Every process calls it."""
+Validation = Callable[[ModelMixin], tuple[dict[str, Any], Tensor | None]]
+"""Metrics of a model by name, and a picture of its samples, 8-bit (H, W, 3), if any. Every process calls it."""
 
 
 def fit(
@@ -34,7 +35,7 @@ def fit(
     run: RunFolder,
     config: RunConfig,
     accelerator: Accelerator,
-    validation: Validation | None = None,
+    validations: Sequence[Validation] = (),
 ) -> ModelMixin:
     """Train a denoiser, continuing from the run's last checkpoint, and return it with its averaged weights.
 
@@ -45,7 +46,7 @@ def fit(
         run: gets metrics and checkpoints.
         config: of the run; noise, timesteps, dropped conditions and data order follow from its seed and the step.
         accelerator: see `make_accelerator`.
-        validation: of the averaged model, every `config.train.validation.every` steps.
+        validations: of the averaged model, every `config.train.validation.every` steps.
 
     Raises:
         UserError: a checkpoint cannot be written.
@@ -82,7 +83,7 @@ def fit(
             bar.update()
             done = step + 1
             last = done == train.max_steps
-            validating = validation is not None and is_due(done, train.validation.every)
+            validating = bool(validations) and is_due(done, train.validation.every)
             if not norm.isfinite():
                 skipped += 1
                 culprits = logger.log_skipped(done, terms)
@@ -97,10 +98,9 @@ def fit(
                         name: sum_ * layout.share(1) for name, sum_ in loss.shd_by_block(step).items()
                     }
                     entry = logger.entry(done, terms, loss.weights(step), norm, rate, by_block)
-                    if validation is not None and validating:
+                    if validating:
                         with state.averaged() as averaged:
-                            entry["validation"], picture = validation(averaged)
-                        logger.log_image(done, picture)
+                            entry["validation"] = _validate(averaged, validations, logger, done)
                     logger.log(entry)
                     bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
             signum = interruption.noted()
@@ -111,6 +111,19 @@ def fit(
                     f"{run.path}: interrupted after step {done}; the same command goes on from there", signum
                 )
     return state.export()
+
+
+def _validate(
+    model: ModelMixin, validations: Sequence[Validation], logger: MetricsLogger, done: int
+) -> dict[str, Any]:
+    """The metrics of all validations; pictures are logged."""
+    metrics: dict[str, Any] = {}
+    for validation in validations:
+        found, picture = validation(model)
+        metrics |= found
+        if picture is not None:
+            logger.log_image(done, picture)
+    return metrics
 
 
 def take_step(

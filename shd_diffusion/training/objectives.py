@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.attention.outputs import OutputCapture
+from shd_diffusion.losses.padding import with_text_mask
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.losses.term import Batch, Captured, NonFiniteError, StepOutputs, Term
 from shd_diffusion.models.denoiser import predict, predict_frozen
@@ -81,6 +82,10 @@ class TrainingLoss:
             terms |= {name + MASKED: term for name, term in self._pass(model, masked, step).items()}
         return terms
 
+    def plain(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+        """The unweighted terms of the first step on a batch, all tokens seen; nothing is kept of them."""
+        return self._pass(model, batch, 0)
+
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step."""
         weights = {name: term.weight(step, self.max_steps) for name, term in self._all()}
@@ -115,9 +120,9 @@ class TrainingLoss:
         if self.teacher is not None and any(term.needs_teacher for term in active.values()):
             teacher_prediction = predict_frozen(self.teacher, *seen)
             assert self._teacher is not None
-            teacher = self._teacher.read().to(batch.noised.device)
+            teacher = self._teacher.read(batch).to(batch.noised.device)
         prediction = predict(model, *seen)
-        student = self._student.read()
+        student = self._student.read(batch)
         outputs = StepOutputs(self.process, batch, prediction, teacher_prediction, student, teacher, step)
         terms: dict[str, Tensor] = {}
         with torch.autocast(prediction.device.type, enabled=False):
@@ -151,11 +156,12 @@ class _Capture:
     def __init__(self, model: ModelMixin, terms: Mapping[str, Term], side: int) -> None:
         wanted: dict[str, dict[str, None]] = {"records": {}, "outputs": {}}
         for term in terms.values():
-            if term.captures == "records":
-                # a block that joins image and text leaves a second record, `<block>:context`
-                wanted["records"] |= {name.partition(":")[0]: None for name in term.looks_at[side]}
-            elif term.captures == "outputs":
+            records = term.looks_at[side] if term.captures == "records" else ()
+            if term.captures == "outputs":
                 wanted["outputs"] |= dict.fromkeys(term.looks_at[side])
+                records = term.rows.values() if side == 0 else ()
+            # a block that joins image and text leaves a second record, `<block>:context`
+            wanted["records"] |= {name.partition(":")[0]: None for name in records}
         self._records = AttentionCapture(model, wanted["records"]) if wanted["records"] else None
         self._outputs = OutputCapture(model, wanted["outputs"])
         self._stack = ExitStack()
@@ -169,9 +175,10 @@ class _Capture:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def read(self) -> Captured:
-        """Of the last pass."""
-        return Captured(self._records.records if self._records else {}, self._outputs.outputs)
+    def read(self, batch: Batch) -> Captured:
+        """Of the last pass, which was on this batch."""
+        records = with_text_mask(self._records.records, batch.condition) if self._records else {}
+        return Captured(records, self._outputs.outputs)
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling
 from shd_diffusion.sampling.schedulers import own_scheduler
 from shd_diffusion.squeezing.plan import plans_from_json, plans_to_json
+from shd_diffusion.training.batches import BatchLayout, noise_settings
 from shd_diffusion.training.build import Parts, build
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
 from shd_diffusion.training.launch import make_accelerator, start_trackers
@@ -35,6 +36,7 @@ from shd_diffusion.training.loop import Validation, fit
 from shd_diffusion.training.objectives import TrainingLoss
 from shd_diffusion.training.train_state import shard
 from shd_diffusion.training.validation import make_validation
+from shd_diffusion.training.validation_loss import make_validation_loss
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Run:
     Attributes:
         sampler: the scheduler that its pipeline is saved with.
         vae: that latents are decoded by; None for pixels.
-        validation: while it trains; None where none is wanted.
+        validation: by samples, while it trains; None where none is wanted.
         inputs: hashes of what the run begins with, by the key of the config that names it.
     """
 
@@ -129,8 +131,11 @@ def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source:
         vae, validation = None, None
         if parts.pipeline is not None and parts.pipeline.takes_prompts:
             sampler = own_scheduler(config.sample, parts.process.scheduler)
-            if config.train.validation.every:
-                raise UserError("key `train.validation.every`: is for images by class; set it to 0")
+            if config.train.validation.every and not config.train.validation.loss_images:
+                raise UserError(
+                    "key `train.validation.every`: FID while training is for images by class; set "
+                    "`train.validation.loss_images`, or this to 0"
+                )
         else:
             sampler = check_sampling(config.sample, parts.process.scheduler)
             vae = _load_vae(data)
@@ -182,15 +187,33 @@ def _load_or_calibrate(shd: SHD, teacher: ModelMixin, run: Run) -> None:
 def _fit(run: Run, loss: TrainingLoss) -> ModelMixin:
     """The trained model with its averaged weights."""
     parts, device = run.parts, run.accelerator.device
+    validations = [each for each in (run.validation, _validation_loss(run, loss)) if each is not None]
     try:
         return fit(
-            parts.model, loss, parts.loader(device), run.folder, parts.config, run.accelerator, run.validation
+            parts.model, loss, parts.loader(device), run.folder, parts.config, run.accelerator, validations
         )
     except BackendCompilerFailed as error:
         raise UserError(
             f"{run.folder.config_file}: torch.compile failed ({str(error).splitlines()[0]}); "
             "leave `train.compile` and `losses.shd.compile` off, or install what it needs"
         ) from error
+
+
+def _validation_loss(run: Run, loss: TrainingLoss) -> Validation | None:
+    """The validation that needs the loss; None where none is wanted."""
+    parts, train = run.parts, run.parts.config.train
+    if not train.validation.every or not train.validation.loss_images:
+        return None
+    layout = BatchLayout(train.batch_size, train.micro_batch_size, run.accelerator.num_processes)
+    return make_validation_loss(
+        loss,
+        parts.data,
+        noise_settings(train, parts.data),
+        parts.config.seed,
+        train.validation.loss_images,
+        max(map(len, layout.passes)),
+        run.accelerator,
+    )
 
 
 # --- after the last step ------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from accelerate.utils import gather_object
 from diffusers import ModelMixin
@@ -38,7 +40,7 @@ def make_validation(
         UserError: the images to compare with, or the extractor's weights, cannot be read, or do not fit each other.
     """
     wanted, evaluate = config.train.validation, config.evaluate
-    if not wanted.every:
+    if not wanted.every or not wanted.num_images:
         return None
     name = extractor_name(evaluate.extractor, config.data.name)
     only = image_size_of(name)
@@ -49,7 +51,7 @@ def make_validation(
     if only is not None and (height, width) != (only, only):
         raise UserError(
             f"key `train.validation`: `{name}` takes {only}×{only} images only, not {width}×{height}; "
-            "set `evaluate.extractor` to another, or `train.validation.every` to 0"
+            "set `evaluate.extractor` to another, or `train.validation.num_images` to 0"
         )
     extractor = load_extractor(name, evaluate.extractor_weights, evaluate.clip_model).to(device)
     statistics = open_reference(
@@ -62,7 +64,7 @@ def make_validation(
         vae.to(device)
 
     @torch.no_grad()
-    def validate(model: ModelMixin) -> tuple[dict[str, float], Tensor]:
+    def validate(model: ModelMixin) -> tuple[dict[str, Any], Tensor]:
         state = processes()
         together = config.train.shard  # each of them holds a part of the weights only
         pipeline = ClassConditionalPipeline(model, sampler, vae, sample_shape=list(data.shape))

@@ -15,9 +15,12 @@ from diffusers import (
     ModelMixin,
 )
 from diffusers.pipelines.flux2.pipeline_flux2 import Flux2Pipeline
+from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
 from torch import Tensor
 
 from shd_diffusion.data.latent_space import LatentSpace
+from shd_diffusion.models.families import family_of, unpack
+from shd_diffusion.models.prompts import denoiser_name
 
 TOLERANCE = {"rtol": 1e-5, "atol": 1e-5}  # float32: a shift, a scale and the two rounded once more
 
@@ -130,6 +133,31 @@ def test_flux2_is_encoded_as_by_its_pipeline():
     found = space.normalise(space.parts(images)[0])
     assert found.shape == (2, 16, 8, 12)
     torch.testing.assert_close(found, expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+@torch.no_grad()
+def test_every_pipeline_decodes_its_latents_so(name: str):
+    pipeline = PIPELINES[name]()
+    call = {
+        "prompt": "a cat",
+        "height": SIZE[0],
+        "width": SIZE[1],
+        "num_inference_steps": 2,
+        **ARGUMENTS.get(name, {}),
+    }
+
+    def made(output_type: str) -> Tensor:
+        return torch.as_tensor(pipeline(generator=torch.manual_seed(0), output_type=output_type, **call)[0])
+
+    latents, images = made("latent"), made("pt")
+    if latents.ndim == 3:
+        patch = family_of(getattr(pipeline, denoiser_name(pipeline))).patch
+        latents = unpack(latents, torch.Size((8, 8)), patch)
+    decoded = (LatentSpace(pipeline.vae).decode(latents) / 2 + 0.5).clamp(0, 1)
+    decoded = decoded.transpose(1, 2) if decoded.ndim == 5 else decoded
+    torch.testing.assert_close(decoded, images, **TOLERANCE)
+    assert images.std() > 0.01
 
 
 @torch.no_grad()

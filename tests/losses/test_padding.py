@@ -14,7 +14,9 @@ from shd_diffusion.attention import AttentionRecord
 from shd_diffusion.attention.kernels import MASKED
 from shd_diffusion.losses import TERMS
 from shd_diffusion.losses.divergence import DIVERGENCES
+from shd_diffusion.losses.padding import with_text_mask
 from shd_diffusion.losses.term import Batch, Captured, StepOutputs
+from shd_diffusion.models.families import TEXT_MASK
 from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
 from shd_diffusion.models.trace import Trace
 
@@ -105,3 +107,19 @@ def test_other_terms_leave_padding_out(name: str, options: dict[str, Any], heads
     found = of(teacher, student)
     expected = (of(alone(teacher, 0), alone(student, 0)) + of(alone(teacher, 1), alone(student, 1))) / 2
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_padded_text_that_a_model_attends_to_does_not_count_either() -> None:
+    """Text of six tokens beside an image of three, of which the condition tells the padding."""
+    mask = torch.arange(6) < torch.tensor([4, 6])[:, None]
+    made = {
+        "blocks.0.attn": record(queries=3, keys=9, kind="joint"),
+        "blocks.0.attn:context": record(queries=6, keys=9, kind="joint"),
+        "blocks.0.attn2": record(queries=9, kind="self"),
+        "single_blocks.0.attn": record(queries=9, kind="self"),
+    }
+    found = {name: of.counted for name, of in with_text_mask(made, {TEXT_MASK: mask}).items()}
+    assert found["blocks.0.attn"] is None and found["blocks.0.attn2"] is None
+    assert torch.equal(found["blocks.0.attn:context"], mask)
+    assert torch.equal(found["single_blocks.0.attn"], torch.cat([mask, mask.new_ones(2, 3)], 1))
+    assert all(of.counted is None for of in with_text_mask(made, {}).values())

@@ -118,7 +118,9 @@ def test_gradcheck(divergence, pool):
         moved = replace(student, query=query, key=key)
         return map_divergence(moved, samples, DIVERGENCES[divergence], 1.5, pool)
 
-    assert torch.autograd.gradcheck(divergences, (student.query, student.key))
+    # of pooled maps in one random direction instead of each: of whole maps each is checked, in a tenth of the time
+    of = student.query, student.key
+    assert torch.autograd.gradcheck(divergences, of, fast_mode=pool != (1, 1))
 
 
 def test_equal_heads_are_plain_attention_transfer():

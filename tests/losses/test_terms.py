@@ -47,8 +47,15 @@ def pair() -> Pair:
     return model(5, 4, seed=0), model(3, 2, seed=1)
 
 
+TRACES: dict[tuple[type, str], Trace] = {}
+
+
 def traced(model: ModelMixin) -> Trace:
-    return trace(model, (1, 8, 8), null_condition(model))
+    """Follows from class and config alone: a trace runs a twin without weights."""
+    key = type(model), model.to_json_string()
+    if key not in TRACES:
+        TRACES[key] = trace(model, (1, 8, 8), null_condition(model))
+    return TRACES[key]
 
 
 def only(**given: Mapping[str, object]) -> LossesConfig:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import diffusers
@@ -16,17 +16,6 @@ from torch import Tensor
 from shd_diffusion.models.denoiser import Condition
 
 TEXT = 5
-UNET = {
-    "sample_size": 8,
-    "in_channels": 4,
-    "out_channels": 4,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (8, 16),
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "cross_attention_dim": 6,
-}
 WITH_SIZES = {"use_additional_conditions": True, "out_channels": 8}  # as PixArt α at 1024 pixels
 
 
@@ -137,7 +126,8 @@ class Taught:
 
 
 def _unet(**arguments: Any) -> CapturedFamily:
-    return CapturedFamily(diffusers.UNet2DConditionModel, UNET | arguments, dict, ())
+    unet = FAMILIES["unet2d-condition"]
+    return replace(unet, arguments=unet.arguments | arguments)
 
 
 def _heads_of_unet(heads: int) -> dict[str, Any]:

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import DiffusionPipeline
-from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
+from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE, TEXT
 from torch import Tensor
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.models.denoiser import pad, predict, prepare
-from shd_diffusion.models.families import pack
+from shd_diffusion.models.families import TEXT_MASK, pack
 from shd_diffusion.models.prompts import PromptEncoder, denoiser_name, load_for_prompts
 
 SHORT, LONG = "a cat", "a red fox jumps"
@@ -126,6 +126,28 @@ def test_no_denoiser_is_needed(name: str, tmp_path: Path) -> None:
     assert whole.identity == without.identity
 
 
+@pytest.mark.parametrize(
+    ("name", "tokenizers", "registers"),
+    [
+        ("sd3", ("tokenizer", "tokenizer_3"), 0),
+        ("flux-dev", ("tokenizer_2",), 0),
+        ("auraflow", ("tokenizer",), 8),
+    ],
+)
+def test_padding_that_the_denoiser_is_not_told_is_known(
+    name: str, tokenizers: tuple[str, ...], registers: int
+) -> None:
+    prompts = encoder(name)
+    conditions = {prompt: prompts.encode([prompt])[0] for prompt in (SHORT, "")} | {None: prompts.null()}
+    for prompt, condition in conditions.items():
+        ids = [getattr(prompts.pipeline, each)(prompt or "").input_ids for each in tokenizers]
+        expected = [True] * registers
+        for each in ids:
+            expected += [True] * len(each) + [False] * (TEXT - len(each))
+        assert condition[TEXT_MASK].tolist() == expected
+        assert len(expected) == len(condition["encoder_hidden_states"]) + registers
+
+
 def test_encoding_leaves_the_pipeline_as_it_is() -> None:
     prompts = encoder("flux-dev")
     before = {**prompts.pipeline.__dict__}
@@ -142,14 +164,14 @@ def test_embedded_guidance_is_that_of_scale_1() -> None:
 
 def test_the_identity_follows_from_all_that_conditions_do() -> None:
     def of(pipeline: DiffusionPipeline, size: tuple[int, int] = SIZE, **arguments: Any) -> str:
-        return PromptEncoder(pipeline, size, ARGUMENTS["sd3"] | arguments).identity
+        return PromptEncoder(pipeline, size, ARGUMENTS["pixart-sigma"] | arguments).identity
 
-    build = PIPELINES["sd3"]
+    build = PIPELINES["pixart-sigma"]
     other_tokenizer = build()
-    other_tokenizer.tokenizer_3.add_tokens(["cat"])
+    other_tokenizer.tokenizer.add_tokens(["cat"])
     other_weights = build(seed=1)
     used = build()
-    PromptEncoder(used, SIZE, ARGUMENTS["sd3"]).encode([SHORT, LONG])
+    PromptEncoder(used, SIZE, ARGUMENTS["pixart-sigma"]).encode([SHORT, LONG])
     others = [
         of(other_tokenizer),
         of(other_weights),

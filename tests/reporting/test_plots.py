@@ -154,6 +154,19 @@ def test_a_term_is_drawn_for_the_runs_that_have_it(runs: dict[str, Path]) -> Non
     assert curves[2].description.endswith(": kd-shd")
 
 
+def test_the_validation_of_a_term_is_drawn_with_it(fresh_run: Callable[[str], Path]) -> None:
+    folder = fresh_run("kd")
+    log = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    for entry in log:
+        if entry["step"] % 150 == 0:
+            entry["validation"] = {"loss": 0.5, "terms": {"denoise": 0.4}}
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, log)))
+    everything = read_runs([folder])
+    denoise, output = loss_curves(everything, run_styles(everything))
+    assert ">kd, validation<" in denoise.svg and "validation" not in output.svg
+    assert validation_fid(everything, run_styles(everything)) == []
+
+
 def test_the_divergence_is_a_curve_a_block_in_the_colours_of_depth(
     fresh_run: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -43,17 +43,26 @@ def test_a_log_has_one_value_a_step_and_nan_where_a_term_was_not_computed(tmp_pa
             "terms": {"denoise": {"value": 1.0, "share": 0.25}, "shd": {"value": 3.0, "share": 0.75}},
             "shd_by_block": {"blocks.0.attn": 4.0, "blocks.1.attn": 2.0},
         },
-        {"step": 3, "terms": {"denoise": {"value": 0.5, "share": 1.0}}, "validation": {"fid": 7.0}},
+        {
+            "step": 3,
+            "terms": {"denoise": {"value": 0.5, "share": 1.0}},
+            "validation": {"fid": 7.0, "loss": 0.4, "terms": {"denoise": 0.3, "shd": 0.2}},
+        },
+        {"step": 4, "validation": {"loss": 0.2, "terms": {"denoise": 0.2}}},
     ]
     path = tmp_path / "metrics.jsonl"
-    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "ter')  # cut off by an interruption
+    path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "ter')  # cut off by an interruption
     log = read_log(path)
-    np.testing.assert_array_equal(log.steps, [1, 2, 3])
-    np.testing.assert_array_equal(log.values["denoise"], [2, 1, 0.5])  # step 3 was taken again after a resume
-    np.testing.assert_array_equal(log.values["shd"], [np.nan, 3, np.nan])
-    np.testing.assert_array_equal(log.shares["shd"], [np.nan, 0.75, np.nan])
-    np.testing.assert_array_equal(log.divergences["blocks.0.attn"], [np.nan, 4, np.nan])
+    np.testing.assert_array_equal(log.steps, [1, 2, 3, 4])
+    np.testing.assert_array_equal(
+        log.values["denoise"], [2, 1, 0.5, np.nan]
+    )  # step 3 was taken again after a resume
+    np.testing.assert_array_equal(log.values["shd"], [np.nan, 3, np.nan, np.nan])
+    np.testing.assert_array_equal(log.shares["shd"], [np.nan, 0.75, np.nan, np.nan])
+    np.testing.assert_array_equal(log.divergences["blocks.0.attn"], [np.nan, 4, np.nan, np.nan])
     np.testing.assert_array_equal(log.validation, [[3, 7]])
+    np.testing.assert_array_equal(log.validation_terms["denoise"], [[3, 0.3], [4, 0.2]])
+    np.testing.assert_array_equal(log.validation_terms["shd"], [[3, 0.2]])
 
 
 def test_runs_come_teachers_first_once_each_under_names_that_differ(

@@ -84,14 +84,21 @@ def test_models_that_cannot_share_a_mask_are_named() -> None:
         _check_masking(mdtv2(patch_size=4), None, 0.79)
 
 
-@pytest.mark.parametrize("layer_map", ["uniform", "[3, 7, 8, 9]"])
-def test_a_deeper_mdtv2_teaches_a_shallower_one_masked(tmp_path: Path, layer_map: str) -> None:
-    """Encoders of 8 and 2 blocks, as XL and S differ: in every stage the student learns from the same stage."""
+@pytest.fixture(scope="module")
+def deep_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An MDTv2 of ten blocks, eight of them in its encoder."""
+    run = tmp_path_factory.mktemp("deep") / "teacher"
     deep = ["model.arguments.num_layers=10", "model.arguments.num_attention_heads=4", *SHORT]
-    code, _, errors = command(
-        "train-teacher", CONFIGS / "mdtv2-teacher.yaml", "--output", tmp_path / "teacher", *sets(*deep)
-    )
+    code, _, errors = command("train-teacher", CONFIGS / "mdtv2-teacher.yaml", "--output", run, *sets(*deep))
     assert code == 0, errors
+    return run
+
+
+@pytest.mark.parametrize("layer_map", ["uniform", "[3, 7, 8, 9]"])
+def test_a_deeper_mdtv2_teaches_a_shallower_one_masked(
+    deep_teacher: Path, tmp_path: Path, layer_map: str
+) -> None:
+    """Encoders of 8 and 2 blocks, as XL and S differ: in every stage the student learns from the same stage."""
     pairing = [
         "losses.shd.pairing=matched",
         "losses.shd.calibration_batches=1",
@@ -99,7 +106,7 @@ def test_a_deeper_mdtv2_teaches_a_shallower_one_masked(tmp_path: Path, layer_map
     ]
     code, _, errors = command(
         "distill", CONFIGS / "mdtv2-distill.yaml", "--output", tmp_path / "student",
-        *sets(*SHORT, *pairing, f"losses.shd.layer_map={layer_map}", f"teacher.path={tmp_path / 'teacher'}"),
+        *sets(*SHORT, *pairing, f"losses.shd.layer_map={layer_map}", f"teacher.path={deep_teacher}"),
     )  # fmt: skip
     assert code == 0, errors
     entry = json.loads((tmp_path / "student" / "metrics.jsonl").read_text().splitlines()[-1])

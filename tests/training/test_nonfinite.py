@@ -101,8 +101,8 @@ def spoil_second_pass(monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     """What is captured of the teacher in the second step is not finite."""
     original, calls = _Capture.read, []
 
-    def spoiled(self: _Capture) -> Any:
-        captured = original(self)
+    def spoiled(self: _Capture, *given: Any) -> Any:
+        captured = original(self, *given)
         calls.append(1)
         if len(calls) == 3:  # teacher and student, and the teacher again
             if part == "records":

@@ -16,7 +16,8 @@ from forks import launch
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
-STEPS = ["train.max_steps=4", "train.log_every=1", "train.warmup_steps=1", "train.ema_decay=0.5"]
+VALIDATION = ["train.validation.every=2", "train.validation.num_images=0", "train.validation.loss_images=9"]
+STEPS = ["train.max_steps=4", "train.log_every=1", "train.warmup_steps=1", "train.ema_decay=0.5", *VALIDATION]
 TEACHER = ["model.arguments.num_layers=2", "model.arguments.num_attention_heads=4", "train.batch_size=8"]
 STUDENT = ["student.arguments.num_layers=2", "student.arguments.num_attention_heads=2"]
 ALONE = ["train.batch_size=8", "train.num_processes=1"]
@@ -96,6 +97,10 @@ def test_halves_of_a_batch_make_the_same_run(name: str, dealt: Path) -> None:
         assert ours["gradient_norm"] == pytest.approx(theirs["gradient_norm"], rel=1e-5)
         assert len(ours["shd_by_block"]) == 2
         assert ours["shd_by_block"] == pytest.approx(theirs["shd_by_block"], rel=1e-5)
+        assert ("validation" in ours) == (ours["step"] in (2, 4))
+        if "validation" in ours:  # in passes of other sizes, dealt to others
+            assert set(ours["validation"]["terms"]) == {"denoise", "output", "shd"}
+            assert ours["validation"]["terms"] == pytest.approx(theirs["validation"]["terms"], rel=1e-5)
     ours, theirs = weights(dealt / name), weights(dealt / "alone")
     assert ours.keys() == theirs.keys()
     for key, value in theirs.items():
