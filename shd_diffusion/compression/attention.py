@@ -52,7 +52,7 @@ Pairing = Literal["adjacent", "matched"]
 Queries = Literal["select", "factor"]
 
 Features: TypeAlias = Callable[[], Iterator[tuple[str, Tensor, Tensor]]]
-"""Of each output layer its path, rows of features F_j = A'_j H (rows, N, c), and what heads should add (rows, C)."""
+"""Of each output layer its path, rows of features F_j = A'_j H (rows, N, c), and what it should put out (rows, C)."""
 
 _AT_ONCE = 2**24  # elements of features that exist at once
 _MATCHED_ON = 64  # samples on which pairs are found
@@ -116,8 +116,8 @@ def squeeze_attention(
         name: module path of the block.
         heads: N, fewer than the block's M.
         calls: the block's calls with the calibration batches; a mask by head is cut with the heads.
-        targets: by path of each output layer, what the heads should add to it in each call, (B, Q, C): their part of
-            the product, without a bias.
+        targets: by path of each output layer, what it should put out in each call by the columns of its heads and its
+            bias, (B, Q, C).
         options: how.
 
     Returns:
@@ -468,11 +468,11 @@ def _write_values(model: nn.Module, name: str, values: Tensor) -> None:
 
 
 def _write_output(model: nn.Module, part: Slice, weight: Tensor, constant: Tensor) -> None:
-    """The columns of the heads; the bias takes up the constant beside them."""
+    """The columns of the heads, and the constant beside them."""
     linear: Any = model.get_submodule(part.layer)
     linear.weight.data[:, part.indices] = weight.T.to(linear.weight)
     if linear.bias is not None:
-        linear.bias.data += constant.to(linear.bias)
+        linear.bias.data.copy_(constant)
 
 
 def _scale_norm(norm: Any, factor: Tensor, shift: Tensor) -> None:

@@ -296,10 +296,11 @@ def _outputs(model: nn.Module, name: str) -> tuple[Slice, ...]:
 
 
 def _put_out(model: nn.Module, part: Slice, calls: Sequence[Call]) -> list[Tensor]:
-    """What these columns of a layer add to its output in each call, channels last."""
+    """What a layer puts out in each call by these columns and its bias, channels last."""
     layer: Any = model.get_submodule(part.layer)
     weight = layer.weight.flatten(1)[:, part.indices]
-    return [channels_last(layer, call.args[0])[..., part.indices] @ weight.T for call in calls]
+    inputs = (channels_last(layer, call.args[0])[..., part.indices] for call in calls)
+    return [torch.nn.functional.linear(x, weight, layer.bias) for x in inputs]
 
 
 def _origin(name: str, origins: Mapping[str, str]) -> str:

@@ -26,7 +26,7 @@ def squeeze_feed_forward(
         name: its path, one of `feed_forwards`.
         keep: neurons that stay, fewer than there are.
         calls: calls of its output layer with the calibration batches; their activations are cut too.
-        targets: what that layer should put out in each call, without a bias, (..., C).
+        targets: what that layer should put out in each call, (..., C).
 
     Returns:
         |error|² / |target|², about the means, of the layer as it is and of the one with fewer neurons.
@@ -44,7 +44,7 @@ def squeeze_feed_forward(
     cut_neurons(model, name, kept[output.start :] - output.start)
     last.weight.data.copy_(weight.T.reshape(last.weight.shape))
     if last.bias is not None:
-        last.bias.data += moments.constant(whole).to(last.bias)
+        last.bias.data.copy_(moments.constant(whole))
     for call in calls:
         cut = channels_last(last, call.args[0])[..., kept]
         call.args = (channels_first(last, cut), *call.args[1:])

@@ -150,8 +150,9 @@ def cut_heads(model: nn.Module, name: str, kept: Tensor) -> None:
     if not len(kept) or int(kept.max()) >= layout.heads:
         raise ValueError(f"attention block `{name}` has {layout.heads} heads, not those: {kept.tolist()}")
     channels, key_value_channels = kept_channels(layout, kept, name)
-    _keep(model, [(part, channels) for part in layout.queries], 0)
-    _keep(model, [(part, key_value_channels) for part in layout.keys + layout.values], 0)
+    rows = [(part, channels) for part in layout.queries]
+    rows += [(part, key_value_channels) for part in layout.keys + layout.values]
+    _keep(model, rows, 0)
     _keep(model, [(part, channels) for part in layout.outputs], 1)
     for path, its in norms_over_heads(layout, channels, key_value_channels).items():
         cut_norm(model.get_submodule(path), its)

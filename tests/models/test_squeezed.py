@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from diffusers import DDPMScheduler, DiTTransformer2DModel
+from diffusers import DDPMScheduler, DiTTransformer2DModel, Lumina2Transformer2DModel
 from families import FAMILIES, output
 from small_models import small_dit
 
@@ -95,6 +95,39 @@ def test_a_squeezed_model_is_built_by_its_config_alone():
     again = kind.from_config(model.config)
     assert shape(again) == shape(model)
     assert model(torch.zeros(2, 1, 8, 8), torch.zeros(2), torch.zeros(2).long()).sample.shape == (2, 1, 8, 8)
+
+
+def test_a_model_whose_heads_share_keys_is_built_by_its_config():
+    """12 heads on 4 keys: 8 are 2 on each, and 4 one on each, unless the config says 2 on each of 2."""
+    sizes = {"hidden_size": 72, "num_attention_heads": 12, "num_kv_heads": 4}
+    arguments = {**FAMILIES["lumina2"].arguments, **sizes}
+    kind = squeezed_class(Lumina2Transformer2DModel)
+    names = ["layers.0.attn", "noise_refiner.0.attn", "context_refiner.0.attn"]
+    heads = dict(zip(names, (8, 4, 4), strict=True))
+    model = kind(**arguments, squeezed_heads=heads, squeezed_key_value_heads={names[2]: 2})
+    blocks = attention_blocks(model)
+    assert [blocks[name].heads for name in names] == [8, 4, 4]
+    assert [blocks[name].key_value_heads for name in names] == [4, 4, 2]
+    assert attention_blocks(kind.from_config(model.config)) == blocks
+    assert output(model.eval()(**FAMILIES["lumina2"].draw())).isfinite().all()
+    for wrong in (11, 13, 0):
+        with pytest.raises(ValueError, match=f"12 heads on 4 keys and values cannot become {wrong}"):
+            kind(**arguments, squeezed_heads={names[0]: wrong})
+
+
+def test_as_many_heads_go_on_to_share_each_key():
+    with pytest.raises(ValueError, match=r"shares keys among heads, as many each; not so \[0, 1, 2\]"):
+        cut_heads(FAMILIES["lumina2"].build(), "layers.0.attn", torch.tensor([0, 1, 2]))
+
+
+def test_what_diffusers_shards_a_fused_layer_by_follows():
+    model = FAMILIES["flux2"].build()  # 3 heads of 8, 72 neurons
+    block = model.single_transformer_blocks[0].attn
+    cut_heads(model, "single_transformer_blocks.0.attn", torch.tensor([2, 0]))
+    cut_neurons(model, "single_transformer_blocks.0.attn.mlp_act_fn", torch.arange(10))
+    assert block.to_qkv_mlp_proj._tp_packed_col_blocks == [16, 16, 16, 10, 10]
+    assert block.to_out._tp_packed_row_blocks == [16, 10]
+    assert block.to_qkv_mlp_proj.weight.shape == (68, 24) and block.to_out.weight.shape == (24, 26)
 
 
 def test_the_class_is_found_by_its_name_and_made_once():

@@ -185,3 +185,33 @@ def test_movements_are_what_the_output_varies_over_queries_and_the_largest_is_se
     moved = contributions - contributions.mean(2, keepdims=True)
     np.testing.assert_allclose(found, (moved**2).sum((0, 2, 3)), rtol=1e-5)  # the maps are float32
     assert select_heads(((0, 1), (2,), (3,)), torch.tensor([1.0, 2.0, 0.1, 0.2])) == (1, 2, 3)
+
+
+def test_shared_values_merge_to_the_closest_of_their_rank_for_all_that_share_them():
+    """Two merged heads on one value: the truncated SVD of their circuits side by side, in the metric of both."""
+    random = np.random.default_rng(6)
+    values, outputs = random.normal(size=(4, 5, 2)), random.normal(size=(4, 2, 6))
+    values[1], values[3] = values[0], values[2]  # two heads to each of two values
+    inputs = random.normal(size=(2, 30, 5))
+    grams = torch.from_numpy(inputs.transpose(0, 2, 1) @ inputs)
+    groups = [(0, 2), (1, 3)]
+    merged_values, merged_outputs = merge_values(
+        torch.from_numpy(values), torch.from_numpy(outputs), groups, grams, 2, sharing=2
+    )
+    assert merged_values.shape == (1, 5, 2) and merged_outputs.shape == (2, 2, 6)
+    beside = np.concatenate([sum(values[h] @ outputs[h] for h in group) for group in groups], 1)
+    both = inputs.reshape(-1, 5)
+    left, sizes, right = np.linalg.svd(both @ beside, full_matrices=False)
+    found = both @ np.concatenate([(merged_values[0] @ o).numpy() for o in merged_outputs], 1)
+    np.testing.assert_allclose(found, (left[:, :2] * sizes[:2]) @ right[:2], atol=1e-9)
+
+
+def test_values_that_nothing_merges_with_keep_what_they_put_out():
+    random = np.random.default_rng(7)
+    values, outputs = random.normal(size=(2, 5, 2)), random.normal(size=(2, 2, 6))
+    values[1] = values[0]
+    gram = torch.eye(5, dtype=torch.float64).expand(2, 5, 5)
+    merged_values, merged_outputs = merge_values(
+        torch.from_numpy(values), torch.from_numpy(outputs), [(0,), (1,)], gram, 2, sharing=2
+    )
+    np.testing.assert_allclose(merged_values[0] @ merged_outputs, values @ outputs, atol=1e-12)

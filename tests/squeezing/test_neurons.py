@@ -93,3 +93,21 @@ def test_all_neurons_are_the_layer_as_it_is():
 def test_neurons_that_are_not_there_cannot_be_kept(keep):
     with pytest.raises(ValueError, match=f"{keep} of 8 neurons"):
         remove_neurons(moments_of(*random_case()[:2]), torch.from_numpy(random_case()[2]), keep)
+
+
+@pytest.mark.parametrize("keep", [4, 2])
+def test_features_beside_the_neurons_stay_and_are_fitted_with_them(keep):
+    """Each removal is the best among the neurons alone, with all weights refitted."""
+    activations, targets, start = random_case(3)
+    fixed, penalty = 3, 1e-3 * float((activations**2).sum(0).mean())
+    left = list(range(NEURONS))
+    while len(left) > fixed + keep:
+        candidates = [[j for j in left if j != gone] for gone in left if gone >= fixed]
+        left = min(candidates, key=lambda c: best_with(c, activations, targets, start, penalty)[1])
+    found, weight, objective = remove_neurons(
+        moments_of(activations, targets), torch.from_numpy(start), keep, 1e-3, fixed=fixed
+    )
+    assert found.tolist() == left and found[:fixed].tolist() == [0, 1, 2]
+    expected, error = best_with(left, activations, targets, start, penalty)
+    np.testing.assert_allclose(weight, expected, rtol=1e-6, atol=1e-8)
+    assert objective[-1] == pytest.approx(error, rel=1e-7) and len(objective) == NEURONS - fixed - keep + 1
