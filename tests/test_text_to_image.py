@@ -209,7 +209,7 @@ def test_the_report_shows_a_runs_prompts_and_words(distilled, tmp_path: Path) ->
 
 def test_the_loss_on_fixed_captions_while_training(distilled, tmp_path: Path) -> None:
     """FID while training is for images by class; the loss is for any data, and changes nothing of the run."""
-    first = distilled("sd1.5")
+    first = distilled("pixart-sigma")
     config = first.read_config()
     assert isinstance(config, DistillConfig)
     for loss_images, name in ((0, "refused"), (4, "watched")):
@@ -229,5 +229,6 @@ def test_the_loss_on_fixed_captions_while_training(distilled, tmp_path: Path) ->
         [json.loads(line) for line in RunFolder(path).metrics_file.read_text().splitlines()]
         for path in (first.path, tmp_path / "watched")
     ]
-    assert [line["validation"]["terms"].keys() for line in logs[1]] == [{"denoise", "output", "shd"}] * 3
+    assert len(logs[1]) == 3  # logged with each validation
+    assert all(line["validation"]["terms"].keys() == line["terms"].keys() for line in logs[1])
     assert logs[1][-1]["terms"] == logs[0][-1]["terms"]

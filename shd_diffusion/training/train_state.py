@@ -14,7 +14,7 @@ from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -84,6 +84,7 @@ class TrainState:
         finally:
             self.model.train()
             self.ema.restore(self.parameters)
+            forget_whole(self.model)
 
     def export(self) -> ModelMixin:
         """The trained model with its averaged weights, whole in every process; training is over then."""
@@ -162,6 +163,16 @@ def shard(model: nn.Module) -> None:
             for index, block in enumerate(blocks):
                 fully_shard(block, reshard_after_forward=index > 0)
     fully_shard(model)
+
+
+def forget_whole(model: nn.Module) -> None:
+    """Let go of parameters that were put together for a forward pass without a backward pass, which would have done it.
+
+    The next forward pass would compute with them, whatever was written into the shards since.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
