@@ -82,14 +82,6 @@ class TrainConfig(Section):
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     validation: ValidationConfig = ValidationConfig()
 
-    @model_validator(mode="after")
-    def _validation_leaves_the_run_alone(self) -> TrainConfig:
-        if self.shard and self.validation.every and self.validation.loss_images:
-            raise ValueError(
-                "`validation.loss_images` is not for sharded models yet; set it to 0, or `shard` to false"
-            )
-        return self
-
 
 class SampleConfig(Section):
     """Sampling by a diffusers pipeline. Image j follows from (seed, j), and so does its label, if `random`.

@@ -131,9 +131,3 @@ def test_a_misspelt_key_is_named_rather_than_the_one_that_is_missing(tmp_path: P
     (tmp_path / "mine.yaml").write_text("train: {max_steps: 3, batchsize: 8}\nmodel: {}\n")
     with pytest.raises(UserError, match=r"unknown key `train\.batchsize`; did you mean `batch_size`"):
         read_config(tmp_path / "mine.yaml", TrainTeacherConfig)
-
-
-def test_a_sharded_model_is_not_validated_on_its_loss() -> None:
-    keys = {"max_steps": 2, "batch_size": 2, "shard": True, "validation": {"every": 1, "loss_images": 2}}
-    with pytest.raises(UserError, match=r"here: key `train`: `validation\.loss_images` is not for sharded"):
-        parse_config({"train": keys, "model": {}}, TrainTeacherConfig, "here")
