@@ -22,7 +22,7 @@ from shd_diffusion.models.pipeline_folder import PipelineFolder
 from shd_diffusion.models.teacher import load_teacher, scheduler_for
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
-from shd_diffusion.sampling import ClassConditionalPipeline
+from shd_diffusion.sampling import save_pipeline
 from shd_diffusion.training.batches import (
     BatchLayout,
     StepSampler,
@@ -85,6 +85,11 @@ def compress_run(
         found = compress(model, batches, predict, heads, neurons, blocks, plain=plain, report=_tell)
     except ValueError as error:
         raise UserError(f"{path}: cannot be compressed so: {error}") from error
+    vae = None
+    if (
+        isinstance(source, LatentSource) and source.prompts_sha256 is None
+    ):  # a pipeline by prompts has its own
+        vae = source.load_vae()
     results = {
         "teacher": path,
         "images": images,
@@ -94,12 +99,7 @@ def compress_run(
         "environment": describe_environment(),
     }
     with replacing_folder(output) as temporary:
-        if teacher.pipeline is not None and teacher.pipeline.takes_prompts:
-            teacher.pipeline.save_with(found.model, temporary)
-        else:
-            vae = source.load_vae() if isinstance(source, LatentSource) else None
-            pipeline = ClassConditionalPipeline(found.model, scheduler, vae, sample_shape=list(source.shape))
-            pipeline.save_pretrained(temporary, safe_serialization=True)
+        save_pipeline(found.model, teacher.pipeline, scheduler, vae, source.shape, temporary)
         write_json(temporary / "compression.json", results)
         write_text(temporary / "README.md", _readme(path, teacher.pipeline, found))
     return results

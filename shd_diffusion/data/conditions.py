@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from diffusers import DiffusionPipeline
@@ -29,9 +29,9 @@ class LabelEncoder:
     def __init__(self, images: Images) -> None:
         self.images, self.null = images, images.null
 
-    def encode(self, index: int) -> list[dict[str, Tensor]]:
-        """The condition of an image."""
-        return [self.images.condition(index)]
+    def encode(self, indices: Sequence[int]) -> list[list[dict[str, Tensor]]]:
+        """The one condition of each image."""
+        return [[self.images.condition(index)] for index in indices]
 
 
 class CaptionEncoder:
@@ -65,25 +65,36 @@ class CaptionEncoder:
         null = self._encoder(images.shape[1:]).null()
         self.null = {name: value for name, value in pad([null]).items() if name not in NOT_DROPPED}
 
-    def encode(self, index: int) -> list[dict[str, Tensor]]:
-        """The condition of each caption of an image.
+    def encode(self, indices: Sequence[int]) -> list[list[dict[str, Tensor]]]:
+        """The condition of each caption of each image; the text encoders see all of them at once.
+
+        Args:
+            indices: of images of one size.
 
         Raises:
-            UserError: it has no caption, or an embedding is not finite.
+            UserError: an embedding is not finite.
         """
-        captions = self.images.captions(index)[: 1 if self.first_only else None]
-        try:
-            geometry = self.images.geometry(index)
-        except UnreadableImage:  # it is left out anyway
-            geometry = Geometry(self.images.shape[1:], (0, 0), self.images.shape[1:])
-        found = self._encoder(geometry.size).encode(captions)
-        for caption, condition in zip(captions, found, strict=True):
+        captions = [self.images.captions(index)[: 1 if self.first_only else None] for index in indices]
+        geometries = [self._geometry(index) for index in indices]
+        named = [(index, text) for index, own in zip(indices, captions, strict=True) for text in own]
+        found = self._encoder(geometries[0].size).encode([text for _, text in named])
+        for (index, text), condition in zip(named, found, strict=True):
             if not all(value.isfinite().all() for value in condition.values()):
                 raise UserError(
-                    f"{self.images.name(index)}: the embedding of {caption!r} is not finite; set "
+                    f"{self.images.name(index)}: the embedding of {text!r} is not finite; set "
                     "`prepare.prompt_dtype` to float32"
                 )
-        return [tell_sizes(condition, geometry) for condition in found]
+        each = iter(found)
+        return [
+            [tell_sizes(next(each), geometry) for _ in own]
+            for own, geometry in zip(captions, geometries, strict=True)
+        ]
+
+    def _geometry(self, index: int) -> Geometry:
+        try:
+            return self.images.geometry(index)
+        except UnreadableImage:  # it is left out anyway
+            return Geometry(self.images.shape[1:], (0, 0), self.images.shape[1:])
 
     def _encoder(self, size: Size) -> PromptEncoder:
         if size not in self.encoders:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,11 +115,12 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
             write_manifest(output, manifest)
     state.wait_for_everyone()
 
-    latents: Latents = encode_images
     if isinstance(images, Prompts):
         latents = teacher_latents(config, images, space, manifest["shape"], source)
+    else:
+        latents = partial(encode_images, images, space, config)
     mine = shards[state.process_index :: state.num_processes]
-    encode_shards(mine, images, space, encoder, latents, config)
+    encode_shards(mine, images, encoder, latents, config)
     state.wait_for_everyone()
     records = [shard.read_record() for shard in shards]
     unreadable = [image for record in records for image in record["unreadable"]]
@@ -222,7 +224,7 @@ def describe(
         "vae": {"path": vae, "scaling": asdict(space.scaling)},
         "shape": list(parts[0].shape[1:]),
         "has_variance": len(parts) == 2 and not sampled,
-        "conditions": sorted(encoder.encode(0)[0]),
+        "conditions": sorted(encoder.encode([0])[0][0]),
         "num_classes": images.num_classes,
         "class_names": images.class_names,
         "null": NULL if encoder.null else None,
@@ -254,14 +256,13 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
             )
 
 
-Latents = Callable[[Sequence[int], Images, LatentSpace, PrepareConfig], Iterator[tuple[Tensor, list[Any]]]]
+Latents = Callable[[Sequence[int]], Iterator[tuple[Tensor, list[Any]]]]
 """From indices to batches of moments (b, copies, k·C, h, w), with B attempts, of which b are no failure."""
 
 
 def encode_shards(
     shards: list[Shard],
     images: Images,
-    space: LatentSpace,
     encoder: LabelEncoder | CaptionEncoder,
     latents: Latents,
     config: PrepareConfig,
@@ -275,7 +276,7 @@ def encode_shards(
             if shard.is_done():
                 bar.update(len(shard))
             else:
-                encode_shard(shard, images, space, encoder, latents, config, bar.update)
+                encode_shard(shard, images, encoder, latents, config, bar.update)
             unreadable += shard.read_record()["unreadable"]
             check_share(unreadable, len(images), config.prepare, shard.folder)
 
@@ -283,7 +284,6 @@ def encode_shards(
 def encode_shard(
     shard: Shard,
     images: Images,
-    space: LatentSpace,
     encoder: LabelEncoder | CaptionEncoder,
     latents: Latents,
     config: PrepareConfig,
@@ -297,7 +297,7 @@ def encode_shard(
     moments: list[Tensor] = []
     conditions: list[list[dict[str, Tensor]]] = []
     unreadable: list[dict[str, Any]] = []
-    for batch, attempts in latents(shard.indices, images, space, config):
+    for batch, attempts in latents(shard.indices):
         unreadable += [attempt for attempt in attempts if "reason" in attempt]
         read = [attempt["index"] for attempt in attempts if "reason" not in attempt]
         if read:
@@ -307,7 +307,7 @@ def encode_shard(
                     f"{images.name(read[int(row)])}: its latents are not finite in {config.prepare.dtype}; "
                     "remove it, or set `prepare.dtype` to float32"
                 )
-            conditions += map(encoder.encode, read)
+            conditions += encoder.encode(read)
         advance(len(attempts))
     content: dict[str, Tensor] = {}
     if moments:
@@ -333,7 +333,7 @@ def encode_shard(
 
 
 def encode_images(
-    indices: Sequence[int], images: Images, space: LatentSpace, config: PrepareConfig
+    images: Images, space: LatentSpace, config: PrepareConfig, indices: Sequence[int]
 ) -> Iterator[tuple[Tensor, list[Any]]]:
     """The moments of images, as they are and mirrored, (b, 2, k·C, h, w); see `Latents`."""
     attempts: DataLoader[Any] = DataLoader(
@@ -369,9 +369,7 @@ def teacher_latents(
     except Exception as error:  # diffusers raises errors of any kind
         raise UserError(f"{source}: {name} cannot sample latents ({one_line(error)})") from error
 
-    def sample(
-        indices: Sequence[int], images: Images, space: LatentSpace, config: PrepareConfig
-    ) -> Iterator[tuple[Tensor, list[Any]]]:
+    def sample(indices: Sequence[int]) -> Iterator[tuple[Tensor, list[Any]]]:
         for start in range(0, len(indices), settings.batch_size):
             batch = indices[start : start + settings.batch_size]
             latents = sampler.sample(batch, [images.captions(index)[0] for index in batch])

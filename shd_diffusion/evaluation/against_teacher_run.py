@@ -17,7 +17,8 @@ from shd_diffusion.evaluation.extractors import Extractor
 from shd_diffusion.evaluation.lpips import LPIPS, lpips_is_missing
 from shd_diffusion.files import json_sha256
 from shd_diffusion.hashing import hash_model
-from shd_diffusion.models.factory import DENOISERS, load_model
+from shd_diffusion.models.factory import load_model
+from shd_diffusion.models.prompts import denoiser_name
 from shd_diffusion.processes import processes
 from shd_diffusion.protocol import OF_THE_MODEL
 from shd_diffusion.run_folder import RunFolder
@@ -63,7 +64,7 @@ def compare_with_teacher(
     left_out = lpips_is_missing(height, width)
     lpips = None if left_out else LPIPS()
     protocol = {key: value for key, value in sampled.protocol.items() if key not in OF_THE_MODEL} | {
-        "teacher_sha256": hash_model(_denoiser(teacher.pipeline)[1]),
+        "teacher_sha256": hash_model(getattr(teacher.pipeline, denoiser_name(teacher.pipeline))),
         "images_sha256": json_sha256([(index, _made_from(sampled, index)) for index in indices]),
         "features": extractor.name,
         "extractor_sha256": extractor.sha256,
@@ -117,12 +118,7 @@ def with_denoiser_of(pipeline: DiffusionPipeline, path: str) -> DiffusionPipelin
     Raises:
         UserError: there is no model at `path`.
     """
-    part, own = _denoiser(pipeline)
+    part = denoiser_name(pipeline)
     exchanged = copy.copy(pipeline)
-    exchanged.register_modules(**{part: load_model(path, own.dtype).eval()})
+    exchanged.register_modules(**{part: load_model(path, getattr(pipeline, part).dtype).eval()})
     return exchanged
-
-
-def _denoiser(pipeline: DiffusionPipeline) -> tuple[str, Any]:
-    part = next(part for part in DENOISERS if hasattr(pipeline, part))
-    return part, getattr(pipeline, part)

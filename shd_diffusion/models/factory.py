@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Container
 from pathlib import Path
 from typing import Any, Literal
 
@@ -119,9 +120,8 @@ def fill_in(config: ModelConfig, path: str | None) -> ModelConfig:
         if folder is not None:
             settings = read_json(folder / "config.json")
         elif is_hub_name(path):
-            index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(path)
-            part = next(part for part in DENOISERS if part in index)
-            settings = model_class(index[part][1]).load_config(path, subfolder=part)
+            kind, part = _denoiser_on_hub(path)
+            settings = kind.load_config(path, subfolder=part)
         else:
             raise ValueError("no model here")
         class_name = settings["_class_name"]
@@ -153,11 +153,8 @@ def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
         if folder is not None:
             kind = model_class(read_json(folder / "config.json").get("_class_name", ""))
             return _load(kind, str(folder), None, dtype)
-        index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(path)
-        part = next((part for part in DENOISERS if part in index), None)
-        if part is None:
-            raise ValueError(f"a pipeline without {' or '.join(DENOISERS)}")
-        return _load(model_class(index[part][1]), path, part, dtype)
+        kind, part = _denoiser_on_hub(path)
+        return _load(kind, path, part, dtype)
     except UserError:
         raise
     # diffusers, transformers and safetensors raise errors of any kind on damaged files
@@ -165,6 +162,24 @@ def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
         raise UserError(
             f"{path}: cannot be loaded as a model ({one_line(error)}); give a run or model folder"
         ) from error
+
+
+def denoiser_part(parts: Container[str]) -> str | None:
+    """What a pipeline with these parts calls its denoiser; None where it has none."""
+    return next((part for part in DENOISERS if part in parts), None)
+
+
+def _denoiser_on_hub(name: str) -> tuple[type[ModelMixin], str]:
+    """The class of a hub pipeline's denoiser, and what the pipeline calls it.
+
+    Raises:
+        ValueError: it has none, or of a class that is unknown.
+    """
+    index: dict[str, Any] = diffusers.DiffusionPipeline.load_config(name)
+    part = denoiser_part(index)
+    if part is None:
+        raise ValueError(f"a pipeline without {' or '.join(DENOISERS)}")
+    return model_class(index[part][1]), part
 
 
 def _load(kind: type[ModelMixin], path: str, subfolder: str | None, dtype: torch.dtype | None) -> ModelMixin:

@@ -17,7 +17,7 @@ from huggingface_hub import snapshot_download
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json, sha256, write_json
-from shd_diffusion.models.factory import DENOISERS, find_model_folder, is_hub_name
+from shd_diffusion.models.factory import DENOISERS, denoiser_part, find_model_folder, is_hub_name
 
 INDEX = "model_index.json"
 READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -142,5 +142,5 @@ def find_pipeline(name: str) -> PipelineFolder | None:
         index = dict(DiffusionPipeline.load_config(name))
     except Exception as error:  # the hub's client raises errors of any kind
         raise UserError(f"{name}: no such pipeline here or on the hub ({one_line(error)})") from error
-    part = next((part for part in DENOISERS if part in index), None)
+    part = denoiser_part(index)
     return None if part is None else PipelineFolder(name, index, part)

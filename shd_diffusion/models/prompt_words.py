@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
-from shd_diffusion.models.prompts import DENOISERS, PromptEncoder
+from shd_diffusion.models.factory import DENOISERS
+from shd_diffusion.models.prompts import PromptEncoder
 
 TOLD = 3
 """Channels of a stand-in's hidden states that tell a token: the encoder's number from 1, the token's, and whether it is

@@ -28,9 +28,9 @@ from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.hashing import hash_model
+from shd_diffusion.models.factory import DENOISERS, denoiser_part
 from shd_diffusion.models.families import TEXT_MASK, Family, family_of
 
-DENOISERS = ("transformer", "unet")
 _PROBES = ("a", " ".join(string.ascii_lowercase * 2))  # a short prompt and a long one
 
 
@@ -40,9 +40,8 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     Raises:
         UserError: it has neither.
     """
-    for name in DENOISERS:
-        if getattr(pipeline, name, None) is not None:
-            return name
+    if name := denoiser_part([name for name, part in pipeline.components.items() if part is not None]):
+        return name
     raise UserError(
         f"a {type(pipeline).__name__} has no denoiser: a text-to-image pipeline has a `transformer` or a `unet`"
     )
@@ -321,9 +320,9 @@ def load_for_prompts(
     """
     try:
         index = DiffusionPipeline.load_config(path)
-        name = next((name for name in DENOISERS if index.get(name)), None)
+        name = denoiser_part(index)
         if name is None:
-            raise ValueError(f"a {index.get('_class_name')} has none of {', '.join(DENOISERS)}")
+            raise ValueError(f"a {index.get('_class_name')} has none of transformer, unet")
         kind: Any = getattr(diffusers, index[name][1])
         config = kind.load_config(path, subfolder=name)
         with init_empty_weights():

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput
+from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.models.denoiser import null_condition, num_classes
 from shd_diffusion.models.denoiser import sample_shape as shape_in_config
+from shd_diffusion.models.pipeline_folder import PipelineFolder
 from shd_diffusion.sampling.guidance import power_cosine_scale, predict_guided
 from shd_diffusion.sampling.schedulers import uses_predicted_variance
 
@@ -141,3 +143,24 @@ class ClassConditionalPipeline(DiffusionPipeline):
         if any(not 0 <= label < classes for label in labels):
             raise ValueError(f"class labels go from 0 to {classes - 1}")
         return {"class_labels": torch.tensor(labels, device=device)}, null
+
+
+def save_pipeline(
+    model: ModelMixin,
+    within: PipelineFolder | None,
+    scheduler: SchedulerMixin,
+    vae: ModelMixin | None,
+    shape: Sequence[int],
+    to: Path,
+) -> None:
+    """Save a model in the kind of pipeline that it was trained for.
+
+    Args:
+        within: that pipeline; one by prompts is saved with the model in it, and its own scheduler and VAE.
+        scheduler: of a pipeline by class, as are the VAE and the shape of its samples.
+    """
+    if within is not None and within.takes_prompts:
+        within.save_with(model, to)
+    else:
+        pipeline = ClassConditionalPipeline(model, scheduler, vae, sample_shape=list(shape))
+        pipeline.save_pretrained(to, safe_serialization=True)

@@ -25,7 +25,7 @@ from shd_diffusion.models.factory import load_model
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling
+from shd_diffusion.sampling import check_sampling, save_pipeline
 from shd_diffusion.sampling.schedulers import own_scheduler
 from shd_diffusion.squeezing.plan import plans_from_json, plans_to_json
 from shd_diffusion.training.batches import BatchLayout, noise_settings
@@ -223,21 +223,12 @@ def _save(run: Run, trained: ModelMixin, loss: TrainingLoss) -> None:
     """Save the pipeline, then the summary: a run that has one is complete."""
     if not run.accelerator.is_main_process:
         return
+    parts = run.parts
     with replacing_folder(run.folder.pipeline) as temporary:
-        _save_pipeline(run, trained, temporary)
-    summary = summarize(run.folder.path.name, run.parts, trained)
+        save_pipeline(trained, parts.pipeline, run.sampler, run.vae, parts.data.shape, temporary)
+    summary = summarize(run.folder.path.name, parts, trained)
     extra = {"extra_parameters": sum(parameter.numel() for parameter in loss.parameters())}
     write_json(run.folder.summary_file, summary | extra)
-
-
-def _save_pipeline(run: Run, trained: ModelMixin, to: Path) -> None:
-    """Save the model in the kind of pipeline that it was trained for."""
-    within, shape = run.parts.pipeline, list(run.parts.data.shape)
-    if within is not None and within.takes_prompts:
-        within.save_with(trained, to)
-    else:
-        pipeline = ClassConditionalPipeline(trained, run.sampler, run.vae, sample_shape=shape)
-        pipeline.save_pretrained(to, safe_serialization=True)
 
 
 def summarize(name: str, parts: Parts, model: ModelMixin) -> dict[str, Any]:
