@@ -7,7 +7,14 @@ import torch
 from scipy import stats
 
 from shd_diffusion.models.mdtv2 import num_kept_tokens
-from shd_diffusion.training.batches import BatchLayout, NoiseSettings, StepSampler, draw_noise, step_indices
+from shd_diffusion.training.batches import (
+    BatchLayout,
+    NoiseSettings,
+    StepSampler,
+    draw_noise,
+    grouped_step_indices,
+    step_indices,
+)
 
 PLAIN = NoiseSettings((1, 8, 8), condition_dropout=0.5)
 
@@ -25,6 +32,67 @@ def test_an_epoch_may_end_inside_a_step() -> None:
     assert [i for s in range(7) for i in step_indices(0, s, 3, 7)] == [
         i for s in range(3) for i in step_indices(0, s, 7, 7)
     ]
+
+
+GROUPS = [
+    range(10),
+    range(10, 13),
+    range(13, 29),
+    range(29, 30),
+]  # the second and last have too few for a batch of 4
+
+
+def epochs_of_groups(batch_size: int, seed: int = 2, epochs: int = 3) -> list[list[list[int]]]:
+    """The batches of each epoch."""
+    per_epoch = sum(max(1, len(group) // batch_size) for group in GROUPS)
+    steps = [grouped_step_indices(seed, step, batch_size, GROUPS) for step in range(epochs * per_epoch)]
+    return [steps[start : start + per_epoch] for start in range(0, len(steps), per_epoch)]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 4, 7])
+def test_images_of_several_sizes_come_in_whole_batches_of_one_size(batch_size: int) -> None:
+    length = GROUPS[-1].stop
+    for number, epoch in enumerate(epochs_of_groups(batch_size)):
+        assert all(len(batch) == batch_size for batch in epoch)
+        assert all(index // length == number for batch in epoch for index in batch)
+        images = [[index % length for index in batch] for batch in epoch]
+        assert all(sum(set(batch) <= set(group) for group in GROUPS) == 1 for batch in images)
+        for group in GROUPS:
+            seen = [image for batch in images for image in batch if image in group]
+            if len(group) >= batch_size:  # each at most once; what does not fill a batch waits
+                assert len(seen) == len(set(seen)) == len(group) // batch_size * batch_size
+            else:  # a batch is filled up, as evenly as it can be
+                counts = [seen.count(image) for image in group]
+                assert len(seen) == batch_size and max(counts) - min(counts) <= 1
+
+
+def test_epochs_of_several_sizes_have_orders_of_their_own() -> None:
+    first, second, third = epochs_of_groups(3)
+    length = GROUPS[-1].stop
+    orders = [[[i % length for i in batch] for batch in epoch] for epoch in (first, second, third)]
+    assert orders[0] != orders[1] != orders[2] and epochs_of_groups(3) == [first, second, third]
+    assert epochs_of_groups(3, seed=3)[0] != first
+    waiting = [set(range(length)) - {i for batch in order for i in batch} for order in orders]
+    assert all(waiting) and not waiting[0] & waiting[1] & waiting[2]  # others each time
+    group_of = [
+        [next(n for n, group in enumerate(GROUPS) if batch[0] in group) for batch in o] for o in orders
+    ]
+    assert all(numbers != sorted(numbers) for numbers in group_of)  # sizes come mixed
+
+
+def test_one_size_is_dealt_out_as_ever() -> None:
+    for step in range(9):
+        assert grouped_step_indices(0, step, 4, [range(10)]) == step_indices(0, step, 4, 10)
+
+
+@pytest.mark.parametrize(("processes", "micro"), [(1, 2), (2, None), (3, 2)])
+def test_processes_and_passes_share_a_batch_of_one_size(processes: int, micro: int | None) -> None:
+    dealt = layouts(7, processes, micro)
+    shares = [list(StepSampler(1, GROUPS, layout, 2, 8)) for layout in dealt]
+    for step in range(2, 8):
+        passes = slice((step - 2) * dealt[0].num_passes, (step - 1) * dealt[0].num_passes)
+        seen = [index for share in shares for part in share[passes] for index in part]
+        assert seen == grouped_step_indices(1, step, 7, GROUPS)
 
 
 def layouts(batch_size: int, processes: int, micro: int | None) -> list[BatchLayout]:
