@@ -14,7 +14,7 @@ import typer
 
 from shd_diffusion.compression import compress
 from shd_diffusion.compression.attention import HeadOptions
-from shd_diffusion.compression.compress_run import calibration_batches
+from shd_diffusion.compression.calibration import calibration_batches
 from shd_diffusion.config import TrainTeacherConfig, read_config
 from shd_diffusion.data.datasets import build_source, reference_images
 from shd_diffusion.environment import describe_environment

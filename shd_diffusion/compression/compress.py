@@ -130,7 +130,7 @@ def compress(
 
     origins: dict[str, str] = {}
     if blocks is not None:
-        origins = _squeeze_depth(student, blocks, _passes(student, held, predict, []), tell)
+        origins = _squeeze_depth(student, blocks, passes(student, held, predict, []), tell)
     stock = shape(student)
     wanted = {name: asked[_origin(name, origins)] for name in stock if _origin(name, origins) in asked}
 
@@ -142,8 +142,8 @@ def compress(
         for part in parts_of_teacher:
             readers.setdefault(part.layer, []).append(name)
     with (
-        Lockstep(teacher, readers, _passes(teacher, held, predict, predicted[0])) as teacher_walk,
-        Lockstep(student, sites, _passes(student, held, predict, predicted[1])) as walk,
+        Lockstep(teacher, readers, passes(teacher, held, predict, predicted[0])) as teacher_walk,
+        Lockstep(student, sites, passes(student, held, predict, predicted[1])) as walk,
     ):
         teacher_calls = Follower(teacher_walk, readers)
         while calls := walk.advance():
@@ -269,7 +269,7 @@ def _wanted(have: Mapping[str, int], counts: Counts, what: str) -> dict[str, int
 # --- the walk -----------------------------------------------------------------------------------------------
 
 
-def _passes(
+def passes(
     model: ModelMixin, batches: Iterable[Batch], predict: Predict, into: list[Tensor]
 ) -> list[Callable[[], Tensor]]:
     """A forward pass of every batch, which returns its prediction and leaves it in `into`."""

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from diffusers import ModelMixin
 from rich.table import Table
 
-from shd_diffusion.compression.compress import Batch, CompressedModel, Counts, Part, compress
+from shd_diffusion.compression.calibration import calibration_batches
+from shd_diffusion.compression.compress import CompressedModel, Counts, Part, compress
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import LatentSource, Source, build_source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import holds_files, replacing_folder, write_json, write_text
-from shd_diffusion.models.denoiser import count_parameters, null_condition, predict
+from shd_diffusion.models.denoiser import count_parameters, predict
 from shd_diffusion.models.factory import TeacherConfig
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.pipeline_folder import PipelineFolder
@@ -23,13 +23,6 @@ from shd_diffusion.models.teacher import load_teacher, scheduler_for
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.sampling import save_pipeline
-from shd_diffusion.training.batches import (
-    BatchLayout,
-    StepSampler,
-    draw_noise,
-    make_batch,
-    noise_settings,
-)
 from shd_diffusion.training.build import conditions_of
 
 README = """# A compressed model
@@ -103,22 +96,6 @@ def compress_run(
         write_json(temporary / "compression.json", results)
         write_text(temporary / "README.md", _readme(path, teacher.pipeline, found))
     return results
-
-
-def calibration_batches(
-    config: RunConfig, model: ModelMixin, source: Source, process: ForwardProcess, images: int, size: int = 64
-) -> list[Batch]:
-    """Training data as a run sees them, noised and with conditions dropped, but of steps that it never takes."""
-    train, null = config.train, {**null_condition(model), **source.null}
-    settings = noise_settings(train, source)
-    sampler = StepSampler(config.seed, source.groups, BatchLayout(size), 0, max(1, images // size))
-    found = []
-    for step, items in enumerate(source.batches(sampler)):
-        of_these = replace(settings, shape=source.shape_of(items))
-        noise = draw_noise(config.seed, -1 - step, range(size), of_these)
-        batch = make_batch(source, process, items, noise, null, model.device)
-        found.append((batch.noised, batch.timesteps, dict(batch.condition)))
-    return found
 
 
 def table(results: dict[str, Any]) -> Table:

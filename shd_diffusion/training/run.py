@@ -30,10 +30,12 @@ from shd_diffusion.sampling.schedulers import own_scheduler
 from shd_diffusion.squeezing.plan import plans_from_json, plans_to_json
 from shd_diffusion.training.batches import BatchLayout, noise_settings
 from shd_diffusion.training.build import Parts, build
+from shd_diffusion.training.checkpoints import CheckpointFolder
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
 from shd_diffusion.training.launch import make_accelerator, start_trackers
 from shd_diffusion.training.loop import Validation, fit
 from shd_diffusion.training.objectives import TrainingLoss
+from shd_diffusion.training.squeeze_student import squeeze_student
 from shd_diffusion.training.train_state import shard
 from shd_diffusion.training.validation import make_validation
 from shd_diffusion.training.validation_loss import make_validation_loss
@@ -90,6 +92,9 @@ def _train(run: Run) -> None:
     start_trackers(accelerator, config)
     accelerator.wait_for_everyone()
     teacher = None if parts.teacher is None else parts.teacher.model
+    squeezed = isinstance(config, DistillConfig) and config.student.init == "squeeze"
+    if squeezed and not _checkpoints(run).latest(config.train.max_steps):
+        squeeze_student(parts, accelerator)
     if teacher is not None and isinstance(config, DistillConfig):
         place_teacher(teacher, config, accelerator)
     for term in parts.terms.values():
@@ -110,6 +115,13 @@ def place_teacher(teacher: ModelMixin, config: DistillConfig, accelerator: Accel
     teacher.to("cpu" if config.teacher.device == "cpu" else accelerator.device)
     if config.train.shard and config.teacher.device == "accelerator":
         shard(teacher)
+
+
+def _checkpoints(run: Run) -> CheckpointFolder:
+    config = run.parts.config
+    return CheckpointFolder(
+        run.folder.checkpoints, run.folder.identity(config), run.accelerator, config.train.keep_last
+    )
 
 
 # --- before the first step ----------------------------------------------------------------------------------------
