@@ -11,7 +11,7 @@ from rich.table import Table
 from shd_diffusion.compression.calibration import calibration_batches
 from shd_diffusion.compression.compress import CompressedModel, Counts, Part, compress
 from shd_diffusion.config import RunConfig
-from shd_diffusion.data import LatentSource, Source, build_source
+from shd_diffusion.data import LatentSource, build_source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import holds_files, replacing_folder, write_json, write_text

@@ -201,7 +201,7 @@ def _narrow(
         tensor.copy_(_cut(source[name], spaces.get(name, ()), kept, tensor.shape))
     if theirs is not None and own is not None and STREAM in fewer:
         state["pos_embed.proj.bias"].add_((theirs[:, kept[STREAM]] - own).mean(0))
-    if refit and (fewer or OWN in wanted and wanted[OWN] != sizes[OWN]):
+    if refit and (fewer or (OWN in wanted and wanted[OWN] != sizes[OWN])):
         linear = _linear_layers(model, spaces)
         rows = {
             name: _rows(its[0], kept, model.get_parameter(f"{name}.weight")) for name, its in linear.items()
@@ -232,7 +232,7 @@ def _indices(axis: Axis, kept: Kept, length: int) -> Tensor:
 
 
 def _cut(tensor: Tensor, its: tuple[Axis | None, ...], kept: Kept, shape: torch.Size) -> Tensor:
-    """What stays of a tensor. Weights of features that each model computes for itself are 0 where the features differ."""
+    """What stays of a tensor. Weights of features that each model computes for itself are 0 where these differ."""
     for dim, axis in enumerate(its):
         if axis is None:
             continue

@@ -1,4 +1,4 @@
-"""Which axes of a model's parameters belong together: the channels of each stream, from all that write to all that read.
+"""Which axes of a model's parameters belong together: the channels of a stream, from all that write to all that read.
 
 A *space* is a set of channels with an order of its own, such as the residual stream; what a layer reads in one space it
 must read in the channels that others write there. Heads and neurons, which layouts.py knows, are none of these.
@@ -151,7 +151,9 @@ def axes(model: nn.Module) -> dict[str, tuple[Axis | None, ...]]:
         if space and not space.endswith("+")
     }
     return {
-        name: tuple(_axis(space, length, sizes) for space, length in zip(spaces, state[name].shape, strict=False))
+        name: tuple(
+            _axis(space, length, sizes) for space, length in zip(spaces, state[name].shape, strict=False)
+        )
         for name, spaces in found.items()
     }
 

@@ -7,6 +7,7 @@ import copy
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast
+from torch import nn
 
 from shd_diffusion.compression.calibration import calibration_batches
 from shd_diffusion.compression.narrow import squeeze_into
@@ -31,7 +32,7 @@ def squeeze_student(parts: Parts, accelerator: Accelerator) -> None:
         announce(f"student.init: squeezes the teacher on {CALIBRATION_IMAGES} images")
         device = torch.device("cpu") if config.teacher.device == "cpu" else accelerator.device
         student.to(device)
-        teacher = copy.deepcopy(parts.teacher.model).to(device, torch.float32)
+        teacher = nn.Module.to(copy.deepcopy(parts.teacher.model), device, torch.float32)
         size = min(64, config.train.batch_size, config.train.micro_batch_size or config.train.batch_size)
         batches = calibration_batches(config, student, parts.data, parts.process, CALIBRATION_IMAGES, size)
         lost = squeeze_into(student, teacher, batches, predict, parts.origins)
