@@ -71,7 +71,7 @@ def main(
                 start = Path(folder) / "student"
                 found = results.setdefault(f"{name}, seed {number}", {})
                 found |= _begin(settings, name, start)
-                for count in [0, *(steps or [150, 500])]:
+                for count in steps or [0, 150, 500]:
                     run = Path(folder) / f"run-{count}"
                     found[f"{count} steps"] = _measure(settings, start, count, run)
                     print(name, number, count, found[f"{count} steps"], flush=True)

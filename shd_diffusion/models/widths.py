@@ -140,7 +140,8 @@ def axes(model: nn.Module) -> dict[str, tuple[Axis | None, ...]]:
     table = next((WIDTHS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in WIDTHS), None)
     if table is None:
         raise ValueError(
-            f"the channels of a {type(model).__name__} are not known; they are of {', '.join(WIDTHS)}"
+            f"the channels of a {type(model).__name__} are not known, only those of {', '.join(WIDTHS)}; "
+            "set it to `random`"
         )
     state = model.state_dict()
     found = {name: spaces for name in state if (spaces := _spaces(table, name)) is not None}

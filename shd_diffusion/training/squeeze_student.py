@@ -31,13 +31,13 @@ def squeeze_student(parts: Parts, accelerator: Accelerator) -> None:
     if accelerator.is_main_process:
         announce(f"student.init: squeezes the teacher on {CALIBRATION_IMAGES} images")
         device = torch.device("cpu") if config.teacher.device == "cpu" else accelerator.device
-        student.to(device)
+        twin = copy.deepcopy(student).to(device)  # a compiled student's twin is not compiled
         teacher = nn.Module.to(copy.deepcopy(parts.teacher.model), device, torch.float32)
         size = min(64, config.train.batch_size, config.train.micro_batch_size or config.train.batch_size)
-        batches = calibration_batches(config, student, parts.data, parts.process, CALIBRATION_IMAGES, size)
-        lost = squeeze_into(student, teacher, batches, predict, parts.origins)
+        batches = calibration_batches(config, twin, parts.data, parts.process, CALIBRATION_IMAGES, size)
+        lost = squeeze_into(twin, teacher, batches, predict, parts.origins)
         announce(f"student.init: its prediction differs from the teacher's by {lost:.4f} of its square")
-        student.to(accelerator.device)
+        student.load_state_dict(twin.state_dict())
     if accelerator.num_processes > 1:
         for tensor in student.state_dict().values():
             tensor.copy_(broadcast(tensor.contiguous()))

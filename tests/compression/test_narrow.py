@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
+import scipy.linalg
 import torch
+from diffusers import DiTTransformer2DModel
 from families import FAMILIES, Family, output
+from small_models import small_dit
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
-from shd_diffusion.compression.narrow import squeeze_into
+from shd_diffusion.compression.narrow import check_can_be_squeezed_into, squeeze_into
 from shd_diffusion.models.widths import axes
 
 NARROWER: dict[str, dict[str, Any]] = {
@@ -114,3 +119,63 @@ def pad(small: nn.Module, big: nn.Module) -> None:
                 tensor.narrow(dim, value.shape[dim], value.shape[dim]).zero_()
         else:
             tensor.copy_(value)
+
+
+def test_a_shallower_student_has_the_blocks_of_its_layer_map() -> None:
+    """As wide as its teacher: blocks alone leave, and the last layer learns to read another block's condition."""
+    teacher, student = random_dit(2, 4, 0), random_dit(2, 2, 1)
+    batches = [
+        (torch.randn(16, 1, 8, 8), torch.randint(1000, (16,)), torch.randint(11, (16,))) for _ in range(4)
+    ]
+    origins = {"transformer_blocks.0": "transformer_blocks.1", "transformer_blocks.1": "transformer_blocks.3"}
+    squeeze_into(student, teacher, batches, run_dit, origins)
+    for own, by in origins.items():
+        wanted = teacher.get_submodule(by).state_dict()
+        assert all(torch.equal(v, wanted[k]) for k, v in student.get_submodule(own).state_dict().items())
+    assert torch.equal(student.proj_out_2.weight, teacher.proj_out_2.weight)
+    conditions = [
+        torch.cat(
+            [
+                silu(model.transformer_blocks[0].norm1.emb(t, labels, hidden_dtype=torch.float32))
+                for _, t, labels in batches
+            ]
+        ).detach()
+        for model in (teacher, student)
+    ]
+    wanted, found = (m.proj_out_1(c).detach() for m, c in zip((teacher, student), conditions, strict=True))
+    features = torch.cat([conditions[1], torch.ones(64, 1)], 1).double().numpy()
+    fit = features @ scipy.linalg.lstsq(features, wanted.double().numpy())[0]
+    error, least = (np.square(wanted.numpy() - each).sum() for each in (found.numpy(), fit))
+    assert least <= error * (1 + 1e-6) and error < 1.001 * least
+
+
+def random_dit(heads: int, layers: int, seed: int, head_dim: int = 8) -> DiTTransformer2DModel:
+    torch.manual_seed(seed)
+    model = small_dit(heads, head_dim, layers)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def run_dit(model: nn.Module, noised: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    return model(noised, timestep=timesteps, class_labels=labels).sample
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (lambda: random_dit(4, 2, 0), lambda: random_dit(2, 2, 0), "has 4 heads, the teacher's 2"),
+        (lambda: random_dit(2, 2, 0, 16), lambda: random_dit(4, 2, 0), "heads of width 16 cannot be cut"),
+        (lambda: random_dit(2, 2, 0), FAMILIES["mdtv2"].build, "take the teacher's class"),
+        (lambda: random_dit(2, 1, 0), lambda: random_dit(2, 2, 0), "give it one in `losses.shd.layer_map`"),
+        (
+            lambda: small_dit(2, out_channels=2),
+            lambda: small_dit(4),
+            "`proj_out_2.weight` .* all else .* equal",
+        ),
+        (FAMILIES["flux"].build, FAMILIES["flux"].build, "a FluxTransformer2DModel are not known"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(student: Any, teacher: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_can_be_squeezed_into(student(), teacher(), {})
