@@ -12,10 +12,18 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
 
+from shd_diffusion.compression.attention import HeadOptions, check_can_be_squeezed
 from shd_diffusion.compression.compress import Batch, Predict, compress, passes
 from shd_diffusion.compression.lockstep import Lockstep
 from shd_diffusion.models.layouts import feed_forwards, head_layout
-from shd_diffusion.models.squeezed import PREFIX, cut_heads, cut_neurons, first_heads, shape
+from shd_diffusion.models.squeezed import (
+    PREFIX,
+    cut_heads,
+    cut_neurons,
+    first_heads,
+    shape,
+    widen_heads,
+)
 from shd_diffusion.models.widths import OWN, STREAM, Axis, axes, fixed_positions, space_sizes
 from shd_diffusion.squeezing.channels import Reader, choose_channels, place_channels, refit_layer
 from shd_diffusion.squeezing.moments import Moments
@@ -62,14 +70,13 @@ def squeeze_into(
     student.eval()
     model = _shallower(teacher.eval(), student, origins)
     _refit_last_condition(model, teacher, held, predict, origins)
-    neurons = feed_forwards(student)
-    have = shape(model)
+    neurons, have, options = feed_forwards(student), shape(model), _head_options(student, model)
     fewer = {name: count for name, count in shape(student).items() if count < have[name]}
     if fewer:
         heads = {name: count for name, count in fewer.items() if name not in neurons}
         of_layers = {name: count for name, count in fewer.items() if name in neurons}
-        model = compress(model, held, predict, heads, of_layers).model
-        _cut_first(model, fewer)  # what runs in masked passes only, and with no calibration batch
+        model = compress(model, held, predict, heads, of_layers, options=options).model
+        _cut_first(model, fewer, options)  # what runs in masked passes only, and with no calibration batch
     _narrow(student, model, held, predict, choose, refit)
     errors = energies = 0.0
     for batch in held:
@@ -104,14 +111,11 @@ def check_can_be_squeezed_into(student: ModelMixin, teacher: ModelMixin, origins
             raise ValueError(
                 f"`{name}` has {count} {what}, the teacher's {have.get(name, 0)}; give it at most those"
             )
-        if (
-            what == "heads"
-            and (widths := [head_layout(each, name).width for each in (student, twin)])[0] != widths[1]
-        ):
-            raise ValueError(
-                f"heads of width {widths[0]} cannot be cut from the teacher's of {widths[1]}; make them equal"
-            )
-    _cut_first(twin, shape(student))
+    options = _head_options(student, twin)
+    for name in shape(student) if options.head_dim is not None else ():
+        if name not in neurons:
+            check_can_be_squeezed(twin, name, options)
+    _cut_first(twin, shape(student), options)
     sizes, wanted = space_sizes(twin), space_sizes(student)
     for space, size in wanted.items():
         if size > sizes[space] and space != OWN:
@@ -164,17 +168,40 @@ def _refit_last_condition(
     _refit(model, teacher, {"proj_out_1": None}, batches, predict)
 
 
-def _cut_first(model: nn.Module, counts: Mapping[str, int]) -> None:
+def _head_options(student: ModelMixin, model: ModelMixin) -> HeadOptions:
+    """Queries and keys are selected; heads of another width have them factored.
+
+    Raises:
+        ValueError: widths are others in some of the blocks only, or where the student has as many heads.
+    """
+    counts, neurons = (shape(student), shape(model)), feed_forwards(student)
+    heads = [name for name in counts[0] if name not in neurons]
+    widths = {name: (head_layout(student, name).width, head_layout(model, name).width) for name in heads}
+    others = [name for name, (own, theirs) in widths.items() if own != theirs]
+    if not others:
+        return HeadOptions()
+    if len(set(widths.values())) > 1 or any(counts[0][name] == counts[1][name] for name in others):
+        own, theirs = widths[others[0]]
+        raise ValueError(
+            f"`{others[0]}` has heads of width {own}, the teacher's {theirs}, as only fewer heads may; "
+            "make `attention_head_dim` equal"
+        )
+    return HeadOptions(queries="factor", head_dim=widths[others[0]][0])
+
+
+def _cut_first(model: nn.Module, counts: Mapping[str, int], options: HeadOptions) -> None:
     """Leave attention blocks and feed-forward layers that have more their first heads and neurons, in place."""
-    neurons = feed_forwards(model)
-    have = shape(model)
+    neurons, have = feed_forwards(model), shape(model)
     for name, count in counts.items():
-        if have[name] == count:
-            continue
         if name in neurons:
-            cut_neurons(model, name, torch.arange(count, device="cpu"))
-        else:
-            cut_heads(model, name, first_heads(head_layout(model, name), count))
+            if have[name] != count:
+                cut_neurons(model, name, torch.arange(count, device="cpu"))
+            continue
+        layout = head_layout(model, name)
+        if have[name] != count:
+            cut_heads(model, name, first_heads(layout, count))
+        if options.head_dim not in (None, layout.width):
+            widen_heads(model, name, options.head_dim or layout.width)
 
 
 # --- channels -------------------------------------------------------------------------------------------------
