@@ -130,7 +130,8 @@ def check_can_be_squeezed_into(student: ModelMixin, teacher: ModelMixin, origins
             shapes.append(tuple(_cut(source[name], spaces.get(name, ()), kept, tensor.shape).shape))
         if len(set(shapes)) > 1 or name not in source:
             raise ValueError(
-                f"`{name}` {shapes[0]} cannot be cut from the teacher's; make all else in their configs equal"
+                f"`{name}` {shapes[0]} cannot be cut from the teacher's; make all else in their configs equal, "
+                "or set it to `random`"
             )
 
 
@@ -293,9 +294,8 @@ def _choose_all(
             for start in range(0, len(weight), size):
                 part = slice(start, start + size)
                 readers.append(Reader(gram[part, part], weight[part]))
-        if not readers:
-            raise ValueError(f"no layer reads the {sum(1 for _ in readers)} channels of {space}")
-        found[space] = choose(readers, keep)
+        # what no plain pass reads (MDTv2's side block alone, say) keeps its first channels
+        found[space] = choose(readers, keep) if readers else torch.arange(keep, device=model.device)
     return found
 
 
