@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -358,7 +359,7 @@ def compress(
         str | None,
         typer.Option(
             metavar="UNIT=SHARE",
-            help="Find heads, neurons and blocks for a share of the teacher's params, macs or latency.",
+            help="Find heads, neurons and blocks for a share of the teacher's parameters, macs or latency.",
         ),
     ] = None,
     only_plan: Annotated[
@@ -366,7 +367,11 @@ def compress(
     ] = False,
     images: Annotated[int, typer.Option(min=64, help="To calibrate on.")] = 1024,
     timesteps: Annotated[
-        str | None, typer.Option(metavar="FIRST,LAST", help="Calibrate on these only, of 0 to T.")
+        str | None,
+        typer.Option(
+            metavar="WEIGHT,...",
+            help="How often timesteps of each of so many equal parts count, least noise first.",
+        ),
     ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Fewer, wider heads, in the teacher's own class.")
@@ -376,7 +381,8 @@ def compress(
     from rich.console import Console
 
     from shd_diffusion.compression.budget import parse_budget
-    from shd_diffusion.compression.compress_run import calibrate, compress_run, plan_run, plan_table, table
+    from shd_diffusion.compression.compress_run import calibrate, compress_run, plan_run
+    from shd_diffusion.compression.describe import plan_table, table
     from shd_diffusion.config import read_run_config
     from shd_diffusion.files import holds_files
     from shd_diffusion.run_folder import RunFolder
@@ -399,7 +405,7 @@ def compress(
             f"{teacher}: no run, so it has no data to calibrate on; name them: --data CONFIG, the config of a training"
         )
     config = run.read_config() if data is None else read_run_config(data)
-    calibration = calibrate(teacher, config, images, _range(timesteps))
+    calibration = calibrate(teacher, config, images, _weights(timesteps))
     if only_plan and asked is not None:
         Console().print(plan_table(plan_run(calibration, asked)))
     elif output is not None:
@@ -435,13 +441,19 @@ def _count(number: float | None) -> int | float | None:
     return number if number is None or number < 1 else int(number)
 
 
-def _range(timesteps: str | None) -> tuple[float, float] | None:
-    """Two numbers with a comma between them."""
+def _weights(timesteps: str | None) -> list[float] | None:
+    """Numbers with commas between them, none negative."""
+    if timesteps is None:
+        return None
     try:
-        first, last = (float(number) for number in (timesteps or "0,0").split(","))
+        weights = [float(weight) for weight in timesteps.split(",")]
     except ValueError:
-        raise UserError(f"--timesteps {timesteps}: give the first and the last, such as 0,500") from None
-    return (first, last) if timesteps else None
+        weights = []
+    if not 0 < sum(weights) < math.inf or min(weights) < 0:
+        raise UserError(
+            f"--timesteps {timesteps}: give a weight for each of some equal parts of the timesteps, such as 2,1,0"
+        )
+    return weights
 
 
 def _output(config: Any, output: Path | None, source: Path) -> Path:

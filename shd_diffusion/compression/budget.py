@@ -82,9 +82,14 @@ class ShapePlan:
         """The sum over the parts."""
         return sum(part.lost for part in self.parts)
 
-    def counts(self, what: Literal["heads", "neurons"]) -> dict[str, int] | None:
-        """What `compress` is to leave of them."""
-        return {part.name: part.keeps for part in self.parts if part.what == what} or None
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Those of `compress` that make it so."""
+        heads, neurons = (
+            {part.name: part.keeps for part in self.parts if part.what == what} or None
+            for what in ("heads", "neurons")
+        )
+        return {"heads": heads, "neurons": neurons, "blocks": self.blocks}
 
 
 def parse_budget(text: str) -> Budget:
@@ -101,8 +106,10 @@ def parse_budget(text: str) -> Budget:
         share = float(number)
     except ValueError:
         share = math.nan
-    if not 0 < share < 1:
-        raise UserError(f"--budget {text}: give a share of the teacher's between 0 and 1, such as {unit}=0.5")
+    if not 0 < share <= 1:
+        raise UserError(
+            f"--budget {text}: give a share of the teacher's above 0 and up to 1, such as {unit}=0.5"
+        )
     return Budget(unit, share)
 
 
@@ -136,7 +143,13 @@ def plan_shape(
         kind: Any = type(teacher)
         squeezed_class(kind)  # refuses a class that cannot be saved
     report(f"what {len(counts)} parts and {len(names)} blocks cost, in {UNITS[budget.unit]}")
+    if not counts and not names:
+        raise ValueError(f"{type(teacher).__name__} has no heads, neurons or blocks that could leave")
     costs = measure_costs(teacher, budget.unit, counts, names, partial(predict, teacher, *one))
+    if budget.share == 1:
+        return ShapePlan(
+            budget, costs.total, costs.total, (), None
+        )  # without a part that is lost for nothing
     free = {name: dict.fromkeys(of_part, 0.0) for name, of_part in counts.items()}
     _check(budget, costs, *_problem(costs, free, dict.fromkeys(names, 0.0)))  # before what takes long
     importance = measure_importance(teacher, batches, predict, counts, names, options, report)
@@ -191,7 +204,10 @@ def _problem(
 def _check(
     budget: Budget, costs: Costs, parts: Mapping[str, Sequence[Option]], blocks: Mapping[str, Block]
 ) -> None:
-    least = 1 - most_saved(parts, blocks) / costs.total
+    most = most_saved(parts, blocks)
+    if most <= 0:
+        raise ValueError(f"nothing that could leave saves {UNITS[budget.unit]}")
+    least = 1 - most / costs.total
     if budget.share < least:
         shown = math.ceil(least * 1000) / 1000
         raise ValueError(f"the least that can be had is {budget.unit}={shown:g}")

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from rich.table import Table
+from torch import Tensor
 
 from shd_diffusion.compression.budget import Budget, ShapePlan, plan_shape
-from shd_diffusion.compression.compress import CompressedModel, Counts, Part, compress
-from shd_diffusion.compression.costs import UNITS, cost_of
+from shd_diffusion.compression.compress import Counts, Part, compress
+from shd_diffusion.compression.costs import cost_of
+from shd_diffusion.compression.describe import readme
 from shd_diffusion.compression.walk import Batch
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import LatentSource, Source, build_source
@@ -25,7 +27,6 @@ from shd_diffusion.files import holds_files, replacing_folder, write_json, write
 from shd_diffusion.models.denoiser import count_parameters, null_condition, predict
 from shd_diffusion.models.factory import TeacherConfig
 from shd_diffusion.models.forward_process import ForwardProcess
-from shd_diffusion.models.pipeline_folder import PipelineFolder
 from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
@@ -38,17 +39,6 @@ from shd_diffusion.training.batches import (
     noise_settings,
 )
 from shd_diffusion.training.build import conditions_of
-
-README = """# A compressed model
-
-Made by `shd-diffusion compress {teacher}` without training: {shape}. `compression.json` says what each part lost.
-
-{load}
-"""
-OWN = """The class of its denoiser is `{name}`, for heads or neurons that its stock class cannot have. Install
-shd-diffusion, and load it by `{pipeline}.from_pretrained` after `import shd_diffusion.models`, or train it by
-`student: {{pretrained: …}}`."""
-STOCK = "Its denoiser is a plain diffusers `{name}`."
 
 
 @dataclass(frozen=True)
@@ -71,15 +61,9 @@ class Calibration:
     scheduler: SchedulerMixin
     batches: list[Batch]
 
-    @property
-    def one(self) -> Batch:
-        """A batch of one sample."""
-        noised, timesteps, condition = self.batches[0]
-        return noised[:1], timesteps[:1], {name: value[:1] for name, value in condition.items()}
-
 
 def calibrate(
-    path: str, config: RunConfig, images: int = 1024, timesteps: tuple[float, float] | None = None
+    path: str, config: RunConfig, images: int = 1024, timestep_weights: Sequence[float] | None = None
 ) -> Calibration:
     """Open a teacher and the data to compress it by.
 
@@ -87,7 +71,7 @@ def calibrate(
         path: of the teacher: a run, a pipeline or model folder, or a hub name.
         config: of the teacher's run, or of one that trains on the same kind of data.
         images: to calibrate on.
-        timesteps: see `calibration_batches`.
+        timestep_weights: see `calibration_batches`.
 
     Raises:
         UserError: there is no such model, or the data are missing.
@@ -97,7 +81,7 @@ def calibrate(
     source.condition_names = conditions_of(model, source)
     scheduler = scheduler_for(config.diffusion, teacher.scheduler, False)
     process = ForwardProcess.from_scheduler(scheduler)
-    batches = calibration_batches(config, model, source, process, images, timesteps=timesteps)
+    batches = calibration_batches(config, model, source, process, images, timestep_weights=timestep_weights)
     return Calibration(path, teacher, model, source, scheduler, batches)
 
 
@@ -107,11 +91,9 @@ def plan_run(calibration: Calibration, budget: Budget) -> ShapePlan:
     Raises:
         UserError: the model cannot be made so small.
     """
-    asked = f"--budget {budget.unit}={budget.share:g}"
+    asked, batches = f"--budget {budget.unit}={budget.share:g}", calibration.batches
     try:
-        return plan_shape(
-            calibration.model, calibration.batches, predict, budget, calibration.one, report=announce
-        )
+        return plan_shape(calibration.model, batches, predict, budget, first_sample(batches), report=announce)
     except ValueError as error:
         raise UserError(f"{asked}: {calibration.path} cannot be compressed so: {error}") from error
 
@@ -145,13 +127,13 @@ def compress_run(
     if holds_files(output):
         raise UserError(f"--output {output}: holds files already; give another")
     path, teacher, model = calibration.path, calibration.teacher, calibration.model
-    stay: int | Collection[str] | None = blocks
+    shape: dict[str, Any] = {"heads": heads, "neurons": neurons, "blocks": blocks}
     plan = None if budget is None else plan_run(calibration, budget)
     if plan is not None:
-        heads, neurons, stay = plan.counts("heads"), plan.counts("neurons"), plan.blocks
+        shape = plan.arguments
     before = count_parameters(model)
     try:
-        found = compress(model, calibration.batches, predict, heads, neurons, stay, plain=plain, report=_tell)
+        found = compress(model, calibration.batches, predict, **shape, plain=plain, report=_tell)
     except ValueError as error:
         raise UserError(f"{path}: cannot be compressed so: {error}") from error
     source, vae = calibration.source, None
@@ -166,12 +148,13 @@ def compress_run(
         "environment": describe_environment(),
     }
     if plan is not None:
-        own = cost_of(found.model, plan.budget.unit, partial(predict, found.model, *calibration.one))
+        one = first_sample(calibration.batches)
+        own = cost_of(found.model, plan.budget.unit, partial(predict, found.model, *one))
         results["plan"] = {**asdict(plan), "lost": plan.lost, "measured_after": own}
     with replacing_folder(output) as temporary:
         save_pipeline(found.model, teacher.pipeline, calibration.scheduler, vae, source.shape, temporary)
         write_json(temporary / "compression.json", results)
-        write_text(temporary / "README.md", _readme(path, teacher.pipeline, found))
+        write_text(temporary / "README.md", readme(results, teacher.pipeline, found.model))
     return results
 
 
@@ -182,7 +165,7 @@ def calibration_batches(
     process: ForwardProcess,
     images: int,
     size: int = 64,
-    timesteps: tuple[float, float] | None = None,
+    timestep_weights: Sequence[float] | None = None,
 ) -> list[Batch]:
     """Training data as a run sees them, noised and with conditions dropped, but of steps that it never takes.
 
@@ -193,79 +176,37 @@ def calibration_batches(
         process: that noises them.
         images: how many, in whole batches.
         size: of a batch.
-        timesteps: first <= t < last, of 0..T: the schedule's shares as training draws them, brought between these two.
-
-    Raises:
-        UserError: there are no such timesteps.
+        timestep_weights: how often timesteps lie in each of so many equal parts of 0..T, evenly inside, in place of how
+            training draws them; least noise first.
     """
-    ends = _shares_between(process, timesteps) if timesteps else (0.0, 1.0)
     train, null = config.train, {**null_condition(model), **source.null}
     settings = noise_settings(train, source)
+    if timestep_weights is not None:
+        settings = replace(settings, timestep_sampling="uniform")
     sampler = StepSampler(config.seed, source.groups, BatchLayout(size), 0, max(1, images // size))
     found = []
     for step, items in enumerate(source.batches(sampler)):
         of_these = replace(settings, shape=source.shape_of(items))
         noise = draw_noise(config.seed, -1 - step, range(size), of_these)
-        noise = replace(noise, shares=ends[0] + (ends[1] - ends[0]) * noise.shares)
+        if timestep_weights is not None:
+            noise = replace(noise, shares=_weighted(process, noise.shares, timestep_weights))
         batch = make_batch(source, process, items, noise, null, model.device)
         found.append((batch.noised, batch.timesteps, dict(batch.condition)))
     return found
 
 
-def _shares_between(process: ForwardProcess, timesteps: tuple[float, float]) -> tuple[float, float]:
-    first, last = timesteps
-    if not 0 <= first < last <= process.num_timesteps:
-        raise UserError(
-            f"--timesteps {first:g},{last:g}: give a first and a later last of 0 to {process.num_timesteps}"
-        )
-    low, high = process.shares(torch.tensor([first, last], dtype=torch.float64)).tolist()
-    return low, high
+def first_sample(batches: Sequence[Batch]) -> Batch:
+    """A batch of one, whose call says what the model costs."""
+    noised, timesteps, condition = batches[0]
+    return noised[:1], timesteps[:1], {name: value[:1] for name, value in condition.items()}
 
 
-def plan_table(plan: ShapePlan) -> Table:
-    """What a budget leaves, loses and saves, a line a part, for a terminal."""
-    unit, whole = UNITS[plan.budget.unit], plan.before
-    rendered = Table(
-        title=f"{plan.before:,.6g} → {plan.after:,.6g} {unit}: {plan.after / whole:.1%}",
-        title_justify="left",
-        show_footer=True,
-    )
-    rendered.add_column("part", "total")
-    for column, total in (
-        ("keeps", ""),
-        ("lost", f"{plan.lost:.5f}"),
-        ("saved", f"{(whole - plan.after) / whole:.1%}"),
-    ):
-        rendered.add_column(column, total, justify="right")
-    for part in plan.parts:
-        keeps = "—" if part.what == "block" else f"{part.keeps} of {part.before} {part.what}"
-        rendered.add_row(part.name, keeps, f"{part.lost:.5f}", f"{part.saved / whole:.1%}")
-    return rendered
-
-
-def table(results: dict[str, Any]) -> Table:
-    """What each part lost, a line each, for a terminal."""
-    sizes = results["parameters"]
-    rendered = Table(
-        title=f"{sizes['before']:,} → {sizes['after']:,} parameters; the prediction lost {results['lost']:.5f}",
-        title_justify="left",
-    )
-    for column in ("part", "what", "before", "after", "lost before the refit", "lost"):
-        rendered.add_column(column, justify="left" if column in ("part", "what") else "right")
-    for part in results["parts"]:
-        numbers = f"{part['lost_before']:.5f}", f"{part['lost']:.5f}"
-        rendered.add_row(part["name"], part["what"], str(part["before"]), str(part["after"]), *numbers)
-    return rendered
+def _weighted(process: ForwardProcess, shares: Tensor, weights: Sequence[float]) -> Tensor:
+    """Shares of the schedule (B,) of which so many lie in each part, from shares (B,) drawn evenly."""
+    ends = np.linspace(0, process.num_timesteps, len(weights) + 1)
+    reached = np.cumsum([0.0, *weights]) / sum(weights)
+    return process.shares(torch.from_numpy(np.interp(shares.numpy(), reached, ends)))
 
 
 def _tell(part: Part) -> None:
     announce(f"{part.name}: {part.before} → {part.after} {part.what}, lost {part.lost:.5f}")
-
-
-def _readme(path: str, pipeline: PipelineFolder | None, found: CompressedModel) -> str:
-    name = type(found.model).__name__
-    by_prompt = pipeline is not None and pipeline.takes_prompts
-    kind = "diffusers.DiffusionPipeline" if by_prompt else "shd_diffusion.sampling.ClassConditionalPipeline"
-    load = (OWN if name.startswith("Squeezed") else STOCK).format(name=name, pipeline=kind)
-    shape = f"{count_parameters(found.model):,} parameters"
-    return README.format(teacher=path, shape=shape, load=load)

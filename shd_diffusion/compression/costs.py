@@ -20,9 +20,9 @@ from shd_diffusion.models.layouts import head_layout
 from shd_diffusion.models.squeezed import cut_heads, cut_neurons, first_heads, shape
 from shd_diffusion.operations import operation_counter
 
-Unit = Literal["params", "macs", "latency"]
+Unit = Literal["parameters", "macs", "latency"]
 UNITS: dict[Unit, str] = {
-    "params": "parameters",
+    "parameters": "parameters",
     "macs": "multiply-adds of a denoiser call for one image",
     "latency": "seconds of a denoiser call for one image, here",
 }
@@ -111,6 +111,8 @@ def _macs(module: nn.Module, calls: Sequence[Call]) -> float:
 
 def _seconds(module: nn.Module, calls: Sequence[Call]) -> float:
     """The median of what the calls take together, once warm."""
+    if not calls:
+        return 0.0  # less than what it takes to call nothing
 
     def run() -> None:
         for call in calls:
@@ -120,7 +122,7 @@ def _seconds(module: nn.Module, calls: Sequence[Call]) -> float:
     return timer.blocked_autorange(min_run_time=SECONDS).median
 
 
-MEASURES: dict[Unit, Measure] = {"params": _parameters, "macs": _macs, "latency": _seconds}
+MEASURES: dict[Unit, Measure] = {"parameters": _parameters, "macs": _macs, "latency": _seconds}
 
 # --- modules and their calls --------------------------------------------------------------------------------
 

@@ -177,7 +177,7 @@ def test_counts_go_in_sixteenths_and_are_those_that_can_be_had():
 @pytest.mark.parametrize(
     "name", ["dit", "mdtv2", "unet2d-condition", "sd3", "flux", "flux2", "krea2", "sana"]
 )
-@pytest.mark.parametrize("unit", ["params", "macs"])
+@pytest.mark.parametrize("unit", ["parameters", "macs"])
 def test_what_parts_save_adds_up_to_what_a_smaller_model_saves(name, unit):
     family = FAMILIES[name]
     model, inputs = family.build(), family.draw(1)
@@ -190,7 +190,7 @@ def test_what_parts_save_adds_up_to_what_a_smaller_model_saves(name, unit):
             left = cost_of(smaller, unit, lambda smaller=smaller: smaller(**inputs))
         saved = sum(found.saved[name][count] for name, count in wanted.items())
         assert found.total - saved == pytest.approx(left, rel=1e-12)
-    if unit == "params":
+    if unit == "parameters":
         assert found.total == sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -247,8 +247,8 @@ def test_a_plan_takes_first_what_doubles_others_and_is_what_comes_out():
     }
     assert plan.blocks is None and plan.after <= 0.85 * plan.before and plan.lost < 1e-5
 
-    plan = plan_shape(teacher, batches, run_dit, Budget("params", 0.4), one)
-    found = compress(teacher, batches, run_dit, plan.counts("heads"), plan.counts("neurons"), plan.blocks)
+    plan = plan_shape(teacher, batches, run_dit, Budget("parameters", 0.4), one)
+    found = compress(teacher, batches, run_dit, **plan.arguments)
     assert plan.before == sum(parameter.numel() for parameter in teacher.parameters())
     assert plan.after == sum(parameter.numel() for parameter in found.model.parameters())
     assert plan.after <= 0.4 * plan.before
@@ -262,12 +262,12 @@ def test_a_block_that_cannot_leave_stays_in_the_plan():
     arguments = {**family.arguments, "num_layers": 3, "dual_attention_layers": ()}
     teacher = replace(family, arguments=arguments).build()
     batches = batches_of(family)
-    with pytest.raises(ValueError, match="the least that can be had is params=") as raised:
-        plan_shape(teacher, batches, run_family, Budget("params", 0.01), batches[0])
+    with pytest.raises(ValueError, match="the least that can be had is parameters=") as raised:
+        plan_shape(teacher, batches, run_family, Budget("parameters", 0.01), batches[0])
     least = float(str(raised.value).rpartition("=")[2])
-    plan = plan_shape(teacher, batches, run_family, Budget("params", least), batches[0])
+    plan = plan_shape(teacher, batches, run_family, Budget("parameters", least), batches[0])
     assert "transformer_blocks.2" in plan.blocks
-    found = compress(teacher, batches, run_family, plan.counts("heads"), plan.counts("neurons"), plan.blocks)
+    found = compress(teacher, batches, run_family, **plan.arguments)
     assert plan.after == sum(parameter.numel() for parameter in found.model.parameters())
 
 
@@ -281,6 +281,26 @@ def test_what_cannot_be_had_says_the_least_that_can():
     assert least - 0.001 < plan.after / plan.before <= least
 
 
+def test_all_of_the_cost_leaves_all_as_it_is():
+    teacher, (batch,) = random_dit(4), dit_batches(1)
+    teacher.transformer_blocks[0].ff.net[0].proj.weight.data[64:] = 0  # what could leave for nothing
+    plan = plan_shape(teacher, [batch], run_dit, Budget("macs", 1), tuple(each[:1] for each in batch))
+    assert plan.parts == () and plan.before == plan.after and plan.lost == 0
+    found = compress(teacher, [batch], run_dit, **plan.arguments)
+    assert type(found.model) is type(teacher)
+    torch.testing.assert_close(dict(found.model.state_dict()), dict(teacher.state_dict()), rtol=0, atol=0)
+
+
+def test_a_cost_of_which_nothing_is_saved_is_refused(monkeypatch):
+    teacher, (batch,) = random_dit(4, layers=1), dit_batches(1, 1)
+    monkeypatch.setitem(costs.MEASURES, "latency", lambda module, calls: 1.0)
+    with pytest.raises(ValueError, match="nothing that could leave saves seconds of a denoiser call"):
+        plan_shape(teacher, [batch], run_dit, Budget("latency", 0.5), batch)
+    linear = nn.Linear(2, 2)
+    with pytest.raises(ValueError, match="Linear has no heads, neurons or blocks that could leave"):
+        plan_shape(linear, [batch], run_dit, Budget("latency", 0.5), batch)
+
+
 def test_a_class_that_cannot_be_saved_is_refused_first():
     family = FAMILIES["transformer2d"]
     batches = batches_of(family, (1,))
@@ -291,12 +311,12 @@ def test_a_class_that_cannot_be_saved_is_refused_first():
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("flops=0.5", "no budget is counted in `flops`; known here: params, macs, latency"),
+        ("flops=0.5", "no budget is counted in `flops`; known here: parameters, macs, latency"),
         ("mac=0.5", "did you mean `macs`"),
-        ("macs", "give a share of the teacher's between 0 and 1"),
-        ("macs=2", "between 0 and 1, such as macs=0.5"),
+        ("macs", "give a share of the teacher's above 0 and up to 1"),
+        ("macs=1.01", "above 0 and up to 1, such as macs=0.5"),
         ("latency=half", "such as latency=0.5"),
-        ("params=nan", "between 0 and 1"),
+        ("parameters=nan", "above 0 and up to 1"),
     ],
 )
 def test_a_budget_that_is_none_is_one_line(text, message):

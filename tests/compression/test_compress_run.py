@@ -87,11 +87,11 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(runs: Path, tmp_path: Path)
 def test_a_budget_is_kept_and_its_plan_stands_beside_the_pipeline(runs: Path, tmp_path: Path) -> None:
     options = (
         "--budget",
-        "params=0.6",
+        "parameters=0.6",
         "--images",
         64,
         "--timesteps",
-        "100,900",
+        "0,1,1,1,0",
         "--output",
         tmp_path / "small",
     )
@@ -99,7 +99,7 @@ def test_a_budget_is_kept_and_its_plan_stands_beside_the_pipeline(runs: Path, tm
     assert code == 0, errors
     found = json.loads((tmp_path / "small" / "compression.json").read_text())
     plan, sizes = found["plan"], found["parameters"]
-    assert plan["budget"] == {"unit": "params", "share": 0.6}
+    assert plan["budget"] == {"unit": "parameters", "share": 0.6}
     assert plan["before"] == sizes["before"]
     assert plan["after"] == plan["measured_after"] == sizes["after"] <= 0.6 * sizes["before"]
     assert plan["lost"] == pytest.approx(sum(part["lost"] for part in plan["parts"]))
@@ -107,6 +107,11 @@ def test_a_budget_is_kept_and_its_plan_stands_beside_the_pipeline(runs: Path, tm
     assert planned == {(part["name"], part["what"], part["after"]) for part in found["parts"]}
     pipeline = ClassConditionalPipeline.from_pretrained(tmp_path / "small")
     assert sum(parameter.numel() for parameter in pipeline.denoiser.parameters()) == sizes["after"]
+    readme = (tmp_path / "small" / "README.md").read_text()
+    assert "Found for `--budget parameters=0.6`" in readme and "The\nimportance of a part is" in readme
+    for part in plan["parts"]:
+        keeps = "left" if part["what"] == "block" else f"{part['keeps']} of {part['before']} {part['what']}"
+        assert f"| `{part['name']}` | {keeps} | {part['lost']:.5f} |" in readme
 
 
 @pytest.mark.parametrize(
@@ -116,8 +121,11 @@ def test_a_budget_is_kept_and_its_plan_stands_beside_the_pipeline(runs: Path, tm
         (["--budget", "flops=0.5"], "flops"),
         (["--budget", "macs=0.5", "--heads", 6, "--plain"], "leave --heads, --plain out"),
         (["--dry-run"], "--budget macs=0.5"),
-        (["--budget", "macs=0.5", "--timesteps", "10"], "--timesteps 10: give the first and the last"),
-        (["--budget", "macs=0.5", "--timesteps", "10,2000"], "of 0 to 1000"),
+        (["--budget", "parameters=1.2"], "above 0 and up to 1"),
+        (["--budget", "latency=0"], "above 0 and up to 1"),
+        (["--budget", "macs=0.5", "--timesteps", "1,x"], "--timesteps 1,x: give a weight for each"),
+        (["--budget", "macs=0.5", "--timesteps", "0,0"], "such as 2,1,0"),
+        (["--budget", "macs=0.5", "--timesteps=-1,2"], "such as 2,1,0"),
     ],
 )
 def test_a_budget_that_cannot_be_had_is_one_line(
@@ -134,8 +142,11 @@ def test_without_a_folder_to_write_there_is_nothing_to_do(runs: Path) -> None:
     assert code == 2 and "error: --output DIR is missing" in errors
 
 
-def test_calibration_takes_the_timesteps_that_it_is_told(runs: Path) -> None:
+def test_calibration_takes_timesteps_as_often_as_it_is_told(runs: Path) -> None:
     config = RunFolder(runs / "teacher").read_config()
-    found = calibrate(str(runs / "teacher"), config, 128, (300, 400))
+    found = calibrate(str(runs / "teacher"), config, 512, (0, 3, 1, 0))
     timesteps = torch.cat([steps for _, steps, _ in found.batches])
-    assert timesteps.min() >= 300 and timesteps.max() < 400 and len(timesteps.unique()) > 50
+    assert timesteps.min() >= 250 and timesteps.max() < 750
+    assert abs((timesteps < 500).double().mean() - 0.75) < 4 * (0.75 * 0.25 / 512) ** 0.5
+    even = calibrate(str(runs / "teacher"), config, 64, (1, 1)).batches[0][1]
+    assert torch.equal(even, calibrate(str(runs / "teacher"), config, 64).batches[0][1])
