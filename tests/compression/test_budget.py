@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from diffusers import UNet2DModel
 from families import FAMILIES, Family, output
 from small_models import small_dit
 from torch import Tensor, nn
@@ -296,9 +297,14 @@ def test_a_cost_of_which_nothing_is_saved_is_refused(monkeypatch):
     monkeypatch.setitem(costs.MEASURES, "latency", lambda module, calls: 1.0)
     with pytest.raises(ValueError, match="nothing that could leave saves seconds of a denoiser call"):
         plan_shape(teacher, [batch], run_dit, Budget("latency", 0.5), batch)
-    linear = nn.Linear(2, 2)
-    with pytest.raises(ValueError, match="Linear has no heads, neurons or blocks that could leave"):
-        plan_shape(linear, [batch], run_dit, Budget("latency", 0.5), batch)
+    convolutions = UNet2DModel(
+        down_block_types=("DownBlock2D",),
+        up_block_types=("UpBlock2D",),
+        block_out_channels=(32,),
+        add_attention=False,
+    )
+    with pytest.raises(ValueError, match="UNet2DModel has no heads, neurons or blocks that could leave"):
+        plan_shape(convolutions, [batch], run_dit, Budget("latency", 0.5), batch)
 
 
 def test_a_class_that_cannot_be_saved_is_refused_first():
