@@ -9,6 +9,7 @@ import pytest
 import torch
 from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, command, sets
 
+from shd_diffusion.compression import importance
 from shd_diffusion.compression.compress_run import calibrate
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline
@@ -76,6 +77,13 @@ def test_what_cannot_be_had_is_one_line(options: list, says: str, runs: Path, tm
 # --- a budget -----------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A part may keep quarters of what it has, so that less is measured."""
+    monkeypatch.setattr(importance, "STEPS", 4)
+
+
+@pytest.mark.usefixtures("few_steps")
 def test_a_dry_run_shows_the_plan_and_writes_nothing(runs: Path, tmp_path: Path) -> None:
     options = "--budget", "macs=0.6", "--dry-run", "--images", 64, "--output", tmp_path / "no"
     code, output, errors = command("compress", runs / "teacher", *options)
@@ -84,6 +92,7 @@ def test_a_dry_run_shows_the_plan_and_writes_nothing(runs: Path, tmp_path: Path)
     assert not (tmp_path / "no").exists()
 
 
+@pytest.mark.usefixtures("few_steps")
 def test_a_budget_is_kept_and_its_plan_stands_beside_the_pipeline(runs: Path, tmp_path: Path) -> None:
     options = (
         "--budget",

@@ -17,7 +17,7 @@ from torch import Tensor
 import shd_diffusion.models  # the names of squeezed classes, for `from_pretrained`
 from shd_diffusion.attention import attention_blocks
 from shd_diffusion.attention.blocks import LINEAR
-from shd_diffusion.compression import CompressedModel, compress
+from shd_diffusion.compression import CompressedModel, compress, importance
 from shd_diffusion.compression.budget import Budget, plan_shape
 from shd_diffusion.compression.compress_run import first_sample
 from shd_diffusion.compression.costs import cost_of
@@ -107,9 +107,12 @@ def test_it_stands_in_the_pipeline_and_samples(name: str, tmp_path: Path) -> Non
     assert image.isfinite().all() and image.std() > 0
 
 
-@pytest.mark.parametrize("name", ["sd1.5", "pixart-sigma", "sd3.5", "flux-dev", "lumina2", "sana"])
+@pytest.mark.parametrize("name", ["sd1.5", "pixart-sigma", "sd3.5", "flux-dev", "lumina2"])
 @torch.no_grad()
-def test_a_budget_is_kept_by_what_comes_out(name: str, tmp_path: Path) -> None:
+def test_a_budget_is_kept_by_what_comes_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importance, "STEPS", 4)  # to be quick
     _, teacher, batches, _ = squeezed(name)
     one = first_sample(batches)
     plan = plan_shape(teacher, batches, predict, Budget("macs", 0.9), one)
