@@ -356,6 +356,10 @@ def compress(
     plain: Annotated[
         bool, typer.Option("--plain", help="Fewer, wider heads, in the teacher's own class.")
     ] = False,
+    method: Annotated[
+        Literal["merge", "drop", "magnitude", "random"],
+        typer.Option(help="How heads leave; all but `merge` are baselines."),
+    ] = "merge",
 ) -> None:
     """Make a smaller pipeline from a teacher's weights, without training; heal it by `student.pretrained`."""
     from rich.console import Console
@@ -371,7 +375,7 @@ def compress(
         )
     config = run.read_config() if data is None else read_run_config(data)
     counts = _count(heads), _count(neurons), blocks
-    results = compress_run(teacher, config, output, *counts, images, plain)
+    results = compress_run(teacher, config, output, *counts, images, plain, method)
     Console().print(table(results))
     typer.echo(f"compressed: {output}")
 

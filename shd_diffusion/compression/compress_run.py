@@ -9,6 +9,7 @@ from typing import Any
 from diffusers import ModelMixin
 from rich.table import Table
 
+from shd_diffusion.compression.attention import HeadOptions, Method
 from shd_diffusion.compression.compress import Batch, CompressedModel, Counts, Part, compress
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import LatentSource, Source, build_source
@@ -53,6 +54,7 @@ def compress_run(
     blocks: int | None = None,
     images: int = 1024,
     plain: bool = False,
+    method: Method = "merge",
 ) -> dict[str, Any]:
     """Compress a trained model, calibrated on data that are noised as in training, and save it in its kind of pipeline.
 
@@ -65,6 +67,7 @@ def compress_run(
         blocks: see `compress`.
         images: to calibrate on.
         plain: see `compress`.
+        method: see `HeadOptions`.
 
     Returns:
         The content of `compression.json`.
@@ -82,7 +85,8 @@ def compress_run(
     batches = calibration_batches(config, model, source, process, images)
     before = count_parameters(model)
     try:
-        found = compress(model, batches, predict, heads, neurons, blocks, plain=plain, report=_tell)
+        options = HeadOptions(method=method)
+        found = compress(model, batches, predict, heads, neurons, blocks, options, plain, report=_tell)
     except ValueError as error:
         raise UserError(f"{path}: cannot be compressed so: {error}") from error
     vae = None
@@ -93,6 +97,7 @@ def compress_run(
     results = {
         "teacher": path,
         "images": images,
+        "method": method,
         "parameters": {"before": before, "after": count_parameters(found.model)},
         "lost": found.lost,
         "parts": [asdict(part) for part in found.parts],
