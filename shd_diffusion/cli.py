@@ -376,6 +376,10 @@ def compress(
     plain: Annotated[
         bool, typer.Option("--plain", help="Fewer, wider heads, in the teacher's own class.")
     ] = False,
+    method: Annotated[
+        Literal["merge", "drop", "magnitude", "random"],
+        typer.Option(help="How heads leave; all but `merge` are baselines."),
+    ] = "merge",
 ) -> None:
     """Make a smaller pipeline from a teacher's weights, without training; heal it by `student.pretrained`."""
     from rich.console import Console
@@ -388,8 +392,15 @@ def compress(
     from shd_diffusion.run_folder import RunFolder
 
     asked = None if budget is None else parse_budget(budget)
-    given = {"--heads": heads, "--neurons": neurons, "--blocks": blocks, "--plain": plain or None}
-    if asked is not None and (more := [name for name, value in given.items() if value is not None]):
+    baseline = method != "merge"
+    given = {
+        "--heads": heads,
+        "--neurons": neurons,
+        "--blocks": blocks,
+        "--plain": plain,
+        "--method": baseline,
+    }
+    if asked is not None and (more := [name for name, value in given.items() if value]):
         raise UserError(
             f"--budget {budget}: finds heads, neurons and blocks itself; leave {', '.join(more)} out"
         )
@@ -410,7 +421,7 @@ def compress(
         Console().print(plan_table(plan_run(calibration, asked)))
     elif output is not None:
         counts = _count(heads), _count(neurons), blocks
-        results = compress_run(calibration, output, *counts, plain, asked)
+        results = compress_run(calibration, output, *counts, plain, asked, method)
         Console().print(table(results))
         typer.echo(f"compressed: {output}")
 

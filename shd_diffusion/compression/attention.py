@@ -32,6 +32,7 @@ from shd_diffusion.squeezing.heads import (
     RIDGE,
     factor_queries_keys,
     head_movements,
+    heads_to_keep,
     merge_values,
     refit_heads,
     select_heads,
@@ -48,6 +49,7 @@ from shd_diffusion.squeezing.shared_keys import (
     sharing_pairs,
 )
 
+Method = Literal["merge", "drop", "magnitude", "random"]
 Pairing = Literal["adjacent", "matched"]
 Queries = Literal["select", "factor"]
 
@@ -69,6 +71,9 @@ class HeadOptions:
     """How the heads of a block are squeezed.
 
     Attributes:
+        method: `merge` them; or the baselines, whose output weights alone are refitted: `drop` those that least
+            squares miss least (`heads_to_keep`), or those with the smallest weights (`magnitude`), or draw the queries,
+            keys and values of all heads anew, as large as they were (`random`).
         pairing: which heads merge: `adjacent` ones, or those that lose least (`match_merges`).
         queries: `select` (`select_heads`) or `factor` (`factor_queries_keys`).
         rounds: of the refit.
@@ -76,6 +81,7 @@ class HeadOptions:
         head_dim: of the heads that stay; None: as the teacher's.
     """
 
+    method: Method = "merge"
     pairing: Pairing = "matched"
     queries: Queries = "select"
     rounds: int = 4
@@ -132,13 +138,19 @@ def squeeze_attention(
     check_can_be_squeezed(model, name, options)
     layout = head_layout(model, name)
     before, width = layout.heads, layout.width
+    if options.method == "random":
+        _draw_anew(model, layout)
     query, key = (_by_head(model, part, width) for part in (layout.queries[0], layout.keys[0]))
     value, outputs = _values_and_outputs(model, name)
     bias = position_bias(model, name)
     table = None if bias is None else bias.table.detach()
 
     seen = _look(model, name, calls, options.queries == "factor")
-    groups, selected = _merge(seen, layout, heads, options.pairing)
+    if options.method == "merge":
+        groups, selected = _merge(seen, layout, heads, options.pairing)
+    else:
+        selected = _kept(model, name, heads, calls, targets, value, outputs, options)
+        groups = tuple((head,) for head in selected)
     norms = _fit_norms(model, name, layout, torch.tensor(selected), calls)
     cut_heads(model, name, torch.tensor(selected))
     for path, (factor, shift) in norms.items():
@@ -164,7 +176,8 @@ def squeeze_attention(
 
     layout = head_layout(model, name)
     seen_again = partial(_features, model, name, calls, targets, options.rows)
-    if len(layout.outputs) == 1 and layout.sharing == 1 and heads * value.shape[1] <= _WIDEST:
+    with_values = options.method == "merge" and len(layout.outputs) == 1 and layout.sharing == 1
+    if with_values and heads * value.shape[1] <= _WIDEST:
         return _fit_values_and_output(model, name, seen_again, value, outputs, groups, options.rounds)
     return _fit_outputs(model, name, seen_again, value, outputs, groups)
 
@@ -219,6 +232,10 @@ def check_can_be_squeezed(model: nn.Module, name: str, options: HeadOptions) -> 
             raise ValueError(
                 f"attention block `{name}` has heads of width {layout.width}, not to become {options.head_dim}"
             )
+    if options.method != "merge" and (len(layout.outputs) > 1 or layout.sharing > 1):
+        raise ValueError(
+            f"attention block `{name}` joins two streams or shares its keys; take the method `merge`"
+        )
     plain = len(layout.queries) == layout.sharing == 1 and _streams(model, name) == ((MAIN,),)
     if options.queries == "factor" and (
         rotates(module) or getattr(module, "norm_q", None) is not None or not plain
@@ -253,6 +270,46 @@ def _values(model: nn.Module, name: str) -> tuple[Slice, ...]:
     ((_, order),) = kernel_calls(model.get_submodule(name))
     values = head_layout(model, name).values
     return values[::-1] if len(values) == 2 and order[0] == CONTEXT else values
+
+
+# --- baselines ----------------------------------------------------------------------------------------------
+
+
+def _draw_anew(model: nn.Module, layout: HeadLayout) -> None:
+    """Random queries, keys and values, as large as those that there are."""
+    drawn = torch.Generator().manual_seed(0)
+    for part in (*layout.queries, *layout.keys, *layout.values):
+        linear: Any = model.get_submodule(part.layer)
+        rows = linear.weight[part.indices]
+        linear.weight.data[part.indices] = torch.randn(rows.shape, generator=drawn).to(rows) * rows.std()
+
+
+def _kept(
+    model: nn.Module,
+    name: str,
+    heads: int,
+    calls: Sequence[Call],
+    targets: Mapping[str, Sequence[Tensor]],
+    value: Tensor,
+    outputs: Tensor,
+    options: HeadOptions,
+) -> tuple[int, ...]:
+    """The heads that stay where none merge."""
+    layout = head_layout(model, name)
+    if options.method == "random":
+        return tuple(range(heads))
+    if options.method == "magnitude":
+        sides = [
+            *(_by_head(model, part, layout.width) for part in (layout.queries[0], layout.keys[0])),
+            value,
+        ]
+        sizes = outputs.square().sum((1, 2)) + sum(side.square().sum((1, 2)) for side in sides)
+        return tuple(sorted(sizes.topk(heads).indices.tolist()))
+    (output,) = layout.outputs
+    moments = Moments.zeros(outputs.shape[0] * outputs.shape[1], outputs.shape[2], value.device)
+    for _, features, target in _features(model, name, calls, targets, options.rows):
+        moments.add(torch.einsum("rjc,jcd->rjd", features.double(), value).flatten(1), target)
+    return heads_to_keep(moments.centred() if _has_bias(model, output) else moments, outputs, heads)
 
 
 # --- fitting ------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from shd_diffusion.compression.attention import HeadOptions, Method
 from shd_diffusion.compression.budget import Budget, ShapePlan, plan_shape
 from shd_diffusion.compression.compress import Counts, Part, compress
 from shd_diffusion.compression.costs import cost_of
@@ -106,6 +107,7 @@ def compress_run(
     blocks: int | None = None,
     plain: bool = False,
     budget: Budget | None = None,
+    method: Method = "merge",
 ) -> dict[str, Any]:
     """Compress a trained model, calibrated on data that are noised as in training, and save it in its kind of pipeline.
 
@@ -117,6 +119,7 @@ def compress_run(
         blocks: see `compress`.
         plain: see `compress`.
         budget: instead of heads, neurons and blocks.
+        method: see `HeadOptions`.
 
     Returns:
         The content of `compression.json`.
@@ -133,7 +136,10 @@ def compress_run(
         shape = plan.arguments
     before = count_parameters(model)
     try:
-        found = compress(model, calibration.batches, predict, **shape, plain=plain, report=_tell)
+        options = HeadOptions(method=method)
+        found = compress(
+            model, calibration.batches, predict, **shape, options=options, plain=plain, report=_tell
+        )
     except ValueError as error:
         raise UserError(f"{path}: cannot be compressed so: {error}") from error
     source, vae = calibration.source, None
@@ -142,6 +148,7 @@ def compress_run(
     results = {
         "teacher": path,
         "images": sum(len(noised) for noised, *_ in calibration.batches),
+        "method": method,
         "parameters": {"before": before, "after": count_parameters(found.model)},
         "lost": found.lost,
         "parts": [asdict(part) for part in found.parts],
