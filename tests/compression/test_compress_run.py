@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, command, sets
+from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command, sets
+from diffusers import DDPMScheduler
+from small_models import small_dit
 
-from shd_diffusion.compression import importance
 from shd_diffusion.compression.compress_run import calibrate
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline
@@ -78,33 +79,32 @@ def test_what_cannot_be_had_is_one_line(options: list, says: str, runs: Path, tm
 
 
 @pytest.fixture
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A part may keep quarters of what it has, so that less is measured."""
-    monkeypatch.setattr(importance, "STEPS", 4)
+def pipeline_of_two_blocks(tmp_path: Path) -> Path:
+    """With every parameter random: as initialised, its blocks compute nothing."""
+    torch.manual_seed(0)
+    model = small_dit(heads=4, layers=2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ClassConditionalPipeline(model, DDPMScheduler(), sample_shape=[1, 8, 8]).save_pretrained(
+        tmp_path / "teacher"
+    )
+    return tmp_path / "teacher"
 
 
-@pytest.mark.usefixtures("few_steps")
-def test_a_dry_run_shows_the_plan_and_writes_nothing(runs: Path, tmp_path: Path) -> None:
+def test_a_dry_run_shows_the_plan_and_writes_nothing(pipeline_of_two_blocks: Path, tmp_path: Path) -> None:
     options = "--budget", "macs=0.6", "--dry-run", "--images", 64, "--output", tmp_path / "no"
-    code, output, errors = command("compress", runs / "teacher", *options)
+    code, output, errors = command("compress", pipeline_of_two_blocks, "--data", TEACHER_CONFIG, *options)
     assert code == 0, errors
-    assert "of 384 neurons" in output and "total" in output and "multiply-adds" in output
+    assert "of 128 neurons" in output and "total" in output and "multiply-adds" in output
     assert not (tmp_path / "no").exists()
 
 
-@pytest.mark.usefixtures("few_steps")
-def test_a_budget_is_kept_and_its_plan_stands_beside_the_pipeline(runs: Path, tmp_path: Path) -> None:
-    options = (
-        "--budget",
-        "parameters=0.6",
-        "--images",
-        64,
-        "--timesteps",
-        "0,1,1,1,0",
-        "--output",
-        tmp_path / "small",
-    )
-    code, _, errors = command("compress", runs / "teacher", *options)
+def test_a_budget_is_kept_and_its_plan_stands_beside_the_pipeline(
+    pipeline_of_two_blocks: Path, tmp_path: Path
+) -> None:
+    budget = "--budget", "parameters=0.6", "--timesteps", "0,1,1,1,0"
+    options = "--data", TEACHER_CONFIG, "--images", 64, "--output", tmp_path / "small"
+    code, _, errors = command("compress", pipeline_of_two_blocks, *budget, *options)
     assert code == 0, errors
     found = json.loads((tmp_path / "small" / "compression.json").read_text())
     plan, sizes = found["plan"], found["parameters"]
