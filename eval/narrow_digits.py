@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from shd_diffusion.compression.calibration import calibration_batches
+from shd_diffusion.compression.compress_run import calibration_batches
 from shd_diffusion.compression.narrow import squeeze_into
 from shd_diffusion.config import DistillConfig, override_config, read_config
 from shd_diffusion.data.datasets import build_source, reference_images

@@ -13,8 +13,9 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from shd_diffusion.compression.attention import HeadOptions, check_can_be_squeezed
-from shd_diffusion.compression.compress import Batch, Predict, compress, passes
+from shd_diffusion.compression.compress import compress
 from shd_diffusion.compression.lockstep import Lockstep
+from shd_diffusion.compression.walk import Batch, Predict, passes, relative_change
 from shd_diffusion.models.layouts import feed_forwards, head_layout
 from shd_diffusion.models.squeezed import (
     PREFIX,
@@ -78,13 +79,9 @@ def squeeze_into(
         model = compress(model, held, predict, heads, of_layers, options=options).model
         _cut_first(model, fewer, options)  # what runs in masked passes only, and with no calibration batch
     _narrow(student, model, held, predict, choose, refit)
-    errors = energies = 0.0
-    for batch in held:
-        wanted, found = (predict(each, *batch).double() for each in (teacher, student))
-        errors += float((wanted - found).square().sum())
-        energies += float(wanted.square().sum())
+    found, wanted = ([predict(each, *batch) for batch in held] for each in (student, teacher))
     student.train(training)
-    return errors / energies
+    return relative_change(found, wanted)
 
 
 def check_can_be_squeezed_into(student: ModelMixin, teacher: ModelMixin, origins: Mapping[str, str]) -> None:

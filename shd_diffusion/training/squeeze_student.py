@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
-from shd_diffusion.compression.calibration import calibration_batches
+from shd_diffusion.compression.compress_run import calibration_batches
 from shd_diffusion.compression.narrow import squeeze_into
 from shd_diffusion.config import DistillConfig
 from shd_diffusion.models.denoiser import predict
