@@ -55,6 +55,7 @@ def main(
     teacher: Annotated[str, typer.Option(help="Run or pipeline folder.")] = "runs/digits/teacher",
     variant: Annotated[list[str] | None, typer.Option(help="Some of the variants.")] = None,
     steps: Annotated[list[int] | None, typer.Option(help="Of training, each from the start.")] = None,
+    only_start: Annotated[bool, typer.Option(help="Train nothing; only say what the start lost.")] = False,
     seed: Annotated[list[int] | None, typer.Option(help="Of student, noise and samples.")] = None,
     set_: Annotated[list[str] | None, typer.Option("--set", help="As for `distill`.")] = None,
 ) -> None:
@@ -71,7 +72,8 @@ def main(
                 start = Path(folder) / "student"
                 found = results.setdefault(f"{name}, seed {number}", {})
                 found |= _begin(settings, name, start)
-                for count in steps or [0, 150, 500]:
+                write_json(output, {"results": results, "environment": describe_environment()})
+                for count in [] if only_start else steps or [0, 150, 500]:
                     run = Path(folder) / f"run-{count}"
                     found[f"{count} steps"] = _measure(settings, start, count, run)
                     print(name, number, count, found[f"{count} steps"], flush=True)

@@ -79,6 +79,6 @@ def test_a_student_that_cannot_be_squeezed_writes_nothing(tmp_path: Path) -> Non
     assert (
         code == 2
         and "key `student.init`:" in errors
-        and "make `attention_head_dim` equal" in errors
+        and "give it at most those" in errors
         and not run.exists()
     )
