@@ -25,7 +25,6 @@ import torch
 import typer
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from live_memory import LiveMemory
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -46,6 +45,7 @@ from shd_diffusion.losses.term import Batch
 from shd_diffusion.models.denoiser import freeze
 from shd_diffusion.models.factory import ModelConfig, build_model
 from shd_diffusion.models.teacher import Teacher
+from shd_diffusion.operations import Meter
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.squeezing import plan_merges, prepare_squeezer, squeeze_heads
 from shd_diffusion.training.build import build
@@ -417,7 +417,7 @@ def memory(chunk_rows: int = 64, output: Output = None) -> None:
     figures: dict[str, Any] = {"chunk_rows": chunk_rows, "megabytes": {}, "megabytes of all maps": {}}
     for tokens in (256, 512, 1024, 2048, 4096):
         run = loss_and_gradient(SHDLoss(SHDConfig(chunk_rows=chunk_rows)), 1, tokens)
-        with LiveMemory() as seen:
+        with Meter() as seen:
             run()
         figures["megabytes"][tokens] = round(seen.peak / 2**20, 2)
         figures["megabytes of all maps"][tokens] = 18 * tokens**2 * 4 / 2**20
