@@ -59,10 +59,12 @@ class StudentConfig(ModelConfig):
 class TeacherConfig(Section):
     """The trained model to distil from: a run folder, a pipeline or model folder, or a hub name.
 
-    It is never trained, so `dtype` may be half as wide as the student's.
+    It is never trained, so `dtype` may be half as wide as the student's. `config` is what `--dry-run` reads in place of
+    `path`, where that cannot be had: a folder of a pipeline's config files alone, or a config of `train-teacher`.
     """
 
     path: str
+    config: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["accelerator", "cpu"] = "accelerator"
 

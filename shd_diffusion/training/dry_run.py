@@ -31,8 +31,7 @@ from shd_diffusion.training.batches import BatchLayout
 from shd_diffusion.training.build import Parts, build, model_section
 from shd_diffusion.training.count import (
     PassCount,
-    count_forward,
-    count_pass,
+    count_passes,
     materialised,
     paired_heads,
     training_loss,
@@ -48,8 +47,7 @@ from shd_diffusion.training.train_state import TrainState
 
 SECONDS = 30.0  # that the last step may take
 SHARE_OF_MEMORY = 0.5  # of what is free, that a real step may take
-FEW_OPERATIONS = 1e10  # of the forward passes of a step that is computed to be counted
-OPERATIONS = 5e12  # that a real step on a CPU may take: a minute or so on a few cores
+OPERATIONS = 1e12  # of one image that a CPU may take: half a minute or so on one core
 
 Config = TrainTeacherConfig | DistillConfig
 
@@ -57,12 +55,16 @@ Config = TrainTeacherConfig | DistillConfig
 def dry_run(config: Config, source: str) -> dict[str, Any]:
     """Build, count and measure, print tables on standard error, and return the numbers, ready for JSON.
 
-    `teacher.path` may be a folder with config.json files alone, or a config of `train-teacher`: only sizes count.
+    Of a teacher only the configs are read, at `teacher.config` if that is set: a folder of a pipeline's config files, or
+    a config of `train-teacher`.
 
     Raises:
         UserError: the config cannot be carried out.
     """
     announce("dry run: made-up samples; neither data nor weights are read, nothing is written")
+    if isinstance(config, DistillConfig) and config.teacher.config is not None:
+        teacher = config.teacher.model_copy(update={"path": config.teacher.config})
+        config = config.model_copy(update={"teacher": teacher})
     train = config.train
     small = config.model_copy(update={"train": _alone(train, images=1)})
     accelerator = make_accelerator(small.train, Path())
@@ -70,12 +72,9 @@ def dry_run(config: Config, source: str) -> dict[str, Any]:
         raise UserError("--dry-run: it is for one process, and tells what each of several would need")
     parts = build_empty(small, source)
     share = BatchLayout(train.batch_size, train.micro_batch_size, train.num_processes or 1).passes[0].stop
-    forward = {"forward": count_forward(parts, parts.model)}
-    if parts.teacher is not None:
-        forward["teacher_forward"] = count_forward(parts, parts.teacher.model)
-    content = share * sum(forward.values()) < FEW_OPERATIONS
-    counts = {keeps: count_pass(parts, share, not keeps, accelerator, content) for keeps in (True, False)}
-    counted = counts[not train.gradient_checkpointing]
+    counts = count_passes(parts, share, accelerator)
+    counted = counts[train.gradient_checkpointing]
+    forward = dict(zip(("forward", "teacher_forward"), (n // share for n in counted.forward), strict=False))
     one_image = memory(parts, counted.activations // share, counted.extra_parameters)["sum"]
     reason = why_not_measured(one_image, counted.operations // share, accelerator)
     if reason is None:
@@ -117,10 +116,7 @@ def build_empty(config: Config, source: str) -> Parts:
     key, section = model_section(config)
     teacher = _open_teacher(config, source) if isinstance(config, DistillConfig) else None
     try:
-        like = (
-            config.within if not isinstance(config, DistillConfig) or not _is_config(config.within) else None
-        )
-        model = empty_model(section, like)
+        model = empty_model(section, None if _is_config(config.within) else config.within)
     except ValueError as error:
         raise UserError(f"{source}: key `{key}`: {error}") from error
     try:
@@ -145,8 +141,8 @@ def _open_teacher(config: DistillConfig, source: str) -> Teacher:
         return Teacher(freeze(cast(model, dtype)), scheduler=scheduler)
     except (ValueError, UserError) as error:
         raise UserError(
-            f"{source}: key `teacher.path`: {error}; a dry run also takes a folder with config.json files alone, or a "
-            "config of train-teacher there"
+            f"{source}: key `teacher.path`: {error}; a dry run needs its configs alone: set `teacher.config` to a folder "
+            "with them, or to a config of train-teacher"
         ) from error
 
 
@@ -157,8 +153,7 @@ def _is_config(path: str | None) -> bool:
 def _alone(train: TrainConfig, images: int) -> TrainConfig:
     """The optimisation of so many images a step as one process does it, without what only a long run wants."""
     alone = {"micro_batch_size": None, "num_processes": None, "shard": False, "compile": False}
-    counted_apart = {"gradient_checkpointing": False}
-    return train.model_copy(update={"batch_size": images, "trackers": [], **alone, **counted_apart})
+    return train.model_copy(update={"batch_size": images, "trackers": [], **alone})
 
 
 # --- measuring -----------------------------------------------------------------------------------------------
@@ -181,7 +176,9 @@ def measure(parts: Parts, most: int, activations: int, accelerator: Accelerator)
         most: images of the last step.
         activations: bytes that one image makes.
     """
-    parts = materialised(parts, torch.device("cpu"), parts.config.train.gradient_checkpointing)
+    parts = materialised(parts, torch.device("cpu"))
+    if parts.config.train.gradient_checkpointing:
+        parts.model.enable_gradient_checkpointing()
     if parts.teacher is not None and isinstance(parts.config, DistillConfig):
         place_teacher(parts.teacher.model, parts.config, accelerator)
     for module in (parts.model, *parts.terms.values()):
@@ -269,8 +266,8 @@ def memory_of_run(parts: Parts, counted: PassCount, train: TrainConfig) -> dict[
 def memory_by_option(parts: Parts, counts: dict[bool, PassCount], processes: int) -> dict[str, int]:
     """Bytes of one process with and without gradient checkpointing, and sharded over all processes if several."""
     sums = {}
-    for keeps, name in ((True, "plain"), (False, "gradient_checkpointing")):
-        count = counts[keeps].activations, counts[keeps].extra_parameters
+    for again, name in ((False, "plain"), (True, "gradient_checkpointing")):
+        count = counts[again].activations, counts[again].extra_parameters
         sums[name] = memory(parts, *count)["sum"]
         if processes > 1:
             sums[f"{name}, sharded"] = memory(parts, *count, processes)["sum"]

@@ -14,7 +14,7 @@ from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.losses import TERMS
 from shd_diffusion.models.factory import cast
 from shd_diffusion.training.build import Parts
-from shd_diffusion.training.count import count_pass, twin
+from shd_diffusion.training.count import count_passes, made_up_batch, materialised, meter_pass, twin
 from shd_diffusion.training.dry_run import build_empty
 from shd_diffusion.training.launch import make_accelerator
 from shd_diffusion.training.memory import memory
@@ -41,15 +41,19 @@ def test_without_content_the_counts_are_the_same(
 ) -> None:
     parts = digits(f"train.mixed_precision={precision}", *losses)
     accelerator = make_accelerator(parts.config.train, Path())
-    real, empty = (count_pass(parts, 2, checkpointing, accelerator, content) for content in (True, False))
-    assert empty == real
-    assert real.operations > 0 and real.activations > 0
+    device = torch.device("cpu")
+    real, batch = materialised(parts, device), made_up_batch(parts, 2, device)
+    if checkpointing:
+        real.model.enable_gradient_checkpointing()
+    found = meter_pass(real, batch, accelerator)
+    assert count_passes(parts, 2, accelerator)[checkpointing] == found
+    assert found.operations > 2 * found.forward[0] + sum(found.forward) > 0 and found.activations > 0
 
 
 def test_checkpointing_computes_the_student_again_and_keeps_less() -> None:
     parts = digits("losses.shd.weight=0", "losses.output.weight=0", "student.arguments.num_layers=6")
     accelerator = make_accelerator(parts.config.train, Path())
-    plain, again = (count_pass(parts, 2, checkpointing, accelerator, True) for checkpointing in (False, True))
+    plain, again = count_passes(parts, 2, accelerator).values()
     block = parts.model.transformer_blocks[0]
     linear = sum(p.numel() for n, p in block.named_parameters() if n.endswith("weight") and "norm" not in n)
     tokens = 2 * parts.student_trace.records["transformer_blocks.0.attn1"].query.shape[2]
