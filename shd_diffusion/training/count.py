@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from shd_diffusion.losses import build_terms
 from shd_diffusion.losses.term import Batch
@@ -161,7 +161,8 @@ def without_content() -> Iterator[FakeTensorMode]:
 
 def _empty(model: ModelMixin, device: torch.device) -> ModelMixin:
     """A copy on a device: many times faster than a new one, whose weights would be drawn."""
-    model = deepcopy(model)
+    with unset_fake_temporarily():  # a buffer without content cannot be copied
+        model = deepcopy(model)
     for module in model.modules():
         for name, tensor in module.named_parameters(recurse=False):
             empty = torch.empty(tensor.shape, dtype=tensor.dtype, device=device)

@@ -13,6 +13,7 @@ import pytest
 import torch
 import yaml
 from commands import ROOT, command, sets
+from config_only import config_only
 from diffusers import ModelMixin
 from safetensors import SafetensorError
 from small_models import small_dit
@@ -94,31 +95,6 @@ def test_the_stride_of_a_vae(tmp_path: Path) -> None:
 
 
 # --- dry runs -----------------------------------------------------------------------------------------------------
-
-
-def config_only(name: str, folder: Path) -> Path:
-    """The configs of a tiny pipeline of 4 heads, without any weights, and a run's config beside them."""
-    pipeline = PIPELINES[name]()
-    pipeline.save_pretrained(folder / "teacher", safe_serialization=True)
-    for file in (folder / "teacher").rglob("*"):
-        if file.is_file() and file.name not in ("config.json", "model_index.json", "scheduler_config.json"):
-            file.unlink()
-    tree = {
-        "teacher": {"path": str(folder / "teacher")},
-        "data": {"name": "image_folder", "path": "nowhere", "image_size": SIZE[0], "caption_column": "text"},
-        "prepare": {"output": str(folder / "cache"), "prompt_arguments": ARGUMENTS.get(name, {})},
-        "train": {"max_steps": 3, "batch_size": 2},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump({**tree, **student(name)}))
-    return folder / "config.yaml"
-
-
-def student(name: str) -> dict[str, Any]:
-    guided = {"max_steps": 3, "batch_size": 2, "guidance_range": [1, 4]}
-    return {
-        "sdxl": {"student": {"arguments": {"attention_head_dim": 2}}},
-        "flux-dev": {"student": {"arguments": {"num_attention_heads": 2}}, "train": guided},
-    }[name]
 
 
 @pytest.mark.parametrize("name", ["sdxl", "flux-dev"])
