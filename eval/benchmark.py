@@ -577,7 +577,9 @@ class MarkedLoss:
 @app.command()
 def text_step(
     threads: Threads = 2,
-    image_size: Annotated[int, typer.Option(min=64, help="Width and height of the images, in pixels.")] = 1024,
+    image_size: Annotated[
+        int, typer.Option(min=64, help="Width and height of the images, in pixels.")
+    ] = 1024,
     output: Output = None,
 ) -> None:
     """Two optimiser steps of the distillation of PixArt-Sigma at its full size, by the trainer's own code: seconds by
@@ -609,11 +611,16 @@ def text_step(
             terms, norm = take_step(state, marked, batches, 1, step, config.train, accelerator)
             laps.end("average")
             assert bool(norm.isfinite())
-            steps.append({"seconds": laps.seconds, "terms": {name: float(term) for name, term in terms.items()}})
+            steps.append(
+                {"seconds": laps.seconds, "terms": {name: float(term) for name, term in terms.items()}}
+            )
     figures = {
         "threads": threads,
         "sample": list(parts.data.shape),
-        "parameters": {"teacher": count_parameters(parts.teacher.model), "student": count_parameters(parts.model)},
+        "parameters": {
+            "teacher": count_parameters(parts.teacher.model),
+            "student": count_parameters(parts.model),
+        },
         "steps": steps,
         "gigabytes at most": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }

@@ -56,11 +56,18 @@ def count_passes(parts: Parts, images: int, accelerator: Accelerator) -> dict[bo
     batch = made_up_batch(parts, images, device)
     with without_content() as mode:
         parts = _with_models(parts, device, partial(_empty, device=device))
-        batch = _fake(batch, mode)
-        parts.model.disable_gradient_checkpointing()
-        plain = meter_pass(parts, batch, accelerator)
-        parts.model.enable_gradient_checkpointing()
-        return {False: plain, True: meter_pass(parts, batch, accelerator)}
+        return meter_passes(parts, _fake(batch, mode), accelerator)
+
+
+def meter_passes(parts: Parts, batch: Batch, accelerator: Accelerator) -> dict[bool, PassCount]:
+    """Two passes over a batch, without and with gradient checkpointing.
+
+    The first has in it what SHD computes once for all steps, such as the products of the teacher's output weights.
+    """
+    parts.model.disable_gradient_checkpointing()
+    plain = meter_pass(parts, batch, accelerator)
+    parts.model.enable_gradient_checkpointing()
+    return {False: plain, True: meter_pass(parts, batch, accelerator)}
 
 
 def meter_pass(parts: Parts, batch: Batch, accelerator: Accelerator) -> PassCount:
@@ -70,7 +77,9 @@ def meter_pass(parts: Parts, batch: Batch, accelerator: Accelerator) -> PassCoun
     parameters = [*parts.model.parameters(), *loss.parameters()]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)  # those of a pass before: not a part of this one
-    outside = chain.from_iterable((*module.parameters(), *module.buffers()) for module in (*models, loss.terms))
+    outside = chain.from_iterable(
+        (*module.parameters(), *module.buffers()) for module in (*models, loss.terms)
+    )
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     weights = loss.weights(0)
     parts.model.train()

@@ -55,8 +55,7 @@ Config = TrainTeacherConfig | DistillConfig
 def dry_run(config: Config, source: str) -> dict[str, Any]:
     """Build, count and measure, print tables on standard error, and return the numbers, ready for JSON.
 
-    Of a teacher only the configs are read, at `teacher.config` if that is set: a folder of a pipeline's config files, or
-    a config of `train-teacher`.
+    Of a teacher only the configs are read, at `teacher.config` if that is set.
 
     Raises:
         UserError: the config cannot be carried out.
@@ -141,8 +140,8 @@ def _open_teacher(config: DistillConfig, source: str) -> Teacher:
         return Teacher(freeze(cast(model, dtype)), scheduler=scheduler)
     except (ValueError, UserError) as error:
         raise UserError(
-            f"{source}: key `teacher.path`: {error}; a dry run needs its configs alone: set `teacher.config` to a folder "
-            "with them, or to a config of train-teacher"
+            f"{source}: key `teacher.path`: {error}; a dry run needs its configs alone: set `teacher.config` to a "
+            "folder with them, or to a config of train-teacher"
         ) from error
 
 

@@ -116,7 +116,7 @@ def test_a_teacher_that_is_not_there(tmp_path: Path) -> None:
     code, _, errors = command(
         "distill", DISTILL_CONFIG, "--dry-run", *sets(f"teacher.path={tmp_path / 'none'}")
     )
-    assert code == 2 and "config.json files alone" in errors
+    assert code == 2 and "set `teacher.config` to a folder with them" in errors
 
 
 def test_a_student_that_starts_from_its_teacher_says_how_much_it_takes() -> None:

@@ -70,9 +70,7 @@ def test_a_bf16_teacher_keeps_in_float32_what_its_class_says(tmp_path: Path) -> 
     model.save_pretrained(tmp_path)
     teacher = load_teacher(TeacherConfig(path=str(tmp_path), dtype="bfloat16")).model
     found = {name: parameter.dtype for name, parameter in teacher.named_parameters()}
-    assert found == {
-        name: torch.float32 if kept & set(name.split(".")) else torch.bfloat16 for name in found
-    }
+    assert found == {name: torch.float32 if kept & set(name.split(".")) else torch.bfloat16 for name in found}
     assert {torch.float32, torch.bfloat16} == set(found.values())
     counted = cast(empty_model(ModelConfig(pretrained=str(tmp_path))), torch.bfloat16)
     assert found == {name: parameter.dtype for name, parameter in counted.named_parameters()}
