@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import json
 import shutil
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -94,13 +95,15 @@ class PipelineFolder:
             raise UserError(f"{self.name}: its scheduler cannot be loaded ({one_line(error)})") from error
 
     def hash_prompt_parts(self) -> str:
-        """SHA-256 of all files that prompts are encoded by: text encoders, tokenizers, templates.
+        """SHA-256 of all that prompts are encoded by: text encoders, tokenizers, templates, the pipeline's options.
 
         By their files, since text encoders can be larger than the memory that training has left.
         """
         parts = sorted(name for name in self.index if name not in NOT_OF_PROMPTS and self.has(name))
         folder = self.local(parts)
-        digest = hashlib.sha256(str(self.index.get("_class_name")).encode())
+        options = {name: value for name, value in self.index.items() if not isinstance(value, list)}
+        options.pop("_diffusers_version", None)
+        digest = hashlib.sha256(json.dumps(options, sort_keys=True).encode())
         for part in parts:
             for file in sorted((folder / part).rglob("*")):
                 if file.suffix in READ and ".fp16." not in file.name:

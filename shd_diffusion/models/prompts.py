@@ -10,9 +10,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import hashlib
 import inspect
-import json
 import string
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -27,7 +25,6 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.hashing import hash_model
 from shd_diffusion.models.factory import DENOISERS, denoiser_part
 from shd_diffusion.models.families import TEXT_MASK, Family, family_of
 
@@ -98,31 +95,6 @@ class PromptEncoder:
         off = self._guidance(1.0)
         # Z-Image counts from 0: its guidance_scale is w - 1
         return off if len(self._record(prompt, **off)) == 1 else self._guidance(0.0)
-
-    @functools.cached_property
-    def identity(self) -> str:
-        """SHA-256 of all that a condition follows from beside its prompt: text encoders' configs and weights,
-        tokenizers, the pipeline's class and options, size and arguments."""
-        self.encode([_PROBES[0]])  # in which some pipelines set their tokenizer's padding side
-        pipeline = self.pipeline
-        options = {
-            name: value
-            for name, value in pipeline.config.items()
-            if not name.startswith("_") and name not in pipeline.components
-        }
-        facts: list[Any] = [type(pipeline).__name__, options, self.size, self.arguments]
-        module = inspect.getmodule(type(pipeline))
-        cleaners = (
-            "is_bs4_available",
-            "is_ftfy_available",
-        )  # some pipelines clean prompts by what is installed
-        facts.append([hasattr(module, name) and getattr(module, name)() for name in cleaners])
-        for name, part in sorted(pipeline.components.items()):
-            if name.startswith("text_encoder") and part is not None:
-                facts.append([name, hash_model(part)])
-            elif name.startswith("tokenizer") and part is not None:
-                facts.append([name, _tokenizer_facts(part)])
-        return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
     @functools.cached_property
     def _same_in_any_batch(self) -> bool:
@@ -287,18 +259,6 @@ def _distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
         (one[name].double() - other[name].double()).abs().max().item() for name in one if one[name].numel()
     ]
     return max(differences, default=0.0)
-
-
-def _tokenizer_facts(tokenizer: Any) -> list[Any]:
-    """All that token numbers follow from, of a tokenizer or of a processor with one."""
-    template = getattr(tokenizer, "chat_template", None)
-    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    state = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
-    for left_by_the_last_call in ("padding", "truncation") if backend is not None else ():
-        state.pop(left_by_the_last_call, None)
-    rest = (tokenizer.model_max_length, tokenizer.padding_side, tokenizer.special_tokens_map)
-    return [type(tokenizer).__name__, state, template, *rest]
 
 
 # --- pipelines without their denoiser -----------------------------------------------------------------------------

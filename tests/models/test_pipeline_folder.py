@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import AutoModel, DiffusionPipeline
 from tiny_pipelines import PIPELINES, t5
+from transformers import AutoTokenizer
 
 from shd_diffusion.data import latent_space
 from shd_diffusion.data.latent_space import load_vae
@@ -55,7 +56,14 @@ def test_what_encodes_prompts_is_told_by_its_files(hub: Path) -> None:
     assert found(str(hub)).hash_prompt_parts() == before
     torch.manual_seed(1)
     t5().save_pretrained(hub / "text_encoder")
-    assert found(str(hub)).hash_prompt_parts() != before
+    other_weights = found(str(hub)).hash_prompt_parts()
+    tokenizer = AutoTokenizer.from_pretrained(hub / "tokenizer")
+    tokenizer.add_tokens(["cat"])
+    tokenizer.save_pretrained(hub / "tokenizer")
+    other_tokenizer = found(str(hub)).hash_prompt_parts()
+    index = json.loads((hub / "model_index.json").read_text())
+    (hub / "model_index.json").write_text(json.dumps(index | {"force_zeros_for_empty_prompt": False}))
+    assert len({before, other_weights, other_tokenizer, found(str(hub)).hash_prompt_parts()}) == 4
 
 
 def test_the_vae_of_a_hub_pipeline_is_in_its_own_folder(hub: Path, monkeypatch: pytest.MonkeyPatch) -> None:

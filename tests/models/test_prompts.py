@@ -123,7 +123,6 @@ def test_no_denoiser_is_needed(name: str, tmp_path: Path) -> None:
     without = PromptEncoder(loaded, SIZE, whole.arguments)
     assert same(whole.encode([SHORT])[0], without.encode([SHORT])[0])
     assert same(whole.null(), without.null())
-    assert whole.identity == without.identity
 
 
 @pytest.mark.parametrize(
@@ -160,28 +159,6 @@ def test_embedded_guidance_is_that_of_scale_1() -> None:
     dev, schnell = encoder("flux-dev"), encoder("flux-schnell")
     assert dev.encode([SHORT])[0]["guidance"].item() == dev.null()["guidance"].item() == 1
     assert "guidance" not in schnell.null()
-
-
-def test_the_identity_follows_from_all_that_conditions_do() -> None:
-    def of(pipeline: DiffusionPipeline, size: tuple[int, int] = SIZE, **arguments: Any) -> str:
-        return PromptEncoder(pipeline, size, ARGUMENTS["pixart-sigma"] | arguments).identity
-
-    build = PIPELINES["pixart-sigma"]
-    other_tokenizer = build()
-    other_tokenizer.tokenizer.add_tokens(["cat"])
-    other_weights = build(seed=1)
-    used = build()
-    PromptEncoder(used, SIZE, ARGUMENTS["pixart-sigma"]).encode([SHORT, LONG])
-    others = [
-        of(other_tokenizer),
-        of(other_weights),
-        of(build(), (16, 32)),
-        of(build(), max_sequence_length=9),
-    ]
-    other_denoiser = build()
-    other_denoiser.transformer = build(heads=2).transformer
-    assert len({of(build()), *others}) == 5
-    assert of(build()) == of(used) == of(other_denoiser)
 
 
 def test_what_cannot_be_encoded_is_told(tmp_path: Path) -> None:
