@@ -36,7 +36,7 @@ def cells(found: dict[str, Any]) -> dict[str, list[str]]:
     processes = config.train.num_processes if config.train.shard else 1
     options = found["memory_bytes_by_option"]
     return {
-        "disk": [f"{latents / 1e6:.2f}", f"{prompt / 1e6:.2f}", f"{(latents + prompt) / 1e3:.2f}"],
+        "disk": [f"{latents / 1e6:.2f}", f"{prompt / 1e6:.2f}", f"{(latents + prompt) / 1e6:.2f}"],
         "costs": [
             f"{found['teacher']['parameters'] / 1e6:,.0f} M",
             f"{found['student']['parameters'] / 1e6:,.0f} M",
