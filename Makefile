@@ -7,7 +7,8 @@ SHD    := $(BIN)/shd-diffusion
 STUDENT = $(SHD) distill configs/digits/distill.yaml --set teacher.path=$(RUNS)/teacher
 
 EMOJI  ?= runs/emoji
-DISTIL_EMOJI = $(SHD) distill configs/emoji/distill.yaml --set teacher.path=$(EMOJI)/teacher --set prepare.output=$(EMOJI)/cache
+DISTIL_EMOJI = $(SHD) distill configs/emoji/distill.yaml --set teacher.path=$(EMOJI)/teacher --set prepare.output=$(EMOJI)/cache \
+	--set student.pretrained=$(EMOJI)/squeezed
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
 .PHONY: demo demo-text test lint clean
@@ -51,14 +52,16 @@ demo-text: $(FONT) $(VENV)/installed-text $(EMOJI)/base/model_index.json
 	@echo '[3/8] a teacher with 8 heads'
 	$(SHD) train-teacher configs/emoji/teacher.yaml --set pipeline=$(EMOJI)/base --set prepare.output=$(EMOJI)/cache \
 		--output $(EMOJI)/teacher
-	@echo '[4/8] a student with 3 heads: with output KD'
+	@echo '[4/8] 3 heads and half of the neurons by least squares, without training'
+	test -e $(EMOJI)/squeezed/model_index.json || \
+		$(SHD) compress $(EMOJI)/teacher --heads 3 --neurons 0.5 --images 512 --output $(EMOJI)/squeezed
+	@echo '[5/8] that student healed by output KD'
 	$(DISTIL_EMOJI) --set losses.shd.weight=0 --output $(EMOJI)/kd
-	@echo '[5/8] the same student: with output KD and SHD'
+	@echo '[6/8] by output KD and SHD'
 	$(DISTIL_EMOJI) --output $(EMOJI)/kd-shd
-	@echo '[6/8] images of prompts, some of them never seen'
+	@echo '[7/8] images of prompts, some of them never seen, and students against their teacher'
 	$(SHD) sample $(addprefix $(EMOJI)/,teacher kd kd-shd)
-	@echo '[7/8] metrics'
-	$(SHD) evaluate $(addprefix $(EMOJI)/,teacher kd kd-shd) >/dev/null
+	$(SHD) evaluate $(addprefix $(EMOJI)/,kd kd-shd) >/dev/null
 	@echo '[8/8] report'
 	$(SHD) report $(addprefix $(EMOJI)/,teacher kd kd-shd) --output $(EMOJI)/report.html
 

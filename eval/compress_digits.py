@@ -6,6 +6,7 @@ python eval/compress_digits.py runs/digits/teacher/pipeline --output docs/result
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -14,7 +15,9 @@ import typer
 
 from shd_diffusion.compression import compress
 from shd_diffusion.compression.attention import HeadOptions
-from shd_diffusion.compression.compress_run import calibration_batches
+from shd_diffusion.compression.budget import parse_budget, plan_shape
+from shd_diffusion.compression.compress_run import calibration_batches, first_sample
+from shd_diffusion.compression.costs import cost_of
 from shd_diffusion.config import TrainTeacherConfig, read_config
 from shd_diffusion.data.datasets import build_source, reference_images
 from shd_diffusion.environment import describe_environment
@@ -25,7 +28,7 @@ from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.sample_run import sample_pipeline
 
-# Arguments of `compress`.
+# Arguments of `compress`, or a budget that finds them.
 CASES: dict[str, dict[str, Any]] = {
     "teacher": {},
     "6 heads": {"heads": 6},
@@ -40,6 +43,11 @@ CASES: dict[str, dict[str, Any]] = {
     "6 wider heads, plain": {"heads": 6, "plain": True},
     "5 blocks": {"blocks": 5},
     "4 blocks": {"blocks": 4},
+    # of the multiply-adds what loses least, beside a uniform shape of as many
+    "macs=0.75": {"budget": "macs=0.75"},
+    "9 heads, 279 neurons": {"heads": 9, "neurons": 279},
+    "macs=0.5": {"budget": "macs=0.5"},
+    "6 heads, 175 neurons": {"heads": 6, "neurons": 175},
 }
 
 
@@ -65,9 +73,15 @@ def main(
         model = pipeline.denoiser
         process = ForwardProcess.from_scheduler(pipeline.scheduler)
         batches = calibration_batches(settings, model, source, process, images, batch)
+        total = cost_of(model, "macs", partial(predict, model, *first_sample(batches)))
         began = time.perf_counter()
-        found = compress(model, batches, predict, options=options, **CASES[name])
+        arguments = dict(CASES[name])
+        if "budget" in arguments:
+            budget = parse_budget(arguments.pop("budget"))
+            arguments = plan_shape(model, batches, predict, budget, first_sample(batches), options).arguments
+        found = compress(model, batches, predict, options=options, **arguments)
         seconds = time.perf_counter() - began
+        own = partial(predict, found.model, *first_sample(batches))
         pipeline.register_modules(denoiser=found.model)
         with TemporaryDirectory() as folder:
             samples = Path(folder) / "samples"
@@ -77,6 +91,7 @@ def main(
             "fid": metrics["fid"],
             "lost": found.lost,
             "parameters": count_parameters(found.model),
+            "multiply_adds": round(cost_of(found.model, "macs", own) / total, 4),
             "seconds": round(seconds, 1),
             "parts": [
                 [p.name, p.before, p.after, round(p.lost_before, 4), round(p.lost, 4)] for p in found.parts

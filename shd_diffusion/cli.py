@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -342,7 +343,9 @@ def compress(
     teacher: Annotated[
         str, typer.Argument(metavar="TEACHER", help="A run, a pipeline or model folder, or a hub name.")
     ],
-    output: Annotated[Path, typer.Option("--output", metavar="DIR", help="The pipeline folder to write.")],
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="DIR", help="The pipeline folder to write.")
+    ] = None,
     data: Annotated[
         Path | None,
         typer.Option(
@@ -352,28 +355,75 @@ def compress(
     heads: Annotated[float | None, typer.Option(help="Of every attention block; below 1 a share.")] = None,
     neurons: Annotated[float | None, typer.Option(help="Of every feed-forward; below 1 a share.")] = None,
     blocks: Annotated[int | None, typer.Option(min=1, help="How many stay.")] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            metavar="UNIT=SHARE",
+            help="Find heads, neurons and blocks for a share of the teacher's parameters, macs or latency.",
+        ),
+    ] = None,
+    only_plan: Annotated[
+        bool, typer.Option("--dry-run", help="Show what a budget leaves, loses and saves; write nothing.")
+    ] = False,
     images: Annotated[int, typer.Option(min=64, help="To calibrate on.")] = 1024,
+    timesteps: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WEIGHT,...",
+            help="How often timesteps of each of so many equal parts count, least noise first.",
+        ),
+    ] = None,
     plain: Annotated[
         bool, typer.Option("--plain", help="Fewer, wider heads, in the teacher's own class.")
     ] = False,
+    method: Annotated[
+        Literal["merge", "drop", "magnitude", "random"],
+        typer.Option(help="How heads leave; all but `merge` are baselines."),
+    ] = "merge",
 ) -> None:
     """Make a smaller pipeline from a teacher's weights, without training; heal it by `student.pretrained`."""
     from rich.console import Console
 
-    from shd_diffusion.compression.compress_run import compress_run, table
+    from shd_diffusion.compression.budget import parse_budget
+    from shd_diffusion.compression.compress_run import calibrate, compress_run, plan_run
+    from shd_diffusion.compression.describe import plan_table, table
     from shd_diffusion.config import read_run_config
+    from shd_diffusion.files import holds_files
     from shd_diffusion.run_folder import RunFolder
 
+    asked = None if budget is None else parse_budget(budget)
+    baseline = method != "merge"
+    given = {
+        "--heads": heads,
+        "--neurons": neurons,
+        "--blocks": blocks,
+        "--plain": plain,
+        "--method": baseline,
+    }
+    if asked is not None and (more := [name for name, value in given.items() if value]):
+        raise UserError(
+            f"--budget {budget}: finds heads, neurons and blocks itself; leave {', '.join(more)} out"
+        )
+    if only_plan and asked is None:
+        raise UserError("--dry-run: shows what a budget comes to; add one, such as --budget macs=0.5")
+    if output is None and not only_plan:
+        raise UserError("--output DIR is missing: the folder for the smaller pipeline")
+    if output is not None and holds_files(output):
+        raise UserError(f"--output {output}: holds files already; give another")
     run = RunFolder(Path(teacher))
     if data is None and not run.config_file.exists():
         raise UserError(
             f"{teacher}: no run, so it has no data to calibrate on; name them: --data CONFIG, the config of a training"
         )
     config = run.read_config() if data is None else read_run_config(data)
-    counts = _count(heads), _count(neurons), blocks
-    results = compress_run(teacher, config, output, *counts, images, plain)
-    Console().print(table(results))
-    typer.echo(f"compressed: {output}")
+    calibration = calibrate(teacher, config, images, _weights(timesteps))
+    if only_plan and asked is not None:
+        Console().print(plan_table(plan_run(calibration, asked)))
+    elif output is not None:
+        counts = _count(heads), _count(neurons), blocks
+        results = compress_run(calibration, output, *counts, plain, asked, method)
+        Console().print(table(results))
+        typer.echo(f"compressed: {output}")
 
 
 @app.command()
@@ -400,6 +450,21 @@ def study(
 def _count(number: float | None) -> int | float | None:
     """A share below 1, a number from 1 on."""
     return number if number is None or number < 1 else int(number)
+
+
+def _weights(timesteps: str | None) -> list[float] | None:
+    """Numbers with commas between them, none negative."""
+    if timesteps is None:
+        return None
+    try:
+        weights = [float(weight) for weight in timesteps.split(",")]
+    except ValueError:
+        weights = []
+    if not 0 < sum(weights) < math.inf or min(weights) < 0:
+        raise UserError(
+            f"--timesteps {timesteps}: give a weight for each of some equal parts of the timesteps, such as 2,1,0"
+        )
+    return weights
 
 
 def _output(config: Any, output: Path | None, source: Path) -> Path:

@@ -32,6 +32,7 @@ from shd_diffusion.squeezing.heads import (
     RIDGE,
     factor_queries_keys,
     head_movements,
+    heads_to_keep,
     merge_values,
     refit_heads,
     select_heads,
@@ -48,11 +49,15 @@ from shd_diffusion.squeezing.shared_keys import (
     sharing_pairs,
 )
 
+Method = Literal["merge", "drop", "magnitude", "random"]
 Pairing = Literal["adjacent", "matched"]
 Queries = Literal["select", "factor"]
 
 Features: TypeAlias = Callable[[], Iterator[tuple[str, Tensor, Tensor]]]
 """Of each output layer its path, rows of features F_j = A'_j H (rows, N, c), and what it should put out (rows, C)."""
+
+Merge: TypeAlias = tuple[Round, tuple[int, ...]]
+"""Groups of heads, and of each group the head whose map it takes."""
 
 _AT_ONCE = 2**24  # elements of features that exist at once
 _MATCHED_ON = 64  # samples on which pairs are found
@@ -66,6 +71,9 @@ class HeadOptions:
     """How the heads of a block are squeezed.
 
     Attributes:
+        method: `merge` them; or the baselines, whose output weights alone are refitted: `drop` those that least
+            squares miss least (`heads_to_keep`), or those with the smallest weights (`magnitude`), or draw the queries,
+            keys and values of all heads anew, as large as they were (`random`).
         pairing: which heads merge: `adjacent` ones, or those that lose least (`match_merges`).
         queries: `select` (`select_heads`) or `factor` (`factor_queries_keys`).
         rounds: of the refit.
@@ -73,6 +81,7 @@ class HeadOptions:
         head_dim: of the heads that stay; None: as the teacher's.
     """
 
+    method: Method = "merge"
     pairing: Pairing = "matched"
     queries: Queries = "select"
     rounds: int = 4
@@ -129,20 +138,19 @@ def squeeze_attention(
     check_can_be_squeezed(model, name, options)
     layout = head_layout(model, name)
     before, width = layout.heads, layout.width
+    if options.method == "random":
+        _draw_anew(model, layout)
     query, key = (_by_head(model, part, width) for part in (layout.queries[0], layout.keys[0]))
-    value = torch.cat([_by_head(model, part, width) for part in _values(model, name)], 1)
-    value = value.repeat_interleave(layout.sharing, 0)  # of each head, (M, c, d)
-    # W^O of all streams side by side, (M, d, C)
-    outputs = torch.cat([_columns(model, part).T.unflatten(0, (before, width)) for part in layout.outputs], 2)
+    value, outputs = _values_and_outputs(model, name)
     bias = position_bias(model, name)
     table = None if bias is None else bias.table.detach()
 
     seen = _look(model, name, calls, options.queries == "factor")
-    groups = members(_plan(seen.records, layout, heads, options.pairing), before)
-    if layout.sharing == 1:
-        selected = select_heads(groups, seen.movements)
+    if options.method == "merge":
+        groups, selected = _merge(seen, layout, heads, options.pairing)
     else:
-        groups, selected = select_sharing(groups, seen.movements, layout.sharing)
+        selected = _kept(model, name, heads, calls, targets, value, outputs, options)
+        groups = tuple((head,) for head in selected)
     norms = _fit_norms(model, name, layout, torch.tensor(selected), calls)
     cut_heads(model, name, torch.tensor(selected))
     for path, (factor, shift) in norms.items():
@@ -168,9 +176,48 @@ def squeeze_attention(
 
     layout = head_layout(model, name)
     seen_again = partial(_features, model, name, calls, targets, options.rows)
-    if len(layout.outputs) == 1 and layout.sharing == 1 and heads * value.shape[1] <= _WIDEST:
+    with_values = options.method == "merge" and len(layout.outputs) == 1 and layout.sharing == 1
+    if with_values and heads * value.shape[1] <= _WIDEST:
         return _fit_values_and_output(model, name, seen_again, value, outputs, groups, options.rounds)
     return _fit_outputs(model, name, seen_again, value, outputs, groups)
+
+
+def head_losses(
+    model: nn.Module,
+    name: str,
+    counts: Sequence[int],
+    calls: Sequence[Call],
+    targets: Mapping[str, Sequence[Tensor]],
+    options: HeadOptions,
+) -> dict[int, float]:
+    """What an attention block loses by so many heads of which values are merged and the output layers fitted.
+
+    All counts are fitted in two passes over the calls, by maps that are there already; the block stays as it is. What
+    `squeeze_attention` loses is less where it refits the values too, by nearly the same factor at every count.
+
+    Args:
+        model: see `squeeze_attention`.
+        name: see `squeeze_attention`.
+        counts: numbers of heads among `head_counts`, fewer than the block's M.
+        calls: see `squeeze_attention`; they stay as they are.
+        targets: see `squeeze_attention`.
+        options: their pairing and rows count.
+
+    Returns:
+        |error|² / |target|², about the means, by count.
+
+    Raises:
+        ValueError: the block is of a kind that cannot be squeezed.
+    """
+    check_can_be_squeezed(model, name, options)
+    layout = head_layout(model, name)
+    value, outputs = _values_and_outputs(model, name)
+    seen = _look(model, name, calls, False)
+    merges = [_merge(seen, layout, count, options.pairing) for count in counts]
+    fits = _output_fits(
+        model, name, partial(_features, model, name, calls, targets, options.rows), value, outputs, merges
+    )
+    return {count: fit.solve(model)[2] for count, fit in zip(counts, fits, strict=True)}
 
 
 def check_can_be_squeezed(model: nn.Module, name: str, options: HeadOptions) -> None:
@@ -185,6 +232,10 @@ def check_can_be_squeezed(model: nn.Module, name: str, options: HeadOptions) -> 
             raise ValueError(
                 f"attention block `{name}` has heads of width {layout.width}, not to become {options.head_dim}"
             )
+    if options.method != "merge" and (len(layout.outputs) > 1 or layout.sharing > 1):
+        raise ValueError(
+            f"attention block `{name}` joins two streams or shares its keys; take the method `merge`"
+        )
     plain = len(layout.queries) == layout.sharing == 1 and _streams(model, name) == ((MAIN,),)
     if options.queries == "factor" and (
         rotates(module) or getattr(module, "norm_q", None) is not None or not plain
@@ -221,6 +272,46 @@ def _values(model: nn.Module, name: str) -> tuple[Slice, ...]:
     return values[::-1] if len(values) == 2 and order[0] == CONTEXT else values
 
 
+# --- baselines ----------------------------------------------------------------------------------------------
+
+
+def _draw_anew(model: nn.Module, layout: HeadLayout) -> None:
+    """Random queries, keys and values, as large as those that there are."""
+    drawn = torch.Generator().manual_seed(0)
+    for part in (*layout.queries, *layout.keys, *layout.values):
+        linear: Any = model.get_submodule(part.layer)
+        rows = linear.weight[part.indices]
+        linear.weight.data[part.indices] = torch.randn(rows.shape, generator=drawn).to(rows) * rows.std()
+
+
+def _kept(
+    model: nn.Module,
+    name: str,
+    heads: int,
+    calls: Sequence[Call],
+    targets: Mapping[str, Sequence[Tensor]],
+    value: Tensor,
+    outputs: Tensor,
+    options: HeadOptions,
+) -> tuple[int, ...]:
+    """The heads that stay where none merge."""
+    layout = head_layout(model, name)
+    if options.method == "random":
+        return tuple(range(heads))
+    if options.method == "magnitude":
+        sides = [
+            *(_by_head(model, part, layout.width) for part in (layout.queries[0], layout.keys[0])),
+            value,
+        ]
+        sizes = outputs.square().sum((1, 2)) + sum(side.square().sum((1, 2)) for side in sides)
+        return tuple(sorted(sizes.topk(heads).indices.tolist()))
+    (output,) = layout.outputs
+    moments = Moments.zeros(outputs.shape[0] * outputs.shape[1], outputs.shape[2], value.device)
+    for _, features, target in _features(model, name, calls, targets, options.rows):
+        moments.add(torch.einsum("rjc,jcd->rjd", features.double(), value).flatten(1), target)
+    return heads_to_keep(moments.centred() if _has_bias(model, output) else moments, outputs, heads)
+
+
 # --- fitting ------------------------------------------------------------------------------------------------
 
 
@@ -250,35 +341,69 @@ def _fit_outputs(
     model: nn.Module, name: str, seen: Features, value: Tensor, outputs: Tensor, groups: Round
 ) -> tuple[float, float]:
     """Merge the values of a block whose queries and keys are there already, and fit each of its output layers."""
-    layout = head_layout(model, name)
-    heads, inputs = len(groups), value.shape[1]
-    own = value.new_zeros(heads, inputs, inputs)
+    (fit,) = _output_fits(model, name, seen, value, outputs, [(groups, tuple(range(len(groups))))])
+    weights, *lost = fit.solve(model)
+    _write_values(model, name, fit.values)
+    for part, weight in weights.items():
+        _write_output(model, part, weight, fit.moments[part].constant(weight))
+    return lost[0], lost[1]
+
+
+@dataclass(slots=True)
+class _OutputFit:
+    """A merge whose output layers are to be fitted.
+
+    Attributes:
+        values: of the merged heads, (G', c, d).
+        merged: output weights of all streams to start from, (N, d, C).
+        moments: of what the heads attend to, by columns of an output layer.
+    """
+
+    values: Tensor
+    merged: Tensor
+    moments: dict[Slice, Moments]
+
+    def solve(self, model: nn.Module) -> tuple[dict[Slice, Tensor], float, float]:
+        """The weight of each output layer (N·d, C), and what was lost before the fit and after."""
+        started = lost = energy = 0.0
+        weights: dict[Slice, Tensor] = {}
+        parts = self.merged.flatten(0, 1).split([each.cross.shape[1] for each in self.moments.values()], 1)
+        for (part, moments), before in zip(self.moments.items(), parts, strict=True):
+            fitted = moments.centred() if _has_bias(model, part) else moments
+            gram = fitted.gram.clone()
+            gram.diagonal().add_(ridge(gram, RIDGE))
+            weights[part] = solve(gram, fitted.cross)
+            started, lost = started + fitted.loss(before), lost + fitted.loss(weights[part])
+            energy += float(fitted.energy)
+        return weights, started / energy, lost / energy
+
+
+def _output_fits(
+    model: nn.Module, name: str, seen: Features, value: Tensor, outputs: Tensor, merges: Sequence[Merge]
+) -> list[_OutputFit]:
+    """Of each merge the merged values and the moments of what they make of the features."""
+    layout, inputs = head_layout(model, name), value.shape[1]
+    width = layout.width
+    own = value.new_zeros(layout.heads, inputs, inputs)
     for _, features, _ in seen():
         by_head = features.transpose(0, 1).double()
         own += by_head.mT @ by_head
-    values, merged = merge_values(value, outputs, groups, own, layout.width, layout.sharing)
-    _write_values(model, name, values)
-    values = values.repeat_interleave(layout.sharing, 0)
-
-    moments = {
-        part.layer: Moments.zeros(heads * layout.width, len(_columns(model, part)), value.device)
-        for part in layout.outputs
-    }
+    fits = []
+    for groups, selected in merges:
+        sharing = len(groups) // key_value_counts(layout.heads, layout.key_value_heads)[len(groups)]
+        values, merged = merge_values(value, outputs, groups, own[list(selected)], width, sharing)
+        moments = {
+            part: Moments.zeros(len(groups) * width, len(_columns(model, part)), value.device)
+            for part in layout.outputs
+        }
+        fits.append(_OutputFit(values, merged, moments))
+    by_layer = {part.layer: part for part in layout.outputs}
     for path, features, target in seen():
-        mixed = torch.einsum("rjc,jcd->rjd", features.double(), values)
-        moments[path].add(mixed.flatten(1), target)
-    started = lost = energy = 0.0
-    parts = merged.flatten(0, 1).split([len(_columns(model, part)) for part in layout.outputs], 1)
-    for part, before in zip(layout.outputs, parts, strict=True):
-        all_moments = moments[part.layer]
-        fitted = all_moments.centred() if _has_bias(model, part) else all_moments
-        gram = fitted.gram.clone()
-        gram.diagonal().add_(ridge(gram, RIDGE))
-        weight = solve(gram, fitted.cross)
-        _write_output(model, part, weight, all_moments.constant(weight))
-        started, lost = started + fitted.loss(before), lost + fitted.loss(weight)
-        energy += float(fitted.energy)
-    return started / energy, lost / energy
+        for fit, (groups, selected) in zip(fits, merges, strict=True):
+            values = fit.values.repeat_interleave(len(groups) // len(fit.values), 0)
+            mixed = torch.einsum("rjc,jcd->rjd", features[:, list(selected)].double(), values)
+            fit.moments[by_layer[path]].add(mixed.flatten(1), target)
+    return fits
 
 
 def _fit_norms(
@@ -375,6 +500,13 @@ def _plan(records: Sequence[AttentionRecord], layout: HeadLayout, heads: int, pa
     return merge_rounds(batches, weight, heads, sharing_pairs(sharing, heads, key_values))
 
 
+def _merge(seen: Sights, layout: HeadLayout, heads: int, pairing: Pairing) -> Merge:
+    groups = members(_plan(seen.records, layout, heads, pairing), layout.heads)
+    if layout.sharing == 1:
+        return groups, select_heads(groups, seen.movements)
+    return select_sharing(groups, seen.movements, layout.sharing)
+
+
 def _map_stream(record: AttentionRecord) -> MapStream:
     batch, heads, rows, _ = record.query.shape
     shape = batch, heads, rows, record.key.shape[2]
@@ -438,6 +570,14 @@ def _by_head(model: nn.Module, part: Slice, width: int) -> Tensor:
     linear: Any = model.get_submodule(part.layer)
     parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
     return torch.cat(parts, 1)[part.indices].detach().double().unflatten(0, (-1, width)).mT
+
+
+def _values_and_outputs(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
+    """Of each head W^V (M, c, d), and W^O of all streams side by side (M, d, C)."""
+    layout = head_layout(model, name)
+    value = torch.cat([_by_head(model, part, layout.width) for part in _values(model, name)], 1)
+    outputs = [_columns(model, part).T.unflatten(0, (layout.heads, -1)) for part in layout.outputs]
+    return value.repeat_interleave(layout.sharing, 0), torch.cat(outputs, 2)
 
 
 def _columns(model: nn.Module, part: Slice) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeAlias
 
@@ -20,18 +20,17 @@ from shd_diffusion.compression.attention import (
     head_counts,
     squeeze_attention,
 )
-from shd_diffusion.compression.depth import block_importances, block_list, remove_blocks
-from shd_diffusion.compression.feed_forward import channels_last, squeeze_feed_forward
-from shd_diffusion.compression.lockstep import Call, Follower, Lockstep
-from shd_diffusion.models.layouts import Slice, feed_forwards, head_layout
+from shd_diffusion.compression.depth import (
+    block_importances,
+    block_list,
+    removable_blocks,
+    remove_blocks,
+)
+from shd_diffusion.compression.feed_forward import squeeze_feed_forward
+from shd_diffusion.compression.walk import Batch, Predict, passes, relative_change, walk_beside
+from shd_diffusion.models.layouts import feed_forwards
 from shd_diffusion.models.squeezed import declare_shape, shape, squeezed_class
 from shd_diffusion.squeezing.blocks import blocks_to_remove
-
-Batch: TypeAlias = tuple[Tensor, Tensor, Any]
-"""Noised samples (B, C, ...), timesteps (B,), and whatever `predict` takes as their condition."""
-
-Predict: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
-"""What a model predicts for a batch."""
 
 Counts: TypeAlias = int | float | Mapping[str, int] | None
 """A count for every module, a share of what each has, counts by module path in the teacher, or None: all of them."""
@@ -49,7 +48,7 @@ class Part:
         lost_before: |error|² / |teacher's output|², about the means: of merged heads before the refit, of the layer
             with all its neurons. It includes what the squeezed blocks before it have moved. Neurons whose layer also
             projects heads count with them.
-        lost: the same in the end. Of a block: the change of the model's output where it alone is skipped.
+        lost: the same in the end. Of a block: the change of the model's output without it alone.
     """
 
     name: str
@@ -82,7 +81,7 @@ def compress(
     predict: Predict,
     heads: Counts = None,
     neurons: Counts = None,
-    blocks: int | None = None,
+    blocks: int | Collection[str] | None = None,
     options: HeadOptions | None = None,
     plain: bool = False,
     report: Callable[[Part], object] = lambda part: None,
@@ -100,7 +99,7 @@ def compress(
         predict: runs a model on a batch.
         heads: of the attention blocks.
         neurons: of the feed-forward layers.
-        blocks: how many stay; None for all.
+        blocks: how many stay, or which by their module paths; None for all.
         options: how heads are squeezed.
         plain: the result is of the teacher's own class. Its heads are then as much wider as there are fewer, their
             queries and keys factored; neurons stay.
@@ -130,41 +129,30 @@ def compress(
 
     origins: dict[str, str] = {}
     if blocks is not None:
-        origins = _squeeze_depth(student, blocks, _passes(student, held, predict, []), tell)
+        origins = _squeeze_depth(student, blocks, held, predict, tell)
     stock = shape(student)
     wanted = {name: asked[_origin(name, origins)] for name in stock if _origin(name, origins) in asked}
 
     predicted: tuple[list[Tensor], list[Tensor]] = [], []
-    sites = {_site(student, name): name for name in wanted}
-    sources = {name: _outputs(teacher, _origin(name, origins)) for name in wanted}
-    readers: dict[str, list[str]] = {}
-    for name, parts_of_teacher in sources.items():
-        for part in parts_of_teacher:
-            readers.setdefault(part.layer, []).append(name)
-    with (
-        Lockstep(teacher, readers, _passes(teacher, held, predict, predicted[0])) as teacher_walk,
-        Lockstep(student, sites, _passes(student, held, predict, predicted[1])) as walk,
-    ):
-        teacher_calls = Follower(teacher_walk, readers)
-        while calls := walk.advance():
-            name = sites[calls[0].name]
-            teacher_found = teacher_calls.calls(name, [part.layer for part in sources[name]])
+    of_teacher = {name: _origin(name, origins) for name in wanted}
+    walk = walk_beside(
+        teacher,
+        student,
+        of_teacher,
+        passes(teacher, held, predict, predicted[0]),
+        passes(student, held, predict, predicted[1]),
+    )
+    with closing(walk):
+        for name, calls, targets in walk:
             if shape(student)[name] == wanted[name]:
                 continue  # a module that runs twice
-            own = [part.layer for part in _outputs(student, name)]
-            put_out = (
-                _put_out(teacher, part, of_layer)
-                for part, of_layer in zip(sources[name], teacher_found, strict=True)
-            )
-            targets = dict(zip(own, put_out, strict=True))
             what: Literal["heads", "neurons"]
             if name in feed_forwards(student):
                 (target,) = targets.values()
                 what, fit = "neurons", squeeze_feed_forward(student, name, wanted[name], calls, target)
             else:
                 what, fit = "heads", squeeze_attention(student, name, wanted[name], calls, targets, options)
-            tell(Part(_origin(name, origins), what, stock[name], wanted[name], *fit))
-        teacher_walk.advance()
+            tell(Part(of_teacher[name], what, stock[name], wanted[name], *fit))
     if plain_shape:
         if idle := [name for name, count in wanted.items() if shape(student)[name] != count]:
             raise ValueError(
@@ -173,9 +161,7 @@ def compress(
         student.register_to_config(**plain_shape)
     else:
         declare_shape(student, stock)
-    error = sum(float((a - b).double().square().sum()) for a, b in zip(*predicted, strict=True))
-    energy = sum(float(a.double().square().sum()) for a in predicted[0])
-    return CompressedModel(student, tuple(parts), error / energy)
+    return CompressedModel(student, tuple(parts), relative_change(predicted[1], predicted[0]))
 
 
 # --- what is asked for --------------------------------------------------------------------------------------
@@ -266,41 +252,7 @@ def _wanted(have: Mapping[str, int], counts: Counts, what: str) -> dict[str, int
     return {name: count for name, count in asked.items() if count < have[name]}
 
 
-# --- the walk -----------------------------------------------------------------------------------------------
-
-
-def _passes(
-    model: ModelMixin, batches: Iterable[Batch], predict: Predict, into: list[Tensor]
-) -> list[Callable[[], Tensor]]:
-    """A forward pass of every batch, which returns its prediction and leaves it in `into`."""
-
-    def run(batch: Batch) -> Tensor:
-        into.append(predict(model, *batch))
-        return into[-1]
-
-    return [functools.partial(run, batch) for batch in batches]
-
-
-def _site(model: nn.Module, name: str) -> str:
-    """Where a walk stops to squeeze a module: before an attention block, before a feed-forward's output layer."""
-    layer = feed_forwards(model).get(name)
-    return name if layer is None else layer.output.layer
-
-
-def _outputs(model: nn.Module, name: str) -> tuple[Slice, ...]:
-    """The columns by which a module puts out, of each stream; neurons are fitted with the heads beside them."""
-    layer = feed_forwards(model).get(name)
-    if layer is None:
-        return head_layout(model, name).outputs
-    return (Slice(layer.output.layer, 0, layer.output.start + layer.output.length),)
-
-
-def _put_out(model: nn.Module, part: Slice, calls: Sequence[Call]) -> list[Tensor]:
-    """What a layer puts out in each call by these columns and its bias, channels last."""
-    layer: Any = model.get_submodule(part.layer)
-    weight = layer.weight.flatten(1)[:, part.indices]
-    inputs = (channels_last(layer, call.args[0])[..., part.indices] for call in calls)
-    return [torch.nn.functional.linear(x, weight, layer.bias) for x in inputs]
+# --- depth ------------------------------------------------------------------------------------------------
 
 
 def _origin(name: str, origins: Mapping[str, str]) -> str:
@@ -312,16 +264,31 @@ def _origin(name: str, origins: Mapping[str, str]) -> str:
 
 
 def _squeeze_depth(
-    model: ModelMixin, keep: int, passes: list[Callable[[], Tensor]], tell: Callable[[Part], None]
+    model: ModelMixin,
+    keep: int | Collection[str],
+    batches: Sequence[Batch],
+    predict: Predict,
+    tell: Callable[[Part], None],
 ) -> dict[str, str]:
-    """Take the least important blocks out; the old path of every block that stays, by its new one."""
-    count = len(block_list(model)[1])
-    if not 1 <= keep <= count:
-        raise ValueError(f"the model has {count} blocks, which cannot become {keep}")
-    if keep == count:
-        return {}
-    importances = block_importances(model, passes)
-    removed = blocks_to_remove(importances, dict.fromkeys(importances, 1.0), keep)
+    """Take out the least important blocks, or those not named; the old path of each that stays, by its new one."""
+    list_name, blocks = block_list(model)
+    names = [f"{list_name}.{index}" for index in range(len(blocks))]
+    if isinstance(keep, int):
+        if not 1 <= keep <= len(names):
+            raise ValueError(f"the model has {len(names)} blocks, which cannot become {keep}")
+        can_leave = removable_blocks(model) if keep < len(names) else []
+        if len(names) - keep > len(can_leave):
+            raise ValueError(f"of the model's {len(names)} blocks only {len(can_leave)} can leave")
+        importances = block_importances(model, batches, predict, can_leave)
+        others = len(names) - len(can_leave)
+        removed = blocks_to_remove(importances, dict.fromkeys(importances, 1.0), max(0, keep - others))
+    else:
+        if not keep or not set(keep) <= set(names):
+            raise ValueError(
+                f"blocks that stay are some of {', '.join(names)}, not {', '.join(keep) or 'none'}"
+            )
+        removed = [name for name in names if name not in keep]
+        importances = block_importances(model, batches, predict, removed)
     for name in removed:
         tell(Part(name, "block", 1, 0, 0.0, importances[name]))
-    return remove_blocks(model, removed)
+    return remove_blocks(model, removed) if removed else {}

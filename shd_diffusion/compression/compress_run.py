@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from diffusers import ModelMixin
-from rich.table import Table
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
 
-from shd_diffusion.compression.compress import Batch, CompressedModel, Counts, Part, compress
+from shd_diffusion.compression.attention import HeadOptions, Method
+from shd_diffusion.compression.budget import Budget, ShapePlan, plan_shape
+from shd_diffusion.compression.compress import Counts, Part, compress
+from shd_diffusion.compression.costs import cost_of
+from shd_diffusion.compression.describe import readme
+from shd_diffusion.compression.walk import Batch
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import LatentSource, Source, build_source
 from shd_diffusion.environment import describe_environment
@@ -18,8 +28,7 @@ from shd_diffusion.files import holds_files, replacing_folder, write_json, write
 from shd_diffusion.models.denoiser import count_parameters, null_condition, predict
 from shd_diffusion.models.factory import TeacherConfig
 from shd_diffusion.models.forward_process import ForwardProcess
-from shd_diffusion.models.pipeline_folder import PipelineFolder
-from shd_diffusion.models.teacher import load_teacher, scheduler_for
+from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.sampling import save_pipeline
@@ -32,118 +41,179 @@ from shd_diffusion.training.batches import (
 )
 from shd_diffusion.training.build import conditions_of
 
-README = """# A compressed model
 
-Made by `shd-diffusion compress {teacher}` without training: {shape}. `compression.json` says what each part lost.
+@dataclass(frozen=True)
+class Calibration:
+    """A teacher and the data that say how to compress it.
 
-{load}
-"""
-OWN = """The class of its denoiser is `{name}`, for heads or neurons that its stock class cannot have. Install
-shd-diffusion, and load it by `{pipeline}.from_pretrained` after `import shd_diffusion.models`, or train it by
-`student: {{pretrained: …}}`."""
-STOCK = "Its denoiser is a plain diffusers `{name}`."
+    Attributes:
+        path: where the teacher was found.
+        teacher: what was found there.
+        model: its denoiser, in its place.
+        source: of the data.
+        scheduler: of the forward process.
+        batches: noised as in training.
+    """
+
+    path: str
+    teacher: Teacher
+    model: ModelMixin
+    source: Source
+    scheduler: SchedulerMixin
+    batches: list[Batch]
 
 
-def compress_run(
-    path: str,
-    config: RunConfig,
-    output: Path,
-    heads: Counts = None,
-    neurons: Counts = None,
-    blocks: int | None = None,
-    images: int = 1024,
-    plain: bool = False,
-) -> dict[str, Any]:
-    """Compress a trained model, calibrated on data that are noised as in training, and save it in its kind of pipeline.
+def calibrate(
+    path: str, config: RunConfig, images: int = 1024, timestep_weights: Sequence[float] | None = None
+) -> Calibration:
+    """Open a teacher and the data to compress it by.
 
     Args:
         path: of the teacher: a run, a pipeline or model folder, or a hub name.
         config: of the teacher's run, or of one that trains on the same kind of data.
-        output: the pipeline's folder.
-        heads: see `compress`.
-        neurons: see `compress`.
-        blocks: see `compress`.
         images: to calibrate on.
-        plain: see `compress`.
-
-    Returns:
-        The content of `compression.json`.
+        timestep_weights: see `calibration_batches`.
 
     Raises:
-        UserError: there is no such model, the data are missing, or it cannot be made so small.
+        UserError: there is no such model, or the data are missing.
     """
-    if holds_files(output):
-        raise UserError(f"--output {output}: holds files already; give another")
     teacher = load_teacher(TeacherConfig(path=path))
     model, source = teacher.model.to(processes().device), build_source(config.trained_on)
     source.condition_names = conditions_of(model, source)
     scheduler = scheduler_for(config.diffusion, teacher.scheduler, False)
     process = ForwardProcess.from_scheduler(scheduler)
-    batches = calibration_batches(config, model, source, process, images)
+    batches = calibration_batches(config, model, source, process, images, timestep_weights=timestep_weights)
+    return Calibration(path, teacher, model, source, scheduler, batches)
+
+
+def plan_run(calibration: Calibration, budget: Budget) -> ShapePlan:
+    """The shape for a budget.
+
+    Raises:
+        UserError: the model cannot be made so small.
+    """
+    asked, batches = f"--budget {budget.unit}={budget.share:g}", calibration.batches
+    try:
+        return plan_shape(calibration.model, batches, predict, budget, first_sample(batches), report=announce)
+    except ValueError as error:
+        raise UserError(f"{asked}: {calibration.path} cannot be compressed so: {error}") from error
+
+
+def compress_run(
+    calibration: Calibration,
+    output: Path,
+    heads: Counts = None,
+    neurons: Counts = None,
+    blocks: int | None = None,
+    plain: bool = False,
+    budget: Budget | None = None,
+    method: Method = "merge",
+) -> dict[str, Any]:
+    """Compress a trained model, calibrated on data that are noised as in training, and save it in its kind of pipeline.
+
+    Args:
+        calibration: see `calibrate`.
+        output: the pipeline's folder.
+        heads: see `compress`.
+        neurons: see `compress`.
+        blocks: see `compress`.
+        plain: see `compress`.
+        budget: instead of heads, neurons and blocks.
+        method: see `HeadOptions`.
+
+    Returns:
+        The content of `compression.json`.
+
+    Raises:
+        UserError: the folder holds something, or the model cannot be made so small.
+    """
+    if holds_files(output):
+        raise UserError(f"--output {output}: holds files already; give another")
+    path, teacher, model = calibration.path, calibration.teacher, calibration.model
+    shape: dict[str, Any] = {"heads": heads, "neurons": neurons, "blocks": blocks}
+    plan = None if budget is None else plan_run(calibration, budget)
+    if plan is not None:
+        shape = plan.arguments
     before = count_parameters(model)
     try:
-        found = compress(model, batches, predict, heads, neurons, blocks, plain=plain, report=_tell)
+        options = HeadOptions(method=method)
+        found = compress(
+            model, calibration.batches, predict, **shape, options=options, plain=plain, report=_tell
+        )
     except ValueError as error:
         raise UserError(f"{path}: cannot be compressed so: {error}") from error
-    vae = None
-    if (
-        isinstance(source, LatentSource) and source.prompts_sha256 is None
-    ):  # a pipeline by prompts has its own
-        vae = source.load_vae()
+    source, vae = calibration.source, None
+    if isinstance(source, LatentSource) and source.prompts_sha256 is None:
+        vae = source.load_vae()  # a pipeline by prompts has its own
     results = {
         "teacher": path,
-        "images": images,
+        "images": sum(len(noised) for noised, *_ in calibration.batches),
+        "method": method,
         "parameters": {"before": before, "after": count_parameters(found.model)},
         "lost": found.lost,
         "parts": [asdict(part) for part in found.parts],
         "environment": describe_environment(),
     }
+    if plan is not None:
+        one = first_sample(calibration.batches)
+        own = cost_of(found.model, plan.budget.unit, partial(predict, found.model, *one))
+        results["plan"] = {**asdict(plan), "lost": plan.lost, "measured_after": own}
     with replacing_folder(output) as temporary:
-        save_pipeline(found.model, teacher.pipeline, scheduler, vae, source.shape, temporary)
+        save_pipeline(found.model, teacher.pipeline, calibration.scheduler, vae, source.shape, temporary)
         write_json(temporary / "compression.json", results)
-        write_text(temporary / "README.md", _readme(path, teacher.pipeline, found))
+        write_text(temporary / "README.md", readme(results, teacher.pipeline, found.model))
     return results
 
 
 def calibration_batches(
-    config: RunConfig, model: ModelMixin, source: Source, process: ForwardProcess, images: int, size: int = 64
+    config: RunConfig,
+    model: ModelMixin,
+    source: Source,
+    process: ForwardProcess,
+    images: int,
+    size: int = 64,
+    timestep_weights: Sequence[float] | None = None,
 ) -> list[Batch]:
-    """Training data as a run sees them, noised and with conditions dropped, but of steps that it never takes."""
+    """Training data as a run sees them, noised and with conditions dropped, but of steps that it never takes.
+
+    Args:
+        config: of the run.
+        model: that is told the conditions.
+        source: of the data.
+        process: that noises them.
+        images: how many, in whole batches.
+        size: of a batch.
+        timestep_weights: how often timesteps lie in each of so many equal parts of 0..T, evenly inside, in place of how
+            training draws them; least noise first.
+    """
     train, null = config.train, {**null_condition(model), **source.null}
     settings = noise_settings(train, source)
+    if timestep_weights is not None:
+        settings = replace(settings, timestep_sampling="uniform")
     sampler = StepSampler(config.seed, source.groups, BatchLayout(size), 0, max(1, images // size))
     found = []
     for step, items in enumerate(source.batches(sampler)):
         of_these = replace(settings, shape=source.shape_of(items))
         noise = draw_noise(config.seed, -1 - step, range(size), of_these)
+        if timestep_weights is not None:
+            noise = replace(noise, shares=_weighted(process, noise.shares, timestep_weights))
         batch = make_batch(source, process, items, noise, null, model.device)
         found.append((batch.noised, batch.timesteps, dict(batch.condition)))
     return found
 
 
-def table(results: dict[str, Any]) -> Table:
-    """What each part lost, a line each, for a terminal."""
-    sizes = results["parameters"]
-    rendered = Table(
-        title=f"{sizes['before']:,} → {sizes['after']:,} parameters; the prediction lost {results['lost']:.5f}",
-        title_justify="left",
-    )
-    for column in ("part", "what", "before", "after", "lost before the refit", "lost"):
-        rendered.add_column(column, justify="left" if column in ("part", "what") else "right")
-    for part in results["parts"]:
-        numbers = f"{part['lost_before']:.5f}", f"{part['lost']:.5f}"
-        rendered.add_row(part["name"], part["what"], str(part["before"]), str(part["after"]), *numbers)
-    return rendered
+def first_sample(batches: Sequence[Batch]) -> Batch:
+    """A batch of one, whose call says what the model costs."""
+    noised, timesteps, condition = batches[0]
+    return noised[:1], timesteps[:1], {name: value[:1] for name, value in condition.items()}
+
+
+def _weighted(process: ForwardProcess, shares: Tensor, weights: Sequence[float]) -> Tensor:
+    """Shares of the schedule (B,) of which so many lie in each part, from shares (B,) drawn evenly."""
+    ends = np.linspace(0, process.num_timesteps, len(weights) + 1)
+    reached = np.cumsum([0.0, *weights]) / sum(weights)
+    return process.shares(torch.from_numpy(np.interp(shares.numpy(), reached, ends)))
 
 
 def _tell(part: Part) -> None:
     announce(f"{part.name}: {part.before} → {part.after} {part.what}, lost {part.lost:.5f}")
-
-
-def _readme(path: str, pipeline: PipelineFolder | None, found: CompressedModel) -> str:
-    name = type(found.model).__name__
-    by_prompt = pipeline is not None and pipeline.takes_prompts
-    kind = "diffusers.DiffusionPipeline" if by_prompt else "shd_diffusion.sampling.ClassConditionalPipeline"
-    load = (OWN if name.startswith("Squeezed") else STOCK).format(name=name, pipeline=kind)
-    shape = f"{count_parameters(found.model):,} parameters"
-    return README.format(teacher=path, shape=shape, load=load)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Collection, Sequence
 
 import torch
 from diffusers import ModelMixin
-from torch import Tensor, nn
+from torch import nn
+
+from shd_diffusion.compression.walk import Batch, Predict, copy_sharing, passes, relative_change
+from shd_diffusion.models.squeezed import CONFIG_KEYS
 
 
 def block_list(model: ModelMixin) -> tuple[str, nn.ModuleList]:
@@ -25,36 +27,49 @@ def block_list(model: ModelMixin) -> tuple[str, nn.ModuleList]:
 
 
 @torch.no_grad()
-def block_importances(model: ModelMixin, passes: Sequence[Callable[[], Tensor]]) -> dict[str, float]:
-    """What skipping one block changes of the model's output: |change|² / |output|² by block.
+def block_importances(
+    model: ModelMixin, batches: Sequence[Batch], predict: Predict, names: Collection[str]
+) -> dict[str, float]:
+    """What the model's output loses without one block: |change|² / |output|² by block.
 
     LAPTOP-Diff's criterion (arXiv 2404.11098), which takes the changes of several blocks to add up.
 
     Args:
         model: see `block_list`.
-        passes: functions that run the model on a batch each and return its output.
+        batches: see `compress`.
+        predict: see `compress`.
+        names: module paths of the blocks in question.
 
     Raises:
-        ValueError: a block puts out something else than what it takes in.
+        ValueError: see `remove_blocks`.
     """
-    name, blocks = block_list(model)
-    outputs = [run() for run in passes]
-    energy = sum(float(output.double().square().sum()) for output in outputs)
+    outputs = [run() for run in passes(model, batches, predict)] if names else []
     importances = {}
-    for index, block in enumerate(blocks):
-        with block.register_forward_hook(_skip, with_kwargs=True):
-            changes = (run() - output for run, output in zip(passes, outputs, strict=True))
-            changed = sum(float(change.double().square().sum()) for change in changes)
-        importances[f"{name}.{index}"] = changed / energy
+    for name in names:
+        smaller = copy_sharing(model)
+        remove_blocks(smaller, [name])
+        importances[name] = relative_change((run() for run in passes(smaller, batches, predict)), outputs)
     return importances
 
 
-def _skip(block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Tensor:
-    """Stands in for a block's output: its input."""
-    hidden_states: Tensor = args[0] if args else kwargs["hidden_states"]
-    if not isinstance(output, Tensor) or output.shape != hidden_states.shape:
-        raise ValueError(f"a {type(block).__name__} puts out more than one stream: it cannot be left out")
-    return hidden_states
+def removable_blocks(model: ModelMixin) -> list[str]:
+    """Paths of the blocks that can leave; none where the model is no stack of several."""
+    try:
+        name, blocks = block_list(model)
+    except ValueError:
+        return []
+    paths = [f"{name}.{index}" for index in range(len(blocks))]
+    found = [path for path in paths if _can_leave(model, [path])]
+    # where the class makes blocks by their depth, one may leave and several may not
+    return found if _can_leave(model, found[: len(paths) - 1]) else []
+
+
+def _can_leave(model: ModelMixin, paths: Sequence[str]) -> bool:
+    try:
+        remove_blocks(copy_sharing(model), paths)
+    except ValueError:
+        return False
+    return True
 
 
 def remove_blocks(model: ModelMixin, removed: Sequence[str]) -> dict[str, str]:
@@ -66,9 +81,31 @@ def remove_blocks(model: ModelMixin, removed: Sequence[str]) -> dict[str, str]:
 
     Returns:
         The old path of every block that stays, by its new one.
+
+    Raises:
+        ValueError: none would stay, or the class makes other blocks of that config, as where the last one is special.
     """
     name, blocks = block_list(model)
     kept = [index for index in range(len(blocks)) if f"{name}.{index}" not in removed]
+    if not kept:
+        raise ValueError(f"all blocks of {type(model).__name__} cannot leave")
     setattr(model, name, nn.ModuleList(blocks[index] for index in kept))
+    origins = {f"{name}.{new}": f"{name}.{old}" for new, old in enumerate(kept)}
     model.register_to_config(num_layers=len(kept))
-    return {f"{name}.{new}": f"{name}.{old}" for new, old in enumerate(kept)}
+    for key in CONFIG_KEYS:  # of a model that was squeezed before
+        counts = dict(model.config.get(key) or {})
+        renamed = {path: count for path, count in counts.items() if not path.startswith(f"{name}.")}
+        for new, old in origins.items():
+            inside = {path: count for path, count in counts.items() if path.startswith(f"{old}.")}
+            renamed |= {new + path.removeprefix(old): count for path, count in inside.items()}
+        if counts:
+            model.register_to_config(**{key: renamed})
+    with torch.device("meta"):
+        twin = type(model).from_config(model.config)
+    if _shapes(twin) != _shapes(model):
+        raise ValueError(f"{type(model).__name__} has none of its blocks in place of {', '.join(removed)}")
+    return origins
+
+
+def _shapes(model: nn.Module) -> dict[str, torch.Size]:
+    return {name: parameter.shape for name, parameter in model.named_parameters()}

@@ -34,9 +34,7 @@ def squeeze_feed_forward(
     output = feed_forwards(model)[name].output
     last: Any = model.get_submodule(output.layer)
     before = last.weight.detach().flatten(1).T.double()
-    moments = Moments.zeros(len(before), before.shape[1], targets[0].device)
-    for call, target in zip(calls, targets, strict=True):
-        moments.add(channels_last(last, call.args[0]).flatten(0, -2), target.flatten(0, -2))
+    moments = _moments(last, calls, targets)
     fitted = moments if last.bias is None else moments.centred()
     kept, weight, _ = remove_neurons(fitted, before, keep, fixed=output.start)
 
@@ -50,6 +48,37 @@ def squeeze_feed_forward(
         call.args = (channels_first(last, cut), *call.args[1:])
     energy = float(fitted.energy)
     return fitted.loss(before) / energy, fitted.loss(whole) / energy
+
+
+def neuron_losses(
+    model: nn.Module, name: str, counts: Sequence[int], calls: Sequence[Call], targets: Sequence[Tensor]
+) -> dict[int, float]:
+    """What `squeeze_feed_forward` to each of several counts would lose; the layer stays as it is.
+
+    Neurons leave one by one, so that one row of removals passes through all counts.
+
+    Args:
+        model: see `squeeze_feed_forward`.
+        name: see `squeeze_feed_forward`.
+        counts: neurons that stay, fewer than there are.
+        calls: see `squeeze_feed_forward`; they stay as they are.
+        targets: see `squeeze_feed_forward`.
+    """
+    layout = feed_forwards(model)[name]
+    last: Any = model.get_submodule(layout.output.layer)
+    moments = _moments(last, calls, targets)
+    fitted = moments if last.bias is None else moments.centred()
+    weight = last.weight.detach().flatten(1).T
+    *_, objective = remove_neurons(fitted, weight, min(counts), fixed=layout.output.start)
+    return {count: objective[layout.neurons - count] / float(fitted.energy) for count in counts}
+
+
+def _moments(layer: Any, calls: Sequence[Call], targets: Sequence[Tensor]) -> Moments:
+    """Those of what goes into an output layer and of what it should put out."""
+    moments = Moments.zeros(layer.weight.flatten(1).shape[1], targets[0].shape[-1], targets[0].device)
+    for call, target in zip(calls, targets, strict=True):
+        moments.add(channels_last(layer, call.args[0]).flatten(0, -2), target.flatten(0, -2))
+    return moments
 
 
 def channels_last(layer: nn.Module, x: Tensor) -> Tensor:

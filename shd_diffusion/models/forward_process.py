@@ -77,6 +77,11 @@ class ForwardProcess:
         sigmas = self.shift * shares / (1 + (self.shift - 1) * shares)
         return (sigmas * self.num_timesteps).float()
 
+    def shares(self, timesteps: Tensor) -> Tensor:
+        """The shares (B,) of the schedule at which timesteps lie, float64: the inverse of `timesteps`."""
+        sigmas = timesteps.double() / self.num_timesteps
+        return sigmas if self.table is not None else sigmas / (self.shift - (self.shift - 1) * sigmas)
+
     def noised(self, clean: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
         """x_t, (B, C, H, W), for the timesteps (B,)."""
         a, s = self.scales(timesteps, clean)

@@ -152,14 +152,20 @@ def _estimate(found: AgainstTeacher, column: Column, best: float | None) -> Cell
 
 
 def print_table(paths: Sequence[Path], console: Console | None = None) -> None:
-    """Print the table of these runs to the terminal, in short: it fits 80 columns.
+    """Print the tables of these runs to the terminal, in short: they fit 80 columns.
 
     Raises:
         UserError: a folder is no finished run, or a file in it is damaged.
     """
-    table = metrics_table(read_runs(paths))
+    runs, console = read_runs(paths), console or Console()
+    against = against_teacher_table(runs)
+    for table in (metrics_table(runs), *([against] if against else [])):
+        _print(table, "Run" if table is not against else "Against the teacher", console)
+
+
+def _print(table: MetricsTable, first: str, console: Console) -> None:
     lines = [
-        ["Run", *table.short_titles],
+        [first, *table.short_titles],
         *([run.name, *(c.text for c in cells)] for run, cells in table.rows),
     ]
     best = {
@@ -168,7 +174,6 @@ def print_table(paths: Sequence[Path], console: Console | None = None) -> None:
         for j, cell in enumerate(cells, start=1)
         if cell.best
     }
-    console = console or Console()
     console.print(terminal(lines, frozenset(best)))
     console.print(Text(table.note, "dim"))
     if table.warning:

@@ -46,6 +46,47 @@ def select_heads(groups: Round, movements: Tensor) -> tuple[int, ...]:
     return tuple(max(group, key=lambda head: float(movements[head])) for group in groups)
 
 
+def heads_to_keep(moments: Moments, outputs: Tensor, keep: int, strength: float = RIDGE) -> tuple[int, ...]:
+    """Heads that stay where heads are dropped instead of merged: OBS-Diff (arXiv 2510.06751), a baseline.
+
+    The block optimal brain surgeon on the output weight: with G = ZᵀZ + λ over the attended values Z_h = A_h V_h of all
+    heads, dropping head h and refitting the others' output weights adds tr(W_hᵀ ((G⁻¹)_hh)⁻¹ W_h) to the loss. Heads
+    leave one by one, each time the one for which that is least.
+
+    Args:
+        moments: of the attended values of M heads side by side, (T, M·d), and the block's output (T, C); centred where
+            the output layer has a bias.
+        outputs: W^O, (M, d, C).
+        keep: heads that stay, 1 to M.
+        strength: λ over the mean of the Gram matrix's diagonal.
+
+    Returns:
+        `keep` heads, ascending.
+    """
+    heads, width, _ = outputs.shape
+    gram = moments.gram.clone()
+    gram.diagonal().add_(ridge(gram, strength))
+    inverse = torch.linalg.inv(gram)
+    weight = inverse @ moments.cross
+    alive = list(range(heads))
+
+    def rows(head: int) -> slice:
+        return slice(head * width, (head + 1) * width)
+
+    while len(alive) > keep:
+        own = [weight[rows(h)] for h in alive]
+        corrections = [
+            torch.linalg.solve(inverse[rows(h), rows(h)], w) for h, w in zip(alive, own, strict=True)
+        ]
+        losses = [float((w * c).sum()) for w, c in zip(own, corrections, strict=True)]
+        least = min(range(len(alive)), key=losses.__getitem__)
+        gone = rows(alive.pop(least))
+        columns = inverse[:, gone]
+        weight = weight - columns @ corrections[least]
+        inverse = inverse - columns @ torch.linalg.solve(inverse[gone, gone], columns.T)
+    return tuple(alive)
+
+
 def factor_queries_keys(
     queries: Tensor,
     keys: Tensor,

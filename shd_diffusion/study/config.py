@@ -34,6 +34,8 @@ class StudyConfig(Section):
         distill: the config of a distillation.
         output: the folder of the study.
         teacher: a `train-teacher` config; its run goes to the `teacher.path` of `distill`, if it is not there yet.
+        compressed: options of `compress` by name, such as `{heads: 6, neurons: 0.5}`: models that are made of the
+            teacher before the runs. In overrides, `student.pretrained` takes such a name for its folder.
         overrides: of `distill`, dotted key to value, for all runs.
         variants: what is compared, by name; overrides on top.
         conditions: under which it is compared, by name, such as numbers of steps; overrides between the two.
@@ -49,6 +51,7 @@ class StudyConfig(Section):
     distill: str
     output: str
     teacher: str | None = None
+    compressed: dict[str, dict[str, Any]] = Field(default_factory=dict)
     overrides: Overrides = Field(default_factory=dict)
     variants: dict[str, Overrides] = Field(min_length=1)
     conditions: dict[str, Overrides] = Field({"": {}}, min_length=1)
@@ -66,7 +69,7 @@ class StudyConfig(Section):
         """A name without overrides needs no braces behind it; a number will do as a name."""
         return {str(k): v or {} for k, v in value.items()} if isinstance(value, Mapping) else value
 
-    @field_validator("variants", "conditions")
+    @field_validator("variants", "conditions", "compressed")
     @classmethod
     def _names_make_folders(cls, value: dict[str, Overrides]) -> dict[str, Overrides]:
         for name in value:
@@ -123,12 +126,19 @@ def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
         for condition, shared in study.conditions.items():
             for variant, own in study.variants.items():
                 tree = {**study.overrides, **shared, **own, "seed": seed, "sample.seed": seed}
+                if (name := tree.get("student.pretrained")) in study.compressed:
+                    tree["student.pretrained"] = str(compressed_folder(output, name))
                 overrides = tuple(f"{key}={json.dumps(value)}" for key, value in tree.items())
                 config = read_config(Path(study.distill), DistillConfig, overrides)
                 run = RunFolder(output / "runs" / condition / variant / f"seed-{seed}")
                 check(run, config)
                 planned.append(Planned(condition, variant, seed, run, config, overrides))
     return planned
+
+
+def compressed_folder(output: Path, name: str) -> Path:
+    """Where a study keeps a model that was made of its teacher."""
+    return output / "compressed" / name
 
 
 def check(run: RunFolder, config: DistillConfig) -> None:

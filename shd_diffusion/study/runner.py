@@ -18,7 +18,7 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.progress import announce
 from shd_diffusion.reporting.runs import Samples, read_result
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.study.config import Budget, Planned, StudyConfig
+from shd_diffusion.study.config import Budget, Planned, StudyConfig, compressed_folder
 
 WORKER = (sys.executable, "-m", "shd_diffusion.study.worker")
 
@@ -82,6 +82,12 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, comm
         teacher = job("teacher", run, config, ["train-teacher", study.teacher])
         if _run_all([teacher], Budget(), 1, command_line, threads):
             raise UserError(f"{teacher.log}: the teacher's training failed; the log says why")
+    path = planned[0].config.teacher.path
+    made = [_compression(study, path, name, output) for name in study.compressed]
+    if failed := _run_all(made, Budget(), 1, command_line, threads):
+        raise UserError(
+            f"{output / 'logs'}: models could not be made ({', '.join(failed)}); their logs say why"
+        )
     jobs = [job(p.name, p.run, p.config, ["distill", study.distill, *_sets(p.overrides)]) for p in planned]
     return _run_all(jobs, study.budget, study.processes, command_line, threads)
 
@@ -89,6 +95,16 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, comm
 def is_complete(run: RunFolder) -> bool:
     """Whether a run is trained, sampled and evaluated."""
     return run.summary_file.exists() and run.evaluation_file.exists()
+
+
+def _compression(study: StudyConfig, teacher: str, name: str, output: Path) -> Job:
+    """A model to be made of the teacher, unless it is there."""
+    folder = compressed_folder(output, name)
+    options = [part for key, value in study.compressed[name].items() for part in (f"--{key}", str(value))]
+    command = ["compress", teacher, *options, "--output", str(folder)]
+    return Job(
+        f"compress {name}", [] if folder.exists() else [command], output / "logs" / f"compress-{name}.log"
+    )
 
 
 def _sets(overrides: Iterable[str]) -> list[str]:

@@ -524,3 +524,40 @@ def test_linear_attention_stays_as_it_is_beside_others():
         assert left == (count if name.endswith("attn1") else 1 if name.endswith("attn2") else count // 2)
     point = model.transformer_blocks[0].ff.conv_depth
     assert point.groups == point.in_channels == point.out_channels == point.weight.shape[0]
+
+
+@pytest.mark.parametrize("method", ["drop", "magnitude"])
+def test_heads_that_are_dropped_leave_the_others_as_they_are(method):
+    """The baselines: queries, keys and values of the heads that stay are the teacher's, the output is least squares."""
+    teacher = random_dit(heads=4, layers=1)
+    dead = 1  # a head that puts out nothing, and whose weights are small, is the one to go
+    name, width = "transformer_blocks.0.attn1", 8
+    block: Any = teacher.get_submodule(name)
+    rows = slice(dead * width, (dead + 1) * width)
+    block.to_out[0].weight.data[:, rows] = 0
+    for layer in (block.to_q, block.to_k, block.to_v):
+        layer.weight.data[rows] *= 1e-3
+    found = compress(teacher, dit_batches(), run_dit, heads=3, options=HeadOptions(method=method))
+    (part,) = found.parts
+    assert part.lost < 1e-8 and found.lost < 1e-8
+    kept = [i for i in range(4 * width) if i // width != dead]
+    small: Any = found.model.get_submodule(name)
+    assert torch.equal(small.to_q.weight, block.to_q.weight[kept])
+    assert torch.equal(small.to_k.weight, block.to_k.weight[kept])
+
+
+def test_random_heads_are_fitted_and_lose_more_than_merged_ones():
+    teacher = random_dit(heads=4, layers=1)
+    lost = {}
+    for method in ("merge", "random"):
+        found = compress(teacher, dit_batches(), run_dit, heads=2, options=HeadOptions(method=method))
+        (part,) = found.parts
+        assert part.lost <= part.lost_before
+        lost[method] = part.lost
+    assert lost["merge"] < lost["random"] < 1
+
+
+def test_baselines_are_for_blocks_of_one_stream():
+    family = FAMILIES["sd3"]
+    with pytest.raises(ValueError, match="take the method `merge`"):
+        compress(family.build(), batches_of(family), run_family, heads=1, options=HeadOptions(method="drop"))

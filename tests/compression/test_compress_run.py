@@ -6,8 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, command, sets
+import torch
+from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command, sets
+from diffusers import DDPMScheduler
+from small_models import small_dit
 
+from shd_diffusion.compression.compress_run import calibrate
+from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline
 
 
@@ -68,3 +73,89 @@ def test_what_cannot_be_had_is_one_line(options: list, says: str, runs: Path, tm
     message = [line for line in errors.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(message) == 1 and says in message[0], errors
     assert not (tmp_path / "no").exists()
+
+
+# --- a budget -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pipeline_of_two_blocks(tmp_path: Path) -> Path:
+    """With every parameter random: as initialised, its blocks compute nothing."""
+    torch.manual_seed(0)
+    model = small_dit(heads=4, layers=2)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)
+    ClassConditionalPipeline(model, DDPMScheduler(), sample_shape=[1, 8, 8]).save_pretrained(
+        tmp_path / "teacher"
+    )
+    return tmp_path / "teacher"
+
+
+def test_a_dry_run_shows_the_plan_and_writes_nothing(pipeline_of_two_blocks: Path, tmp_path: Path) -> None:
+    options = "--budget", "macs=0.6", "--dry-run", "--images", 64, "--output", tmp_path / "no"
+    code, output, errors = command("compress", pipeline_of_two_blocks, "--data", TEACHER_CONFIG, *options)
+    assert code == 0, errors
+    assert "of 128 neurons" in output and "total" in output and "multiply-adds" in output
+    assert not (tmp_path / "no").exists()
+
+
+def test_a_budget_is_kept_and_its_plan_stands_beside_the_pipeline(
+    pipeline_of_two_blocks: Path, tmp_path: Path
+) -> None:
+    budget = "--budget", "parameters=0.6", "--timesteps", "0,1,1,1,0"
+    options = "--data", TEACHER_CONFIG, "--images", 64, "--output", tmp_path / "small"
+    code, _, errors = command("compress", pipeline_of_two_blocks, *budget, *options)
+    assert code == 0, errors
+    found = json.loads((tmp_path / "small" / "compression.json").read_text())
+    plan, sizes = found["plan"], found["parameters"]
+    assert plan["budget"] == {"unit": "parameters", "share": 0.6}
+    assert plan["before"] == sizes["before"]
+    assert plan["after"] == plan["measured_after"] == sizes["after"] <= 0.6 * sizes["before"]
+    assert plan["lost"] == pytest.approx(sum(part["lost"] for part in plan["parts"]))
+    planned = {(part["name"], part["what"], part["keeps"]) for part in plan["parts"]}
+    assert planned == {(part["name"], part["what"], part["after"]) for part in found["parts"]}
+    pipeline = ClassConditionalPipeline.from_pretrained(tmp_path / "small")
+    assert sum(parameter.numel() for parameter in pipeline.denoiser.parameters()) == sizes["after"]
+    readme = (tmp_path / "small" / "README.md").read_text()
+    assert "Found for `--budget parameters=0.6`" in readme and "The\nimportance of a part is" in readme
+    for part in plan["parts"]:
+        keeps = "left" if part["what"] == "block" else f"{part['keeps']} of {part['before']} {part['what']}"
+        assert f"| `{part['name']}` | {keeps} | {part['lost']:.5f} |" in readme
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--budget", "macs=0.01"], "the least that can be had is macs="),
+        (["--budget", "flops=0.5"], "flops"),
+        (["--budget", "macs=0.5", "--heads", 6, "--plain"], "leave --heads, --plain out"),
+        (["--dry-run"], "--budget macs=0.5"),
+        (["--budget", "parameters=1.2"], "above 0 and up to 1"),
+        (["--budget", "latency=0"], "above 0 and up to 1"),
+        (["--budget", "macs=0.5", "--timesteps", "1,x"], "--timesteps 1,x: give a weight for each"),
+        (["--budget", "macs=0.5", "--timesteps", "0,0"], "such as 2,1,0"),
+        (["--budget", "macs=0.5", "--timesteps=-1,2"], "such as 2,1,0"),
+    ],
+)
+def test_a_budget_that_cannot_be_had_is_one_line(
+    options: list, says: str, runs: Path, tmp_path: Path
+) -> None:
+    code, _, errors = command("compress", runs / "teacher", *options, "--output", tmp_path / "no")
+    message = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(message) == 1 and says in message[0], errors
+    assert not (tmp_path / "no").exists()
+
+
+def test_without_a_folder_to_write_there_is_nothing_to_do(runs: Path) -> None:
+    code, _, errors = command("compress", runs / "teacher", "--heads", 6)
+    assert code == 2 and "error: --output DIR is missing" in errors
+
+
+def test_calibration_takes_timesteps_as_often_as_it_is_told(runs: Path) -> None:
+    config = RunFolder(runs / "teacher").read_config()
+    found = calibrate(str(runs / "teacher"), config, 512, (0, 3, 1, 0))
+    timesteps = torch.cat([steps for _, steps, _ in found.batches])
+    assert timesteps.min() >= 250 and timesteps.max() < 750
+    assert abs((timesteps < 500).double().mean() - 0.75) < 4 * (0.75 * 0.25 / 512) ** 0.5
+    even = calibrate(str(runs / "teacher"), config, 64, (1, 1)).batches[0][1]
+    assert torch.equal(even, calibrate(str(runs / "teacher"), config, 64).batches[0][1])

@@ -17,7 +17,10 @@ from torch import Tensor
 import shd_diffusion.models  # the names of squeezed classes, for `from_pretrained`
 from shd_diffusion.attention import attention_blocks
 from shd_diffusion.attention.blocks import LINEAR
-from shd_diffusion.compression import CompressedModel, compress
+from shd_diffusion.compression import CompressedModel, compress, importance
+from shd_diffusion.compression.budget import Budget, plan_shape
+from shd_diffusion.compression.compress_run import first_sample
+from shd_diffusion.compression.costs import cost_of
 from shd_diffusion.losses import LossesConfig, build_terms
 from shd_diffusion.losses.term import Batch
 from shd_diffusion.models.denoiser import freeze, pad, predict, prepare
@@ -102,6 +105,29 @@ def test_it_stands_in_the_pipeline_and_samples(name: str, tmp_path: Path) -> Non
     size = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 2}
     image = loaded(prompt=["a cat"], output_type="pt", **size, **ARGUMENTS.get(name, {}))[0][0]
     assert image.isfinite().all() and image.std() > 0
+
+
+@pytest.mark.parametrize("name", ["sd1.5", "pixart-sigma", "sd3.5", "flux-dev", "lumina2"])
+@torch.no_grad()
+def test_a_budget_is_kept_by_what_comes_out(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importance, "STEPS", 4)  # to be quick
+    _, teacher, batches, _ = squeezed(name)
+    one = first_sample(batches)
+    plan = plan_shape(teacher, batches, predict, Budget("macs", 0.9), one)
+    found = compress(teacher, batches, predict, **plan.arguments)
+    cost = cost_of(found.model, "macs", lambda: predict(found.model, *one))
+    assert cost == pytest.approx(plan.after, rel=1e-12) and cost <= 0.9 * plan.before
+    assert {(part.name, part.keeps) for part in plan.parts} == {
+        (part.name, part.after) for part in found.parts
+    }
+    assert found.lost < 0.15
+    found.model.save_pretrained(tmp_path)
+    loaded = prepare(type(found.model).from_pretrained(tmp_path))
+    assert torch.equal(predict(loaded, *batches[0]), predict(found.model, *batches[0]))
+    whole = plan_shape(teacher, batches, predict, Budget("parameters", 1), one)
+    assert whole.parts == () and whole.arguments == {"heads": None, "neurons": None, "blocks": None}
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -143,6 +143,14 @@ def test_students_stand_against_their_teacher(text_runs: list[Path]) -> None:
     assert against_teacher_table(read_runs(text_runs[2:])) is None  # of a teacher
 
 
+def test_the_terminal_tells_them_too(text_runs: list[Path]) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    print_table(text_runs, console)
+    printed = console.file.getvalue()  # type: ignore[attr-defined]
+    assert re.search(r"Against the teacher +MSE ↓ +rel\. ↓ +cos ↑", printed)
+    assert re.search(r"kd-shd +0\.0500 +10\.0% +0\.900", printed)
+
+
 def test_students_of_other_teachers_are_not_ranked(text_runs: list[Path], tmp_path: Path) -> None:
     other = make_text_run(tmp_path / "other", 0.2, images=1)
     found = json.loads((other / "evaluation" / "metrics.json").read_text())["against_teacher"]

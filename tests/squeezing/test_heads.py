@@ -8,6 +8,7 @@ import torch
 from shd_diffusion.squeezing.heads import (
     factor_queries_keys,
     head_movements,
+    heads_to_keep,
     merge_values,
     reduced,
     refit_heads,
@@ -215,3 +216,18 @@ def test_values_that_nothing_merges_with_keep_what_they_put_out():
         torch.from_numpy(values), torch.from_numpy(outputs), [(0,), (1,)], gram, 2, sharing=2
     )
     np.testing.assert_allclose(merged_values[0] @ merged_outputs, values @ outputs, atol=1e-12)
+
+
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_the_heads_that_are_dropped_are_those_that_least_squares_misses_least(keep):
+    """Brute force, head by head: the one whose absence leaves the least error once all others are refitted."""
+    attended, targets, _, outputs = random_case(3)
+    attended = attended[:, :, :WIDTH]
+    left = list(range(HEADS))
+    while len(left) > keep:
+        errors = {}
+        for head in left:
+            features = attended[:, [other for other in left if other != head]].reshape(ROWS, -1)
+            errors[head] = ((targets - features @ least_squares(features, targets)) ** 2).sum()
+        left.remove(min(errors, key=errors.get))
+    assert heads_to_keep(moments_of(attended, targets), outputs, keep, strength=0) == tuple(left)

@@ -115,6 +115,27 @@ def test_a_study_is_interrupted_and_resumed(
     assert all((once[name] == resumed[name]).all() for name in once)
 
 
+def test_models_are_made_of_the_teacher_before_the_runs(runs: Path, tmp_path: Path) -> None:
+    heal = tmp_path / "heal.yaml"
+    text = DISTILL_CONFIG.read_text()
+    start, end = text.index("student:"), text.index("losses:")
+    heal.write_text(f"{text[:start]}student:\n  pretrained: none\n\n{text[end:]}")
+    study = study_file(
+        tmp_path, runs / "teacher", distill=str(heal), seeds=[0], targets=[], after_seconds=[],
+        overrides={**STEPS, "train.max_steps": 2, "teacher.path": str(runs / "teacher")},
+        compressed={"merged": {"heads": 4, "images": 64}, "dropped": {"heads": 4, "images": 64, "method": "drop"}},
+        variants={"merged": {"student.pretrained": "merged"}, "dropped": {"student.pretrained": "dropped"}},
+        reference="merged",
+    )  # fmt: skip
+    code, said, errors = command("study", study)
+    assert code == 0 and "2 of 2 runs are complete" in said, errors
+    for name, method in (("merged", "merge"), ("dropped", "drop")):
+        made = json.loads((tmp_path / "study/compressed" / name / "compression.json").read_text())
+        assert made["method"] == method
+        run = yaml.safe_load((tmp_path / f"study/runs/{name}/seed-0/config.yaml").read_text())
+        assert run["student"]["pretrained"] == str(tmp_path / "study/compressed" / name)
+
+
 def stand_in(code: int, says: str = "") -> tuple[str, ...]:
     """A worker that does nothing but end with this exit code."""
     return sys.executable, "-c", f"print({says!r}); raise SystemExit({code})"
