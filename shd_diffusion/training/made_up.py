@@ -138,7 +138,7 @@ class MadeUpSamples(Source):
     def __init__(self, shape: tuple[int, ...], condition: Mapping[str, Tensor], classes: int | None) -> None:
         self.shape, self.image_size, self.num_classes = shape, (shape[-2], shape[-1]), classes
         self.needs_noise, self.num_workers, self.null = False, 0, {}
-        self.condition_names = list(condition)
+        self.condition, self.condition_names = condition, list(condition)
         self.dataset = _Samples(shape, condition, classes, 1)
 
     def clean(self, items: Mapping[str, Tensor], flipped: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -150,8 +150,7 @@ class MadeUpSamples(Source):
     def of(self, count: int) -> MadeUpSamples:
         """The same with so many samples."""
         other = copy(self)
-        samples = self.dataset
-        other.dataset = _Samples(self.shape, samples.condition, samples.classes, count)
+        other.dataset = _Samples(self.shape, self.condition, self.num_classes, count)
         return other
 
 
@@ -201,7 +200,7 @@ def latent_shape(config: RunConfig, model: ModelMixin) -> tuple[int, int, int] |
         return None
     channels = model.config["in_channels"] // (family_of(model).patch or 1) ** 2
     pipeline = find_pipeline(config.within) if config.within is not None else None
-    stride = vae_stride(config.prepare.vae or (pipeline and pipeline.name))
+    stride = vae_stride(config.prepare.vae or (None if pipeline is None else pipeline.name))
     return channels, size // stride, size // stride
 
 
