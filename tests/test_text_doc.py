@@ -62,3 +62,16 @@ def test_the_document_tells_what_the_dry_runs_found(name: str) -> None:
     assert [[cell.strip() for cell in row.strip("|").split("|")][1:] for row in rows] == list(
         cells(result(name)).values()
     )
+
+
+def test_the_document_tells_what_the_two_steps_took() -> None:
+    text = (ROOT / "docs" / "results" / "benchmark-text-step.json").read_text(encoding="utf-8")
+    figures = json.loads(text)["figures"]
+    document = (ROOT / "docs" / "text-to-image.md").read_text(encoding="utf-8")
+    assert figures["parameters"] == {
+        part: result("pixart-sigma")[part]["parameters"] for part in ("teacher", "student")
+    }
+    assert len(figures["steps"]) == 2
+    assert all(f"| {name} | {taken} |" in document for name, taken in figures["steps"][1]["seconds"].items())
+    assert f"at most {figures['gigabytes at most']} GB" in document
+    assert f"--image-size {8 * figures['sample'][1]} " in document
