@@ -100,11 +100,11 @@ def is_complete(run: RunFolder) -> bool:
 def _compression(study: StudyConfig, teacher: str, name: str, output: Path) -> Job:
     """A model to be made of the teacher, unless it is there."""
     folder = compressed_folder(output, name)
-    options = [part for key, value in study.compressed[name].items() for part in (f"--{key}", str(value))]
-    command = ["compress", teacher, *options, "--output", str(folder)]
-    return Job(
-        f"compress {name}", [] if folder.exists() else [command], output / "logs" / f"compress-{name}.log"
-    )
+    command = ["compress", teacher, "--output", str(folder)]
+    for key, value in study.compressed[name].items():
+        command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    log = output / "logs" / f"compress-{name}.log"
+    return Job(f"compress {name}", [] if folder.exists() else [command], log)
 
 
 def _sets(overrides: Iterable[str]) -> list[str]:

@@ -123,7 +123,10 @@ def test_models_are_made_of_the_teacher_before_the_runs(runs: Path, tmp_path: Pa
     study = study_file(
         tmp_path, runs / "teacher", distill=str(heal), seeds=[0], targets=[], after_seconds=[],
         overrides={**STEPS, "train.max_steps": 2, "teacher.path": str(runs / "teacher")},
-        compressed={"merged": {"heads": 4, "images": 64}, "dropped": {"heads": 4, "images": 64, "method": "drop"}},
+        compressed={
+            "merged": {"heads": 4, "images": 64, "plain": True},
+            "dropped": {"heads": 4, "images": 64, "method": "drop"},
+        },
         variants={"merged": {"student.pretrained": "merged"}, "dropped": {"student.pretrained": "dropped"}},
         reference="merged",
     )  # fmt: skip
