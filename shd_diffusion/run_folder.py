@@ -28,6 +28,7 @@ FREE = (
     "sample",
     "evaluate",
     "teacher.device",
+    "teacher.config",
     "train.max_steps",  # it may grow
     "train.micro_batch_size",
     "train.num_processes",

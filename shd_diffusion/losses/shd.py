@@ -27,6 +27,7 @@ from shd_diffusion.losses.term import (
 from shd_diffusion.losses.token_grid import Pool, common_grid, on_grid, sample_rows, take
 from shd_diffusion.losses.weight_schedule import Decay, schedule_weight, within
 from shd_diffusion.models.trace import Trace
+from shd_diffusion.operations import is_readable
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.matching import match_merges
 from shd_diffusion.squeezing.merge_weights import Granularity, Squeezer, prepare_squeezer
@@ -136,7 +137,7 @@ class SHDLoss:
                 teacher, student = take(teacher_records[by], active), take(student_records[name], active)
                 terms.append(self._divergences(name, teacher, student, step, size).mean(1).sum() / batch)
         loss = torch.stack(terms) * self.config.temperature**2
-        if not torch.compiler.is_compiling() and not torch.isfinite(loss).all():
+        if is_readable(loss) and not torch.isfinite(loss).all():
             name, by = list(pairs.items())[int((~torch.isfinite(loss)).nonzero()[0])]
             raise NonFiniteError(f"attention maps or values of block {name} (teacher's {by}) are not finite")
         self.last = tuple(pairs), loss.detach()

@@ -74,12 +74,17 @@ class Parts:
 
 
 def build(
-    config: TrainTeacherConfig | DistillConfig, source: str, data: Source, teacher: Teacher | None = None
+    config: TrainTeacherConfig | DistillConfig,
+    source: str,
+    data: Source,
+    teacher: Teacher | None = None,
+    model: ModelMixin | None = None,
 ) -> Parts:
     """Build what a config names, on the CPU.
 
     Args:
         teacher: of a distillation; None loads the config's.
+        model: that is trained; None builds the config's.
 
     Raises:
         UserError: something cannot be built, does not fit the rest, or cannot be trained as the config says.
@@ -100,7 +105,7 @@ def build(
     with check("data.path"):
         example = data.example()
     with check(key):
-        model = new_model(config, model_config)
+        model = new_model(config, model_config) if model is None else model
         data = copy(data)
         data.condition_names = conditions_of(model, data)
         example = {name: example[name] for name in data.condition_names}
