@@ -78,7 +78,7 @@ class HeadOptions:
         queries: `select` (`select_heads`) or `factor` (`factor_queries_keys`).
         rounds: of the refit.
         rows: query rows of each sample that the refit sees, drawn at random; None for all.
-        head_dim: of the heads that stay; None: as the teacher's.
+        head_dim: of the heads that stay; None: as the teacher's. Narrower ones need `factor`.
     """
 
     method: Method = "merge"
@@ -231,7 +231,7 @@ def check_can_be_squeezed(model: nn.Module, name: str, options: HeadOptions) -> 
         raise ValueError(f"attention block `{name}` attends twice, to text and image: it cannot be squeezed")
     if options.head_dim is not None and options.head_dim != layout.width:
         check_heads_can_be_widened(model, name)
-        if options.head_dim < layout.width:
+        if options.head_dim < layout.width and options.queries == "select":
             raise ValueError(
                 f"attention block `{name}` has heads of width {layout.width}, not to become {options.head_dim}"
             )

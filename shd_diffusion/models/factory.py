@@ -43,15 +43,16 @@ class ModelConfig(Section):
 
 
 class StudentConfig(ModelConfig):
-    """The model that is distilled into; `init: teacher` starts it from the teacher's weights where shapes allow."""
+    """The model that is distilled into. `init: teacher` starts it from the teacher's weights where shapes allow,
+    `init: squeeze` from what least squares makes of them in its own shape."""
 
-    init: Literal["random", "teacher"] = "random"
+    init: Literal["random", "teacher", "squeeze"] = "random"
 
     @model_validator(mode="after")
     def _starts_from_one_model(self) -> StudentConfig:
-        if self.init == "teacher" and self.pretrained is not None:
+        if self.init != "random" and self.pretrained is not None:
             raise ValueError(
-                "`pretrained` and `init: teacher` both give the weights to start from; choose one"
+                f"`pretrained` and `init: {self.init}` both give the weights to start from; choose one"
             )
         return self
 

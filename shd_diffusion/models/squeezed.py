@@ -205,12 +205,13 @@ def cut_norm(norm: Any, channels: Tensor) -> None:
 def widen_heads(model: nn.Module, name: str, width: int) -> None:
     """Give the heads of an attention block more channels, all 0, in place: it computes the same function.
 
-    Queries grow by √(new width / old width), since attention divides logits by the root of the width.
+    Queries grow by √(new width / old width), since attention divides logits by the root of the width. To fewer channels
+    it leaves the first ones, for a caller who writes all weights of the heads anew.
 
     Args:
         model: the model around the block.
         name: module path of the block.
-        width: channels of a head, at least as many as it has.
+        width: channels of a head.
 
     Raises:
         ValueError: its queries are normalised or rotated, so that the function would be another one.
@@ -223,9 +224,10 @@ def widen_heads(model: nn.Module, name: str, width: int) -> None:
         factor = (width / before) ** 0.5 if part in layout.queries else 1.0
         for key, parameter in linear.named_parameters():
             by_head = parameter.detach().unflatten(0, (heads, before)) * factor
-            missing = by_head.new_zeros(heads, width - before, *by_head.shape[2:])
-            wider = torch.cat([by_head, missing], 1).flatten(0, 1)
-            setattr(linear, key, nn.Parameter(wider, requires_grad=parameter.requires_grad))
+            resized = nn.functional.pad(by_head, (0, 0) * (by_head.ndim - 2) + (0, width - before)).flatten(
+                0, 1
+            )
+            setattr(linear, key, nn.Parameter(resized, requires_grad=parameter.requires_grad))
         linear.out_features = heads * width
     for part in layout.outputs:
         linear = model.get_submodule(part.layer)

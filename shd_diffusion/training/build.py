@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from copy import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -13,6 +13,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
+from shd_diffusion.compression.narrow import check_can_be_squeezed_into
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, read_run_config
 from shd_diffusion.data import LatentSource, Source
 from shd_diffusion.data.latent_space import load_vae
@@ -31,7 +32,7 @@ from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.squeezing.plan import PLANS_FILE, Plan, plans_from_json
 from shd_diffusion.training.batches import BatchLayout, BatchLoader, noise_settings
-from shd_diffusion.training.init_student import init_from_teacher
+from shd_diffusion.training.init_student import init_from_teacher, paired_blocks
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class Parts:
         null: what a dropped condition is replaced by.
         student_trace: what a pass of the model looks like.
         teacher_trace: the same of the teacher.
+        origins: where the student is to be squeezed from its teacher, the teacher's block of each of its own.
     """
 
     config: TrainTeacherConfig | DistillConfig
@@ -58,6 +60,7 @@ class Parts:
     null: dict[str, Tensor]
     student_trace: Trace
     teacher_trace: Trace | None
+    origins: Mapping[str, str] = field(default_factory=dict)
 
     def loader(self, device: torch.device) -> Callable[[BatchLayout, int], BatchLoader]:
         """From a layout and the first step to a process's batches."""
@@ -130,16 +133,17 @@ def build(
                 "`out_channels` to `in_channels`"
             )
     with check("student.init"):
-        if (
-            isinstance(config, DistillConfig)
-            and teacher
-            and teacher_trace
-            and config.student.init == "teacher"
-        ):
+        origins: dict[str, str] = {}
+        if isinstance(config, DistillConfig) and teacher is not None and teacher_trace is not None:
             layer_map = config.losses["shd"].layer_map  # type: ignore[attr-defined]
-            taken = init_from_teacher(model, teacher.model, student_trace, teacher_trace, layer_map)
-            if processes().is_main_process:
-                announce(f"student.init: {taken}")
+            if config.student.init == "teacher":
+                taken = init_from_teacher(model, teacher.model, student_trace, teacher_trace, layer_map)
+                if processes().is_main_process:
+                    announce(f"student.init: {taken}")
+            elif config.student.init == "squeeze":
+                pairs = paired_blocks(student_trace, teacher_trace, layer_map)
+                origins = {block: by for block, by in pairs.items() if by is not None}
+                check_can_be_squeezed_into(model, teacher.model, origins)
     with check(""):
         try:
             terms = build_terms(config.losses, student_trace, teacher_trace, config.seed)
@@ -170,7 +174,9 @@ def build(
     if config.train.compile:
         model.compile()
     null = {**null_condition(model), **data.null}
-    return Parts(config, model, teacher, pipeline, data, process, terms, null, student_trace, teacher_trace)
+    return Parts(
+        config, model, teacher, pipeline, data, process, terms, null, student_trace, teacher_trace, origins
+    )
 
 
 def squeezed_by(config: TrainTeacherConfig | DistillConfig) -> dict[str, Plan]:

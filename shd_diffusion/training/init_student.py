@@ -37,7 +37,7 @@ def init_from_teacher(
     Raises:
         ValueError: the blocks cannot be mapped, or no tensor fits.
     """
-    blocks = _paired_blocks(student_trace, teacher_trace, layer_map)
+    blocks = paired_blocks(student_trace, teacher_trace, layer_map)
     teacher_tensors = teacher.state_dict()
     parameters = dict(student.named_parameters())
     taken = []
@@ -57,7 +57,7 @@ def init_from_teacher(
     )
 
 
-def _paired_blocks(student: Trace, teacher: Trace, layer_map: LayerMap) -> dict[str, str | None]:
+def paired_blocks(student: Trace, teacher: Trace, layer_map: LayerMap) -> dict[str, str | None]:
     """The teacher's transformer block of each of the student's, by path; None for one that is left out."""
     blocks: dict[str, str | None] = {enclosing_block(name): None for name in student.records}
     return blocks | map_modules(choose_pairs(teacher.kinds, student.kinds, layer_map), enclosing_block)

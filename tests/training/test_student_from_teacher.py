@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 from commands import DISTILL_CONFIG, TEACHER_CONFIG, command, sets
 from safetensors.torch import load_file
+
+from shd_diffusion.training import run as run_module
+from shd_diffusion.training import squeeze_student
 
 SHORT = ["train.max_steps=1", "train.batch_size=16", "train.log_every=1"]
 PRUNED = [
@@ -34,3 +38,47 @@ def test_it_starts_where_the_teacher_is(tmp_path: Path) -> None:
     for block in range(3):  # as many heads: nothing is merged
         name = f"transformer_blocks.{block}.attn1"
         assert torch.equal(maps[f"{name}/squeezed"], maps[f"{name}/teacher"])
+
+
+def test_a_narrow_student_is_squeezed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(squeeze_student, "CALIBRATION_IMAGES", 32)
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    small = sets(*SHORT, "model.arguments.num_layers=2", "model.arguments.num_attention_heads=4")
+    assert command("train-teacher", TEACHER_CONFIG, "--output", teacher, *small)[0] == 0
+    narrow = [
+        "student.init=squeeze",
+        "student.arguments.num_layers=1",
+        "student.arguments.num_attention_heads=2",
+    ]
+    overrides = sets(*SHORT, *narrow, f"teacher.path={teacher}", "train.learning_rate=1e-9")
+    for output in (run, tmp_path / "again"):
+        code, _, errors = command("distill", DISTILL_CONFIG, "--output", output, *overrides)
+        assert code == 0 and "its prediction differs from the teacher's by" in errors
+    first, again = (
+        load_file(output / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors")
+        for output in (run, tmp_path / "again")
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+
+    monkeypatch.setattr(run_module, "squeeze_student", None)  # from a checkpoint on it is not called
+    more = [*overrides, *sets("train.max_steps=2")]
+    assert command("distill", DISTILL_CONFIG, "--output", run, *more)[0] == 0
+
+
+def test_a_student_that_cannot_be_squeezed_writes_nothing(tmp_path: Path) -> None:
+    teacher, run = tmp_path / "teacher", tmp_path / "run"
+    small = sets(*SHORT, "model.arguments.num_layers=1", "model.arguments.num_attention_heads=2")
+    assert command("train-teacher", TEACHER_CONFIG, "--output", teacher, *small)[0] == 0
+    wider = [
+        "student.init=squeeze",
+        "student.arguments.num_layers=1",
+        "student.arguments.num_attention_heads=2",
+    ]
+    overrides = sets(*SHORT, *wider, "student.arguments.attention_head_dim=16", f"teacher.path={teacher}")
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", run, *overrides)
+    assert (
+        code == 2
+        and "key `student.init`:" in errors
+        and "make `attention_head_dim` equal" in errors
+        and not run.exists()
+    )

@@ -1,0 +1,192 @@
+"""Which axes of a model's parameters belong together: the channels of a stream, from all that write to all that read.
+
+A *space* is a set of channels with an order of its own, such as the residual stream; what a layer reads in one space it
+must read in the channels that others write there. Heads and neurons, which layouts.py knows, are none of these.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+STREAM = "stream"
+OWN = "own"
+"""Input features that a layer's model computes for itself at its own width, such as the sinusoids of a timestep."""
+
+POSITIONS = "pos_embed.pos_embed"
+"""A buffer (1, N, stream), added to the stream. Where no checkpoint has it, each width has a fixed one of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Axis:
+    """One axis of a tensor.
+
+    Attributes:
+        space: whose channels lie along it.
+        chunks: so many times, one after the other, as the shifts, scales and gates of an adaptive norm do.
+    """
+
+    space: str
+    chunks: int
+
+
+# Of each class the spaces along the axes of its weights (a bias goes with the first), by patterns of their paths; `+`:
+# several times. Axes in no space are left empty.
+Table = dict[str, tuple[str, ...]]
+
+_BLOCK = r"transformer_blocks\.(\d+)"
+
+
+def _feed_forward(path: str, space: str) -> Table:
+    return {rf"{path}\.net\.0\.proj": ("", space), rf"{path}\.net\.2": (space, "")}
+
+
+def _attention(path: str, space: str = STREAM) -> Table:
+    return {rf"{path}\.to_[qkv]": ("", space), rf"{path}\.to_out\.0": (space, "")}
+
+
+def _embedder(path: str, hidden: str, out: str, start: str = "") -> Table:
+    """An embedding by two linear layers."""
+    return {rf"{path}\.linear_1": (hidden, start), rf"{path}\.linear_2": (out, hidden)}
+
+
+_DIT: Table = {
+    r"pos_embed\.proj": (STREAM,),
+    **_embedder(rf"{_BLOCK}\.norm1\.emb\.timestep_embedder", r"timestep.\1", r"condition.\1"),
+    rf"{_BLOCK}\.norm1\.emb\.class_embedder\.embedding_table": ("", r"condition.\1"),
+    rf"{_BLOCK}\.norm1\.linear": ("stream+", r"condition.\1"),
+    **_attention(rf"{_BLOCK}\.attn1"),
+    **_feed_forward(rf"{_BLOCK}\.ff", STREAM),
+    r"proj_out_1": ("stream+", "condition.0"),
+    r"proj_out_2": ("", STREAM),
+}
+
+_PIXART: Table = {
+    r"pos_embed\.proj": (STREAM,),
+    # the embedded timestep is added to the last scale and shift: it lives in the stream
+    **_embedder(r"adaln_single\.emb\.timestep_embedder", "timestep", STREAM),
+    r"adaln_single\.linear": ("stream+", STREAM),
+    **_embedder(r"caption_projection", "caption", "context"),
+    **_attention(rf"{_BLOCK}\.attn1"),
+    rf"{_BLOCK}\.attn2\.to_q": ("", STREAM),
+    rf"{_BLOCK}\.attn2\.to_[kv]": ("", "context"),
+    rf"{_BLOCK}\.attn2\.to_out\.0": (STREAM, ""),
+    **_feed_forward(rf"{_BLOCK}\.ff", STREAM),
+    rf"(?:{_BLOCK}\.)?scale_shift_table": ("", STREAM),
+    r"proj_out": ("", STREAM),
+}
+
+_COGVIEW4: Table = {
+    r"patch_embed\.(text_)?proj": (STREAM, ""),
+    **_embedder(r"time_condition_embed\.timestep_embedder", "timestep", "condition", OWN),
+    **_embedder(r"time_condition_embed\.condition_embedder", "sizes", "condition"),
+    rf"{_BLOCK}\.norm1\.linear": ("stream+", "condition"),
+    **_attention(rf"{_BLOCK}\.attn1"),
+    **_feed_forward(rf"{_BLOCK}\.ff", STREAM),
+    r"norm_out\.linear": ("stream+", "condition"),
+    r"proj_out": ("", STREAM),
+}
+
+_SD3: Table = {
+    r"pos_embed\.proj": (STREAM,),
+    r"pos_embed\.pos_embed": ("", "", STREAM),
+    **_embedder(r"time_text_embed\.timestep_embedder", "timestep", "condition"),
+    **_embedder(r"time_text_embed\.text_embedder", "pooled", "condition"),
+    r"context_embedder": ("context", ""),
+    rf"{_BLOCK}\.norm1\.linear": ("stream+", "condition"),
+    rf"{_BLOCK}\.norm1_context\.linear": ("context+", "condition"),
+    **_attention(rf"{_BLOCK}\.attn2?"),
+    rf"{_BLOCK}\.attn\.add_[qkv]_proj": ("", "context"),
+    rf"{_BLOCK}\.attn\.to_add_out": ("context", ""),
+    **_feed_forward(rf"{_BLOCK}\.ff", STREAM),
+    **_feed_forward(rf"{_BLOCK}\.ff_context", "context"),
+    r"norm_out\.linear": ("stream+", "condition"),
+    r"proj_out": ("", STREAM),
+}
+
+_MDT_BLOCK = r"(?:(?:in|out|decoder)_blocks\.\d+|side_block)"
+
+_MDTV2: Table = {
+    r"patch_embed\.proj": (STREAM,),
+    r"position_embedding|decoder_position_embedding|mask_token": ("", "", STREAM),
+    **_embedder(r"timestep_embedder", "timestep", "condition"),
+    r"label_embedder": ("", "condition"),
+    rf"{_MDT_BLOCK}\.skip": (STREAM, "stream+"),
+    rf"{_MDT_BLOCK}\.norm1\.linear": ("stream+", "condition"),
+    **_attention(rf"{_MDT_BLOCK}\.attn"),
+    **_feed_forward(rf"{_MDT_BLOCK}\.ff", STREAM),
+    r"proj_out_1": ("stream+", "condition"),
+    r"proj_out_2": ("", STREAM),
+}
+
+WIDTHS: dict[str, Table] = {
+    "DiTTransformer2DModel": _DIT,
+    "PixArtTransformer2DModel": _PIXART,
+    "CogView4Transformer2DModel": _COGVIEW4,
+    "SD3Transformer2DModel": _SD3,
+    "MDTv2Transformer2DModel": _MDTV2,
+}
+
+
+def axes(model: nn.Module) -> dict[str, tuple[Axis | None, ...]]:
+    """The spaces along the axes of a model's tensors, by their names in its state dict; those in none are left out.
+
+    Raises:
+        ValueError: the class has no table, or its channels are joined in a way that no table can say.
+    """
+    table = next((WIDTHS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in WIDTHS), None)
+    if table is None:
+        raise ValueError(
+            f"the channels of a {type(model).__name__} are not known, only those of {', '.join(WIDTHS)}; "
+            "set it to `random`"
+        )
+    state = model.state_dict()
+    found = {name: spaces for name in state if (spaces := _spaces(table, name)) is not None}
+    sizes = {
+        space: state[name].shape[dim]
+        for name, spaces in found.items()
+        for dim, space in enumerate(spaces[: state[name].ndim])
+        if space and not space.endswith("+")
+    }
+    return {
+        name: tuple(
+            _axis(space, length, sizes) for space, length in zip(spaces, state[name].shape, strict=False)
+        )
+        for name, spaces in found.items()
+    }
+
+
+def _spaces(table: Table, name: str) -> tuple[str, ...] | None:
+    path, _, last = name.rpartition(".")
+    for pattern, spaces in table.items():
+        for whole, dims in ((name, spaces), (path, spaces if last == "weight" else spaces[:1])):
+            if match := re.fullmatch(pattern, whole):
+                return tuple(match.expand(space) for space in dims)
+    return None
+
+
+def _axis(space: str, length: int, sizes: Mapping[str, int]) -> Axis | None:
+    if not space:
+        return None
+    plain = space.removesuffix("+")
+    return Axis(plain, length // sizes[plain])
+
+
+def space_sizes(model: nn.Module) -> dict[str, int]:
+    """Channels of every space of a model; `axes` tells the errors."""
+    state = model.state_dict()
+    return {
+        axis.space: state[name].shape[dim] // axis.chunks
+        for name, its in axes(model).items()
+        for dim, axis in enumerate(its)
+        if axis is not None
+    }
+
+
+def fixed_positions(model: nn.Module) -> Tensor | None:
+    """The position embedding (N, stream) that a model adds to its stream and that no checkpoint can change."""
+    table = dict(model.named_buffers()).get(POSITIONS)
+    return None if table is None or POSITIONS in model.state_dict() else table[0]

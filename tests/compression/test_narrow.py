@@ -1,0 +1,188 @@
+"""Narrow students made from their teachers' weights: what must be lossless is, and what cannot be cut is refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from diffusers import DiTTransformer2DModel
+from families import FAMILIES, Family, output
+from small_models import small_dit
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from shd_diffusion.compression.narrow import check_can_be_squeezed_into, squeeze_into
+from shd_diffusion.models.widths import axes
+
+ANOTHER_WIDTH = {"num_attention_heads": 2, "attention_head_dim": 6}
+NARROWER: dict[str, dict[str, Any]] = {
+    "dit": {"num_attention_heads": 2},
+    "mdtv2": {"num_attention_heads": 2},
+    "pixart": {"num_attention_heads": 2, "cross_attention_dim": 16},
+    "cogview4": {"num_attention_heads": 2},
+    "sd3": {"num_attention_heads": 2, "caption_projection_dim": 16},
+}
+
+
+def run_family(model: nn.Module, _: Any, __: Any, inputs: dict[str, Any]) -> Tensor:
+    return output(model(**inputs))
+
+
+def batches_of(family: Family, count: int = 3) -> list[Any]:
+    return [(None, None, family.draw(seed)) for seed in range(1, count + 1)]
+
+
+def narrow(family: Family, changes: dict[str, Any]) -> nn.Module:
+    return Family(family.model, {**family.arguments, **changes}, family.inputs, ()).build(seed=3)
+
+
+@pytest.mark.parametrize("name", NARROWER)
+def test_a_student_of_the_teachers_shape_is_the_teacher(name: str) -> None:
+    family = FAMILIES[name]
+    teacher, student = family.build(), family.build(seed=3)
+    expected = output(teacher(**family.draw(7)))
+    assert not torch.allclose(output(student(**family.draw(7))), expected, rtol=0.1)
+    lost, _ = squeeze_into(student, teacher, batches_of(family, 1), run_family, {})
+    torch.testing.assert_close(output(student(**family.draw(7))), expected, rtol=1e-5, atol=1e-6)
+    assert lost < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        *NARROWER.items(),
+        *(pytest.param(name, ANOTHER_WIDTH, id=f"{name}, heads too") for name in ("dit", "mdtv2")),
+    ],
+)
+def test_a_narrow_student_begins_close_to_its_teacher(name: str, changes: dict[str, Any]) -> None:
+    family = FAMILIES[name]
+    teacher, student = family.build(), narrow(family, changes)
+    before = {key: value.clone() for key, value in teacher.state_dict().items()}
+    batches = batches_of(family, 2)
+    with torch.no_grad():
+        wanted, random = (torch.cat([run_family(m, *batch) for batch in batches]) for m in (teacher, student))
+    lost, _ = squeeze_into(student, teacher, batches, run_family, {})
+    assert lost < 0.5 * float((wanted - random).square().sum() / wanted.square().sum()) and lost < 0.5
+    torch.testing.assert_close(dict(teacher.state_dict()), before, rtol=0, atol=0)
+    assert not student.training
+
+
+@pytest.mark.parametrize("name", NARROWER)
+def test_what_padding_has_added_leaves_without_loss(name: str) -> None:
+    """Every channel of the teacher is there twice, and only one of them is read; half of its heads and neurons go into
+    nothing. Its norms are those of the student."""
+    family = FAMILIES[name]
+    changes = {key: value * 2 for key, value in NARROWER[name].items()}
+    teacher, original = narrow(family, changes), narrow(family, NARROWER[name])
+    with torch.no_grad():
+        if name == "cogview4":  # whose sinusoids of the timestep are others at every width
+            for model in (teacher, original):
+                model.time_condition_embed.timestep_embedder.linear_1.weight.zero_()
+        pad(original, teacher)
+    inputs = family.draw(9)
+    expected = output(original(**inputs))
+    torch.testing.assert_close(output(teacher(**inputs)), expected, rtol=1e-4, atol=1e-5)
+
+    student = narrow(family, NARROWER[name])
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.normal_()
+        if name == "cogview4":
+            student.time_condition_embed.timestep_embedder.linear_1.weight.zero_()
+    lost, _ = squeeze_into(student, teacher, batches_of(family, 5), run_family, {})
+    assert lost < 1e-6  # heads are merged with a ridge of 1e-5
+
+
+def pad(small: nn.Module, big: nn.Module) -> None:
+    """Write a model's weights into one of twice its channels, heads and neurons, which then computes the same."""
+    spaces, source = axes(small), small.state_dict()
+    heads_and_neurons = {}  # layers that read them
+    for path, module in small.named_modules():
+        if path.endswith(("to_out.0", "to_add_out", "net.2")):
+            heads_and_neurons[f"{path}.weight"] = module
+    for key, tensor in [*big.state_dict().items(), *big.named_buffers()]:
+        if key not in source:
+            own = dict(small.named_buffers()).get(key)
+            if own is not None and own.shape != tensor.shape:
+                tensor.copy_(torch.cat([own, own], -1))  # the positions of a DiT
+            continue
+        value, its = source[key], spaces.get(key, ())
+        for dim, axis in enumerate(its):
+            if axis is None or value.shape[dim] == tensor.shape[dim]:
+                continue
+            reads = dim == 1 and key.endswith(".weight") and "embed" not in key.split(".")[-2]
+            chunks = value.chunk(axis.chunks, dim)
+            value = torch.cat(
+                [torch.cat([chunk, torch.zeros_like(chunk) if reads else chunk], dim) for chunk in chunks],
+                dim,
+            )
+        if value.shape != tensor.shape:  # heads or neurons, whose further ones stay random
+            dim = next(d for d in range(value.ndim) if value.shape[d] != tensor.shape[d])
+            tensor.narrow(dim, 0, value.shape[dim]).copy_(value)
+            if key in heads_and_neurons:
+                tensor.narrow(dim, value.shape[dim], value.shape[dim]).zero_()
+        else:
+            tensor.copy_(value)
+
+
+def test_a_shallower_student_has_the_blocks_of_its_layer_map() -> None:
+    """As wide as its teacher: blocks alone leave, and the last layer learns to read another block's condition."""
+    teacher, student = random_dit(2, 4, 0), random_dit(2, 2, 1)
+    batches = [
+        (torch.randn(16, 1, 8, 8), torch.randint(1000, (16,)), torch.randint(11, (16,))) for _ in range(4)
+    ]
+    origins = {"transformer_blocks.0": "transformer_blocks.1", "transformer_blocks.1": "transformer_blocks.3"}
+    squeeze_into(student, teacher, batches, run_dit, origins)
+    for own, by in origins.items():
+        wanted = teacher.get_submodule(by).state_dict()
+        assert all(torch.equal(v, wanted[k]) for k, v in student.get_submodule(own).state_dict().items())
+    assert torch.equal(student.proj_out_2.weight, teacher.proj_out_2.weight)
+    conditions = [
+        torch.cat(
+            [
+                silu(model.transformer_blocks[0].norm1.emb(t, labels, hidden_dtype=torch.float32))
+                for _, t, labels in batches
+            ]
+        ).detach()
+        for model in (teacher, student)
+    ]
+    wanted, found = (m.proj_out_1(c).detach() for m, c in zip((teacher, student), conditions, strict=True))
+    features = torch.cat([conditions[1], torch.ones(64, 1)], 1).double().numpy()
+    fit = features @ scipy.linalg.lstsq(features, wanted.double().numpy())[0]
+    error, least = (np.square(wanted.numpy() - each).sum() for each in (found.numpy(), fit))
+    assert least <= error * (1 + 1e-6) and error < 1.001 * least
+
+
+def random_dit(heads: int, layers: int, seed: int, head_dim: int = 8) -> DiTTransformer2DModel:
+    torch.manual_seed(seed)
+    model = small_dit(heads, head_dim, layers)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    return model.eval()
+
+
+def run_dit(model: nn.Module, noised: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
+    return model(noised, timestep=timesteps, class_labels=labels).sample
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        (lambda: random_dit(4, 2, 0), lambda: random_dit(2, 2, 0), "has 4 heads, the teacher's 2"),
+        (lambda: random_dit(2, 2, 0, 16), lambda: random_dit(2, 2, 0, 24), "make `attention_head_dim` equal"),
+        (lambda: random_dit(2, 2, 0), FAMILIES["mdtv2"].build, "take the teacher's class"),
+        (lambda: random_dit(2, 1, 0), lambda: random_dit(2, 2, 0), "give it one in `losses.shd.layer_map`"),
+        (
+            lambda: small_dit(2, out_channels=2),
+            lambda: small_dit(4),
+            "`proj_out_2.weight` .* all else .* equal",
+        ),
+        (FAMILIES["flux"].build, FAMILIES["flux"].build, "a FluxTransformer2DModel are not known"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused(student: Any, teacher: Any, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_can_be_squeezed_into(student(), teacher(), {})
