@@ -19,6 +19,7 @@ from shd_diffusion.data.latent_space import load_vae
 from shd_diffusion.errors import UserError
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses import Term, build_terms
+from shd_diffusion.losses.shd import SHD
 from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens
 from shd_diffusion.models.factory import ModelConfig, build_model, fill_in, load_model
 from shd_diffusion.models.forward_process import ForwardProcess
@@ -28,6 +29,7 @@ from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
+from shd_diffusion.squeezing.plan import PLANS_FILE, Plan, plans_from_json
 from shd_diffusion.training.batches import BatchLayout, BatchLoader, noise_settings
 from shd_diffusion.training.init_student import init_from_teacher
 
@@ -144,6 +146,9 @@ def build(
         except ValueError as error:
             of_teacher = f" (teacher {config.teacher.path})" if isinstance(config, DistillConfig) else ""
             raise ValueError(f"key {error}{of_teacher}") from error
+    with check("losses.shd.pairing"):
+        if isinstance(shd := terms.get("shd"), SHD):
+            shd.take_plans(squeezed_by(config))
     with check("train.mask_ratio"):
         _check_masking(model, teacher, config.train.mask_ratio)
         if config.train.mask_ratio:
@@ -166,6 +171,13 @@ def build(
         model.compile()
     null = {**null_condition(model), **data.null}
     return Parts(config, model, teacher, pipeline, data, process, terms, null, student_trace, teacher_trace)
+
+
+def squeezed_by(config: TrainTeacherConfig | DistillConfig) -> dict[str, Plan]:
+    """By block, the plans by which a student's heads merged before it is trained; none where it was not squeezed."""
+    path = config.student.pretrained if isinstance(config, DistillConfig) else None
+    file = None if path is None else Path(path) / PLANS_FILE
+    return {} if file is None or not file.is_file() else plans_from_json(file.read_text(encoding="utf-8"))
 
 
 @contextmanager

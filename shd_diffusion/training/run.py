@@ -29,7 +29,7 @@ from shd_diffusion.sampling import check_sampling, save_pipeline
 from shd_diffusion.sampling.schedulers import own_scheduler
 from shd_diffusion.squeezing.plan import plans_from_json, plans_to_json
 from shd_diffusion.training.batches import BatchLayout, noise_settings
-from shd_diffusion.training.build import Parts, build
+from shd_diffusion.training.build import Parts, build, squeezed_by
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
 from shd_diffusion.training.launch import make_accelerator, start_trackers
 from shd_diffusion.training.loop import Validation, fit
@@ -268,6 +268,7 @@ def _try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, sh
         if shd is None:
             options = config.losses["shd"]
             shd = SHD(options, parts.student_trace, parts.teacher_trace, config.seed)  # type: ignore[arg-type]
+            shd.take_plans(squeezed_by(config))
             if shd.config.pairing == "matched" and folder.merge_plans_file.exists():
                 shd.loss.plans = plans_from_json(folder.merge_plans_file.read_text(encoding="utf-8"))
         elements = max(
