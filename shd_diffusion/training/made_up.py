@@ -138,7 +138,7 @@ class MadeUpSamples(Source):
     def __init__(self, shape: tuple[int, ...], condition: Mapping[str, Tensor], classes: int | None) -> None:
         self.shape, self.image_size, self.num_classes = shape, (shape[-2], shape[-1]), classes
         self.needs_noise, self.num_workers, self.null = False, 0, {}
-        self.condition, self.condition_names = condition, list(condition)
+        self.told, self.condition_names = condition, list(condition)
         self.dataset = _Samples(shape, condition, classes, 1)
 
     def clean(self, items: Mapping[str, Tensor], flipped: Tensor, noise: Tensor | None = None) -> Tensor:
@@ -150,7 +150,7 @@ class MadeUpSamples(Source):
     def of(self, count: int) -> MadeUpSamples:
         """The same with so many samples."""
         other = copy(self)
-        other.dataset = _Samples(self.shape, self.condition, self.num_classes, count)
+        other.dataset = _Samples(self.shape, self.told, self.num_classes, count)
         return other
 
 
