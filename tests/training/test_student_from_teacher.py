@@ -9,8 +9,8 @@ import torch
 from commands import DISTILL_CONFIG, TEACHER_CONFIG, command, sets
 from safetensors.torch import load_file
 
-from shd_diffusion.training import run as run_module
 from shd_diffusion.squeezing.plan import members, plans_from_json
+from shd_diffusion.training import run as run_module
 from shd_diffusion.training import squeeze_student
 
 SHORT = ["train.max_steps=1", "train.batch_size=16", "train.log_every=1"]
