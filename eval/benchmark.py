@@ -1,9 +1,11 @@
-"""Launch file of the benchmarks: every figure is a ratio of things measured side by side in one run.
+"""Launch file of the benchmarks: every figure is a ratio of things measured side by side in one run; `text-step` alone
+tells seconds.
 
     python eval/benchmark.py squeeze --threads 2 --output docs/results/benchmark-squeeze.json
     python eval/benchmark.py step --threads 2 --output docs/results/benchmark-step.json
     python eval/benchmark.py features --threads 2 --output docs/results/benchmark-features.json
     python eval/benchmark.py loop --threads 2 --output docs/results/benchmark-loop.json
+    python eval/benchmark.py text-step --threads 2 --output docs/results/benchmark-text-step.json
 
 The candidates take turns, round after round; a ratio is the median over the rounds of the two times of one round,
 so that whatever else the machine does weighs on both alike.
@@ -12,6 +14,7 @@ so that whatever else the machine does weighs on both alike.
 from __future__ import annotations
 
 import json
+import resource
 import time
 from collections.abc import Callable, Mapping
 from copy import deepcopy
@@ -25,7 +28,6 @@ import torch
 import typer
 from diffusers import DDPMScheduler, DiTTransformer2DModel
 from diffusers.optimization import get_cosine_schedule_with_warmup
-from live_memory import LiveMemory
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -43,15 +45,20 @@ from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.losses import SHDConfig, SHDLoss
 from shd_diffusion.losses.term import Batch
-from shd_diffusion.models.denoiser import freeze
+from shd_diffusion.models.denoiser import count_parameters, freeze
 from shd_diffusion.models.factory import ModelConfig, build_model
 from shd_diffusion.models.teacher import Teacher
+from shd_diffusion.operations import Meter
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.squeezing import plan_merges, prepare_squeezer, squeeze_heads
+from shd_diffusion.training.batches import BatchLayout
 from shd_diffusion.training.build import build
+from shd_diffusion.training.count import materialised, training_loss
+from shd_diffusion.training.dry_run import build_empty
 from shd_diffusion.training.launch import make_accelerator
-from shd_diffusion.training.loop import fit
+from shd_diffusion.training.loop import fit, take_step
 from shd_diffusion.training.objectives import TrainingLoss
+from shd_diffusion.training.train_state import TrainState
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
@@ -417,7 +424,7 @@ def memory(chunk_rows: int = 64, output: Output = None) -> None:
     figures: dict[str, Any] = {"chunk_rows": chunk_rows, "megabytes": {}, "megabytes of all maps": {}}
     for tokens in (256, 512, 1024, 2048, 4096):
         run = loss_and_gradient(SHDLoss(SHDConfig(chunk_rows=chunk_rows)), 1, tokens)
-        with LiveMemory() as seen:
+        with Meter() as seen:
             run()
         figures["megabytes"][tokens] = round(seen.peak / 2**20, 2)
         figures["megabytes of all maps"][tokens] = 18 * tokens**2 * 4 / 2**20
@@ -532,6 +539,92 @@ def loop(threads: Threads = 2, steps: int = 60, clock: ClockOption = "wall", out
             "loop against by hand": compare(seconds, "loop", "by hand"),
         }
     publish("loop", figures, output)
+
+
+# --- a full-size text-to-image step ------------------------------------------------------------------------------
+
+PIXART_CONFIG = DISTILL_CONFIG.parents[1] / "text-to-image" / "pixart-sigma.yaml"
+
+
+class Laps:
+    """Seconds between marks, by the name of the mark at their end."""
+
+    def begin(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self.last = time.perf_counter()
+
+    def end(self, name: str) -> None:
+        now = time.perf_counter()
+        self.seconds[name] = round(self.seconds.get(name, 0) + now - self.last, 2)
+        self.last = now
+
+
+class MarkedLoss:
+    """A loss that marks where its terms are computed."""
+
+    def __init__(self, loss: TrainingLoss, end: Callable[[str], None]) -> None:
+        self.loss, self.end = loss, end
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.loss, name)
+
+    def __call__(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
+        terms = self.loss(model, batch, step)
+        self.end("terms of the loss")
+        return terms
+
+
+@app.command()
+def text_step(
+    threads: Threads = 2,
+    image_size: Annotated[
+        int, typer.Option(min=64, help="Width and height of the images, in pixels.")
+    ] = 1024,
+    output: Output = None,
+) -> None:
+    """Two optimiser steps of the distillation of PixArt-Sigma at its full size, by the trainer's own code: seconds by
+    part, and the most memory in use. Random weights, made-up latents and prompts, one image, float32."""
+    torch.set_num_threads(threads)
+    settings = [f"data.image_size={image_size}", "train.batch_size=1", "train.micro_batch_size=1"]
+    settings += ["train.num_processes=1", "train.mixed_precision=no", "teacher.dtype=float32"]
+    settings += [f"teacher.path={PIXART_CONFIG.parent / 'teachers' / 'pixart-sigma'}"]
+    config = read_config(PIXART_CONFIG, DistillConfig, settings)
+    accelerator = make_accelerator(config.train, Path())
+    parts = materialised(build_empty(config, str(PIXART_CONFIG)), accelerator.device)
+    assert parts.teacher is not None
+    parts.model.enable_gradient_checkpointing()
+    loss = training_loss(parts)
+    state: Any = TrainState.prepare(parts.model, loss.parameters(), config.train, accelerator)
+    state.wrapped.train()
+    loader = parts.loader(accelerator.device)(BatchLayout(1), 0)
+    laps = Laps()
+    parts.teacher.model.register_forward_hook(lambda *_: laps.end("teacher's forward pass"))
+    parts.model.register_forward_hook(lambda *_: laps.end("student's forward pass"))
+    state.optimizer.optimizer.register_step_pre_hook(lambda *_: laps.end("backward pass"))
+    state.optimizer.optimizer.register_step_post_hook(lambda *_: laps.end("optimiser"))
+    steps = []
+    marked: Any = MarkedLoss(loss, laps.end)
+    with loss:
+        for step in range(2):
+            batches = loader.step(step)
+            laps.begin()
+            terms, norm = take_step(state, marked, batches, 1, step, config.train, accelerator)
+            laps.end("average")
+            assert bool(norm.isfinite())
+            steps.append(
+                {"seconds": laps.seconds, "terms": {name: float(term) for name, term in terms.items()}}
+            )
+    figures = {
+        "threads": threads,
+        "sample": list(parts.data.shape),
+        "parameters": {
+            "teacher": count_parameters(parts.teacher.model),
+            "student": count_parameters(parts.model),
+        },
+        "steps": steps,
+        "gigabytes at most": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+    }
+    publish("text-step", figures, output)
 
 
 if __name__ == "__main__":

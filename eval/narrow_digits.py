@@ -93,7 +93,7 @@ def _begin(settings: DistillConfig, name: str, folder: Path) -> dict[str, float]
         model = parts.teacher.model
         batches = calibration_batches(settings, model, parts.data, parts.process, CALIBRATION_IMAGES)
         began = time.perf_counter()
-        lost = squeeze_into(student, model, batches, predict, parts.origins, **arguments)
+        lost, _ = squeeze_into(student, model, batches, predict, parts.origins, **arguments)
         found = {"lost": lost, "seconds": round(time.perf_counter() - began, 1)}
     student.save_pretrained(folder)
     return found

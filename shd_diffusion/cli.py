@@ -36,7 +36,7 @@ Output = Annotated[
     Path | None, typer.Option("--output", metavar="DIR", help="The run folder; default: the config's.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Build, take three steps on made-up images, tell the costs as JSON.")
+    bool, typer.Option("--dry-run", help="Build without weights or data, tell the costs as JSON.")
 ]
 
 Arguments = ParamSpec("Arguments")

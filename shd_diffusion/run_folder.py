@@ -16,6 +16,7 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import holds_files, json_sha256, read_json, write_json, write_text
 from shd_diffusion.progress import announce
 from shd_diffusion.protocol import flatten
+from shd_diffusion.squeezing.plan import PLANS_FILE
 
 # What a run may be given anew without becoming another run, since its weights do not follow from it: where it is, how
 # its work is shared and watched, and what happens after training.
@@ -27,6 +28,7 @@ FREE = (
     "sample",
     "evaluate",
     "teacher.device",
+    "teacher.config",
     "train.max_steps",  # it may grow
     "train.micro_batch_size",
     "train.num_processes",
@@ -84,7 +86,7 @@ class RunFolder:
 
     @property
     def merge_plans_file(self) -> Path:
-        return self.path / "merge_plans.json"
+        return self.path / PLANS_FILE
 
     def validation_picture(self, step: int) -> Path:
         """The picture of samples that was taken while training, after so many steps."""

@@ -25,7 +25,7 @@ CONFIGS = sorted(
 CONVERTED = {"models/mdtv2-xl-2": "mdtv2-xl-teacher.yaml", "models/dit-xl-2": "dit-xl-teacher.yaml"}
 
 
-HUB = ROOT / "tests" / "golden" / "hub_configs"
+HUB = ROOT / "configs" / "text-to-image" / "teachers"
 """The published configs of pipelines on the hub, by the names of the files that distil them."""
 
 

@@ -113,7 +113,7 @@ def squeeze_attention(
     calls: Sequence[Call],
     targets: Mapping[str, Sequence[Tensor]],
     options: HeadOptions,
-) -> tuple[float, float]:
+) -> tuple[Round, float, float]:
     """Leave an attention block so many heads, as close to the targets as least squares brings them, in place.
 
     Values and output weights are refitted in turn where each head has both for itself. Where two streams share the maps
@@ -130,7 +130,8 @@ def squeeze_attention(
         options: how.
 
     Returns:
-        |error|² / |target|², about the means, of the merged heads and of the fitted ones.
+        The heads behind each that stays; and |error|² / |target|², about the means, of the merged heads and of the
+        fitted ones.
 
     Raises:
         ValueError: the block is of a kind that cannot be squeezed.
@@ -178,8 +179,10 @@ def squeeze_attention(
     seen_again = partial(_features, model, name, calls, targets, options.rows)
     with_values = options.method == "merge" and len(layout.outputs) == 1 and layout.sharing == 1
     if with_values and heads * value.shape[1] <= _WIDEST:
-        return _fit_values_and_output(model, name, seen_again, value, outputs, groups, options.rounds)
-    return _fit_outputs(model, name, seen_again, value, outputs, groups)
+        lost = _fit_values_and_output(model, name, seen_again, value, outputs, groups, options.rounds)
+    else:
+        lost = _fit_outputs(model, name, seen_again, value, outputs, groups)
+    return groups, *lost
 
 
 def head_losses(

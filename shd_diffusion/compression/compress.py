@@ -31,6 +31,7 @@ from shd_diffusion.compression.walk import Batch, Predict, passes, relative_chan
 from shd_diffusion.models.layouts import feed_forwards
 from shd_diffusion.models.squeezed import declare_shape, shape, squeezed_class
 from shd_diffusion.squeezing.blocks import blocks_to_remove
+from shd_diffusion.squeezing.plan import Round
 
 Counts: TypeAlias = int | float | Mapping[str, int] | None
 """A count for every module, a share of what each has, counts by module path in the teacher, or None: all of them."""
@@ -67,11 +68,13 @@ class CompressedModel:
         model: in evaluation mode; of its teacher's class where that can express its shape, else `Squeezed<class>`.
         parts: in the order in which they were squeezed.
         lost: |teacher's prediction - its own|² / |teacher's prediction|² on the calibration batches.
+        groups: by module path in the model, the teacher's heads behind each head of an attention block that lost some.
     """
 
     model: ModelMixin
     parts: tuple[Part, ...]
     lost: float
+    groups: Mapping[str, Round]
 
 
 @torch.no_grad()
@@ -122,6 +125,7 @@ def compress(
     teacher.eval()
     student = copy.deepcopy(teacher)
     parts: list[Part] = []
+    groups: dict[str, Round] = {}
 
     def tell(part: Part) -> None:
         parts.append(part)
@@ -151,7 +155,10 @@ def compress(
                 (target,) = targets.values()
                 what, fit = "neurons", squeeze_feed_forward(student, name, wanted[name], calls, target)
             else:
-                what, fit = "heads", squeeze_attention(student, name, wanted[name], calls, targets, options)
+                groups[name], *of_heads = squeeze_attention(
+                    student, name, wanted[name], calls, targets, options
+                )
+                what, fit = "heads", (of_heads[0], of_heads[1])
             tell(Part(of_teacher[name], what, stock[name], wanted[name], *fit))
     if plain_shape:
         if idle := [name for name, count in wanted.items() if shape(student)[name] != count]:
@@ -161,7 +168,7 @@ def compress(
         student.register_to_config(**plain_shape)
     else:
         declare_shape(student, stock)
-    return CompressedModel(student, tuple(parts), relative_change(predicted[1], predicted[0]))
+    return CompressedModel(student, tuple(parts), relative_change(predicted[1], predicted[0]), groups)
 
 
 # --- what is asked for --------------------------------------------------------------------------------------

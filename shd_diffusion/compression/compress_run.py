@@ -32,6 +32,7 @@ from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.sampling import save_pipeline
+from shd_diffusion.squeezing.plan import PLANS_FILE, plan_groups, plans_to_json
 from shd_diffusion.training.batches import (
     BatchLayout,
     StepSampler,
@@ -161,6 +162,9 @@ def compress_run(
     with replacing_folder(output) as temporary:
         save_pipeline(found.model, teacher.pipeline, calibration.scheduler, vae, source.shape, temporary)
         write_json(temporary / "compression.json", results)
+        if method == "merge":
+            plans = {name: plan_groups(groups) for name, groups in found.groups.items()}
+            write_text(temporary / PLANS_FILE, plans_to_json(plans))
         write_text(temporary / "README.md", readme(results, teacher.pipeline, found.model))
     return results
 

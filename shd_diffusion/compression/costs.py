@@ -18,7 +18,7 @@ from shd_diffusion.compression.lockstep import Call
 from shd_diffusion.models.denoiser import count_parameters
 from shd_diffusion.models.layouts import head_layout
 from shd_diffusion.models.squeezed import cut_heads, cut_neurons, first_heads, shape
-from shd_diffusion.operations import operation_counter
+from shd_diffusion.operations import Meter
 
 Unit = Literal["parameters", "macs", "latency"]
 UNITS: dict[Unit, str] = {
@@ -103,10 +103,10 @@ def _parameters(module: nn.Module, calls: Sequence[Call]) -> float:
 
 
 def _macs(module: nn.Module, calls: Sequence[Call]) -> float:
-    with operation_counter() as operations:
+    with Meter() as meter:
         for call in calls:
             module(*call.args, **call.kwargs)
-    return operations.get_total_flops() / 2
+    return meter.operations / 2
 
 
 def _seconds(module: nn.Module, calls: Sequence[Call]) -> float:

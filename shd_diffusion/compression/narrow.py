@@ -28,6 +28,7 @@ from shd_diffusion.models.squeezed import (
 from shd_diffusion.models.widths import OWN, STREAM, Axis, axes, fixed_positions, space_sizes
 from shd_diffusion.squeezing.channels import Reader, choose_channels, place_channels, refit_layer
 from shd_diffusion.squeezing.moments import Moments
+from shd_diffusion.squeezing.plan import Round
 
 Choose = Callable[[Sequence[Reader], int], Tensor]
 Kept = Mapping[str, Tensor]
@@ -43,7 +44,7 @@ def squeeze_into(
     origins: Mapping[str, str],
     choose: Choose = choose_channels,
     refit: bool = True,
-) -> float:
+) -> tuple[float, dict[str, Round]]:
     """Write into a student what least squares makes of its teacher's weights, in place.
 
     Blocks are those of the layer map. Heads and neurons leave in the teacher's own width, by `compress`. Then the
@@ -60,7 +61,8 @@ def squeeze_into(
         refit: False leaves the layers as they are cut.
 
     Returns:
-        |teacher's prediction - the student's|² / |teacher's prediction|² on the calibration batches.
+        |teacher's prediction - the student's|² / |teacher's prediction|² on the calibration batches; and by module
+        path the teacher's heads behind each head of an attention block that has fewer.
 
     Raises:
         ValueError: the student cannot be cut from such a teacher.
@@ -73,15 +75,17 @@ def squeeze_into(
     _refit_last_condition(model, teacher, held, predict, origins)
     neurons, have, options = feed_forwards(student), shape(model), _head_options(student, model)
     fewer = {name: count for name, count in shape(student).items() if count < have[name]}
+    groups: dict[str, Round] = {}
     if fewer:
         heads = {name: count for name, count in fewer.items() if name not in neurons}
         of_layers = {name: count for name, count in fewer.items() if name in neurons}
-        model = compress(model, held, predict, heads, of_layers, options=options).model
+        smaller = compress(model, held, predict, heads, of_layers, options=options)
+        model, groups = smaller.model, dict(smaller.groups)
         _cut_first(model, fewer, options)  # what runs in masked passes only, and with no calibration batch
     _narrow(student, model, held, predict, choose, refit)
     found, wanted = ([predict(each, *batch) for batch in held] for each in (student, teacher))
     student.train(training)
-    return relative_change(found, wanted)
+    return relative_change(found, wanted), groups
 
 
 def check_can_be_squeezed_into(student: ModelMixin, teacher: ModelMixin, origins: Mapping[str, str]) -> None:

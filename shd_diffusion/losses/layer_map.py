@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from math import ceil
 from typing import Literal, TypeAlias
 
@@ -23,8 +23,8 @@ def map_blocks(
         teacher: kinds of the teacher's blocks by name, in execution order.
         student: the same for the student.
         layer_map: `uniform` spreads t(l) = ceil((l + 1)·L_T / L_S) - 1, `last` and `first` take so many of
-            the teacher's blocks; a list gives t(l) for each student block of a kind, None to leave the block out;
-            a mapping gives the pairs by name.
+            the teacher's blocks, each within the finest stages that both models have; a list gives t(l) for each
+            student block of a kind, None to leave the block out; a mapping gives the pairs by name.
 
     Raises:
         ValueError: a kind that the teacher lacks, an unknown name or index, or a list of another length.
@@ -37,11 +37,10 @@ def map_blocks(
                 raise ValueError(f"layer map {name!r}: {by!r} pairs attention of different kinds")
         return dict(layer_map)
     pairs: dict[str, str] = {}
-    same_stages = {_stage(name) for name in teacher} == {_stage(name) for name in student}
-    staged = isinstance(layer_map, str) and same_stages
+    level = _common_level(teacher, student) if isinstance(layer_map, str) else None
 
     def group(name: str, kinds: Mapping[str, Kind]) -> tuple[Kind, str, str]:
-        return (*_stream(name, kinds), _stage(name) if staged else "")
+        return (*_stream(name, kinds), "" if level is None else _stage(name, level))
 
     of_blocks = [[name for name in kinds if ":" not in name] for kinds in (student, teacher)]
     for stream in dict.fromkeys(group(name, student) for name in of_blocks[0]):
@@ -71,8 +70,34 @@ def _stream(name: str, kinds: Mapping[str, Kind]) -> tuple[Kind, str]:
     return kinds[name], name.partition(":")[2]
 
 
-def _stage(name: str) -> str:
-    return name.partition(".")[0]
+def _common_level(teacher: Collection[str], student: Collection[str]) -> int | None:
+    """The finest level at which both have the same stages, in the parts that the student has; None if there is none.
+
+    A UNet meets its teacher resolution by resolution, whatever the depth within each, and without a middle block too.
+    """
+    parts = {_stage(name, 0) for name in student}
+    teacher = [name for name in teacher if _stage(name, 0) in parts]
+    deepest = max((len(_lists(name)) for name in student), default=0)
+    return next(
+        (
+            level
+            for level in range(deepest, -1, -1)
+            if {_stage(name, level) for name in student} == {_stage(name, level) for name in teacher}
+        ),
+        None,
+    )
+
+
+def _stage(name: str, level: int) -> str:
+    """The list of modules that a block lies in, at most so many lists deep; at level 0 the first part of its path."""
+    lists = _lists(name)[:level]
+    return lists[-1] if lists else name.partition(".")[0]
+
+
+def _lists(name: str) -> list[str]:
+    """The lists around a block: those of `up_blocks.1.attentions.0.attn1` are `up_blocks`, `up_blocks.1.attentions`."""
+    parts = name.partition(":")[0].split(".")
+    return [".".join(parts[:place]) for place, part in enumerate(parts) if part.isdigit()]
 
 
 def _indices(teacher: int, student: int, layer_map: LayerMap) -> Sequence[int | None]:

@@ -12,12 +12,14 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction, safe_log
 from shd_diffusion.losses.padding import comparable_logits, row_share
 from shd_diffusion.losses.token_grid import Pool
+from shd_diffusion.operations import is_readable
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.map_stream import Chunk, MapStream, Part, sample_groups, stream
 from shd_diffusion.squeezing.merge_weights import Granularity, Squeezer, mixture, squeeze_weights
@@ -109,7 +111,8 @@ class _MapDivergence(torch.autograd.Function):
         ]
         if of_mask is None:
             return *gradients, *[None] * 7
-        if len(of_mask) == 1 and not torch.equal(upstream, upstream[:1].expand_as(upstream)):
+        shared = len(of_mask) == 1 and is_readable(upstream)
+        if shared and not torch.equal(upstream, upstream[:1].expand_as(upstream)):
             raise RuntimeError(
                 "samples that share a learned mask must have equal upstream gradients, as a mean gives"
             )
@@ -226,7 +229,7 @@ class SqueezedTeacher:
         """The same for some samples after others, see `sample_groups`."""
         query = self.source.query  # of no fewer rows than the record
         shape = *query.shape[:3], self.source.key.shape[2]
-        for samples in sample_groups(shape, query.device, self.chunk_rows):
+        for samples in sample_groups(shape, _counts_as_on(query), self.chunk_rows):
             record = source = self.record.of_samples(samples)
             if self.source is not self.record:
                 source = self.source.of_samples(samples)
@@ -264,4 +267,9 @@ def map_stream(
         return comparable_logits(record, temperature, *part)
 
     shape = batch, heads, rows, record.key.shape[2]
-    return stream(shape, logits, record.query.device, chunk_rows, multiple)
+    return stream(shape, logits, _counts_as_on(record.query), chunk_rows, multiple)
+
+
+def _counts_as_on(tensor: Tensor) -> torch.device:
+    """The device that decides how much is computed at once: without content, as much as on an accelerator."""
+    return torch.device("meta") if isinstance(tensor, FakeTensor) else tensor.device

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -27,6 +27,7 @@ from shd_diffusion.losses.term import (
 from shd_diffusion.losses.token_grid import Pool, common_grid, on_grid, sample_rows, take
 from shd_diffusion.losses.weight_schedule import Decay, schedule_weight, within
 from shd_diffusion.models.trace import Trace
+from shd_diffusion.operations import is_readable
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.matching import match_merges
 from shd_diffusion.squeezing.merge_weights import Granularity, Squeezer, prepare_squeezer
@@ -39,7 +40,8 @@ class SHDConfig(MappedTermConfig):
     Attributes:
         temperature: τ, softens both maps.
         divergence: of the squeezed map and the student's.
-        pairing: `adjacent`, `matched` (call `calibrate` first, or set `plans`), or one plan for all blocks.
+        pairing: `adjacent`, `matched` (call `calibrate` first, or set `plans`), or one plan for all blocks; None: by
+            `plans` where there are some, as of a student that was squeezed by them, else `adjacent`.
         granularity: one coefficient a `sample`, or one a query `row`.
         merge: `progressive`, pair by pair, or `joint`, a final group at once.
         coefficient: `closed_form`, or for ablations `mean` or `select`.
@@ -57,7 +59,7 @@ class SHDConfig(MappedTermConfig):
 
     temperature: float = Field(1.0, gt=0, allow_inf_nan=False)
     divergence: Divergence = "forward_kl"
-    pairing: Literal["adjacent", "matched"] | list[list[list[int]]] = "adjacent"
+    pairing: Literal["adjacent", "matched"] | list[list[list[int]]] | None = None
     granularity: Granularity = "sample"
     merge: Merge = "progressive"
     coefficient: Coefficient = "closed_form"
@@ -92,7 +94,7 @@ class SHDLoss:
         seed: of the sampled rows.
 
     Attributes:
-        plans: calibrated plans by student block.
+        plans: by student block, those that were calibrated, or that the student was squeezed by.
         last: the last call's student blocks and their terms (L,), detached, whose mean is the loss.
     """
 
@@ -135,7 +137,7 @@ class SHDLoss:
                 teacher, student = take(teacher_records[by], active), take(student_records[name], active)
                 terms.append(self._divergences(name, teacher, student, step, size).mean(1).sum() / batch)
         loss = torch.stack(terms) * self.config.temperature**2
-        if not torch.compiler.is_compiling() and not torch.isfinite(loss).all():
+        if is_readable(loss) and not torch.isfinite(loss).all():
             name, by = list(pairs.items())[int((~torch.isfinite(loss)).nonzero()[0])]
             raise NonFiniteError(f"attention maps or values of block {name} (teacher's {by}) are not finite")
         self.last = tuple(pairs), loss.detach()
@@ -217,12 +219,13 @@ class SHDLoss:
 
     def plan(self, name: str, heads: int, target: int) -> Plan:
         """The plan by which the teacher's heads are squeezed for a student block."""
-        pairing = self.config.pairing
+        pairing, block = self.config.pairing, name.partition(":")[0]  # whose streams share its heads
+        known = self.plans.get(name, self.plans.get(block))
+        if known is not None and pairing in (None, "matched"):
+            return known
         if pairing == "matched":
-            if name not in self.plans:
-                raise ValueError(f"no matched plan for block {name}: calibrate the loss, or load its plans")
-            return self.plans[name]
-        return plan_merges(heads, target) if pairing == "adjacent" else parse_plan(pairing)
+            raise ValueError(f"no matched plan for block {name}: calibrate the loss, or load its plans")
+        return parse_plan(pairing) if isinstance(pairing, list) else plan_merges(heads, target)
 
     # --- matched plans, and what the loss compares -------------------------------------------------------------
 
@@ -277,8 +280,11 @@ class SHD(Term):
         chosen = {"layer_map": self.pairs, "kinds": None, "streams": None, "after": 0.0}
         self.loss = SHDLoss(config.model_copy(update=chosen), seed)
         assert teacher is not None
+        self.heads = {
+            name: (teacher.records[by].heads, student.records[name].heads) for name, by in self.pairs.items()
+        }
         for name, by in self.pairs.items():
-            heads = teacher.records[by].heads, student.records[name].heads
+            heads = self.heads[name]
             try:
                 plan = plan_merges(*heads) if config.pairing == "matched" else self.loss.plan(name, *heads)
                 check_plan(plan, *heads)
@@ -286,6 +292,27 @@ class SHD(Term):
                 common_grid(teacher.records[by], student.records[name], student.shape[-2:])
             except ValueError as error:
                 raise ValueError(f"block {name}: {error}") from error
+
+    def take_plans(self, plans: Mapping[str, Plan]) -> None:
+        """Squeeze by the plans that the student's own heads were merged by, unless another pairing is asked for.
+
+        Args:
+            plans: by student block.
+
+        Raises:
+            ValueError: the teacher has other heads than those that merged.
+        """
+        for name, heads in self.heads.items():
+            plan = plans.get(name.partition(":")[0])
+            if plan is None or self.config.pairing is not None:
+                continue
+            try:
+                check_plan(plan, *heads)
+            except ValueError as error:
+                raise ValueError(
+                    f"the student was squeezed from another teacher: block {name}: {error}; set `adjacent` or `matched`"
+                ) from error
+        self.loss.plans = dict(plans)
 
     def weight(self, step: int, max_steps: int) -> float:
         return schedule_weight(self.config.weight, step, max_steps, self.config.decay, self.config.every)

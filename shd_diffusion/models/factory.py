@@ -60,10 +60,12 @@ class StudentConfig(ModelConfig):
 class TeacherConfig(Section):
     """The trained model to distil from: a run folder, a pipeline or model folder, or a hub name.
 
-    It is never trained, so `dtype` may be half as wide as the student's.
+    It is never trained, so `dtype` may be half as wide as the student's. `config` is what `--dry-run` reads in place of
+    `path`, where that cannot be had: a folder of a pipeline's config files alone, or a config of `train-teacher`.
     """
 
     path: str
+    config: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["accelerator", "cpu"] = "accelerator"
 
@@ -103,7 +105,7 @@ def build_model(config: ModelConfig) -> ModelMixin:
     if unknown:
         raise ValueError(f"`{class_name}` takes no argument `{unknown[0]}`")
     try:
-        return _ready(kind(**config.arguments))
+        return ready(kind(**config.arguments))
     except Exception as error:  # constructors check little, and fail where the argument is used
         raise ValueError(f"`{class_name}` refuses its arguments: {one_line(error)}") from error
 
@@ -133,6 +135,32 @@ def fill_in(config: ModelConfig, path: str | None) -> ModelConfig:
         raise UserError(f"{path}: has no config of a model ({one_line(error)})") from error
     present = {key: value for key, value in settings.items() if key in known}
     return config.model_copy(update={"class_name": class_name, "arguments": {**present, **config.arguments}})
+
+
+def empty_model(config: ModelConfig, path: str | None = None) -> ModelMixin:
+    """A model without weights, on the meta device, also of one that is `pretrained`: only configs are read.
+
+    Args:
+        config: what it is.
+        path: of the model that it is like where the config leaves it open, see `fill_in`.
+
+    Raises:
+        ValueError: as `build_model`.
+        UserError: the model there has no readable config.
+    """
+    if config.pretrained is not None:
+        config, path = ModelConfig(), config.pretrained
+    with torch.device("meta"):
+        return build_model(fill_in(config, path))
+
+
+def cast(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:
+    """A model in a precision, in place, but for the parts that its class keeps in float32, as `load_model` does it."""
+    kept = set(model._keep_in_fp32_modules or ())
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.float32 if kept.intersection(name.split(".")) else dtype)
+    return model
 
 
 def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
@@ -196,7 +224,7 @@ def _load(kind: type[ModelMixin], path: str, subfolder: str | None, dtype: torch
         raise ValueError(f"weights are missing: {sorted(missing)[0]}")
     if broken := next((n for n, p in model.named_parameters() if not p.isfinite().all()), None):
         raise ValueError(f"weights are not finite: {broken}")
-    return _ready(model)
+    return ready(model)
 
 
 def find_model_folder(path: Path) -> Path | None:
@@ -219,7 +247,7 @@ def is_hub_name(name: str) -> bool:
     )
 
 
-def _ready(model: ModelMixin) -> ModelMixin:
+def ready(model: ModelMixin) -> ModelMixin:
     """The model as it is trained, or teaches.
 
     Labels are dropped once, outside the model, for teacher and student alike: diffusers' DiT would drop them a second

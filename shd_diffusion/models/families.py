@@ -19,6 +19,8 @@ from diffusers.models.transformers.transformer_cogview4 import (
 )
 from torch import Tensor, nn
 
+from shd_diffusion.operations import is_readable
+
 Arguments: TypeAlias = dict[str, Any]
 
 TEXT_MASK = "text_mask"
@@ -249,7 +251,7 @@ def _takes_masks(block: Any) -> bool:
 def _mask_if_needed(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
     """Raises ValueError: prompts are of different lengths, and the model would not see their mask."""
     mask = arguments.get("attention_mask")
-    if mask is None or mask.is_meta or mask.all():  # the fast kernels take none
+    if mask is None or not is_readable(mask) or mask.all():  # the fast kernels take none
         return {name: value for name, value in arguments.items() if name != "attention_mask"}
     if not all(map(_takes_masks, model.transformer_blocks)):
         raise ValueError(

@@ -6,6 +6,9 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal, TypeAlias
 
+PLANS_FILE = "merge_plans.json"
+"""Plans by block, beside a model whose heads were merged by them, and in a run that found some."""
+
 Merge = Literal["progressive", "joint"]
 """Pair by pair, or each final group at once."""
 
@@ -79,6 +82,24 @@ def members(plan: Plan, num_heads: int) -> Round:
     for merged in plan:
         groups = tuple(tuple(head for part in group for head in groups[part]) for group in merged)
     return groups
+
+
+def plan_groups(groups: Sequence[Group]) -> Plan:
+    """The plan that ends in these groups of the teacher's heads, in this order; in each group neighbours merge.
+
+    Raises:
+        ValueError: the groups do not name each head of 0..M-1 once.
+    """
+    check_plan((tuple(groups),), sum(map(len, groups)), len(groups))
+    plan: list[Round] = []
+    while any(len(group) > 1 for group in groups):
+        pairs = [group[i : i + 2] for group in groups for i in range(0, len(group), 2)]
+        left = iter(range(len(pairs)))
+        groups = [tuple(next(left) for _ in range(0, len(group), 2)) for group in groups]
+        plan.append(tuple(pairs))
+    if not plan and list(groups) != [(head,) for head in range(len(groups))]:
+        plan.append(tuple(groups))  # nothing merges, but the order is another
+    return tuple(plan)
 
 
 def parse_plan(rounds: Iterable[Iterable[Sequence[int]]]) -> Plan:

@@ -20,6 +20,7 @@ from shd_diffusion.data.latent_space import load_vae
 from shd_diffusion.errors import UserError
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses import Term, build_terms
+from shd_diffusion.losses.shd import SHD
 from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens
 from shd_diffusion.models.factory import ModelConfig, build_model, fill_in, load_model
 from shd_diffusion.models.forward_process import ForwardProcess
@@ -29,6 +30,7 @@ from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
+from shd_diffusion.squeezing.plan import PLANS_FILE, Plan, plans_from_json
 from shd_diffusion.training.batches import BatchLayout, BatchLoader, noise_settings
 from shd_diffusion.training.init_student import init_from_teacher, paired_blocks
 
@@ -75,12 +77,17 @@ class Parts:
 
 
 def build(
-    config: TrainTeacherConfig | DistillConfig, source: str, data: Source, teacher: Teacher | None = None
+    config: TrainTeacherConfig | DistillConfig,
+    source: str,
+    data: Source,
+    teacher: Teacher | None = None,
+    model: ModelMixin | None = None,
 ) -> Parts:
     """Build what a config names, on the CPU.
 
     Args:
         teacher: of a distillation; None loads the config's.
+        model: that is trained; None builds the config's.
 
     Raises:
         UserError: something cannot be built, does not fit the rest, or cannot be trained as the config says.
@@ -101,7 +108,7 @@ def build(
     with check("data.path"):
         example = data.example()
     with check(key):
-        model = new_model(config, model_config)
+        model = new_model(config, model_config) if model is None else model
         data = copy(data)
         data.condition_names = conditions_of(model, data)
         example = {name: example[name] for name in data.condition_names}
@@ -143,6 +150,9 @@ def build(
         except ValueError as error:
             of_teacher = f" (teacher {config.teacher.path})" if isinstance(config, DistillConfig) else ""
             raise ValueError(f"key {error}{of_teacher}") from error
+    with check("losses.shd.pairing"):
+        if isinstance(shd := terms.get("shd"), SHD):
+            shd.take_plans(squeezed_by(config))
     with check("train.mask_ratio"):
         _check_masking(model, teacher, config.train.mask_ratio)
         if config.train.mask_ratio:
@@ -167,6 +177,13 @@ def build(
     return Parts(
         config, model, teacher, pipeline, data, process, terms, null, student_trace, teacher_trace, origins
     )
+
+
+def squeezed_by(config: TrainTeacherConfig | DistillConfig) -> dict[str, Plan]:
+    """By block, the plans by which a student's heads merged before it is trained; none where it was not squeezed."""
+    path = config.student.pretrained if isinstance(config, DistillConfig) else None
+    file = None if path is None else Path(path) / PLANS_FILE
+    return {} if file is None or not file.is_file() else plans_from_json(file.read_text(encoding="utf-8"))
 
 
 @contextmanager

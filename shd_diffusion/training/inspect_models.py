@@ -54,6 +54,11 @@ def inspect_model(
     if shape is not None:
         with suppress(ValueError):  # it wants more than a label
             records = trace(model, shape, null_condition(model) if condition is None else condition).records
+    return rows_of(model, records)
+
+
+def rows_of(model: ModelMixin, records: Mapping[str, AttentionRecord]) -> list[BlockRow]:
+    """The attention blocks of a model in order of depth, with the records of a pass."""
     rows = []
     for name, block in attention_blocks(model).items():
         own = [record for record in records.values() if record.name.partition(":")[0] == name]

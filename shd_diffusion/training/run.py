@@ -27,9 +27,9 @@ from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import check_sampling, save_pipeline
 from shd_diffusion.sampling.schedulers import own_scheduler
-from shd_diffusion.squeezing.plan import plans_from_json, plans_to_json
+from shd_diffusion.squeezing.plan import Plan, plans_from_json, plans_to_json
 from shd_diffusion.training.batches import BatchLayout, noise_settings
-from shd_diffusion.training.build import Parts, build
+from shd_diffusion.training.build import Parts, build, squeezed_by
 from shd_diffusion.training.checkpoints import CheckpointFolder
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
 from shd_diffusion.training.launch import make_accelerator, start_trackers
@@ -94,14 +94,20 @@ def _train(run: Run) -> None:
     teacher = None if parts.teacher is None else parts.teacher.model
     squeezed = isinstance(config, DistillConfig) and config.student.init == "squeeze"
     if squeezed and not _checkpoints(run).latest(config.train.max_steps):
-        squeeze_student(parts, accelerator)
+        plans = squeeze_student(parts, accelerator)
+        matched = config.losses["shd"].pairing == "matched"  # type: ignore[attr-defined]  # those are found below
+        if accelerator.is_main_process and not matched:
+            write_text(folder.merge_plans_file, plans_to_json(plans))
+        accelerator.wait_for_everyone()
     if teacher is not None and isinstance(config, DistillConfig):
         place_teacher(teacher, config, accelerator)
     for term in parts.terms.values():
         term.to(accelerator.device)
     loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, config.train.max_steps)
-    if loss.shd is not None and teacher is not None and loss.shd.config.pairing == "matched":
-        _load_or_calibrate(loss.shd, teacher, run)
+    if loss.shd is not None and teacher is not None:
+        if loss.shd.config.pairing == "matched":
+            _load_or_calibrate(loss.shd, teacher, run)
+        loss.shd.take_plans(_known_plans(folder, config))
     with loss:
         trained = _fit(run, loss)
     _save(run, trained, loss)  # first of all: nothing that follows can lose it
@@ -168,6 +174,12 @@ def _load_vae(data: Source) -> ModelMixin | None:
             return data.load_vae()
     except UserError as error:
         raise UserError(f"key `data.path`: the VAE in its manifest.json: {error}") from error
+
+
+def _known_plans(folder: RunFolder, config: TrainTeacherConfig | DistillConfig) -> dict[str, Plan]:
+    """The plans that a run keeps, or else those by which its student was squeezed."""
+    file = folder.merge_plans_file
+    return plans_from_json(file.read_text(encoding="utf-8")) if file.exists() else squeezed_by(config)
 
 
 def _load_or_calibrate(shd: SHD, teacher: ModelMixin, run: Run) -> None:
@@ -280,8 +292,7 @@ def _try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, sh
         if shd is None:
             options = config.losses["shd"]
             shd = SHD(options, parts.student_trace, parts.teacher_trace, config.seed)  # type: ignore[arg-type]
-            if shd.config.pairing == "matched" and folder.merge_plans_file.exists():
-                shd.loss.plans = plans_from_json(folder.merge_plans_file.read_text(encoding="utf-8"))
+            shd.take_plans(_known_plans(folder, config))
         elements = max(
             record.query.shape[1] * record.query.shape[2] * record.key.shape[2]
             for record in parts.teacher_trace.records.values()

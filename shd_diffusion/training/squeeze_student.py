@@ -14,18 +14,23 @@ from shd_diffusion.compression.narrow import squeeze_into
 from shd_diffusion.config import DistillConfig
 from shd_diffusion.models.denoiser import predict
 from shd_diffusion.progress import announce
+from shd_diffusion.squeezing.plan import Plan, plan_groups
 from shd_diffusion.training.build import Parts
 
 CALIBRATION_IMAGES = 512
 
 
 @torch.no_grad()
-def squeeze_student(parts: Parts, accelerator: Accelerator) -> None:
+def squeeze_student(parts: Parts, accelerator: Accelerator) -> dict[str, Plan]:
     """Squeeze the teacher's weights into the student's, in place: the main process does, the others are told.
 
     Calibrated on the run's own data, noised as it trains, of steps that it never takes. Every process calls this,
     before anything is sharded.
+
+    Returns:
+        In the main process, by block, the plans by which heads merged; nothing elsewhere.
     """
+    plans: dict[str, Plan] = {}
     config, student = parts.config, parts.model
     assert isinstance(config, DistillConfig) and parts.teacher is not None
     if accelerator.is_main_process:
@@ -35,9 +40,11 @@ def squeeze_student(parts: Parts, accelerator: Accelerator) -> None:
         teacher = nn.Module.to(copy.deepcopy(parts.teacher.model), device, torch.float32)
         size = min(64, config.train.batch_size, config.train.micro_batch_size or config.train.batch_size)
         batches = calibration_batches(config, twin, parts.data, parts.process, CALIBRATION_IMAGES, size)
-        lost = squeeze_into(twin, teacher, batches, predict, parts.origins)
+        lost, groups = squeeze_into(twin, teacher, batches, predict, parts.origins)
         announce(f"student.init: its prediction differs from the teacher's by {lost:.4f} of its square")
         student.load_state_dict(twin.state_dict())
+        plans = {name: plan_groups(of_block) for name, of_block in groups.items()}
     if accelerator.num_processes > 1:
         for tensor in student.state_dict().values():
             tensor.copy_(broadcast(tensor.contiguous()))
+    return plans

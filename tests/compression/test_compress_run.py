@@ -12,8 +12,13 @@ from diffusers import DDPMScheduler
 from small_models import small_dit
 
 from shd_diffusion.compression.compress_run import calibrate
+from shd_diffusion.config import DistillConfig, read_config
+from shd_diffusion.data import build_source
+from shd_diffusion.losses.shd import SHD
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline
+from shd_diffusion.squeezing.plan import members, plan_merges, plans_from_json
+from shd_diffusion.training.build import build
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +68,30 @@ def test_it_is_evaluated_and_healed_like_any_other(compressed: Path, runs: Path,
     assert command("sample", tmp_path / "healed", *sets(*FEW_IMAGES))[0] == 0
     more += sets("train.max_steps=3")
     assert command("distill", config, "--output", tmp_path / "healed", *more)[0] == 0
+
+
+def test_its_heads_learn_from_those_that_merged_into_them(
+    compressed: Path, runs: Path, tmp_path: Path
+) -> None:
+    plans = plans_from_json((compressed / "merge_plans.json").read_text())
+    assert {len(members(plan, 12)) for plan in plans.values()} == {6}
+    text = DISTILL_CONFIG.read_text()
+    start, end = text.index("student:"), text.index("losses:")
+    path = tmp_path / "heal.yaml"
+    path.write_text(f"{text[:start]}student:\n  pretrained: {compressed}\n\n{text[end:]}")
+    of_teacher = f"teacher.path={runs / 'teacher'}"
+
+    def shd(*overrides: str) -> SHD:
+        config = read_config(path, DistillConfig, [of_teacher, *overrides])
+        term = build(config, "heal.yaml", build_source(config.trained_on)).terms["shd"]
+        assert isinstance(term, SHD)
+        return term
+
+    own, adjacent = shd(), shd("losses.shd.pairing=adjacent")
+    assert {name: own.loss.plan(name, 12, 6) for name in plans} == plans
+    assert {adjacent.loss.plan(name, 12, 6) for name in plans} == {plan_merges(12, 6)} != set(plans.values())
+    with pytest.raises(ValueError, match="squeezed from another teacher"):
+        own.take_plans({"transformer_blocks.0.attn1": plan_merges(10, 6)})
 
 
 @pytest.mark.parametrize(

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from blocks_of_records import literal_divergence, pair, record, shd, softmax, squeezed
-from live_memory import LiveMemory
 
 from shd_diffusion.losses.token_grid import take
+from shd_diffusion.operations import Meter
 from shd_diffusion.squeezing import plans_from_json, plans_to_json, squeeze_heads
 
 # --- matched plans -------------------------------------------------------------------------------------------
@@ -133,7 +133,7 @@ def test_memory_grows_no_faster_than_the_tokens(options):
     def most(tokens):  # bytes: all that are held at one time, and those of one tensor
         teacher = {"t": record(samples=1, heads=4, queries=tokens, dtype=torch.float32)}
         student = {"s": record(samples=1, heads=2, queries=tokens, dtype=torch.float32, learns=True)}
-        with LiveMemory() as seen:
+        with Meter() as seen:
             shd(chunk_rows=16, **options)(teacher, student).backward()
         return seen.peak, seen.largest
 

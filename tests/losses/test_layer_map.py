@@ -42,6 +42,41 @@ def test_blocks_meet_their_own_kind():
     }
 
 
+def unet(layers, depth, mid=True):
+    """The self-attention of a UNet as diffusers names it: two stages each way, `depth` blocks in each transformer."""
+    stages = [f"down_blocks.{stage}.attentions.{layer}" for stage in range(2) for layer in range(layers)]
+    stages += ["mid_block.attentions.0"] * mid
+    stages += [f"up_blocks.{stage}.attentions.{layer}" for stage in range(2) for layer in range(layers + 1)]
+    return {f"{stage}.transformer_blocks.{block}.attn1": "self" for stage in stages for block in range(depth)}
+
+
+def test_shallower_transformers_of_a_unet_meet_their_own():
+    pairs = map_blocks(unet(2, 10), unet(2, 5))
+    assert len(pairs) == 11 * 5
+    for name, by in pairs.items():
+        place, other = name.rpartition(".attn1")[0], by.rpartition(".attn1")[0]
+        assert place.rpartition(".")[0] == other.rpartition(".")[0]
+        assert int(other.rpartition(".")[2]) == 2 * int(place.rpartition(".")[2]) + 1
+
+
+@pytest.mark.parametrize("mid", [True, False])
+def test_fewer_layers_of_a_unet_meet_the_same_resolution(mid):
+    pairs = map_blocks(unet(2, 1), unet(1, 1, mid))
+    short = {
+        name.removesuffix(".transformer_blocks.0.attn1"): by.split(".transformer")[0]
+        for name, by in pairs.items()
+    }
+    assert short == {
+        "down_blocks.0.attentions.0": "down_blocks.0.attentions.1",
+        "down_blocks.1.attentions.0": "down_blocks.1.attentions.1",
+        **({"mid_block.attentions.0": "mid_block.attentions.0"} if mid else {}),
+        "up_blocks.0.attentions.0": "up_blocks.0.attentions.1",
+        "up_blocks.0.attentions.1": "up_blocks.0.attentions.2",
+        "up_blocks.1.attentions.0": "up_blocks.1.attentions.1",
+        "up_blocks.1.attentions.1": "up_blocks.1.attentions.2",
+    }
+
+
 def test_student_blocks_may_be_left_out():
     teacher, student = blocks("t", ["self"] * 4), blocks("s", ["self"] * 3)
     assert numbers(map_blocks(teacher, student, [None, 2, None])) == {1: 2}

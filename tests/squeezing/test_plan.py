@@ -1,7 +1,9 @@
+import random
+
 import pytest
 
 from shd_diffusion.squeezing import plan_merges, plans_from_json, plans_to_json
-from shd_diffusion.squeezing.plan import check_plan, members
+from shd_diffusion.squeezing.plan import check_merge, check_plan, members, plan_groups
 
 
 @pytest.mark.parametrize("heads", range(1, 41))
@@ -45,3 +47,23 @@ def test_a_plan_that_does_not_fit_is_refused(plan):
 def test_plans_come_back_from_json():
     plans = {"a": plan_merges(12, 5), "b": ()}
     assert plans_from_json(plans_to_json(plans)) == plans
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_plan_ends_in_the_groups_that_it_was_made_of(seed):
+    draw = random.Random(seed)
+    heads = draw.randrange(1, 30)
+    order, cuts = (
+        draw.sample(range(heads), heads),
+        sorted(draw.sample(range(1, heads), draw.randrange(heads))),
+    )
+    groups = tuple(tuple(order[a:b]) for a, b in zip([0, *cuts], [*cuts, heads], strict=True))
+    plan = plan_groups(groups)
+    check_plan(plan, heads, len(groups))
+    check_merge(plan, "progressive")
+    assert members(plan, heads) == groups
+
+
+def test_groups_that_leave_heads_out_make_no_plan():
+    with pytest.raises(ValueError, match="each of its 2 input heads once"):
+        plan_groups(((0,), (2,)))

@@ -10,36 +10,50 @@ import torch
 from commands import DISTILL_CONFIG, ROOT, TEACHER_CONFIG, command, sets
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.flop_counter import FlopCounterMode
 
-from shd_diffusion.operations import kept_for_backward, operation_counter
+from shd_diffusion.operations import Meter
 
 SMALL = ["train.batch_size=4", f"teacher.path={TEACHER_CONFIG}"]
 
 
 def test_operations_of_attention_are_those_of_its_products() -> None:
     query, key, value = (torch.randn(2, 3, n, 8, requires_grad=True) for n in (5, 7, 7))
-    with operation_counter() as operations:
+    with Meter() as meter:
         output = scaled_dot_product_attention(query, key, value)
     product = 2 * (2 * 3) * 5 * 7 * 8
-    assert operations.get_total_flops() == 2 * product  # Q Kᵀ, P V
-    with operation_counter() as operations:
+    assert meter.operations == 2 * product  # Q Kᵀ, P V
+    with Meter() as meter:
         output.sum().backward()
-    assert operations.get_total_flops() == 5 * product  # Q Kᵀ again, dP, dV, dQ, dK
+    assert meter.operations == 5 * product  # Q Kᵀ again, dP, dV, dQ, dK
 
 
 def test_operations_of_a_linear_layer() -> None:
     layer, x = nn.Linear(6, 4), torch.randn(10, 6)
-    with operation_counter() as operations:
+    with Meter() as meter:
         layer(x).sum().backward()
-    assert operations.get_total_flops() == 2 * (2 * 10 * 6 * 4)  # forward and the weight's gradient
+    assert meter.operations == 2 * (2 * 10 * 6 * 4)  # forward and the weight's gradient
 
 
-def test_what_is_kept_for_the_backward_pass() -> None:
+def test_operations_are_those_that_torch_counts() -> None:
+    model, x = nn.Sequential(nn.Conv2d(2, 3, 3), nn.GELU(), nn.Conv2d(3, 2, 1)), torch.randn(2, 2, 5, 5)
+    with FlopCounterMode(display=False) as reference:
+        model(x).sum().backward()
+    with Meter() as meter:
+        model(x).sum().backward()
+    assert meter.operations == reference.get_total_flops() > 0
+
+
+def test_memory_is_what_is_held_at_one_time() -> None:
     layer, x = nn.Linear(6, 4), torch.randn(10, 6)
-    with kept_for_backward(layer.parameters()) as kept:
-        hidden = layer(x)  # keeps x
-        (hidden.exp() + layer(x)).sum()  # keeps the result of exp; x is counted already
-    assert kept.bytes == 4 * (10 * 6 + 10 * 4)
+    with Meter([*layer.parameters(), x]) as meter:
+        hidden = layer(x)
+        raised = hidden.exp()
+        del hidden
+        view = raised.view(-1)
+        assert meter.live == 4 * (10 * 4) and meter.peak == 4 * (2 * 10 * 4) and len(view) == 40
+        x.add_(1)
+    assert meter.peak == 4 * (2 * 10 * 4) and meter.largest == 4 * (10 * 4)
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +63,7 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict:
         "distill", DISTILL_CONFIG, "--dry-run", "--output", folder / "run", *sets(*SMALL)
     )
     assert code == 0, errors
-    assert "a teacher of its sizes with random weights" in errors and "12→6→5" in errors
+    assert "is a config: a teacher of its sizes" in errors and "12→6→5" in errors
     assert list(folder.iterdir()) == []
     return json.loads(output)
 
@@ -62,10 +76,13 @@ def test_models_and_plan(figures: dict) -> None:
 
 def test_memory_is_four_copies_of_the_student_and_more(figures: dict) -> None:
     memory, weights = figures["memory_bytes"], 4 * 254_204
+    assert figures["images_per_pass"] == 4
     assert memory["teacher"] == 4 * 1_233_700
     assert (memory["weights"], memory["gradients"], memory["average"]) == (weights, weights, weights)
     assert memory["optimiser"] == 2 * weights
-    assert memory["activations"] == 4 * figures["measured"]["bytes_kept_per_image"] > 0
+    assert (
+        memory["activations"] > 4 * 6 * 16 * 5 * 8 * 4
+    )  # queries of 6 blocks, 16 tokens and 5 heads of 8, and more
     assert memory["sum"] == sum(value for name, value in memory.items() if name != "sum")
 
 
@@ -99,7 +116,7 @@ def test_a_teacher_that_is_not_there(tmp_path: Path) -> None:
     code, _, errors = command(
         "distill", DISTILL_CONFIG, "--dry-run", *sets(f"teacher.path={tmp_path / 'none'}")
     )
-    assert code == 2 and "also takes a config of train-teacher" in errors
+    assert code == 2 and "set `teacher.config` to a folder with them" in errors
 
 
 def test_a_student_that_starts_from_its_teacher_says_how_much_it_takes() -> None:

@@ -9,6 +9,7 @@ import torch
 from commands import DISTILL_CONFIG, TEACHER_CONFIG, command, sets
 from safetensors.torch import load_file
 
+from shd_diffusion.squeezing.plan import members, plans_from_json
 from shd_diffusion.training import run as run_module
 from shd_diffusion.training import squeeze_student
 
@@ -59,6 +60,8 @@ def test_a_narrow_student_is_squeezed_once(tmp_path: Path, monkeypatch: pytest.M
         for output in (run, tmp_path / "again")
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
+    (plan,) = plans_from_json((run / "merge_plans.json").read_text()).values()
+    assert len(members(plan, 4)) == 2  # what SHD teaches these heads by
 
     monkeypatch.setattr(run_module, "squeeze_student", None)  # from a checkpoint on it is not called
     more = [*overrides, *sets("train.max_steps=2")]
