@@ -22,12 +22,13 @@ from shd_diffusion.config import DistillConfig, override_config, read_config
 from shd_diffusion.data.datasets import build_source, reference_images
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.evaluation.evaluate import compute_metrics
-from shd_diffusion.files import read_json, write_json
+from shd_diffusion.files import read_json, write_json, write_text
 from shd_diffusion.models.denoiser import predict
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.sample_run import sample_pipeline
 from shd_diffusion.squeezing.channels import Reader
+from shd_diffusion.squeezing.plan import PLANS_FILE, plan_groups, plans_to_json
 from shd_diffusion.training.build import build
 from shd_diffusion.training.run import train
 from shd_diffusion.training.squeeze_student import CALIBRATION_IMAGES
@@ -93,7 +94,9 @@ def _begin(settings: DistillConfig, name: str, folder: Path) -> dict[str, float]
         model = parts.teacher.model
         batches = calibration_batches(settings, model, parts.data, parts.process, CALIBRATION_IMAGES)
         began = time.perf_counter()
-        lost, _ = squeeze_into(student, model, batches, predict, parts.origins, **arguments)
+        lost, groups = squeeze_into(student, model, batches, predict, parts.origins, **arguments)
+        plans = {block: plan_groups(of_block) for block, of_block in groups.items()}
+        write_text(folder / PLANS_FILE, plans_to_json(plans))  # SHD goes by them
         found = {"lost": lost, "seconds": round(time.perf_counter() - began, 1)}
     student.save_pretrained(folder)
     return found
