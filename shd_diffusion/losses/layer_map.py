@@ -89,9 +89,9 @@ def _common_level(teacher: Collection[str], student: Collection[str]) -> int | N
 
 
 def _stage(name: str, level: int) -> str:
-    """The list of modules that a block lies in, at most so many lists deep; at level 0 the first part of its path."""
+    """The list of modules that a block lies in, at most so many lists deep; at level 0 the model's part around it."""
     lists = _lists(name)[:level]
-    return lists[-1] if lists else name.partition(".")[0]
+    return lists[-1] if lists else name.rpartition(".")[0].partition(".")[0]
 
 
 def _lists(name: str) -> list[str]:
