@@ -104,7 +104,7 @@ def test_the_losses_of_all_counts_are_those_of_squeezing_to_each(name):
                 if part in feed_forwards(teacher):
                     _, fitted = squeeze_feed_forward(smaller, part, count, own, target)
                 else:
-                    _, fitted = squeeze_attention(smaller, part, count, own, targets, OPTIONS)
+                    _, _, fitted = squeeze_attention(smaller, part, count, own, targets, OPTIONS)
                 assert fitted <= lost * (1 + 1e-6) + 1e-8  # neurons' ridge counts in the row of removals
                 if part in attention_blocks(teacher):
                     layout = head_layout(teacher, part)
