@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from calibration import batches_of, dit_batches, random_dit, run_dit, run_family
 from diffusers import UNet2DModel
-from families import FAMILIES, Family, output
+from families import FAMILIES, output
 from small_models import small_dit
-from torch import Tensor, nn
+from torch import nn
 
 from shd_diffusion.attention import attention_blocks
 from shd_diffusion.compression import compress, costs
@@ -29,39 +30,6 @@ from shd_diffusion.models.layouts import feed_forwards, head_layout
 from shd_diffusion.models.squeezed import cut_heads, cut_neurons, first_heads, shape
 
 OPTIONS = HeadOptions()
-
-
-def run_family(model: nn.Module, _: Any, __: Any, inputs: dict[str, Any]) -> Tensor:
-    return output(model(**inputs))
-
-
-def batches_of(family: Family, seeds: tuple[int, ...] = (1, 2, 3)) -> list[Any]:
-    return [(None, None, family.draw(seed)) for seed in seeds]
-
-
-def random_dit(heads: int = 4, layers: int = 2) -> nn.Module:
-    """With every parameter random: as initialised, its blocks compute nothing."""
-    torch.manual_seed(0)
-    model = small_dit(heads, layers=layers)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
-def dit_batches(count: int = 2, samples: int = 8) -> list[Any]:
-    draw = torch.Generator().manual_seed(5)
-    return [
-        (
-            torch.randn(samples, 1, 8, 8, generator=draw),
-            torch.randint(1000, (samples,), generator=draw),
-            torch.randint(11, (samples,), generator=draw),
-        )
-        for _ in range(count)
-    ]
-
-
-def run_dit(model: nn.Module, noised: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-    return model(noised, timestep=timesteps, class_labels=labels).sample
 
 
 def cut_to(model: nn.Module, counts: dict[str, int]) -> nn.Module:
@@ -115,7 +83,7 @@ def test_the_losses_of_all_counts_are_those_of_squeezing_to_each(name):
 
 
 def test_importance_is_what_the_output_loses_by_one_part_alone():
-    teacher, batches = random_dit(4, layers=3), dit_batches()
+    teacher, batches = random_dit(4, layers=3), dit_batches(2)
     counts = {"transformer_blocks.0.attn1": [3, 2, 1], "transformer_blocks.1.ff": [96, 64, 16]}
     blocks = removable_blocks(teacher)
     assert blocks == [f"transformer_blocks.{index}" for index in range(3)]

@@ -8,9 +8,9 @@ import diffusers
 import numpy as np
 import pytest
 import torch
-from families import FAMILIES, Family, output
-from small_models import small_dit
-from torch import Tensor, nn
+from calibration import batches_of, dit_batches, random_dit, run_dit, run_family
+from families import FAMILIES, output
+from torch import nn
 
 from shd_diffusion.attention import AttentionCapture, attention_blocks
 from shd_diffusion.compression import attention, compress
@@ -34,39 +34,6 @@ SQUEEZABLE = [
     "ovis-image",  # and of gated neurons
     "flux2",  # by which queries, keys and values are made too
 ]  # further ones as pipelines, see test_text_pipelines.py
-
-
-def run_family(model: nn.Module, _: Any, __: Any, inputs: dict[str, Any]) -> Tensor:
-    return output(model(**inputs))
-
-
-def batches_of(family: Family, seeds: tuple[int, ...] = (1, 2, 3)) -> list[Any]:
-    return [(None, None, family.draw(seed)) for seed in seeds]
-
-
-def random_dit(heads: int = 4, layers: int = 2, seed: int = 0) -> nn.Module:
-    """With every parameter random: as initialised, its blocks compute nothing."""
-    torch.manual_seed(seed)
-    model = small_dit(heads, layers=layers)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
-def dit_batches(count: int = 3, samples: int = 8) -> list[Any]:
-    draw = torch.Generator().manual_seed(5)
-    return [
-        (
-            torch.randn(samples, 1, 8, 8, generator=draw),
-            torch.randint(1000, (samples,), generator=draw),
-            torch.randint(11, (samples,), generator=draw),
-        )
-        for _ in range(count)
-    ]
-
-
-def run_dit(model: nn.Module, noised: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-    return model(noised, timestep=timesteps, class_labels=labels).sample
 
 
 @pytest.mark.parametrize("name", sorted(FAMILIES))

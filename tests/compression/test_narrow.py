@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from diffusers import DiTTransformer2DModel
+from calibration import random_dit, run_dit, run_family
 from families import FAMILIES, Family, output
 from small_models import small_dit
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import silu
 
 from shd_diffusion.compression.narrow import check_can_be_squeezed_into, squeeze_into
@@ -25,10 +25,6 @@ NARROWER: dict[str, dict[str, Any]] = {
     "cogview4": {"num_attention_heads": 2},
     "sd3": {"num_attention_heads": 2, "caption_projection_dim": 16},
 }
-
-
-def run_family(model: nn.Module, _: Any, __: Any, inputs: dict[str, Any]) -> Tensor:
-    return output(model(**inputs))
 
 
 def batches_of(family: Family, count: int = 3) -> list[Any]:
@@ -154,18 +150,6 @@ def test_a_shallower_student_has_the_blocks_of_its_layer_map() -> None:
     fit = features @ scipy.linalg.lstsq(features, wanted.double().numpy())[0]
     error, least = (np.square(wanted.numpy() - each).sum() for each in (found.numpy(), fit))
     assert least <= error * (1 + 1e-6) and error < 1.001 * least
-
-
-def random_dit(heads: int, layers: int, seed: int, head_dim: int = 8) -> DiTTransformer2DModel:
-    torch.manual_seed(seed)
-    model = small_dit(heads, head_dim, layers)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.2)
-    return model.eval()
-
-
-def run_dit(model: nn.Module, noised: Tensor, timesteps: Tensor, labels: Tensor) -> Tensor:
-    return model(noised, timestep=timesteps, class_labels=labels).sample
 
 
 @pytest.mark.parametrize(
