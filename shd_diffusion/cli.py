@@ -385,22 +385,20 @@ def compress(
     from rich.console import Console
 
     from shd_diffusion.compression.budget import parse_budget
-    from shd_diffusion.compression.compress_run import calibrate, compress_run, plan_run
+    from shd_diffusion.compression.compress_run import calibrate, check_output, compress_run, plan_run
     from shd_diffusion.compression.describe import plan_table, table
     from shd_diffusion.config import read_run_config
-    from shd_diffusion.files import holds_files
     from shd_diffusion.run_folder import RunFolder
 
     asked = None if budget is None else parse_budget(budget)
-    baseline = method != "merge"
-    given = {
+    given: dict[str, object] = {
         "--heads": heads,
         "--neurons": neurons,
         "--blocks": blocks,
-        "--plain": plain,
-        "--method": baseline,
+        "--plain": plain or None,
+        "--method": method if method != "merge" else None,
     }
-    if asked is not None and (more := [name for name, value in given.items() if value]):
+    if asked is not None and (more := [name for name, value in given.items() if value is not None]):
         raise UserError(
             f"--budget {budget}: finds heads, neurons and blocks itself; leave {', '.join(more)} out"
         )
@@ -408,8 +406,8 @@ def compress(
         raise UserError("--dry-run: shows what a budget comes to; add one, such as --budget macs=0.5")
     if output is None and not only_plan:
         raise UserError("--output DIR is missing: the folder for the smaller pipeline")
-    if output is not None and holds_files(output):
-        raise UserError(f"--output {output}: holds files already; give another")
+    if output is not None:
+        check_output(output)  # before the calibration
     run = RunFolder(Path(teacher))
     if data is None and not run.config_file.exists():
         raise UserError(

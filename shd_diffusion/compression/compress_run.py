@@ -100,6 +100,12 @@ def plan_run(calibration: Calibration, budget: Budget) -> ShapePlan:
         raise UserError(f"{asked}: {calibration.path} cannot be compressed so: {error}") from error
 
 
+def check_output(output: Path) -> None:
+    """Raise UserError if the folder to write holds something."""
+    if holds_files(output):
+        raise UserError(f"--output {output}: holds files already; give another")
+
+
 def compress_run(
     calibration: Calibration,
     output: Path,
@@ -128,8 +134,7 @@ def compress_run(
     Raises:
         UserError: the folder holds something, or the model cannot be made so small.
     """
-    if holds_files(output):
-        raise UserError(f"--output {output}: holds files already; give another")
+    check_output(output)
     path, teacher, model = calibration.path, calibration.teacher, calibration.model
     shape: dict[str, Any] = {"heads": heads, "neurons": neurons, "blocks": blocks}
     plan = None if budget is None else plan_run(calibration, budget)
