@@ -105,8 +105,8 @@ def _train(run: Run) -> None:
         term.to(accelerator.device)
     loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, config.train.max_steps)
     if loss.shd is not None and teacher is not None:
-        if loss.shd.config.pairing == "matched":
-            _load_or_calibrate(loss.shd, teacher, run)
+        if loss.shd.config.pairing == "matched" and not folder.merge_plans_file.exists():
+            _calibrate(loss.shd, teacher, run)
         loss.shd.take_plans(_known_plans(folder, config))
     with loss:
         trained = _fit(run, loss)
@@ -182,12 +182,9 @@ def _known_plans(folder: RunFolder, config: TrainTeacherConfig | DistillConfig) 
     return plans_from_json(file.read_text(encoding="utf-8")) if file.exists() else squeezed_by(config)
 
 
-def _load_or_calibrate(shd: SHD, teacher: ModelMixin, run: Run) -> None:
-    """Give the loss its matched plans, found once for a run and kept with it."""
-    path, parts, accelerator = run.folder.merge_plans_file, run.parts, run.accelerator
-    if path.exists():
-        shd.loss.plans = plans_from_json(path.read_text(encoding="utf-8"))
-        return
+def _calibrate(shd: SHD, teacher: ModelMixin, run: Run) -> None:
+    """Find the matched plans of a run, once, and keep them with it."""
+    parts, accelerator = run.parts, run.accelerator
     train = parts.config.train
     size = min(train.batch_size, train.micro_batch_size or train.batch_size)
     batches = probe_batches(
@@ -202,9 +199,8 @@ def _load_or_calibrate(shd: SHD, teacher: ModelMixin, run: Run) -> None:
     plans = shd.loss.calibrate(paired_records(shd, teacher, parts.model, batches))
     # A tie that is broken by rounding must be broken alike in every process.
     shared = broadcast_object_list([plans_to_json(plans)])[0]
-    shd.loss.plans = plans_from_json(shared)
     if accelerator.is_main_process:
-        write_text(path, shared)
+        write_text(run.folder.merge_plans_file, shared)
     accelerator.wait_for_everyone()
 
 
