@@ -158,6 +158,7 @@ def test_a_budget_is_kept_and_its_plan_stands_beside_the_pipeline(
         (["--budget", "macs=0.01"], "the least that can be had is macs="),
         (["--budget", "flops=0.5"], "flops"),
         (["--budget", "macs=0.5", "--heads", 6, "--plain"], "leave --heads, --plain out"),
+        (["--budget", "macs=0.5", "--heads", 0], "leave --heads out"),
         (["--dry-run"], "--budget macs=0.5"),
         (["--budget", "parameters=1.2"], "above 0 and up to 1"),
         (["--budget", "latency=0"], "above 0 and up to 1"),
