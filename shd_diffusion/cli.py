@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
 
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, refusal
 from shd_diffusion.progress import printable
 
 app = typer.Typer(
@@ -42,8 +42,21 @@ DryRun = Annotated[
 Arguments = ParamSpec("Arguments")
 
 
+LOWER = {
+    "prepare": "prepare.batch_size",
+    "train_teacher": "train.micro_batch_size",
+    "distill": "train.micro_batch_size, losses.shd.chunk_rows",
+    "sample": "sample.pass_size, sample.dtype",
+    "evaluate": "evaluate.batch_size",
+    "squeeze": "--samples",
+    "compress": "--images",
+}
+"""What to lower where a command needs more memory than there is."""
+
+
 def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
-    """Errors that a person can fix end a command with one line and their exit code, Ctrl-C with 130."""
+    """Errors that a person can fix, and what the machine refuses, end a command with one line and their exit code,
+    Ctrl-C with 130. What is left is a fault of this project, and says so below its traceback."""
 
     @functools.wraps(function)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
@@ -57,6 +70,19 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
                 "\ninterrupted; what was finished is kept, the same command goes on from there", err=True
             )
             raise typer.Exit(130) from None
+        except BrokenPipeError:  # whoever read the output has enough
+            raise
+        except Exception as error:
+            refused = refusal(error)
+            if refused is None:
+                error.add_note(
+                    "This is a fault of shd-diffusion itself; please report it, with all of the above."
+                )
+                raise
+            if "out of memory" in refused:
+                refused += f"; lower {LOWER.get(function.__name__, 'what is asked for')}"
+            typer.echo(f"error: {printable(refused)}", err=True)
+            raise typer.Exit(UserError.exit_code) from None
 
     return guarded
 
@@ -388,6 +414,7 @@ def compress(
     from shd_diffusion.compression.compress_run import calibrate, check_output, compress_run, plan_run
     from shd_diffusion.compression.describe import plan_table, table
     from shd_diffusion.config import read_run_config
+    from shd_diffusion.files import check_outside
     from shd_diffusion.run_folder import RunFolder
 
     asked = None if budget is None else parse_budget(budget)
@@ -414,6 +441,8 @@ def compress(
             f"{teacher}: no run, so it has no data to calibrate on; name them: --data CONFIG, the config of a training"
         )
     config = run.read_config() if data is None else read_run_config(data)
+    if output is not None:
+        check_outside(output, {"TEACHER": teacher, "data.path": config.data.path})
     calibration = calibrate(teacher, config, images, _weights(timesteps))
     if only_plan and asked is not None:
         Console().print(plan_table(plan_run(calibration, asked)))

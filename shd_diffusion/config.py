@@ -162,6 +162,12 @@ class RunConfig(Section):
         return None
 
     @property
+    def reads(self) -> dict[str, str | None]:
+        """What is read, by its key, where no run may be written into."""
+        cache = None if self.prepare is None else self.prepare.output
+        return {"data.path": self.data.path, "prepare.output": cache}
+
+    @property
     def trained_on(self) -> DataConfig:
         """What the models see: the data, or the cache that `prepare` has made of them."""
         if self.prepare is None:
@@ -178,6 +184,10 @@ class TrainTeacherConfig(RunConfig):
     losses: TeacherLossesConfig = TeacherLossesConfig()
 
     @property
+    def reads(self) -> dict[str, str | None]:
+        return {**super().reads, "pipeline": self.pipeline, "model.pretrained": self.model.pretrained}
+
+    @property
     def within(self) -> str | None:
         return self.pipeline
 
@@ -188,6 +198,11 @@ class DistillConfig(RunConfig):
     teacher: TeacherConfig
     student: StudentConfig
     losses: LossesConfig = LossesConfig()
+
+    @property
+    def reads(self) -> dict[str, str | None]:
+        models = {"teacher.path": self.teacher.path, "student.pretrained": self.student.pretrained}
+        return {**super().reads, **models}
 
     @property
     def within(self) -> str | None:

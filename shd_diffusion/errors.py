@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import errno
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -32,6 +34,25 @@ def one_line(error: object) -> str:
 def printable_path(path: str | Path) -> str:
     """A path in one line of UTF-8, which file names need not be."""
     return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
+
+
+def refusal(error: BaseException) -> str | None:
+    """What the machine has refused, in one line with the fix; None of an error that is no refusal but a fault here."""
+    if isinstance(error, OSError) and error.strerror is not None:
+        name = f"{printable_path(os.fspath(error.filename))}: " if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            return f"{name}{error.strerror}; make room, and the same command goes on from what is finished"
+        return f"{name}{error.strerror}; see to its path and permissions, or give another"
+    if isinstance(error, RecursionError):
+        return "something given is nested too deeply to be read; give it flatter"
+    if isinstance(error, MemoryError) or _OUT_OF_MEMORY.search(f"{type(error).__name__}: {error}"):
+        return f"out of memory ({one_line(error)[:200]})"
+    return None
+
+
+_OUT_OF_MEMORY = re.compile(
+    r"^OutOfMemoryError|^RuntimeError: .*(can't allocate memory|bad_alloc)", re.DOTALL
+)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line, printable_path
+from shd_diffusion.progress import announce
+
+Kind = TypeVar("Kind")
+
+# Temporary names: those of the functions here, and of safetensors' own writer.
+TEMPORARY = re.compile(r"\..+\.tmp(-\d+)?|\.tmp\w{6}")
 
 
 class Processes(Protocol):
@@ -32,8 +43,9 @@ def replacing_file(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
     try:
-        yield temporary
-        temporary.replace(path)
+        with naming(path):
+            yield temporary
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -41,6 +53,8 @@ def replacing_file(path: Path) -> Iterator[Path]:
 @contextmanager
 def replacing_folder(path: Path, processes: Processes | None = None) -> Iterator[Path]:
     """As `replacing_file`, for a folder with all that it holds, which is on disk before it gets its name.
+
+    All in it may be read by whom the umask says, whatever libraries have made of that.
 
     Several processes may write into one folder: each enters with its `processes` (an accelerator will do).
     """
@@ -52,25 +66,94 @@ def replacing_folder(path: Path, processes: Processes | None = None) -> Iterator
         temporary.mkdir(parents=True)
     wait()
     try:
-        yield temporary
-        wait()
-        if leads:
-            for file in temporary.rglob("*"):
-                if file.is_file():
-                    _sync(file)
-            shutil.rmtree(path, ignore_errors=True)
-            temporary.replace(path)
-            _sync(path.parent)
+        with naming(path):
+            yield temporary
+            wait()
+            if leads:
+                mode = temporary.stat().st_mode
+                for inside in temporary.rglob("*"):
+                    inside.chmod(mode if inside.is_dir() else mode & 0o666)
+                    if inside.is_file():
+                        _sync(inside)
+                shutil.rmtree(path, ignore_errors=True)
+                temporary.replace(path)
+                _sync(path.parent)
         wait()
     finally:
         if leads:
             shutil.rmtree(temporary, ignore_errors=True)
 
 
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors of writing a file name it: a full disk's come without a name, and safetensors has errors of its own."""
+    try:
+        yield
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code) if number else one_line(error), str(path)) from error
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def locked(folder: Path, processes: Processes | None = None) -> Iterator[None]:
+    """No other command writes into this folder for as long as the context lasts.
+
+    The system itself lets go of the lock of a process that has died, on network file systems too. What a killed
+    command has left under temporary names is removed.
+
+    Args:
+        folder: is made where it is missing.
+        processes: all enter; the main one locks.
+
+    Raises:
+        UserError: another command is at work there.
+    """
+    if processes is not None and not processes.is_main_process:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another command is at work in this folder; wait for it, or give another --output"
+            ) from None
+        except OSError as error:  # a file system without locks
+            announce(f"{folder}: cannot be locked ({one_line(error)}); see that no other command uses it")
+        for left in [path for path in folder.rglob(".*") if TEMPORARY.fullmatch(path.name)]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+        yield
+
+
+def check_outside(output: Path, sources: Mapping[str, str | None]) -> None:
+    """See that what is written does not come to lie among what is read, where it would be taken for a part of it.
+
+    Args:
+        output: the folder to write.
+        sources: what is read, by the key that names it; what is no folder here does not count.
+
+    Raises:
+        UserError: it lies in one of these folders.
+    """
+    place = output.resolve()
+    for key, source in sources.items():
+        if source is not None and Path(source).is_dir() and place.is_relative_to(Path(source).resolve()):
+            raise UserError(
+                f"{printable_path(output)}: lies in {printable_path(source)}, which is read (`{key}`); "
+                "give another --output"
+            )
+
+
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/shd-diffusion`, or ~/.cache/shd-diffusion."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "shd-diffusion"
+    return (Path(base) if base else Path("~/.cache").expanduser()) / "shd-diffusion"
 
 
 def write_text(path: Path, text: str) -> None:
@@ -106,9 +189,25 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(
             f"{path}: not a JSON file; delete it and run the command that wrote it again"
+        ) from None
+
+
+def read_as(path: Path, kind: type[Kind]) -> Kind:
+    """Read a JSON file that a stage wrote, as a type that pydantic knows.
+
+    Raises:
+        UserError: it is missing or damaged, or a value in it is not what it should be.
+    """
+    try:
+        return TypeAdapter(kind).validate_python(read_json(path))
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        place = f"key `{'.'.join(map(str, wrong['loc']))}`: " if wrong["loc"] else ""
+        raise UserError(
+            f"{path}: {place}{one_line(wrong['msg'])}; delete it and run the command that wrote it again"
         ) from None
 
 

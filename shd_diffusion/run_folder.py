@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel
+
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, dump_config, read_run_config
 from shd_diffusion.environment import describe_environment
-from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import holds_files, json_sha256, read_json, write_json, write_text
-from shd_diffusion.progress import announce
+from shd_diffusion.errors import UserError
+from shd_diffusion.files import holds_files, json_sha256, read_as, write_json, write_text
 from shd_diffusion.protocol import flatten
 from shd_diffusion.squeezing.plan import PLANS_FILE
 
@@ -40,6 +38,12 @@ FREE = (
     "train.trackers",
     "train.validation",
 )
+
+
+class Trained(BaseModel):
+    """What later stages read of `summary.json`."""
+
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -129,9 +133,9 @@ class RunFolder:
         """
         if not self.inputs_file.exists():
             return
-        began_with = read_json(self.inputs_file)
+        began_with = read_as(self.inputs_file, dict[str, str])
         for key, found in inputs.items():
-            if began_with.get(key) != found:
+            if began_with.get(key, found) != found:  # earlier versions knew fewer
                 raise UserError(
                     f"{self.path}: what `{key}` names has changed since this run began; bring it back, or give another "
                     "--output"
@@ -139,7 +143,7 @@ class RunFolder:
 
     def is_complete(self, config: RunConfig) -> bool:
         """Whether a run has taken all the steps that a config wants."""
-        return self.summary_file.exists() and self.read_summary().get("steps") == config.train.max_steps
+        return self.summary_file.exists() and self.read_summary().steps == config.train.max_steps
 
     def identity(self, config: RunConfig) -> str:
         """A hash of all that a run's weights follow from."""
@@ -161,43 +165,22 @@ class RunFolder:
         if not self.config_file.exists() or self.config_file.read_text(encoding="utf-8") != text:
             write_text(self.config_file, text)
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Nobody else trains in this folder for as long as the context lasts; the lock of a dead process is gone.
-
-        Raises:
-            UserError: somebody else does.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"{self.path}: another command is training in this folder; wait for it, or give another --output"
-                ) from None
-            except OSError as error:  # a file system without locks
-                announce(
-                    f"{self.path}: cannot be locked ({one_line(error)}); see that no other command uses it"
-                )
-            yield
-
     def log(self, entry: dict[str, Any]) -> None:
         """Append a line to the metrics."""
         with self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def forget_after(self, step: int) -> None:
-        """Drop metrics of steps that a resumed run will take again, and a last line that was cut off."""
+        """Drop metrics of steps that a resumed run will take again, and damaged lines, such as a last one cut off."""
         if not self.metrics_file.exists():
             return
         kept = []
-        for line in self.metrics_file.read_text(encoding="utf-8").splitlines():
+        for line in self.metrics_file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 if json.loads(line)["step"] <= step:
                     kept.append(line + "\n")
-            except ValueError:
-                break
+            except (ValueError, LookupError, TypeError, RecursionError):
+                continue
         write_text(self.metrics_file, "".join(kept))
 
     def read_config(self) -> TrainTeacherConfig | DistillConfig:
@@ -212,7 +195,7 @@ class RunFolder:
             )
         return read_run_config(self.config_file)
 
-    def read_summary(self) -> dict[str, Any]:
+    def read_summary(self) -> Trained:
         """What training left behind.
 
         Raises:
@@ -220,7 +203,7 @@ class RunFolder:
         """
         if not self.summary_file.exists():
             raise UserError(f"{self.path}: its training has not ended; run its command again to continue it")
-        return read_json(self.summary_file)
+        return read_as(self.summary_file, Trained)
 
 
 def _training_keys(config: RunConfig) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from shd_diffusion.attention import attention_blocks
 from shd_diffusion.data import build_source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import replacing_file, write_text
+from shd_diffusion.files import locked, replacing_file, write_text
 from shd_diffusion.models.factory import TeacherConfig
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.teacher import load_teacher, scheduler_for
@@ -58,10 +58,11 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, plan: Measur
         **_rounded(found),
     }
     # its lists are long: indented, it would be four times as large
-    write_text(output / "squeezing.json", json.dumps(results) + "\n")
-    write_text(output / "squeezing.csv", _as_csv(results))
-    with replacing_file(output / "squeezing.png") as temporary:
-        temporary.write_bytes(plot_squeezing(results).png)
+    with locked(output):
+        write_text(output / "squeezing.json", json.dumps(results) + "\n")
+        write_text(output / "squeezing.csv", _as_csv(results))
+        with replacing_file(output / "squeezing.png") as temporary:
+            temporary.write_bytes(plot_squeezing(results).png)
     return results
 
 

@@ -11,22 +11,27 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import ImageColor
 from pydantic import Field, field_validator, model_validator
 
 from shd_diffusion.data.cache_shards import by_size
 from shd_diffusion.data.digits import digits
 from shd_diffusion.data.emoji import Emoji
 from shd_diffusion.data.folder import ImageFolder
-from shd_diffusion.data.framing import Framing, buckets_of, square
+from shd_diffusion.data.framing import Framing, buckets_of
 from shd_diffusion.data.hub import HubImages
-from shd_diffusion.data.image_sets import Images, ReferenceImages
+from shd_diffusion.data.image_sets import ImageFiles, Images, ReferenceImages
 from shd_diffusion.data.latents import LatentSource, caption_number, read_manifest
 from shd_diffusion.data.prompts import Prompts, no_images
 from shd_diffusion.data.published import cifar10, fashion_mnist
 from shd_diffusion.data.source import ImageSource, Source
 from shd_diffusion.data.tar_images import ShardedImages
 from shd_diffusion.errors import UserError, did_you_mean
+from shd_diffusion.processes import processes
 from shd_diffusion.section import Section
+
+OF_IMAGE_FILES = ("upright", "background", "least_size")
+"""Keys of data sets whose images are decoded from files."""
 
 
 class DataConfig(Section):
@@ -39,8 +44,11 @@ class DataConfig(Section):
     - `webdataset`, whose `path` names shards by braces and wildcards: an extension such as `txt`, or `json.KEY`;
     - `prompts`, which have no images yet: a column; without it `path` is a text file, one prompt a line.
 
-    With captions sub-folders are no classes, a `label_column` is read only where it is given, and images are turned
-    upright as their EXIF orientation says.
+    With captions sub-folders are no classes, and a `label_column` is read only where it is given.
+
+    Image files are turned `upright` as their EXIF orientation says (ADM and DiT did not do so: false gives images equal
+    to theirs); transparent pixels show the `background`, a name or `#rrggbb`; an image whose shorter side is below
+    `least_size` is refused in training, and left out by `prepare`.
 
     `buckets` keeps the shape of images about: a number of pixels, of which the sides of the buckets are multiples (64
     at 1024 px gives those of SDXL), or a list of them, each [height, width]. Each image is cut to the nearest one.
@@ -55,6 +63,9 @@ class DataConfig(Section):
     label_column: str | None = "label"
     caption_column: str | None = None
     buckets: int | list[list[int]] | None = None
+    upright: bool = True
+    background: str = "white"
+    least_size: int = Field(0, ge=0)
     horizontal_flip: bool = False
     verify: bool = True
     num_workers: int = Field(0, ge=0)
@@ -65,6 +76,17 @@ class DataConfig(Section):
         if name not in DATASETS:
             raise ValueError(f"no data set `{name}`; {did_you_mean(name, DATASETS)}")
         return name
+
+    @field_validator("background")
+    @classmethod
+    def _is_a_colour(cls, background: str) -> str:
+        try:
+            opaque = len(ImageColor.getrgb(background)) == 3
+        except ValueError:
+            opaque = False
+        if not opaque:
+            raise ValueError(f"{background}: give a colour, such as white or '#808080'")
+        return background
 
     @field_validator("buckets")
     @classmethod
@@ -130,7 +152,7 @@ DATASETS: dict[str, DataSet] = {
     "image_folder": DataSet(
         lambda config: ImageFolder(Path(config.path or ""), framing_of(config), config.caption_column),
         needs=("path", "image_size"),
-        takes=("caption_column", "buckets", "horizontal_flip"),
+        takes=("caption_column", "buckets", "horizontal_flip", *OF_IMAGE_FILES),
     ),
     "huggingface": DataSet(
         lambda config: HubImages(
@@ -142,12 +164,20 @@ DATASETS: dict[str, DataSet] = {
             config.caption_column,
         ),
         needs=("path", "image_size"),
-        takes=("split", "image_column", "label_column", "caption_column", "buckets", "horizontal_flip"),
+        takes=(
+            "split",
+            "image_column",
+            "label_column",
+            "caption_column",
+            "buckets",
+            "horizontal_flip",
+            *OF_IMAGE_FILES,
+        ),
     ),
     "webdataset": DataSet(
         lambda config: ShardedImages(config.path or "", framing_of(config), config.caption_column),
         needs=("path", "image_size"),
-        takes=("caption_column", "buckets", "horizontal_flip"),
+        takes=("caption_column", "buckets", "horizontal_flip", *OF_IMAGE_FILES),
     ),
     "prompts": DataSet(
         lambda config: Prompts(
@@ -164,12 +194,14 @@ DATASETS: dict[str, DataSet] = {
 
 def framing_of(config: DataConfig) -> Framing:
     """How the image files of a data set are cut."""
-    size, upright = config.image_size or 0, config.caption_column is not None
-    if config.buckets is None:
-        return square(size, upright)
-    if isinstance(config.buckets, int):
-        return Framing(size, buckets_of(size, config.buckets), upright)
-    return Framing(size, [(height, width) for height, width in config.buckets], upright)
+    size, buckets = config.image_size or 0, config.buckets
+    if buckets is None:
+        sizes = [(size, size)]
+    elif isinstance(buckets, int):
+        sizes = buckets_of(size, buckets)
+    else:
+        sizes = [(height, width) for height, width in buckets]
+    return Framing(size, sizes, config.upright, config.background, config.least_size)
 
 
 def open_dataset(config: DataConfig) -> Images:
@@ -179,6 +211,12 @@ def open_dataset(config: DataConfig) -> Images:
         UserError: the files are missing, damaged, or not what the data set is made of.
     """
     return DATASETS[config.name].open(config)
+
+
+def announce_enlarged(images: Images) -> None:
+    """Tell, once a launch, of images that are enlarged."""
+    if isinstance(images, ImageFiles) and processes().is_main_process:
+        images.announce_enlarged()
 
 
 def build_source(config: DataConfig) -> Source:
@@ -197,7 +235,9 @@ def build_source(config: DataConfig) -> Source:
             "data.buckets: images of several sizes are trained on as `shd-diffusion prepare` writes them; "
             "run it, or remove the key"
         )
-    return ImageSource(open_dataset(config), config.horizontal_flip, config.num_workers)
+    images = open_dataset(config)
+    announce_enlarged(images)
+    return ImageSource(images, config.horizontal_flip, config.num_workers)
 
 
 def reference_images(config: DataConfig) -> ReferenceImages:
@@ -215,7 +255,9 @@ def reference_images(config: DataConfig) -> ReferenceImages:
         raise no_images(config.path)
     config = config.model_copy(update={"buckets": None})
     parts = (config.name, config.path, config.split, config.image_size and f"{config.image_size} px")
-    return ReferenceImages(open_dataset(config), " ".join(str(part) for part in parts if part), left_out)
+    images = open_dataset(config)
+    announce_enlarged(images)
+    return ReferenceImages(images, " ".join(str(part) for part in parts if part), left_out)
 
 
 def caption_of(source: LatentSource, index: int, epoch: int) -> str:

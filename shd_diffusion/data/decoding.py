@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor
@@ -21,22 +22,28 @@ class UnreadableImage(UserError):
     """An image that is corrupt, cut off, too large, or of a kind that Pillow does not know."""
 
 
+class SmallImage(UnreadableImage):
+    """An image that is smaller than `data.least_size`."""
+
+
 def decode(file: Path | bytes, name: str, framing: Framing | None = None) -> Tensor:
     """An image file as 8-bit RGB (3, H, W).
 
     Args:
         file: its path or its content.
         name: what to call it in a message.
-        framing: which part of it is kept, see `cover`; None keeps the image as it is.
+        framing: which part of it is kept, see `cover`; None keeps all of it, upright and on white.
 
     Raises:
-        UnreadableImage: it cannot be decoded.
+        UnreadableImage: it cannot be decoded, or is too small.
     """
     with _opened(file, name) as image:
+        _check_size(image, name, framing)
+        turned = (framing is None or framing.upright) and _orientation(image) != 1
+        straight = ImageOps.exif_transpose(image) if turned else image
         if framing is None:
-            return pil_to_tensor(image.convert("RGB"))
-        turned = framing.upright and _orientation(image) != 1
-        rgb = (ImageOps.exif_transpose(image) if turned else image).convert("RGB")
+            return pil_to_tensor(to_rgb(straight))
+        rgb = to_rgb(straight, framing.background)
         return pil_to_tensor(cover(rgb, bucket_of(*rgb.size, framing.buckets)))
 
 
@@ -47,10 +54,36 @@ def read_geometry(file: Path | bytes, name: str, framing: Framing) -> Geometry:
         UnreadableImage: the header cannot be read; what follows it is not looked at.
     """
     with _opened(file, name) as image:
+        _check_size(image, name, framing)
         width, height = image.size
         if framing.upright and _orientation(image) in SIDEWAYS:
             width, height = height, width
         return framing.geometry(width, height)
+
+
+def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:
+    """An image of any kind as 8-bit RGB: levels scaled by their depth, transparent pixels on a background.
+
+    Raises:
+        ValueError: its levels have no known scale.
+    """
+    if image.mode.startswith("I;16"):
+        return _from_levels(np.asarray(image) / 65535)
+    if image.mode == "F":
+        return _from_levels(np.asarray(image))
+    if image.mode == "I":
+        raise ValueError("levels of 32 bits, of which none is known to be white; save it with 8 or 16")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    behind = Image.new("RGBA", image.size, background)
+    return Image.alpha_composite(behind, image.convert("RGBA")).convert("RGB")
+
+
+def _from_levels(levels: np.ndarray) -> Image.Image:
+    """Grey levels (H, W), 0 is black and 1 white."""
+    if not (levels.min() >= 0 and levels.max() <= 1):  # nor NaN
+        raise ValueError("levels outside of 0 (black) to 1 (white); scale them, or save it with 8 or 16 bits")
+    return Image.fromarray((levels * 255).round().astype(np.uint8)).convert("RGB")
 
 
 def cover(
@@ -88,9 +121,19 @@ def _opened(file: Path | bytes, name: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(file) if isinstance(file, bytes) else file) as image:
             yield image
+    except UnreadableImage:
+        raise
     # decoders raise errors of any kind on corrupt files, zlib's and struct's among them
     except Exception as error:
         raise UnreadableImage(f"{name}: not a readable image ({one_line(error)})") from None
+
+
+def _check_size(image: Image.Image, name: str, framing: Framing | None) -> None:
+    if framing is not None and min(image.size) < framing.least_size:
+        width, height = image.size
+        raise SmallImage(
+            f"{name}: is {width}×{height}, below the {framing.least_size} pixels of `data.least_size`"
+        )
 
 
 def _orientation(image: Image.Image) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from shd_diffusion.data.framing import Framing
 from shd_diffusion.data.image_sets import ImageFiles
 from shd_diffusion.errors import UserError, printable_path
 from shd_diffusion.files import json_sha256
+from shd_diffusion.progress import announce
 
 
 class ImageFolder(ImageFiles):
@@ -49,6 +51,7 @@ class ImageFolder(ImageFiles):
             self.paths = [path for path, (_, inside, _) in zip(self.paths, groups, strict=True) if inside]
             self.labels = torch.tensor([numbers[name] for name, inside, _ in groups if inside])
             self.num_classes, self.class_names = len(classes), list(map(printable_path, classes))
+            _tell_order(folder, classes)
             if empty := set(range(len(classes))) - set(self.labels.tolist()):
                 names = ", ".join(self.class_names[number] for number in sorted(empty))
                 raise UserError(
@@ -86,6 +89,16 @@ class ImageFolder(ImageFiles):
         if self.caption_column is not None:
             digest.update(json_sha256(self.texts).encode())
         return digest.hexdigest()
+
+
+def _tell_order(folder: Path, classes: Sequence[str]) -> None:
+    """Tell of class folders that are named by numbers, but not numbered by them: 0, 1, 10, 2."""
+    if all(name.isdecimal() for name in classes) and list(classes) != sorted(classes, key=int):
+        shown = ", ".join(classes[:4])
+        announce(
+            f"{printable_path(folder)}: classes are numbered in the order of their names as texts ({shown}, ...), as "
+            "in torchvision; for that of the numbers write all of them with as many digits"
+        )
 
 
 def _image_files(folder: Path) -> tuple[list[str], list[str]]:

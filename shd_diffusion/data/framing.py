@@ -38,11 +38,15 @@ class Framing:
         image_size: side of a square that has about the pixels of each bucket.
         buckets: sizes that images are brought to, each to the one nearest to its shape.
         upright: images are turned as their EXIF orientation says; otherwise they are taken as they are stored.
+        background: behind transparent pixels, a colour of Pillow's.
+        least_size: images whose shorter side has fewer pixels are refused.
     """
 
     image_size: int
     buckets: Sequence[Size]
-    upright: bool = False
+    upright: bool = True
+    background: str = "white"
+    least_size: int = 0
 
     def geometry(self, width: int, height: int) -> Geometry:
         """What becomes of an image of this size."""
@@ -51,9 +55,9 @@ class Framing:
         return Geometry((height, width), crop_of(resized, size), size)
 
 
-def square(size: int, upright: bool = False) -> Framing:
+def square(size: int) -> Framing:
     """The framing of a centre square of `size`×`size` pixels."""
-    return Framing(size, [(size, size)], upright)
+    return Framing(size, [(size, size)])
 
 
 def buckets_of(size: int, step: int) -> list[Size]:

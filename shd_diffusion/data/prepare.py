@@ -16,14 +16,13 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import Field
-from safetensors import SafetensorError
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from shd_diffusion.data.cache_shards import Shard, plan_shards
 from shd_diffusion.data.conditions import CaptionEncoder, LabelEncoder
-from shd_diffusion.data.datasets import DataConfig, open_dataset
-from shd_diffusion.data.decoding import UnreadableImage
+from shd_diffusion.data.datasets import DataConfig, announce_enlarged, open_dataset
+from shd_diffusion.data.decoding import SmallImage, UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes, to_rgb
 from shd_diffusion.data.latent_space import LatentSpace, load_vae
@@ -31,7 +30,15 @@ from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
 from shd_diffusion.data.prompts import Prompts
 from shd_diffusion.data.sampled_latents import LatentSampler, TeacherSamplingConfig
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import holds_files, save_tensors, sha256, write_json, write_text
+from shd_diffusion.files import (
+    check_outside,
+    holds_files,
+    locked,
+    save_tensors,
+    sha256,
+    write_json,
+    write_text,
+)
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.models.denoiser import pad
 from shd_diffusion.models.pipeline_folder import find_pipeline
@@ -99,16 +106,37 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
             f"{source}: key `data.name`: latents are what prepare writes; give a data set of images"
         )
     state = processes()
+    check_outside(
+        output,
+        {"data.path": config.data.path, "prepare.vae": config.prepare.vae, "pipeline": config.pipeline},
+    )
     images = open_dataset(config.data)
+    announce_enlarged(images)
     encoder = open_encoder(config, images, source)
     space = open_space(config, source)
     manifest = describe(config, images, space, encoder, source)
     check_identity(output, manifest["identity"])
     shards = plan_shards(output, images, config.prepare.shard_size, checksum(manifest["identity"]))
     state.wait_for_everyone()  # until all have looked at the folder
+    with locked(output, state):
+        check_identity(output, manifest["identity"])  # again, as another command may have been here meanwhile
+        _prepare(config, output, source, images, encoder, space, manifest, shards)
+
+
+def _prepare(
+    config: PrepareConfig,
+    output: Path,
+    source: str,
+    images: Images,
+    encoder: LabelEncoder | CaptionEncoder,
+    space: LatentSpace,
+    manifest: dict[str, Any],
+    shards: list[Shard],
+) -> None:
+    """All of `prepare` that writes."""
+    state = processes()
+    state.wait_for_everyone()
     if state.is_main_process:
-        for leftover in output.glob("shards/.*tmp*"):  # of a call that was killed
-            leftover.unlink()
         if null := encoder.null:
             save_tensors(null, output / NULL)
         if not (output / MANIFEST).exists():
@@ -326,7 +354,7 @@ def encode_shard(
             "identity": shard.identity,
         }
         write_json(shard.record_file, record)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise UserError(
             f"{shard.path}: cannot be written ({error}); make room and run the same command again"
         ) from None
@@ -394,7 +422,8 @@ def check_share(unreadable: list[dict[str, Any]], count: int, settings: EncodeCo
     Raises:
         UserError: there are too many.
     """
-    if len(unreadable) > settings.max_corrupt_share * count or len(unreadable) == count:
+    corrupt = sum(not image.get("small") for image in unreadable)  # small ones are left out by intention
+    if corrupt > settings.max_corrupt_share * count or len(unreadable) == count:
         write_report(output, unreadable)
         raise UserError(
             f"{output}: {len(unreadable)} of {count} images are unreadable, more than the share of "
@@ -417,4 +446,5 @@ class _Attempts(Dataset[dict[str, Any]]):
         try:
             return {"image": self.images.image(index), "index": index}
         except UnreadableImage as error:
-            return {"index": index, "name": self.images.name(index), "reason": str(error)}
+            small = {"small": True} if isinstance(error, SmallImage) else {}
+            return {"index": index, "name": self.images.name(index), "reason": str(error), **small}

@@ -13,7 +13,7 @@ from shd_diffusion.evaluation.evaluate import compute_metrics, load_models
 from shd_diffusion.evaluation.extractors import extractor_name
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.evaluation.metrics import check_settings, needs_reference, without_reference
-from shd_diffusion.files import write_json
+from shd_diffusion.files import check_outside, locked, write_json
 from shd_diffusion.models.factory import is_hub_name
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
@@ -99,6 +99,7 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     load_models(settings, reference)
 
     place = RunFolder(output or _default_output(name))
+    check_outside(place.path, {"PIPELINE": name, "evaluate.reference": reference})
     with processes().local_main_process_first():
         pipeline = open_pipeline(name, config.sample.dtype)
     sample_pipeline(pipeline, config.sample, place.samples, {}, name, "--set")
@@ -130,7 +131,8 @@ def _evaluate_and_keep(
     nearest = place.evaluation_file.with_name("nearest.json")
     metrics = _evaluate(place.samples, reference, config, nearest) | (further or {})
     if processes().is_main_process:
-        write_json(place.evaluation_file, metrics)
+        with locked(place.evaluation_file.parent):
+            write_json(place.evaluation_file, metrics)
     return metrics
 
 

@@ -99,7 +99,7 @@ class FolderImages(ImageSet):
         return str(self.paths[index])
 
     def sha256(self) -> str:
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"upright, on white")  # see `decode`
         for path in self.paths:
             digest.update(f"{path.relative_to(self.folder)}\0".encode())
             digest.update(bytes.fromhex(sha256(path)))

@@ -11,12 +11,12 @@ from typing import Any, TypeVar
 import numpy as np
 import yaml
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
 
 from shd_diffusion.config import parse_yaml
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import read_json
+from shd_diffusion.files import read_as
 from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
 
@@ -294,29 +294,15 @@ def read_run(path: Path, name: str) -> Run:
     return Run(
         path=path,
         name=name,
-        summary=read_result(path / "summary.json", Summary),
+        summary=read_as(path / "summary.json", Summary),
         config=_read_config(path / "config.yaml"),
-        environment=part("environment.json", lambda file: read_result(file, Environment)),
+        environment=part("environment.json", lambda file: read_as(file, Environment)),
         log=part("metrics.jsonl", read_log),
-        samples=part("samples/sampling.json", lambda file: read_result(file, Samples)),
-        metrics=part("evaluation/metrics.json", lambda file: read_result(file, Metrics)),
-        nearest=part("evaluation/nearest.json", lambda file: read_result(file, Nearest)),
+        samples=part("samples/sampling.json", lambda file: read_as(file, Samples)),
+        metrics=part("evaluation/metrics.json", lambda file: read_as(file, Metrics)),
+        nearest=part("evaluation/nearest.json", lambda file: read_as(file, Nearest)),
         attention=part("attention.safetensors", read_attention),
     )
-
-
-def read_result(path: Path, kind: type[ResultT]) -> ResultT:
-    """Read a JSON file that a stage wrote.
-
-    Raises:
-        UserError: it is missing or damaged, or a value in it is not what it should be.
-    """
-    try:
-        return kind.model_validate(read_json(path))
-    except ValidationError as error:
-        wrong = error.errors()[0]
-        place = f"key `{'.'.join(map(str, wrong['loc']))}`: " if wrong["loc"] else ""
-        raise UserError(f"{path}: {place}{wrong['msg']}; run the command that wrote the file again") from None
 
 
 def read_entries(path: Path) -> list[LogEntry]:

@@ -7,13 +7,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from PIL import Image
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import read_json, replacing_file, write_json, write_text
+from shd_diffusion.files import holds_files, locked, read_as, replacing_file, write_json, write_text
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.protocol import OF_THE_MODEL, flatten
@@ -48,15 +49,7 @@ def read_summary(folder: Path) -> Summary | None:
         UserError: its `sampling.json` is damaged.
     """
     path = folder / SUMMARY
-    if not path.exists():
-        return None
-    try:
-        return Summary.model_validate(read_json(path))
-    except ValidationError as error:
-        reason = one_line(ValueError(error.errors()[0]["msg"]))
-        raise UserError(
-            f"{path}: not what `sample` writes ({reason}); delete the folder and sample anew"
-        ) from None
+    return read_as(path, Summary) if path.exists() else None
 
 
 def generate_images(
@@ -83,8 +76,22 @@ def generate_images(
     Raises:
         UserError: the folder holds images of another protocol, or of another origin; or an image is not of numbers.
     """
-    state = processes()
     protocol = {**protocol, **sampler.settings()}
+    _open(folder, protocol)  # before anything is written there
+    state = processes()
+    with locked(folder, state):
+        return _generate(sampler, config, folder, protocol, name, state)
+
+
+def _generate(
+    sampler: ImageSampler,
+    config: SampleConfig,
+    folder: Path,
+    protocol: dict[str, Any],
+    name: str,
+    state: PartialState,
+) -> dict[str, Any]:
+    """All of `generate_images` that writes."""
     summary = _open(folder, protocol) or Summary(**sampler.told(0), protocol=protocol)
     state.wait_for_everyone()  # everyone has seen the folder as it was
     if state.is_main_process and not summary.num_images:
@@ -123,7 +130,7 @@ def generate_images(
             write_text(folder / METADATA, "".join(json.dumps(line) + "\n" for line in named))
         write_json(folder / SUMMARY, summary.model_dump())
     state.wait_for_everyone()
-    return read_json(folder / SUMMARY)
+    return read_as(folder / SUMMARY, Summary).model_dump()
 
 
 def image_path(folder: Path, index: int) -> Path:
@@ -135,9 +142,9 @@ def _open(folder: Path, protocol: dict[str, Any]) -> Summary | None:
     """What is known of the images in the folder, which must have been made under the same protocol."""
     summary = read_summary(folder)
     if summary is None:
-        if next(folder.glob("*.png"), None):
+        if holds_files(folder):
             raise UserError(
-                f"{folder}: has images of another origin, without a {SUMMARY}; sample into another folder"
+                f"{folder}: holds files of another origin, without a {SUMMARY}; sample into another folder (--output)"
             )
         return None
     there, now = flatten(summary.protocol), flatten(protocol)

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from shd_diffusion.config import RunConfig, SampleConfig
 from shd_diffusion.data import open_dataset
 from shd_diffusion.errors import UserError
+from shd_diffusion.files import check_outside
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.archive import write_archive
@@ -48,7 +49,8 @@ def sample_run(
         prompts = _prompts_of_layout(layout, config.sample)
         count = len(prompts) * config.sample.images_per_prompt
         config = config.model_copy(update={"sample": config.sample.model_copy(update={"num_images": count})})
-    trained = {"steps_trained": run.read_summary()["steps"], "ema_decay": run.read_config().train.ema_decay}
+    check_outside(folder, {"data.path": config.data.path})
+    trained = {"steps_trained": run.read_summary().steps, "ema_decay": run.read_config().train.ema_decay}
     pipeline = open_pipeline(str(run.pipeline), config.sample.dtype)
     name, source = str(run.path), str(run.config_file)
     sampled = sample_pipeline(pipeline, config.sample, folder, trained, name, source, run_config=config)

@@ -12,9 +12,9 @@ import numpy as np
 
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import write_json, write_text
+from shd_diffusion.files import read_as, write_json, write_text
 from shd_diffusion.protocol import flatten
-from shd_diffusion.reporting.runs import Environment, Metrics, Summary, read_entries, read_result
+from shd_diffusion.reporting.runs import Environment, Metrics, Summary, read_entries
 from shd_diffusion.reporting.tables import csv_text
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.statistics import Estimate, Paired, estimate, holm, paired
@@ -106,15 +106,15 @@ def collect(study: StudyConfig, planned: Sequence[Planned]) -> Results:
     complete = [each for each in planned if is_complete(each.run)]
     outcomes = [read_outcome(each, study) for each in complete]
     teacher = RunFolder(Path(planned[0].config.teacher.path)).evaluation_file
-    commits = {read_result(each.run.path / "environment.json", Environment).commit for each in complete}
+    commits = {read_as(each.run.path / "environment.json", Environment).commit for each in complete}
     return Results(
         study=study,
         planned=len(planned),
         outcomes=outcomes,
         rows=make_rows(study, outcomes),
         comparisons=[each for metric in study.compared for each in compare_variants(study, outcomes, metric)],
-        teacher=read_result(teacher, Metrics).values if teacher.exists() else {},
-        protocol=read_result(complete[0].run.evaluation_file, Metrics).protocol if complete else {},
+        teacher=read_as(teacher, Metrics).values if teacher.exists() else {},
+        protocol=read_as(complete[0].run.evaluation_file, Metrics).protocol if complete else {},
         commits=sorted(filter(None, commits)),
         environment=describe_environment(),
     )
@@ -133,14 +133,14 @@ def read_outcome(planned: Planned, study: StudyConfig) -> Outcome:
         last = entry.step
         if entry.validation and entry.validation.fid is not None:
             validation.append(ValidationPoint(last, seconds, entry.validation.fid))
-    metrics = dict(read_result(run.evaluation_file, Metrics).values)
+    metrics = dict(read_as(run.evaluation_file, Metrics).values)
     for after in study.after_seconds:
         if not validation or validation[0].seconds > after:
             raise UserError(f"{run.metrics_file}: no validation in {after:g} s; see `after_seconds`")
         metrics[validation_after(after)] = fid_after(validation, after)
     if lacking := [metric for metric in study.metrics if metric not in metrics]:
         raise UserError(f"{run.evaluation_file}: has no `{lacking[0]}`; take it out of `metrics`")
-    summary = read_result(run.summary_file, Summary)
+    summary = read_as(run.summary_file, Summary)
     return Outcome(
         condition=planned.condition,
         variant=planned.variant,

@@ -15,8 +15,9 @@ from pathlib import Path
 
 from shd_diffusion.config import RunConfig, TrainTeacherConfig, read_config
 from shd_diffusion.errors import UserError
+from shd_diffusion.files import read_as
 from shd_diffusion.progress import announce
-from shd_diffusion.reporting.runs import Samples, read_result
+from shd_diffusion.reporting.runs import Samples
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.study.config import Budget, Planned, StudyConfig, compressed_folder
 
@@ -117,7 +118,7 @@ def _missing(run: RunFolder, config: RunConfig, train: list[str]) -> list[list[s
     commands = []
     if not run.summary_file.exists():
         commands.append([*train, "--output", path])
-    if not sampling.exists() or read_result(sampling, Samples).num_images < config.sample.num_images:
+    if not sampling.exists() or read_as(sampling, Samples).num_images < config.sample.num_images:
         commands.append(["sample", path])
     if commands or not run.evaluation_file.exists():
         commands.append(["evaluate", path])

@@ -18,6 +18,7 @@ from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, r
 from shd_diffusion.data import LatentSource, Source
 from shd_diffusion.data.latent_space import load_vae
 from shd_diffusion.errors import UserError
+from shd_diffusion.files import read_as
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses import Term, build_terms
 from shd_diffusion.losses.shd import SHD
@@ -30,7 +31,7 @@ from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
-from shd_diffusion.squeezing.plan import PLANS_FILE, Plan, plans_from_json
+from shd_diffusion.squeezing.plan import PLANS_FILE, Plan, parse_plan
 from shd_diffusion.training.batches import BatchLayout, BatchLoader, noise_settings
 from shd_diffusion.training.init_student import init_from_teacher, paired_blocks
 
@@ -153,6 +154,12 @@ def build(
     with check("losses.shd.pairing"):
         if isinstance(shd := terms.get("shd"), SHD):
             shd.take_plans(squeezed_by(config))
+    with check("losses.shd.timesteps"):
+        limits = shd.config.timesteps if isinstance(shd, SHD) else None
+        if limits is not None and not 0 <= limits[0] < process.num_timesteps:
+            raise ValueError(
+                f"{limits} hold none of the timesteps, 0 to {process.num_timesteps - 1}; SHD would never count"
+            )
     with check("train.mask_ratio"):
         _check_masking(model, teacher, config.train.mask_ratio)
         if config.train.mask_ratio:
@@ -183,7 +190,16 @@ def squeezed_by(config: TrainTeacherConfig | DistillConfig) -> dict[str, Plan]:
     """By block, the plans by which a student's heads merged before it is trained; none where it was not squeezed."""
     path = config.student.pretrained if isinstance(config, DistillConfig) else None
     file = None if path is None else Path(path) / PLANS_FILE
-    return {} if file is None or not file.is_file() else plans_from_json(file.read_text(encoding="utf-8"))
+    return {} if file is None or not file.is_file() else read_plans(file)
+
+
+def read_plans(file: Path) -> dict[str, Plan]:
+    """The merge plans of a `merge_plans.json`, by block.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return {name: parse_plan(plan) for name, plan in read_as(file, dict[str, list[list[list[int]]]]).items()}
 
 
 @contextmanager

@@ -15,7 +15,6 @@ from pathlib import Path
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 
@@ -103,7 +102,7 @@ class CheckpointFolder:
                         "files": {file.name: sha256(file) for file in temporary.iterdir()},
                     }
                     write_json(temporary / MANIFEST, {**manifest, "sha256": json_sha256(manifest)})
-            except (OSError, SafetensorError) as error:
+            except OSError as error:
                 kept = checkpoint_steps(self.folder)
                 raise UserError(
                     f"{path}: cannot be written ({one_line(error)}); is the disk full? "

@@ -89,7 +89,13 @@ def fit(
                 culprits = logger.log_skipped(done, terms)
                 if skipped == train.max_skipped_steps or (last and not state.ema.optimization_step):
                     good = checkpoints.latest(train.max_steps)
-                    raise DivergedError(_explain_end(run, skipped, culprits, good))
+                    raise DivergedError(
+                        _explain_end(
+                            run,
+                            f"{skipped} steps in a row had no finite {' or '.join(culprits)} and were left out",
+                            good,
+                        )
+                    )
             else:
                 skipped = 0
                 if last or validating or is_due(done, train.log_every):
@@ -105,6 +111,9 @@ def fit(
                     bar.set_postfix(loss=f"{entry['loss']:.4f}", refresh=False)
             signum = interruption.noted()
             if last or signum or (is_due(done, train.checkpoint_every) and not skipped):
+                if not state.is_finite():  # its last step has made them so
+                    good = checkpoints.latest(train.max_steps)
+                    raise DivergedError(_explain_end(run, "weights that are not finite", good))
                 checkpoints.save(done, state, loss.terms)
             if signum and not last:
                 raise InterruptedRun(
@@ -193,10 +202,7 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _explain_end(run: RunFolder, skipped: int, culprits: list[str], good: int) -> str:
-    """Why a run that leaves out one step after the other was ended, and where it can be taken up."""
+def _explain_end(run: RunFolder, what: str, good: int) -> str:
+    """Why a run whose numbers are not finite was ended, and where it can be taken up."""
     checkpoint = checkpoint_path(run.checkpoints, good) if good else "none, the run had just begun"
-    return (
-        f"{run.path}: {skipped} steps in a row had no finite {' or '.join(culprits)} and were left out; try a lower "
-        f"train.learning_rate or loss weight. The last good checkpoint: {checkpoint}"
-    )
+    return f"{run.path}: {what}; try a lower train.learning_rate or loss weight. The last good checkpoint: {checkpoint}"

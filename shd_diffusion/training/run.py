@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,19 +16,20 @@ from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig
 from shd_diffusion.data import LatentSource, Source, build_source
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.evaluation import check_settings
-from shd_diffusion.files import replacing_folder, write_json, write_text
+from shd_diffusion.files import check_outside, json_sha256, locked, replacing_folder, write_json, write_text
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.models.denoiser import count_parameters
 from shd_diffusion.models.factory import load_model
+from shd_diffusion.models.forward_process import settings_of
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import check_sampling, save_pipeline
 from shd_diffusion.sampling.schedulers import own_scheduler
-from shd_diffusion.squeezing.plan import Plan, plans_from_json, plans_to_json
+from shd_diffusion.squeezing.plan import Plan, plans_to_json
 from shd_diffusion.training.batches import BatchLayout, noise_settings
-from shd_diffusion.training.build import Parts, build, squeezed_by
+from shd_diffusion.training.build import Parts, build, model_section, read_plans, squeezed_by
 from shd_diffusion.training.checkpoints import CheckpointFolder
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
 from shd_diffusion.training.launch import make_accelerator, start_trackers
@@ -72,6 +72,7 @@ def train(config: TrainTeacherConfig | DistillConfig, output: Path, source: str)
     """
     folder = RunFolder(output)
     folder.check(config)
+    check_outside(output, config.reads)
     if folder.is_complete(config):
         if processes().is_main_process:
             folder.write_config(config)
@@ -79,7 +80,8 @@ def train(config: TrainTeacherConfig | DistillConfig, output: Path, source: str)
         announce(f"{folder.path}: complete, nothing to do")
         return
     run = _open(config, folder, source)
-    with folder.locked() if run.accelerator.is_main_process else nullcontext():
+    with locked(folder.path, run.accelerator):
+        folder.check(config)  # again, as another command may have been here meanwhile
         _train(run)
 
 
@@ -141,9 +143,12 @@ def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source:
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     parts = build(config, source, data)
-    inputs = {"data": data.fingerprint()}
+    inputs = {"data": data.fingerprint(), "diffusion": json_sha256(settings_of(parts.process.scheduler))}
     if parts.teacher is not None:
         inputs["teacher.path"] = hash_model(parts.teacher.model)
+    key, trained = model_section(config)
+    if trained.pretrained is not None:
+        inputs[f"{key}.pretrained"] = hash_model(parts.model)
     folder.check_inputs(inputs)
     try:
         vae, validation = None, None
@@ -179,7 +184,7 @@ def _load_vae(data: Source) -> ModelMixin | None:
 def _known_plans(folder: RunFolder, config: TrainTeacherConfig | DistillConfig) -> dict[str, Plan]:
     """The plans that a run keeps, or else those by which its student was squeezed."""
     file = folder.merge_plans_file
-    return plans_from_json(file.read_text(encoding="utf-8")) if file.exists() else squeezed_by(config)
+    return read_plans(file) if file.exists() else squeezed_by(config)
 
 
 def _calibrate(shd: SHD, teacher: ModelMixin, run: Run) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from diffusers import ModelMixin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -72,6 +73,12 @@ class TrainState:
         optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
         wrapped = model if config.shard else _distributed(model, accelerator)
         return cls(model_class, model, parameters, aux_parameters, wrapped, optimizer, lr_scheduler, ema)
+
+    def is_finite(self) -> bool:
+        """Whether all weights are numbers, in every process."""
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in self.parameters)
+        finite = all(bool(p.detach().isfinite().all()) for p in local)
+        return all(gather_object([finite]))
 
     @contextmanager
     def averaged(self) -> Iterator[ModelMixin]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from image_files import NUM_IMAGES, SIZE
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_latent_space import dc
 from test_prepare import latents, make_cache, make_config
@@ -21,8 +23,9 @@ from test_published import write_idx
 
 from shd_diffusion.data import DataConfig, build_source, datasets
 from shd_diffusion.data import latents as cached
+from shd_diffusion.data.decoding import UnreadableImage, decode
 from shd_diffusion.data.folder import ImageFolder
-from shd_diffusion.data.framing import square
+from shd_diffusion.data.framing import Framing, square
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.data.prepare import prepare
@@ -255,3 +258,100 @@ def test_a_vae_without_a_distribution_is_cached_too(images: Path, tmp_path: Path
     space = LatentSpace(source.load_vae())
     pixels = build_source(DataConfig(name="image_folder", path=str(images), image_size=SIZE)).first(2)[0]
     torch.testing.assert_close(clean, space.normalise(space.encode(pixels)), rtol=1e-5, atol=1e-6)
+
+
+# --- what pictures say -------------------------------------------------------------------------------------------
+
+RAMP = np.linspace(0, 255, 256).round().astype(np.uint8)
+
+
+def as_png(image: Image.Image, kind: str = "png", **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("kind", "levels"),
+    [
+        ("png", RAMP),
+        ("png", RAMP.astype(np.uint16) * 257),
+        ("tiff", RAMP.astype(np.uint16) * 257),
+        ("tiff", RAMP.astype(np.float32) / 255),
+    ],
+    ids=["8 bits", "16 bits", "16 bits of TIFF", "floats"],
+)
+def test_levels_are_read_by_their_depth(kind: str, levels: np.ndarray):
+    decoded = decode(as_png(Image.fromarray(levels.reshape(16, 16)), kind), "x")
+    assert torch.equal(decoded, torch.from_numpy(RAMP.reshape(16, 16)).expand(3, 16, 16))
+
+
+@pytest.mark.parametrize(
+    "levels",
+    [
+        np.full((4, 4), 70_000, np.int32),
+        np.full((4, 4), 1.5, np.float32),
+        np.full((4, 4), np.nan, np.float32),
+    ],
+)
+def test_levels_without_a_known_white_are_refused(levels: np.ndarray):
+    with pytest.raises(UnreadableImage, match=r"^x: not a readable image .*levels"):
+        decode(as_png(Image.fromarray(levels), "tiff"), "x")
+
+
+def test_transparent_pixels_show_the_background():
+    image = Image.new("RGBA", (8, 8), (200, 0, 0, 255))
+    image.paste((0, 200, 0, 0), (0, 0, 8, 4))  # green, that nobody is to see
+    palette = Image.new("P", (8, 8), 1)
+    palette.putpalette([0, 200, 0, 200, 0, 0])
+    palette.paste(0, (0, 0, 8, 4))
+    for file in (as_png(image), as_png(palette, transparency=0), as_png(image, "webp", lossless=True)):
+        for background, colour in (("white", 255), ("black", 0)):
+            found = decode(file, "x", Framing(8, [(8, 8)], background=background))
+            assert (found[:, :4] == colour).all() and found[:, 5, 0].tolist() == [200, 0, 0]
+        assert torch.equal(decode(file, "x"), decode(file, "x", square(8)))
+    half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
+    assert decode(as_png(half), "x").unique().item() in (126, 127)
+
+
+def test_enlarged_images_are_told_and_small_ones_can_be_refused(
+    images: Path, vae: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    Image.new("RGB", (SIZE // 2, SIZE // 2)).save(images / "cat" / "small.png")
+    config = DataConfig(name="image_folder", path=str(images), image_size=SIZE)
+    build_source(config)
+    assert f"1 of {NUM_IMAGES + 1} images looked at are smaller" in capsys.readouterr().err
+    bounded = config.model_copy(update={"least_size": SIZE - 1})
+    with pytest.raises(
+        UnreadableImage, match=r"small\.png: is \d+×\d+, below the \d+ pixels of `data\.least_size`"
+    ):
+        list(datasets.open_dataset(bounded))
+    make = make_config(images, vae)
+    make = make.model_copy(update={"data": make.data.model_copy(update={"least_size": SIZE - 1})})
+    prepare(make, tmp_path / "cache", "prepare.yaml")
+    assert "small.png" in (tmp_path / "cache" / "unreadable.txt").read_text()
+    assert len(build_source(latents(tmp_path / "cache"))) == NUM_IMAGES
+
+
+def test_what_decoding_depends_on_is_part_of_the_fingerprint(images: Path):
+    def fingerprint(**keys: Any) -> str:
+        config = DataConfig(name="image_folder", path=str(images), image_size=SIZE, **keys)
+        return datasets.open_dataset(config).fingerprint()
+
+    assert len({fingerprint(), fingerprint(upright=False), fingerprint(background="black")}) == 3
+
+
+def test_the_order_of_classes_that_are_numbers_is_told(images: Path, capsys: pytest.CaptureFixture):
+    for name in ("cat", "dog"):
+        (images / name).rename(images / {"cat": "10", "dog": "9"}[name])
+    ImageFolder(images, square(SIZE))
+    assert "order of their names as texts (10, 9, ...)" in capsys.readouterr().err
+    (images / "9").rename(images / "09")
+    ImageFolder(images, square(SIZE))
+    assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize("background", ["wite", "#12", "", "#11223344"])
+def test_a_background_is_a_colour(background: str):
+    with pytest.raises(ValueError, match="give a colour"):
+        DataConfig(name="image_folder", path="x", image_size=8, background=background)

@@ -135,7 +135,7 @@ def test_exif_orientation(kind: str, orientation: int):
     exif[ExifTags.Base.Orientation] = orientation
     options = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}}.get(kind, {})
     file = as_file(gradient(60, 25), kind, exif=exif, **options)
-    stored, framing = Image.open(io.BytesIO(file)), Framing(16, BUCKETS, upright=True)
+    stored, framing = Image.open(io.BytesIO(file)), Framing(16, BUCKETS)
     upright = ImageOps.exif_transpose(stored)
     found = read_geometry(file, "x", framing)
     assert found == framing.geometry(*upright.size)
@@ -144,7 +144,7 @@ def test_exif_orientation(kind: str, orientation: int):
         decode(file, "x", framing), decode(as_file(upright.convert("RGB")), "x", Framing(16, BUCKETS))
     )
     if kind != "TIFF":  # which Pillow turns in any case
-        as_stored = Framing(16, BUCKETS)
+        as_stored = Framing(16, BUCKETS, upright=False)
         assert read_geometry(file, "x", as_stored).original_size == (25, 60)
         assert torch.equal(
             decode(file, "x", as_stored), decode(as_file(stored.convert("RGB")), "x", as_stored)
@@ -153,15 +153,15 @@ def test_exif_orientation(kind: str, orientation: int):
 
 def test_a_damaged_tag_takes_no_image_away():
     file = as_file(gradient(60, 25), "JPEG", exif=b"Exif\0\0no tags at all")
-    framing = Framing(16, BUCKETS, upright=True)
+    framing = Framing(16, BUCKETS)
     assert read_geometry(file, "x", framing).original_size == (25, 60)
     assert decode(file, "x", framing).shape == (3, 8, 24)
 
 
-@pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1", "I;16", "CMYK"])
+@pytest.mark.parametrize("mode", ["P", "L", "LA", "RGBA", "1", "CMYK"])
 def test_palette_grey_and_other_modes(mode: str):
     image = gradient(60, 25)
-    image = image.convert("L").convert("I").convert(mode) if mode == "I;16" else image.convert(mode)
+    image = image.convert(mode)
     file = as_file(image, "JPEG" if mode == "CMYK" else "PNG")
     pixels = decode(file, "x", Framing(16, BUCKETS))
     assert (pixels.shape, pixels.dtype) == ((3, 8, 24), torch.uint8)
@@ -174,7 +174,7 @@ def test_a_geometry_decodes_no_pixels(monkeypatch: pytest.MonkeyPatch):
     files = {kind: as_file(gradient(60, 25), kind) for kind in ("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP")}
     monkeypatch.setattr(ImageFile.ImageFile, "load", lambda self: pytest.fail("decoded"))
     for kind, file in files.items():
-        found = read_geometry(file, kind, Framing(16, BUCKETS, upright=True))
+        found = read_geometry(file, kind, Framing(16, BUCKETS))
         assert found.original_size == (25, 60)
     with pytest.raises(UnreadableImage, match="x: not a readable image"):
         read_geometry(files["PNG"][:20], "x", Framing(16, BUCKETS))
@@ -212,14 +212,13 @@ def test_a_data_set_of_squares_has_one_bucket(images: Path):
     assert list(digits().buckets) == [(8, 8)] and digits().geometry(3) == Geometry((8, 8), (0, 0), (8, 8))
 
 
-def test_images_are_turned_where_they_have_captions(tmp_path: Path):
+def test_images_are_turned_unless_they_are_to_be_as_stored(tmp_path: Path):
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = 6
     gradient(60, 25).save(tmp_path / "a.png", exif=exif)
-    (tmp_path / "a.txt").write_text("a gradient")
-    plain, captioned = (open_dataset(config_of(tmp_path, caption_column=column)) for column in (None, "txt"))
-    assert plain.geometry(0).original_size == (25, 60)
-    assert captioned.geometry(0).original_size == (60, 25)
+    turned, stored = (open_dataset(config_of(tmp_path, upright=upright)) for upright in (True, False))
+    assert turned.geometry(0).original_size == (60, 25)
+    assert stored.geometry(0).original_size == (25, 60)
 
 
 def test_a_fingerprint_follows_the_buckets(images: Path):
