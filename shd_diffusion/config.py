@@ -6,7 +6,9 @@ wrong type is a `UserError` of one line that names the file, the key and the fix
 
 from __future__ import annotations
 
+import math
 import re
+import reprlib
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -20,7 +22,7 @@ from shd_diffusion.errors import UserError, did_you_mean, one_line
 from shd_diffusion.losses import LossesConfig, TeacherLossesConfig
 from shd_diffusion.models.factory import ModelConfig, StudentConfig, TeacherConfig
 from shd_diffusion.models.forward_process import DiffusionConfig
-from shd_diffusion.section import Section
+from shd_diffusion.section import MOST_AT_ONCE, MOST_IMAGES, Arguments, Section
 
 
 class ValidationConfig(Section):
@@ -31,9 +33,9 @@ class ValidationConfig(Section):
     """
 
     every: int = Field(0, ge=0)
-    num_images: int = Field(500, ge=0)
+    num_images: int = Field(500, ge=0, le=MOST_IMAGES)
     num_inference_steps: int = Field(10, ge=1)
-    loss_images: int = Field(0, ge=0)
+    loss_images: int = Field(0, ge=0, le=MOST_AT_ONCE)
 
     @model_validator(mode="after")
     def _there_is_something_to_measure(self) -> ValidationConfig:
@@ -55,8 +57,8 @@ class TrainConfig(Section):
     the guidance scale (Flux-dev) is told one of this range, drawn by sample.
     """
 
-    max_steps: int = Field(..., ge=1)
-    batch_size: int = Field(..., ge=1)
+    max_steps: int = Field(..., ge=1, le=10**9)
+    batch_size: int = Field(..., ge=1, le=MOST_AT_ONCE)
     micro_batch_size: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
@@ -94,21 +96,21 @@ class SampleConfig(Section):
     gets DDIM, or Euler for a flow. `dtype` is that of the weights.
     """
 
-    num_images: int = Field(1000, ge=1)
+    num_images: int = Field(1000, ge=1, le=MOST_IMAGES)
     labels: Literal["balanced", "random"] = "balanced"
     prompts: str | None = None
-    images_per_prompt: int = Field(1, ge=1)
+    images_per_prompt: int = Field(1, ge=1, le=MOST_IMAGES)
     negative_prompt: str | None = None
-    pipeline_arguments: dict[str, Any] = Field(default_factory=dict)
+    pipeline_arguments: Arguments = Field(default_factory=dict)
     num_inference_steps: int = Field(25, ge=1)
     scheduler: str | None = None
-    scheduler_arguments: dict[str, Any] = Field(default_factory=dict)
+    scheduler_arguments: Arguments = Field(default_factory=dict)
     guidance_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
-    guidance_power: float | None = Field(None, gt=0)
+    guidance_power: float | None = Field(None, gt=0, allow_inf_nan=False)
     guidance_interval: list[int] | None = Field(None, min_length=2, max_length=2)
     guidance_channels: int | None = Field(None, ge=1)
-    pass_size: int = Field(32, ge=1)
-    batch_size: int = Field(100, ge=1)
+    pass_size: int = Field(32, ge=1, le=MOST_AT_ONCE)
+    batch_size: int = Field(100, ge=1, le=MOST_AT_ONCE)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     seed: int = Field(0, ge=0, lt=2**63)
 
@@ -127,7 +129,7 @@ class EvaluateConfig(Section):
     reference: str | None = None
     metrics: list[str] | None = None
     resize: Literal["none", "box", "bilinear", "bicubic", "lanczos"] = "none"
-    batch_size: int = Field(default=100, ge=1)
+    batch_size: int = Field(default=100, ge=1, le=MOST_AT_ONCE)
     against_teacher: int = Field(0, ge=0)
 
 
@@ -213,10 +215,14 @@ class DistillConfig(RunConfig):
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2: PyYAML reads `2e-3` as a string and `no` as false, which nobody means."""
+    """YAML 1.2: PyYAML reads `2e-3` as a string, `no` as false and `2026-01-02` as a date, which nobody means."""
 
     yaml_implicit_resolvers = {  # noqa: RUF012 -- the name that PyYAML looks for
-        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:bool"]
+        first: [
+            (tag, pattern)
+            for tag, pattern in resolvers
+            if tag not in ("tag:yaml.org,2002:bool", "tag:yaml.org,2002:timestamp")
+        ]
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
 
@@ -240,6 +246,8 @@ def _mapping_of_single_keys(loader: _Loader, node: yaml.MappingNode, deep: bool 
 
 _Loader.add_constructor("tag:yaml.org,2002:map", _mapping_of_single_keys)
 
+MOST_VALUES = 100_000
+
 AnyConfig = TypeVar("AnyConfig", bound=BaseModel)
 
 
@@ -247,9 +255,27 @@ def parse_yaml(text: str) -> Any:
     """A YAML document as plain Python objects.
 
     Raises:
-        yaml.YAMLError: the text is not YAML.
+        ValueError: the text is not YAML, or by its aliases is far more than it seems.
     """
-    return yaml.load(text, Loader=_Loader)
+    try:
+        tree = yaml.load(text, Loader=_Loader)
+        size = _size(tree, {})
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(one_line(error)) from None
+    if size > MOST_VALUES:
+        raise ValueError(f"its aliases make more than {MOST_VALUES} values of it")
+    return tree
+
+
+def _size(tree: Any, known: dict[int, float]) -> float:
+    """How many values there are, those behind aliases as often as they are named; infinity where one holds itself."""
+    if not isinstance(tree, dict | list):
+        return 1
+    if id(tree) not in known:
+        known[id(tree)] = math.inf
+        inside = tree.values() if isinstance(tree, dict) else tree
+        known[id(tree)] = 1 + sum(_size(each, known) for each in inside)
+    return known[id(tree)]
 
 
 def read_config(path: Path, kind: type[AnyConfig], overrides: Iterable[str] = ()) -> AnyConfig:
@@ -318,7 +344,7 @@ def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise UserError(
             f"{path}: cannot be read ({error.strerror}); give the path of a config file"
         ) from None
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: not a YAML file ({one_line(error)})") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: a config is a mapping of keys to values, see configs/ for examples")
@@ -352,7 +378,7 @@ def _apply_override(tree: dict[str, Any], override: str) -> None:
         node = child
     try:
         node[last] = parse_yaml(text)
-    except yaml.YAMLError:
+    except ValueError:
         raise UserError(f"--set {override}: the value is not YAML; quote it") from None
 
 
@@ -371,7 +397,7 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     if first["type"] == "value_error":
         return f"key `{key}`: {first['ctx']['error']}"
     message = first["msg"][0].lower() + first["msg"][1:]
-    return f"key `{key}` is {first['input']!r}: {message}"
+    return f"key `{key}` is {reprlib.repr(first['input'])}: {message}"
 
 
 def _is_union_tag(part: int | str) -> bool:

@@ -57,7 +57,7 @@ class DataConfig(Section):
 
     name: str = "digits"
     path: str | None = None
-    image_size: int | None = Field(None, ge=1)
+    image_size: int | None = Field(None, ge=1, le=2**14)
     split: str | None = None
     image_column: str = "image"
     label_column: str | None = "label"
@@ -68,7 +68,7 @@ class DataConfig(Section):
     least_size: int = Field(0, ge=0)
     horizontal_flip: bool = False
     verify: bool = True
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(0, ge=0, le=1024)
 
     @field_validator("name")
     @classmethod

@@ -45,7 +45,7 @@ from shd_diffusion.models.pipeline_folder import find_pipeline
 from shd_diffusion.models.prompts import load_for_prompts
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
-from shd_diffusion.section import Section
+from shd_diffusion.section import MOST_AT_ONCE, Arguments, Section
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
 UNREADABLE, NULL = "unreadable.txt", "null.safetensors"
@@ -74,11 +74,11 @@ class EncodeConfig(Section):
 
     output: str | None = None
     vae: str | None = None
-    batch_size: int = Field(16, ge=1)
-    shard_size: int = Field(4096, ge=1)
+    batch_size: int = Field(16, ge=1, le=MOST_AT_ONCE)
+    shard_size: int = Field(4096, ge=1, le=MOST_AT_ONCE)
     dtype: Literal["float32", "float16"] = "float32"
     prompt_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    prompt_arguments: dict[str, Any] = Field(default_factory=dict)
+    prompt_arguments: Arguments = Field(default_factory=dict)
     max_corrupt_share: float = Field(0.001, ge=0, le=1)
     teacher_sampling: TeacherSamplingConfig = TeacherSamplingConfig()
 

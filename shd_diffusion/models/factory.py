@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Container
 from pathlib import Path
@@ -19,7 +20,7 @@ from shd_diffusion.models import squeezed
 from shd_diffusion.models.denoiser import prepare
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
-from shd_diffusion.section import Section
+from shd_diffusion.section import Arguments, Section
 
 
 class ModelConfig(Section):
@@ -30,7 +31,7 @@ class ModelConfig(Section):
     """
 
     class_name: str | None = Field(None, alias="class")
-    arguments: dict[str, Any] = Field(default_factory=dict)
+    arguments: Arguments = Field(default_factory=dict)
     pretrained: str | None = None
 
     @model_validator(mode="after")
@@ -105,9 +106,23 @@ def build_model(config: ModelConfig) -> ModelMixin:
     if unknown:
         raise ValueError(f"`{class_name}` takes no argument `{unknown[0]}`")
     try:
+        _check_memory(kind, config.arguments)
         return ready(kind(**config.arguments))
     except Exception as error:  # constructors check little, and fail where the argument is used
         raise ValueError(f"`{class_name}` refuses its arguments: {one_line(error)}") from error
+
+
+def _check_memory(kind: type[ModelMixin], arguments: dict[str, Any]) -> None:
+    """See that a model's weights fit this machine before they are allocated, which may end the process.
+
+    Raises:
+        ValueError: they do not.
+    """
+    with torch.device("meta"), torch.random.fork_rng(devices=[]):
+        needed = sum(p.numel() * p.element_size() for p in kind(**arguments).parameters())
+    present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > present and torch.get_default_device().type != "meta":
+        raise ValueError(f"its weights are {needed / 1e9:,.0f} GB, more than this machine has")
 
 
 def fill_in(config: ModelConfig, path: str | None) -> ModelConfig:

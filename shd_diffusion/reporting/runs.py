@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import yaml
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors import SafetensorError, safe_open
@@ -413,7 +412,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     """The resolved config as plain values: a report reads runs whose config later versions would refuse."""
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+    except ValueError:
         tree = None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: not a YAML mapping; give the folder that train-teacher or distill wrote")

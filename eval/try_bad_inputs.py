@@ -1,0 +1,590 @@
+"""Hundreds of bad inputs through the commands: each must be refused in one line, with exit code 2, and write nothing.
+
+    python eval/try_bad_inputs.py --output docs/results/bad-inputs.json
+
+A small world is made once (a teacher, its student, images, a cache, statistics). A case damages one file of it, or
+gives one command something bad; then all files are hashed again. The cases are tables of what is bad, times the
+commands that read it. All run in one process, since torch takes seconds to import.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from PIL import Image
+
+from shd_diffusion.environment import describe_environment
+from shd_diffusion.files import sha256, write_json
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = ROOT / "configs" / "digits"
+SHORT = ("train.max_steps=2", "train.batch_size=4", "train.log_every=1", "sample.num_inference_steps=2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A command that must be refused.
+
+    Attributes:
+        group: what kind of thing is bad about it.
+        name: what exactly.
+        arguments: of the command line; `{world}` is the folder of the world.
+        damage: what is done to the world first, and undone afterwards.
+    """
+
+    group: str
+    name: str
+    arguments: list[str]
+    damage: Callable[[Path], None] | None = None
+    damaged: str | None = field(default=None)
+
+
+def run(arguments: list[str]) -> tuple[int, str, BaseException | None]:
+    """The exit code of a command line in this process, its standard error, and the exception that it ended with."""
+    from typer.testing import CliRunner
+
+    from shd_diffusion.cli import app
+
+    result = CliRunner().invoke(app, arguments)
+    fault = None if isinstance(result.exception, SystemExit) else result.exception
+    return result.exit_code, result.stderr, fault
+
+
+def sets(*overrides: str) -> list[str]:
+    """Overrides as arguments of the command line."""
+    return [part for override in overrides for part in ("--set", override)]
+
+
+# --- the world ---------------------------------------------------------------------------------------------------
+
+
+def make_world(world: Path) -> None:
+    """A teacher and a student of two steps, sampled and evaluated; images, a VAE and a cache; statistics."""
+    teacher, student = str(world / "teacher"), str(world / "student")
+    small = ("model.arguments.num_layers=1", "model.arguments.num_attention_heads=4")
+    like = ("student.arguments.num_layers=1", "student.arguments.num_attention_heads=2")
+    done(["train-teacher", str(CONFIGS / "teacher.yaml"), "--output", teacher, *sets(*SHORT, *small)])
+    of_teacher = f"teacher.path={teacher}"
+    done(["distill", str(CONFIGS / "distill.yaml"), "--output", student, *sets(*SHORT, *like, of_teacher)])
+    done(["sample", teacher, student, *sets("sample.num_images=12")])
+    done(["evaluate", teacher, student])
+    write_images(world / "images")
+    write_vae(world / "vae")
+    (world / "prepare.yaml").write_text(
+        f"data: {{name: image_folder, path: {world / 'images'}, image_size: 16}}\nprepare: {{vae: {world / 'vae'}}}\n"
+    )
+    done(["prepare", str(world / "prepare.yaml"), "--output", str(world / "cache")])
+    np.savez(world / "images.npz", np.zeros((12, 8, 8, 3), np.uint8))
+    (world / "empty").mkdir()
+    (world / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(world / "photos" / "photo.jpg")
+    (world / "page.html").write_text("<p>mine</p>")
+
+
+def done(arguments: list[str]) -> None:
+    """Run a command that must succeed."""
+    code, said, fault = run(arguments)
+    if code:
+        raise RuntimeError(f"{arguments}: {said}") from fault
+
+
+def write_images(folder: Path) -> None:
+    """Twelve images of two classes."""
+    draws = np.random.default_rng(0)
+    for index in range(12):
+        path = folder / "ab"[index % 2] / f"{index:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(draws.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+
+
+def write_vae(folder: Path) -> None:
+    """The smallest VAE."""
+    from diffusers import AutoencoderKL
+
+    AutoencoderKL(
+        block_out_channels=(4,), norm_num_groups=2, latent_channels=2, sample_size=16
+    ).save_pretrained(folder)
+
+
+# --- configs -----------------------------------------------------------------------------------------------------
+
+NO_NUMBERS = (".inf", "-.inf", ".nan", "1e400", "-1", "many", "[1]", "{}", "null")
+NO_COUNTS = ("0", "-1", "1.5", "1000000000000", "9" * 30, ".inf", "many", "[1]", "true")
+
+BAD_VALUES: dict[str, tuple[str, ...]] = {
+    "train.learning_rate": (*NO_NUMBERS, "0"),
+    "train.weight_decay": NO_NUMBERS,
+    "train.max_grad_norm": ("-1", "0", ".nan", "many"),
+    "train.ema_decay": (".nan", "1", "1.5", "-0.1", "many"),
+    "train.condition_dropout": (".nan", "1", "-0.1"),
+    "train.max_steps": NO_COUNTS,
+    "train.batch_size": NO_COUNTS,
+    "train.micro_batch_size": ("0", "-1", "1.5"),
+    "train.guidance_range": ("[1]", "[.nan, 1]", "[1, 2]", "5"),
+    "train.lr_schedule": ("sudden", "5", "null"),
+    "train.mixed_precision": ("int8", "fp16", "16"),
+    "train.num_processes": ("7", "0", "-1"),
+    "train.trackers": ("[ledger]", "tensorboard"),
+    "train.validation.every": ("-1", "1.5"),
+    "train.shard": ("true", "maybe"),
+    "seed": ("-1", "9223372036854775808", "99999999999999999999", "1.5", "x"),
+    "losses.shd.weight": NO_NUMBERS,
+    "losses.output.weight": (".inf", ".nan", "-1"),
+    "losses.shd.temperature": (*NO_NUMBERS, "0"),
+    "losses.shd.timesteps": ("[800, 200]", "[5000, 9000]", "[1]", "[a, b]", "[-5, 10]"),
+    "losses.shd.rows": ("0", "2", ".nan"),
+    "losses.shd.divergence": ("far", "1"),
+    "losses.shd.pairing": ("[[[0]]]", "[[[0, 9]]]", "[[0, 1]]", "[[[0, 1], [0, 2]]]", "closest"),
+    "losses.shd.layer_map": ("sideways", "[0, 1, 2]"),
+    "losses.shd.every": ("0", "-1"),
+    "losses.typo": ("{weight: 1}",),
+    "sample.num_images": NO_COUNTS,
+    "sample.num_inference_steps": ("0", "5000", "-1", "1.5"),
+    "sample.guidance_scale": (".inf", ".nan", "-1"),
+    "sample.guidance_power": (".inf", ".nan", "0"),
+    "sample.guidance_interval": ("[900, 1]", "[1]", "[a, b]"),
+    "sample.scheduler": ("Nope", "DiTTransformer2DModel", "FlowMatchEulerDiscreteScheduler", "5"),
+    "sample.scheduler_arguments": (
+        "{eta: 1}",
+        "{timestep_spacing: 7}",
+        "{timestep_spacing: wide}",
+        "{beta_start: .nan}",
+        "{steps_offset: 2001-01-01}",
+        "[]",
+    ),
+    "sample.seed": ("-1", "9223372036854775808", "x"),
+    "sample.dtype": ("int8",),
+    "evaluate.extractor": ("foo", "clip", "5"),
+    "evaluate.extractor_weights": ("nowhere.safetensors",),
+    "evaluate.metrics": ("[fd]", "fid", "[1]"),
+    "evaluate.reference": ("nowhere",),
+    "evaluate.batch_size": ("0", "1000000000000"),
+    "evaluate.clip_model": ("nowhere/at/all",),
+    "data.name": ("digit", "latents", "image_folder", "5", "prompts"),
+    "data.path": ("somewhere",),
+    "data.num_workers": ("-1", "1000000000"),
+    "diffusion.objective": ("noise", "flow", "v_prediction"),
+    "diffusion.num_train_timesteps": ("0", "1", "100", ".inf"),
+    "diffusion.beta_start": (".nan", "0", "2"),
+    "student.class": ("NoModel", "AutoencoderKL", "5", "../x"),
+    "student.arguments.num_attention_heads": ("0", "-5", "1000000000", "5", "'12'", ".nan", "2.5"),
+    "student.arguments.attention_head_dim": ("0", "-8", "1000000"),
+    "student.arguments.num_layers": ("-1", "x"),
+    "student.arguments.patch_size": ("0", "3", "-2", "100"),
+    "student.arguments.sample_size": ("0", "-8", "7", "x"),
+    "student.arguments.in_channels": ("0", "3"),
+    "student.arguments.num_embeds_ada_norm": ("0", "7", "1000"),
+    "student.arguments.dropout": (".nan", "2", "-1", "x"),
+    "student.arguments.activation_fn": ("zzz", "5"),
+    "student.arguments.norm_type": ("zzz",),
+    "student.arguments.depth": ("3",),
+    "student.init": ("magic",),
+    "student.pretrained": ("nowhere",),
+    "teacher.path": (
+        "nowhere",
+        "nowhere/at/all",
+        "x" * 300,
+        "''",
+        "5",
+        "'a\nb'",
+        "{world}/empty",
+        "{world}/page.html",
+    ),
+    "teacher.dtype": ("int8",),
+    "teacher.device": ("moon",),
+    "": ("train", "=5", "nonsense"),
+    "train": ("5", "null", "[]"),
+    "train.max_step": ("3",),
+    "prepare": ("{}", "{output: x, batch_size: 0}"),
+}
+"""Values of a distillation's config that must be refused, by key."""
+
+BAD_YAML = {
+    "empty": "",
+    "a list": "- 1\n",
+    "a text": "hello\n",
+    "a number": "5\n",
+    "a tab": "train:\n\tmax_steps: 3\n",
+    "not closed": "train: {max_steps: 3\n",
+    "a key twice": "train: {max_steps: 3}\nmodel: {}\ntrain: {batch_size: 2}\n",
+    "brackets": "[" * 5000,
+    "braces": "a: " + "{a: " * 2000,
+    "digits": "a: " + "9" * 5000,
+    "no such day": "seed: 2001-99-99\n",
+    "a day": "seed: 2001-01-01\n",
+    "bomb": "a0: &a0 [x, x]\n"
+    + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 20)),
+    "bomb as a value": "seed: &a [x, x]\n" + "base: x\n",
+    "holds itself": "a: &a [*a]\n",
+    "python": "a: !!python/object/apply:os.system ['true']\n",
+    "unknown alias": "a: *nowhere\n",
+    "two documents": "a: 1\n---\nb: 2\n",
+    "its own base": "base: bad.yaml\n",
+    "a base that is none": "base: [1]\n",
+    "no such base": "base: nowhere.yaml\n",
+    "binary": "\x00\x01\x02",
+    "no key": "? [1, 2]\n: 3\n",
+    "null keys": "~: 3\n",
+}
+
+BAD_ARGUMENTS: dict[str, list[list[str]]] = {
+    "runs that are none": [
+        *(
+            [stage, what]
+            for stage in ("sample", "report", "evaluate")
+            for what in ("{world}/none", "{world}/page.html")
+        ),
+        *([stage, "{world}/empty"] for stage in ("sample", "report", "evaluate")),
+        ["squeeze", "{world}/empty", "--heads", "2"],
+        ["inspect", "{world}/empty"],
+        ["inspect", "{world}/none"],
+        ["inspect", "{world}/page.html"],
+        ["inspect", "{world}/teacher", "--student", "{world}/none"],
+        ["convert", "{world}/page.html", "--from", "dit", "--to", "{world}/out"],
+        ["convert", "{world}/none", "--from", "mdtv2", "--to", "{world}/out"],
+        ["compare", "{world}/page.html", "{world}/page.html"],
+        ["compare", "{world}/none", "{world}/none"],
+        ["study", "{world}/none.yaml"],
+        ["study", "{world}/prepare.yaml"],
+        ["prepare", "{world}/none.yaml"],
+        ["train-teacher", "{world}"],
+    ],
+    "options": [
+        ["squeeze", "{world}/teacher", "--heads", "0"],
+        ["squeeze", "{world}/teacher", "--heads", "9"],
+        ["squeeze", "{world}/teacher", "--heads", "two"],
+        ["squeeze", "{world}/teacher", "--heads", ""],
+        ["sample", "{world}/teacher", "{world}/student", "--output", "{world}/out"],
+        ["sample", "{world}/teacher", "--prompts", "{world}/none.txt"],
+        ["sample", "{world}/teacher", "--prompts", "{world}/page.html"],
+        ["sample", "{world}/teacher", "--layout", "geneval"],
+        ["sample", "{world}/teacher", "--set", "sample.num_inference_steps=5000", "--output", "{world}/out"],
+        ["sample", "{world}/teacher", "--set", "sample.seed=1"],
+        ["sample", "{world}/teacher", "--set", "sample.scheduler=Nope", "--output", "{world}/out"],
+        ["sample", "{world}/teacher", "--set", "sample.typo=1", "--output", "{world}/out"],
+        ["evaluate", "{world}/teacher", "--metrics", "fd"],
+        ["evaluate", "{world}/teacher", "--extractor", "foo"],
+        ["evaluate", "{world}/teacher", "--extractor-weights", "{world}/none"],
+        ["evaluate", "{world}/teacher", "--extractor-weights", "{world}/page.html"],
+        ["evaluate", "{world}/teacher", "--reference", "{world}/none"],
+        ["evaluate", "{world}/teacher", "--reference", "{world}/page.html"],
+        ["evaluate", "{world}/teacher", "--output", "{world}/out"],
+        ["evaluate", "{world}/images.npz"],
+        ["evaluate", "{world}/student", "--set", "evaluate.against_teacher=1000"],
+        ["evaluate", "{world}/teacher", "--set", "evaluate.against_teacher=2"],
+        ["compress", "{world}/teacher"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "9"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "0"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "-1"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "nan"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--neurons", "inf"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--blocks", "7"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--budget", "macs"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--budget", "joy=0.5"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--budget", "macs=nan"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--budget", "macs=2"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--budget", "macs=0.5", "--heads", "2"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "2", "--timesteps", "0,0"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "2", "--timesteps", "a"],
+        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "2", "--data", "{world}/none"],
+        ["compress", "{world}/vae", "--output", "{world}/out", "--heads", "2"],
+        ["compress", "{world}/teacher", "--heads", "2", "--dry-run"],
+        ["inspect", "x" * 300],
+        ["inspect", "a/b/c"],
+        ["inspect", "a\nb"],
+    ],
+    "places": [
+        *(
+            [*command, "--output", place]
+            for place in (
+                "{world}/photos",
+                "{world}/page.html",
+                "{world}/page.html/x",
+                "{world}/" + "x" * 300,
+            )
+            for command in (
+                ["train-teacher", str(CONFIGS / "teacher.yaml"), *sets(*SHORT)],
+                ["prepare", "{world}/prepare.yaml"],
+                ["sample", "{world}/teacher"],
+                ["compress", "{world}/teacher", "--heads", "2", "--images", "64"],
+            )
+        ),
+        ["report", "{world}/teacher", "--output", "{world}/page.html"],
+        ["report", "{world}/teacher", "--output", "{world}/page.html/x"],
+        ["sample", "{world}/teacher", "--output", "{world}/student/samples"],
+        ["sample", "{world}/teacher", "--output", "{world}/teacher"],
+        ["sample", "{world}/teacher", "--output", "{world}/teacher/pipeline"],
+        ["prepare", "{world}/prepare.yaml", "--output", "{world}/images"],
+        ["prepare", "{world}/prepare.yaml", "--output", "{world}/images/c"],
+        ["prepare", "{world}/prepare.yaml", "--output", "{world}/vae/c"],
+        [
+            "distill",
+            str(CONFIGS / "distill.yaml"),
+            "--output",
+            "{world}/teacher",
+            *sets("teacher.path={world}/teacher"),
+        ],
+        [
+            "distill",
+            str(CONFIGS / "distill.yaml"),
+            "--output",
+            "{world}/teacher/s",
+            *sets("teacher.path={world}/teacher"),
+        ],
+        ["compress", "{world}/teacher", "--heads", "2", "--output", "{world}/teacher/s"],
+        [
+            "evaluate",
+            "{world}/teacher/pipeline",
+            "--reference",
+            "digits",
+            "--output",
+            "{world}/teacher/pipeline/s",
+        ],
+        ["train-teacher", str(CONFIGS / "teacher.yaml"), "--output", "{world}/student", *sets(*SHORT)],
+        ["train-teacher", str(CONFIGS / "teacher.yaml"), "--output", "{world}/teacher", *sets("seed=1")],
+    ],
+}
+
+
+# --- files -------------------------------------------------------------------------------------------------------
+
+DAMAGES: dict[str, bytes | None] = {
+    "a list": b"[]",
+    "a number": b"5",
+    "null": b"null",
+    "a text": b'"x"',
+    "cut off": None,
+    "binary": bytes(range(256)),
+    "brackets": b"[" * 100_000,
+    "empty": b"",
+}
+"""What a file holds instead; None is its first half."""
+
+ALL = tuple(DAMAGES)
+NO_JSON = ("cut off", "binary", "brackets", "empty")
+TENSORS = ("cut off", "binary", "empty", "a text")
+
+READERS: dict[str, tuple[tuple[str, ...], list[list[str]]]] = {
+    "teacher/config.yaml": (
+        ("a list", "a number", "cut off", "binary", "brackets", "empty"),
+        [["sample", "{world}/teacher"], ["evaluate", "{world}/teacher"], ["compress", "{world}/teacher", "--heads", "2", "--output", "{world}/out"]],
+    ),
+    "teacher/summary.json": (ALL, [["sample", "{world}/teacher"], ["report", "{world}/teacher"]]),
+    "teacher/metrics.jsonl": (("binary",), [["report", "{world}/teacher"]]),
+    "teacher/environment.json": (
+        ("a list", "a number", *NO_JSON),
+        [["report", "{world}/teacher"]],
+    ),
+    "teacher/samples/sampling.json": (ALL, [[stage, "{world}/teacher"] for stage in ("sample", "evaluate", "report")]),
+    "teacher/evaluation/metrics.json": (
+        ALL,
+        [["report", "{world}/teacher"], ["compare", "{world}/teacher/evaluation/metrics.json", "{world}/student/evaluation/metrics.json"]],
+    ),
+    "teacher/evaluation/nearest.json": (ALL, [["report", "{world}/teacher"]]),
+    "student/attention.safetensors": (TENSORS, [["report", "{world}/student"]]),
+    "teacher/samples/000000.png": (TENSORS, [["report", "{world}/teacher"], ["evaluate", "{world}/teacher"]]),
+    "teacher/pipeline/model_index.json": (ALL, [["sample", "{world}/teacher", "--output", "{world}/out"]]),
+    "teacher/pipeline/denoiser/config.json": (
+        ALL,
+        [["sample", "{world}/teacher", "--output", "{world}/out"], ["inspect", "{world}/teacher"]],
+    ),
+    "teacher/pipeline/scheduler/scheduler_config.json": (
+        ALL,
+        [["sample", "{world}/teacher", "--output", "{world}/out"]],
+    ),
+    "teacher/pipeline/denoiser/diffusion_pytorch_model.safetensors": (
+        TENSORS,
+        [
+            ["sample", "{world}/teacher", "--output", "{world}/out"],
+            ["inspect", "{world}/teacher"],
+            ["distill", str(CONFIGS / "distill.yaml"), "--output", "{world}/out", *sets(*SHORT, "teacher.path={world}/teacher")],
+        ],
+    ),
+    "cache/manifest.json": (
+        ALL,
+        [
+            ["train-teacher", str(CONFIGS / "teacher.yaml"), "--output", "{world}/out", *sets("data.name=latents", "data.path={world}/cache")],
+            ["prepare", "{world}/prepare.yaml", "--output", "{world}/cache"],
+        ],
+    ),
+    "cache/shards/latents-00000.safetensors": (
+        TENSORS,
+        [["train-teacher", str(CONFIGS / "teacher.yaml"), "--output", "{world}/out", *sets("data.name=latents", "data.path={world}/cache")]],
+    ),
+    "vae/config.json": (ALL, [["prepare", "{world}/prepare.yaml", "--output", "{world}/out"]]),
+    "vae/diffusion_pytorch_model.safetensors": (TENSORS, [["prepare", "{world}/prepare.yaml", "--output", "{world}/out"]]),
+    "images.npz": (TENSORS, [["evaluate", "{world}/images.npz", "--reference", "digits"], ["evaluate", "{world}/teacher", "--reference", "{world}/images.npz"]]),
+    "images/a/00.png": (
+        TENSORS,
+        [["evaluate", "{world}/images", "--reference", "{world}/images", "--extractor", "digits-classifier"]],
+    ),
+}  # fmt: skip
+"""By file: the damages that no reader may take, and the commands that read it."""
+
+
+def _npz(**arrays: Any) -> Callable[[Path], None]:
+    return lambda path: np.savez(path, **arrays)
+
+
+def _objects(path: Path) -> None:
+    np.savez(path, arr_0=np.array([{}], dtype=object), allow_pickle=True)
+
+
+BAD_NPZ: dict[str, Callable[[Path], None]] = {
+    "no images": _npz(x=np.zeros(3)),
+    "floats": _npz(arr_0=np.zeros((12, 8, 8, 3))),
+    "grey": _npz(arr_0=np.zeros((12, 8, 8), np.uint8)),
+    "channels first": _npz(arr_0=np.zeros((12, 3, 8, 8), np.uint8)),
+    "none": _npz(arr_0=np.zeros((0, 8, 8, 3), np.uint8)),
+    "one": _npz(arr_0=np.zeros((1, 8, 8, 3), np.uint8)),
+    "of another size": _npz(arr_0=np.zeros((12, 9, 9, 3), np.uint8)),
+    "labels of another length": _npz(arr_0=np.zeros((12, 8, 8, 3), np.uint8), arr_1=np.zeros(5, np.int64)),
+    "labels that are texts": _npz(arr_0=np.zeros((12, 8, 8, 3), np.uint8), arr_1=np.array(["a"] * 12)),
+    "labels in two axes": _npz(arr_0=np.zeros((12, 8, 8, 3), np.uint8), arr_1=np.zeros((12, 1), np.int64)),
+    "objects": _objects,
+    "mu alone": _npz(mu=np.zeros(64)),
+    "mu of another width": _npz(mu=np.zeros(3), sigma=np.eye(3)),
+    "mu of NaN": _npz(mu=np.full(64, np.nan), sigma=np.eye(64)),
+    "mu that is text": _npz(mu=np.array(["a"]), sigma=np.eye(1)),
+}
+
+
+def cases() -> Iterator[Case]:
+    """All cases."""
+    distill = ["distill", str(CONFIGS / "distill.yaml"), "--output", "{world}/out"]
+    like = ("student.arguments.num_layers=1", "student.arguments.num_attention_heads=2")
+    for key, values in BAD_VALUES.items():
+        for value in values:
+            bad = f"{key}={value}" if key else value
+            given = sets(*SHORT, "teacher.path={world}/teacher", *like, bad)
+            yield Case("values of a config", bad[:80], [*distill, *given])
+    for name, text in BAD_YAML.items():
+        for stage in ("train-teacher", "distill", "prepare", "study"):
+            yield Case(
+                "configs",
+                f"{stage}: {name}",
+                [stage, "{world}/bad.yaml", "--output", "{world}/out"],
+                _writes("bad.yaml", text.encode("latin-1")),
+                "bad.yaml",
+            )
+    for group, commands in BAD_ARGUMENTS.items():
+        for arguments in commands:
+            yield Case(group, " ".join(arguments)[:160], arguments)
+    for file, (kinds, commands) in READERS.items():
+        for kind in kinds:
+            for arguments in commands:
+                yield Case(
+                    "damaged files", f"{file}: {kind}: {arguments[0]}", arguments, _damages(file, kind), file
+                )
+    for name, write in BAD_NPZ.items():
+        for arguments in (
+            ["evaluate", "{world}/bad.npz", "--reference", "digits", "--extractor", "digits-classifier"],
+            ["evaluate", "{world}/teacher", "--reference", "{world}/bad.npz"],
+        ):
+            yield Case("arrays", f"{name}: {arguments[1]}", arguments, _makes("bad.npz", write), "bad.npz")
+
+
+def _writes(file: str, content: bytes) -> Callable[[Path], None]:
+    return lambda world: (world / file).write_bytes(content) and None
+
+
+def _makes(file: str, write: Callable[[Path], None]) -> Callable[[Path], None]:
+    return lambda world: write(world / file)
+
+
+def _damages(file: str, kind: str) -> Callable[[Path], None]:
+    def damage(world: Path) -> None:
+        path, content = world / file, DAMAGES[kind]
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
+
+    return damage
+
+
+# --- trying ------------------------------------------------------------------------------------------------------
+
+
+def attempt(case: Case, world: Path) -> str | None:
+    """What is wrong with how a case ends; None where it is refused as it should be."""
+    with _damaged(case, world):
+        before = hashes(world)
+        code, said, fault = run([part.replace("{world}", str(world)) for part in case.arguments])
+        after = hashes(world)
+    shutil.rmtree(world / "out", ignore_errors=True)
+    lines = [line for line in said.splitlines() if line.strip()]
+    if fault is not None:
+        return f"{type(fault).__name__}: {str(fault)[:200]}"
+    if code != 2:
+        return f"exit code {code}"
+    if sum(line.startswith("error: ") for line in lines) != 1 or not lines[-1].startswith("error: "):
+        return f"not one line: {said[-300:]}"
+    if changed := sorted(
+        name for name in before.keys() | after.keys() if before.get(name) != after.get(name)
+    ):
+        return f"writes {', '.join(changed[:3])}"
+    return None
+
+
+@contextmanager
+def _damaged(case: Case, world: Path) -> Iterator[None]:
+    """The world as a case wants it."""
+    if case.damage is None or case.damaged is None:
+        yield
+        return
+    path = world / case.damaged
+    content = path.read_bytes() if path.exists() else None
+    case.damage(world)
+    try:
+        yield
+    finally:
+        path.unlink() if content is None else path.write_bytes(content)
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    """The checksum of every file, by its path; folders have none."""
+    paths = sorted(folder.rglob("*"))
+    return {str(path.relative_to(folder)): sha256(path) if path.is_file() else "" for path in paths}
+
+
+def main(
+    output: Annotated[Path | None, typer.Option(help="A JSON file for the result.")] = None,
+    only: Annotated[str, typer.Option(help="Cases whose group or name holds this text.")] = "",
+) -> None:
+    """Try all cases; tell those that are not refused as they should be, and end with 1 if there are any."""
+    tried: Counter[str] = Counter()
+    wrong: dict[str, str] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        world = Path(folder) / "world"
+        make_world(world)
+        for case in cases():
+            if only in f"{case.group}: {case.name}":
+                tried[case.group] += 1
+                if found := attempt(case, world):
+                    wrong[f"{case.group}: {case.name}"] = found.replace(str(world), "WORLD")
+                    typer.echo(f"{case.group}: {case.name}: {found}")
+    typer.echo(
+        f"{tried.total()} bad inputs, {tried.total() - len(wrong)} refused in one line, nothing written"
+    )
+    if output is not None:
+        write_json(
+            output,
+            {
+                "tried": dict(tried),
+                "total": tried.total(),
+                "wrong": wrong,
+                "environment": describe_environment(),
+            },
+        )
+    raise typer.Exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    typer.run(main)
