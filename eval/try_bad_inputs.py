@@ -9,12 +9,14 @@ commands that read it. All run in one process, since torch takes seconds to impo
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,15 +39,16 @@ class Case:
     Attributes:
         group: what kind of thing is bad about it.
         name: what exactly.
-        arguments: of the command line; `{world}` is the folder of the world.
-        damage: what is done to the world first, and undone afterwards.
+        command: the command line; `@` is the folder of the world.
+        damage: what is done to a file of the world first, and undone afterwards.
+        damaged: the file.
     """
 
     group: str
     name: str
-    arguments: list[str]
-    damage: Callable[[Path], None] | None = None
-    damaged: str | None = field(default=None)
+    command: str
+    damage: Callable[[Path], object] | None = None
+    damaged: str | None = None
 
 
 def run(arguments: list[str]) -> tuple[int, str, BaseException | None]:
@@ -180,7 +183,7 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
     "student.arguments.attention_head_dim": ("0", "-8", "1000000"),
     "student.arguments.num_layers": ("-1", "x"),
     "student.arguments.patch_size": ("0", "3", "-2", "100"),
-    "student.arguments.sample_size": ("0", "-8", "7", "x"),
+    "student.arguments.sample_size": ("0", "x"),
     "student.arguments.in_channels": ("0", "3"),
     "student.arguments.num_embeds_ada_norm": ("0", "7", "1000"),
     "student.arguments.dropout": (".nan", "2", "-1", "x"),
@@ -196,8 +199,8 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
         "''",
         "5",
         "'a\nb'",
-        "{world}/empty",
-        "{world}/page.html",
+        "@/empty",
+        "@/page.html",
     ),
     "teacher.dtype": ("int8",),
     "teacher.device": ("moon",),
@@ -236,123 +239,108 @@ BAD_YAML = {
     "null keys": "~: 3\n",
 }
 
-BAD_ARGUMENTS: dict[str, list[list[str]]] = {
+SETS = shlex.join(sets(*SHORT))
+TRAIN, DISTILL = f"train-teacher {CONFIGS}/teacher.yaml {SETS}", f"distill {CONFIGS}/distill.yaml {SETS}"
+PREPARE, COMPRESS = "prepare @/prepare.yaml", "compress @/teacher --output @/out"
+TOO_LONG = "x" * 300
+
+BAD_ARGUMENTS = {
     "runs that are none": [
         *(
-            [stage, what]
+            f"{stage} @/{what}"
             for stage in ("sample", "report", "evaluate")
-            for what in ("{world}/none", "{world}/page.html")
+            for what in ("none", "page.html", "empty")
         ),
-        *([stage, "{world}/empty"] for stage in ("sample", "report", "evaluate")),
-        ["squeeze", "{world}/empty", "--heads", "2"],
-        ["inspect", "{world}/empty"],
-        ["inspect", "{world}/none"],
-        ["inspect", "{world}/page.html"],
-        ["inspect", "{world}/teacher", "--student", "{world}/none"],
-        ["convert", "{world}/page.html", "--from", "dit", "--to", "{world}/out"],
-        ["convert", "{world}/none", "--from", "mdtv2", "--to", "{world}/out"],
-        ["compare", "{world}/page.html", "{world}/page.html"],
-        ["compare", "{world}/none", "{world}/none"],
-        ["study", "{world}/none.yaml"],
-        ["study", "{world}/prepare.yaml"],
-        ["prepare", "{world}/none.yaml"],
-        ["train-teacher", "{world}"],
+        "squeeze @/empty --heads 2",
+        *(f"inspect @/{what}" for what in ("none", "page.html", "empty")),
+        "inspect @/teacher --student @/none",
+        "convert @/page.html --from dit --to @/out",
+        "convert @/none --from mdtv2 --to @/out",
+        "compare @/page.html @/page.html",
+        "compare @/none @/none",
+        "study @/none.yaml",
+        "study @/prepare.yaml",
+        "prepare @/none.yaml",
+        "train-teacher @",
+        f"inspect {TOO_LONG}",
+        "inspect a/b/c",
+        "inspect 'a\nb'",
     ],
     "options": [
-        ["squeeze", "{world}/teacher", "--heads", "0"],
-        ["squeeze", "{world}/teacher", "--heads", "9"],
-        ["squeeze", "{world}/teacher", "--heads", "two"],
-        ["squeeze", "{world}/teacher", "--heads", ""],
-        ["sample", "{world}/teacher", "{world}/student", "--output", "{world}/out"],
-        ["sample", "{world}/teacher", "--prompts", "{world}/none.txt"],
-        ["sample", "{world}/teacher", "--prompts", "{world}/page.html"],
-        ["sample", "{world}/teacher", "--layout", "geneval"],
-        ["sample", "{world}/teacher", "--set", "sample.num_inference_steps=5000", "--output", "{world}/out"],
-        ["sample", "{world}/teacher", "--set", "sample.seed=1"],
-        ["sample", "{world}/teacher", "--set", "sample.scheduler=Nope", "--output", "{world}/out"],
-        ["sample", "{world}/teacher", "--set", "sample.typo=1", "--output", "{world}/out"],
-        ["evaluate", "{world}/teacher", "--metrics", "fd"],
-        ["evaluate", "{world}/teacher", "--extractor", "foo"],
-        ["evaluate", "{world}/teacher", "--extractor-weights", "{world}/none"],
-        ["evaluate", "{world}/teacher", "--extractor-weights", "{world}/page.html"],
-        ["evaluate", "{world}/teacher", "--reference", "{world}/none"],
-        ["evaluate", "{world}/teacher", "--reference", "{world}/page.html"],
-        ["evaluate", "{world}/teacher", "--output", "{world}/out"],
-        ["evaluate", "{world}/images.npz"],
-        ["evaluate", "{world}/student", "--set", "evaluate.against_teacher=1000"],
-        ["evaluate", "{world}/teacher", "--set", "evaluate.against_teacher=2"],
-        ["compress", "{world}/teacher"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "9"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "0"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "-1"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "nan"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--neurons", "inf"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--blocks", "7"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--budget", "macs"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--budget", "joy=0.5"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--budget", "macs=nan"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--budget", "macs=2"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--budget", "macs=0.5", "--heads", "2"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "2", "--timesteps", "0,0"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "2", "--timesteps", "a"],
-        ["compress", "{world}/teacher", "--output", "{world}/out", "--heads", "2", "--data", "{world}/none"],
-        ["compress", "{world}/vae", "--output", "{world}/out", "--heads", "2"],
-        ["compress", "{world}/teacher", "--heads", "2", "--dry-run"],
-        ["inspect", "x" * 300],
-        ["inspect", "a/b/c"],
-        ["inspect", "a\nb"],
+        *(f"squeeze @/teacher --heads {heads}" for heads in ("0", "9", "two", "''", "-1")),
+        "sample @/teacher @/student --output @/out",
+        "sample @/teacher --prompts @/none.txt",
+        "sample @/teacher --prompts @/page.html",
+        "sample @/teacher --layout geneval",
+        "sample @/teacher --set sample.seed=1",
+        *(
+            f"sample @/teacher --output @/out --set sample.{bad}"
+            for bad in ("num_inference_steps=5000", "scheduler=Nope", "typo=1", "pass_size=0", "prompts=5")
+        ),
+        *(
+            f"evaluate @/teacher --{bad}"
+            for bad in (
+                "metrics fd",
+                "extractor foo",
+                "extractor-weights @/none",
+                "extractor-weights @/page.html",
+                "reference @/none",
+                "reference @/page.html",
+                "reference @/photos",
+                "output @/out",
+                "set evaluate.against_teacher=2",
+                "set evaluate.batch_size=0",
+            )
+        ),
+        "evaluate @/student --set evaluate.against_teacher=1000",
+        "evaluate @/images.npz",
+        "evaluate @/photos --reference digits --extractor digits-classifier",
+        "compress @/teacher",
+        "compress @/teacher --heads 2 --dry-run",
+        "compress @/vae --output @/out --heads 2",
+        *(
+            f"{COMPRESS} --{bad}"
+            for bad in (
+                "heads 9",
+                "heads 0",
+                "heads -1",
+                "heads nan",
+                "neurons inf",
+                "neurons 0",
+                "blocks 7",
+                "budget macs",
+                "budget joy=0.5",
+                "budget macs=nan",
+                "budget macs=2",
+                "budget macs=0.5 --heads 2",
+                "heads 2 --timesteps 0,0",
+                "heads 2 --timesteps a",
+                "heads 2 --timesteps nan",
+                "heads 2 --data @/none",
+            )
+        ),
     ],
     "places": [
         *(
-            [*command, "--output", place]
-            for place in (
-                "{world}/photos",
-                "{world}/page.html",
-                "{world}/page.html/x",
-                "{world}/" + "x" * 300,
-            )
-            for command in (
-                ["train-teacher", str(CONFIGS / "teacher.yaml"), *sets(*SHORT)],
-                ["prepare", "{world}/prepare.yaml"],
-                ["sample", "{world}/teacher"],
-                ["compress", "{world}/teacher", "--heads", "2", "--images", "64"],
-            )
+            f"{command} --output {place}"
+            for place in ("@/photos", "@/page.html", "@/page.html/x", f"@/{TOO_LONG}")
+            for command in (TRAIN, PREPARE, "sample @/teacher", "compress @/teacher --heads 2 --images 64")
         ),
-        ["report", "{world}/teacher", "--output", "{world}/page.html"],
-        ["report", "{world}/teacher", "--output", "{world}/page.html/x"],
-        ["sample", "{world}/teacher", "--output", "{world}/student/samples"],
-        ["sample", "{world}/teacher", "--output", "{world}/teacher"],
-        ["sample", "{world}/teacher", "--output", "{world}/teacher/pipeline"],
-        ["prepare", "{world}/prepare.yaml", "--output", "{world}/images"],
-        ["prepare", "{world}/prepare.yaml", "--output", "{world}/images/c"],
-        ["prepare", "{world}/prepare.yaml", "--output", "{world}/vae/c"],
-        [
-            "distill",
-            str(CONFIGS / "distill.yaml"),
-            "--output",
-            "{world}/teacher",
-            *sets("teacher.path={world}/teacher"),
-        ],
-        [
-            "distill",
-            str(CONFIGS / "distill.yaml"),
-            "--output",
-            "{world}/teacher/s",
-            *sets("teacher.path={world}/teacher"),
-        ],
-        ["compress", "{world}/teacher", "--heads", "2", "--output", "{world}/teacher/s"],
-        [
-            "evaluate",
-            "{world}/teacher/pipeline",
-            "--reference",
-            "digits",
-            "--output",
-            "{world}/teacher/pipeline/s",
-        ],
-        ["train-teacher", str(CONFIGS / "teacher.yaml"), "--output", "{world}/student", *sets(*SHORT)],
-        ["train-teacher", str(CONFIGS / "teacher.yaml"), "--output", "{world}/teacher", *sets("seed=1")],
+        "report @/teacher --output @/page.html",
+        "report @/teacher --output @/page.html/x",
+        *(
+            f"sample @/teacher --output @/{place}"
+            for place in ("student/samples", "teacher", "teacher/pipeline")
+        ),
+        *(f"{PREPARE} --output @/{place}" for place in ("images", "images/c", "vae/c")),
+        *(f"{DISTILL} --set teacher.path=@/teacher --output @/teacher{inside}" for inside in ("", "/s")),
+        "compress @/teacher --heads 2 --output @/teacher/s",
+        "evaluate @/teacher/pipeline --reference digits --output @/teacher/pipeline/s",
+        f"{TRAIN} --output @/student",
+        f"{TRAIN} --output @/teacher --set seed=1",
     ],
 }
+"""Commands that must be refused; `@` is the world."""
 
 
 # --- files -------------------------------------------------------------------------------------------------------
@@ -373,65 +361,48 @@ ALL = tuple(DAMAGES)
 NO_JSON = ("cut off", "binary", "brackets", "empty")
 TENSORS = ("cut off", "binary", "empty", "a text")
 
-READERS: dict[str, tuple[tuple[str, ...], list[list[str]]]] = {
+LATENTS = f"{TRAIN} --output @/out --set data.name=latents --set data.path=@/cache"
+SAMPLE, PREPARED = "sample @/teacher --output @/out", f"{PREPARE} --output @/out"
+OF_RUNS = ("sample @/teacher", "evaluate @/teacher", "report @/teacher")
+
+READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "teacher/config.yaml": (
-        ("a list", "a number", "cut off", "binary", "brackets", "empty"),
-        [["sample", "{world}/teacher"], ["evaluate", "{world}/teacher"], ["compress", "{world}/teacher", "--heads", "2", "--output", "{world}/out"]],
+        ("a list", "a number", "binary", "brackets", "empty"),
+        ("sample @/teacher", "evaluate @/teacher", f"{COMPRESS} --heads 2"),
     ),
-    "teacher/summary.json": (ALL, [["sample", "{world}/teacher"], ["report", "{world}/teacher"]]),
-    "teacher/metrics.jsonl": (("binary",), [["report", "{world}/teacher"]]),
-    "teacher/environment.json": (
-        ("a list", "a number", *NO_JSON),
-        [["report", "{world}/teacher"]],
-    ),
-    "teacher/samples/sampling.json": (ALL, [[stage, "{world}/teacher"] for stage in ("sample", "evaluate", "report")]),
+    "teacher/summary.json": (ALL, ("sample @/teacher", "report @/teacher")),
+    "teacher/metrics.jsonl": (("binary",), ("report @/teacher",)),
+    "teacher/environment.json": (("a list", "a number", *NO_JSON), ("report @/teacher",)),
+    "teacher/samples/sampling.json": (ALL, OF_RUNS),
+    "teacher/samples/000000.png": (TENSORS, ("report @/teacher", "evaluate @/teacher")),
     "teacher/evaluation/metrics.json": (
         ALL,
-        [["report", "{world}/teacher"], ["compare", "{world}/teacher/evaluation/metrics.json", "{world}/student/evaluation/metrics.json"]],
+        ("report @/teacher", "compare @/teacher/evaluation/metrics.json @/student/evaluation/metrics.json"),
     ),
-    "teacher/evaluation/nearest.json": (ALL, [["report", "{world}/teacher"]]),
-    "student/attention.safetensors": (TENSORS, [["report", "{world}/student"]]),
-    "teacher/samples/000000.png": (TENSORS, [["report", "{world}/teacher"], ["evaluate", "{world}/teacher"]]),
-    "teacher/pipeline/model_index.json": (ALL, [["sample", "{world}/teacher", "--output", "{world}/out"]]),
-    "teacher/pipeline/denoiser/config.json": (
-        ALL,
-        [["sample", "{world}/teacher", "--output", "{world}/out"], ["inspect", "{world}/teacher"]],
-    ),
-    "teacher/pipeline/scheduler/scheduler_config.json": (
-        ALL,
-        [["sample", "{world}/teacher", "--output", "{world}/out"]],
-    ),
+    "teacher/evaluation/nearest.json": (ALL, ("report @/teacher",)),
+    "student/attention.safetensors": (TENSORS, ("report @/student",)),
+    "student/inputs.json": (ALL, (f"{DISTILL} --output @/student --set train.max_steps=3",)),
+    "teacher/pipeline/model_index.json": (ALL, (SAMPLE,)),
+    "teacher/pipeline/denoiser/config.json": (ALL, (SAMPLE, "inspect @/teacher")),
+    "teacher/pipeline/scheduler/scheduler_config.json": (ALL, (SAMPLE,)),
     "teacher/pipeline/denoiser/diffusion_pytorch_model.safetensors": (
         TENSORS,
-        [
-            ["sample", "{world}/teacher", "--output", "{world}/out"],
-            ["inspect", "{world}/teacher"],
-            ["distill", str(CONFIGS / "distill.yaml"), "--output", "{world}/out", *sets(*SHORT, "teacher.path={world}/teacher")],
-        ],
+        (SAMPLE, "inspect @/teacher", f"{DISTILL} --output @/out --set teacher.path=@/teacher"),
     ),
-    "cache/manifest.json": (
-        ALL,
-        [
-            ["train-teacher", str(CONFIGS / "teacher.yaml"), "--output", "{world}/out", *sets("data.name=latents", "data.path={world}/cache")],
-            ["prepare", "{world}/prepare.yaml", "--output", "{world}/cache"],
-        ],
-    ),
-    "cache/shards/latents-00000.safetensors": (
+    "cache/manifest.json": (ALL, (LATENTS, f"{PREPARE} --output @/cache")),
+    "cache/shards/latents-00000.safetensors": (TENSORS, (LATENTS,)),
+    "vae/config.json": (ALL, (PREPARED,)),
+    "vae/diffusion_pytorch_model.safetensors": (TENSORS, (PREPARED,)),
+    "images.npz": (
         TENSORS,
-        [["train-teacher", str(CONFIGS / "teacher.yaml"), "--output", "{world}/out", *sets("data.name=latents", "data.path={world}/cache")]],
+        ("evaluate @/images.npz --reference digits", "evaluate @/teacher --reference @/images.npz"),
     ),
-    "vae/config.json": (ALL, [["prepare", "{world}/prepare.yaml", "--output", "{world}/out"]]),
-    "vae/diffusion_pytorch_model.safetensors": (TENSORS, [["prepare", "{world}/prepare.yaml", "--output", "{world}/out"]]),
-    "images.npz": (TENSORS, [["evaluate", "{world}/images.npz", "--reference", "digits"], ["evaluate", "{world}/teacher", "--reference", "{world}/images.npz"]]),
-    "images/a/00.png": (
-        TENSORS,
-        [["evaluate", "{world}/images", "--reference", "{world}/images", "--extractor", "digits-classifier"]],
-    ),
-}  # fmt: skip
+    "images/a/00.png": (TENSORS, ("evaluate @/images --reference @/images --extractor digits-classifier",)),
+}
 """By file: the damages that no reader may take, and the commands that read it."""
 
 
-def _npz(**arrays: Any) -> Callable[[Path], None]:
+def _npz(**arrays: Any) -> Callable[[Path], object]:
     return lambda path: np.savez(path, **arrays)
 
 
@@ -439,7 +410,7 @@ def _objects(path: Path) -> None:
     np.savez(path, arr_0=np.array([{}], dtype=object), allow_pickle=True)
 
 
-BAD_NPZ: dict[str, Callable[[Path], None]] = {
+BAD_NPZ: dict[str, Callable[[Path], object]] = {
     "no images": _npz(x=np.zeros(3)),
     "floats": _npz(arr_0=np.zeros((12, 8, 8, 3))),
     "grey": _npz(arr_0=np.zeros((12, 8, 8), np.uint8)),
@@ -460,50 +431,39 @@ BAD_NPZ: dict[str, Callable[[Path], None]] = {
 
 def cases() -> Iterator[Case]:
     """All cases."""
-    distill = ["distill", str(CONFIGS / "distill.yaml"), "--output", "{world}/out"]
     like = ("student.arguments.num_layers=1", "student.arguments.num_attention_heads=2")
+    distill = f"{DISTILL} --output @/out --set teacher.path=@/teacher {shlex.join(sets(*like))}"
     for key, values in BAD_VALUES.items():
         for value in values:
             bad = f"{key}={value}" if key else value
-            given = sets(*SHORT, "teacher.path={world}/teacher", *like, bad)
-            yield Case("values of a config", bad[:80], [*distill, *given])
+            yield Case("values of a config", bad[:80], f"{distill} {shlex.join(sets(bad))}")
     for name, text in BAD_YAML.items():
         for stage in ("train-teacher", "distill", "prepare", "study"):
-            yield Case(
-                "configs",
-                f"{stage}: {name}",
-                [stage, "{world}/bad.yaml", "--output", "{world}/out"],
-                _writes("bad.yaml", text.encode("latin-1")),
-                "bad.yaml",
-            )
+            command = f"{stage} @/bad.yaml --output @/out"
+            write = partial(Path.write_bytes, data=text.encode("latin-1"))
+            yield Case("configs", f"{stage}: {name}", command, write, "bad.yaml")
     for group, commands in BAD_ARGUMENTS.items():
-        for arguments in commands:
-            yield Case(group, " ".join(arguments)[:160], arguments)
-    for file, (kinds, commands) in READERS.items():
+        for command in commands:
+            yield Case(group, command.replace(f" {SETS}", "").replace(TOO_LONG, "xxx"), command)
+    for file, (kinds, readers) in READERS.items():
         for kind in kinds:
-            for arguments in commands:
+            for command in readers:
                 yield Case(
-                    "damaged files", f"{file}: {kind}: {arguments[0]}", arguments, _damages(file, kind), file
+                    "damaged files", f"{file}: {kind}: {command.split()[0]}", command, _damage(kind), file
                 )
     for name, write in BAD_NPZ.items():
-        for arguments in (
-            ["evaluate", "{world}/bad.npz", "--reference", "digits", "--extractor", "digits-classifier"],
-            ["evaluate", "{world}/teacher", "--reference", "{world}/bad.npz"],
+        for command in (
+            "evaluate @/bad.npz --reference digits --extractor digits-classifier",
+            "evaluate @/teacher --reference @/bad.npz",
         ):
-            yield Case("arrays", f"{name}: {arguments[1]}", arguments, _makes("bad.npz", write), "bad.npz")
+            yield Case("arrays", f"{name}: {command.split()[1]}", command, write, "bad.npz")
 
 
-def _writes(file: str, content: bytes) -> Callable[[Path], None]:
-    return lambda world: (world / file).write_bytes(content) and None
+def _damage(kind: str) -> Callable[[Path], object]:
+    """What puts other bytes into a file."""
 
-
-def _makes(file: str, write: Callable[[Path], None]) -> Callable[[Path], None]:
-    return lambda world: write(world / file)
-
-
-def _damages(file: str, kind: str) -> Callable[[Path], None]:
-    def damage(world: Path) -> None:
-        path, content = world / file, DAMAGES[kind]
+    def damage(path: Path) -> None:
+        content = DAMAGES[kind]
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if content is None else content)
 
     return damage
@@ -516,7 +476,7 @@ def attempt(case: Case, world: Path) -> str | None:
     """What is wrong with how a case ends; None where it is refused as it should be."""
     with _damaged(case, world):
         before = hashes(world)
-        code, said, fault = run([part.replace("{world}", str(world)) for part in case.arguments])
+        code, said, fault = run([part.replace("@", str(world)) for part in shlex.split(case.command)])
         after = hashes(world)
     shutil.rmtree(world / "out", ignore_errors=True)
     lines = [line for line in said.splitlines() if line.strip()]
@@ -541,7 +501,7 @@ def _damaged(case: Case, world: Path) -> Iterator[None]:
         return
     path = world / case.damaged
     content = path.read_bytes() if path.exists() else None
-    case.damage(world)
+    case.damage(path)
     try:
         yield
     finally:

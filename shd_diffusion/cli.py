@@ -476,6 +476,8 @@ def study(
 
 def _count(number: float | None) -> int | float | None:
     """A share below 1, a number from 1 on."""
+    if number is not None and not math.isfinite(number):
+        raise UserError(f"--heads, --neurons: {number} is no number of them; give a share or a whole number")
     return number if number is None or number < 1 else int(number)
 
 

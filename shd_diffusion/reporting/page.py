@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
@@ -107,6 +108,8 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
     # paths may hold control characters, and bytes that are no text
     page = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]", lambda found: printable(found[0]), page)
     try:
+        for left in output.parent.glob(f".{glob.escape(output.name)}.tmp-*"):  # of a call that was killed
+            left.unlink(missing_ok=True)
         write_text(output, page)
         with replacing_folder(folder) as figures:
             for plot in plots:

@@ -74,9 +74,10 @@ def train(config: TrainTeacherConfig | DistillConfig, output: Path, source: str)
     folder.check(config)
     check_outside(output, config.reads)
     if folder.is_complete(config):
-        if processes().is_main_process:
-            folder.write_config(config)
-        _finish_attention_maps(folder, config, source)
+        with locked(folder.path, processes()):
+            if processes().is_main_process:
+                folder.write_config(config)
+            _finish_attention_maps(folder, config, source)
         announce(f"{folder.path}: complete, nothing to do")
         return
     run = _open(config, folder, source)

@@ -15,7 +15,7 @@ from commands import TEACHER_CONFIG, command, sets, start
 from forks import Fork
 from safetensors.torch import load_file
 
-from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.files import locked
 
 SHORT = ["train.max_steps=40", "train.batch_size=8", "train.checkpoint_every=5", "train.log_every=1"]
 TINY = [f"model.arguments.{key}={value}" for key, value in (("num_layers", 1), ("num_attention_heads", 2))]
@@ -175,9 +175,9 @@ def test_killed_while_the_folder_is_made_the_same_command_goes_on(tmp_path: Path
 
 def test_two_commands_do_not_train_in_one_folder(uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    with RunFolder(run).locked():
+    with locked(run):
         code, _, errors = command(*ARGUMENTS, "--output", run)
-    assert code == 2 and "another command is training in this folder" in errors
+    assert code == 2 and "another command is at work in this folder" in errors
     assert [path.name for path in run.iterdir()] == [".lock"]
     assert command(*ARGUMENTS, "--output", run)[0] == 0  # a lock that nobody holds is none
     assert_same_run(run, uninterrupted)
