@@ -418,6 +418,7 @@ def compress(
     from shd_diffusion.run_folder import RunFolder
 
     asked = None if budget is None else parse_budget(budget)
+    counts = _count(heads), _count(neurons), blocks
     given: dict[str, object] = {
         "--heads": heads,
         "--neurons": neurons,
@@ -447,7 +448,6 @@ def compress(
     if only_plan and asked is not None:
         Console().print(plan_table(plan_run(calibration, asked)))
     elif output is not None:
-        counts = _count(heads), _count(neurons), blocks
         results = compress_run(calibration, output, *counts, plain, asked, method)
         Console().print(table(results))
         typer.echo(f"compressed: {output}")

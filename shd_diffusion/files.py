@@ -131,6 +131,16 @@ def locked(folder: Path, processes: Processes | None = None) -> Iterator[None]:
         yield
 
 
+def check_ours(output: Path, *marks: str) -> None:
+    """See that a folder is new, or holds what an earlier call has written there: one of these files or folders.
+
+    Raises:
+        UserError: what it holds is somebody else's.
+    """
+    if holds_files(output) and not any((output / mark).exists() for mark in marks):
+        raise UserError(f"{printable_path(output)}: holds files but no {marks[0]}; give another --output")
+
+
 def check_outside(output: Path, sources: Mapping[str, str | None]) -> None:
     """See that what is written does not come to lie among what is read, where it would be taken for a part of it.
 
@@ -153,13 +163,16 @@ def check_outside(output: Path, sources: Mapping[str, str | None]) -> None:
 def cache_folder() -> Path:
     """`$XDG_CACHE_HOME/shd-diffusion`, or ~/.cache/shd-diffusion."""
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path("~/.cache").expanduser()) / "shd-diffusion"
+    try:
+        return (Path(base) if base else Path("~/.cache").expanduser()) / "shd-diffusion"
+    except RuntimeError as error:
+        raise UserError(f"XDG_CACHE_HOME: {error}; set it to the folder for the cache") from None
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file, whole or not at all."""
     with replacing_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")  # names may hold stray bytes
 
 
 def write_json(path: Path, content: Any) -> None:

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, dump_config, read_run_config
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import holds_files, json_sha256, read_as, write_json, write_text
+from shd_diffusion.files import check_ours, json_sha256, read_as, write_json, write_text
 from shd_diffusion.protocol import flatten
 from shd_diffusion.squeezing.plan import PLANS_FILE
 
@@ -102,11 +102,8 @@ class RunFolder:
         Raises:
             UserError: the folder belongs to another config, or is no run folder.
         """
+        check_ours(self.path, self.config_file.name)
         if not self.config_file.exists():
-            if holds_files(self.path):
-                raise UserError(
-                    f"{self.path}: holds files but no config.yaml of a run; give another --output"
-                )
             return
         present = self.read_config()
         there, now = _training_keys(present), _training_keys(config)

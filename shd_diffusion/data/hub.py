@@ -14,6 +14,7 @@ from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.framing import Framing
 from shd_diffusion.data.image_sets import ImageFiles
 from shd_diffusion.errors import UserError, did_you_mean, one_line
+from shd_diffusion.models.hub import go_offline_without_hub, is_hub_name
 
 
 class HubImages(ImageFiles):
@@ -96,6 +97,10 @@ def load_table(path: str, split: str) -> Any:
             f"data.path: {path} needs the library `datasets`; pip install 'shd-diffusion[datasets]'"
         ) from None
     try:
+        if not Path(path).exists():
+            if "/" in path and not is_hub_name(path):
+                raise ValueError("no such folder here")
+            go_offline_without_hub()
         table: Any = datasets.load_dataset(path, split=split)
     except Exception as error:  # the builders of data sets raise errors of any kind
         raise UserError(

@@ -12,6 +12,8 @@ from diffusers import AutoModel, ModelMixin
 from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.models.factory import check_weights
+from shd_diffusion.models.hub import is_hub_name
 from shd_diffusion.models.pipeline_folder import find_pipeline
 
 
@@ -128,8 +130,11 @@ def load_vae(path: str) -> ModelMixin:
         UserError: there is none.
     """
     try:
+        if not (Path(path).exists() or is_hub_name(path)):
+            raise ValueError("no such folder here")
         vae = AutoModel.from_pretrained(path, subfolder=_subfolder(path), use_safetensors=True)
-    except (OSError, ValueError) as error:
+        check_weights(vae)
+    except Exception as error:  # diffusers raises errors of any kind on damaged files
         raise UserError(
             f"{path}: cannot be loaded ({one_line(error)}); give a folder or hub name of a diffusers VAE"
         ) from None

@@ -14,7 +14,7 @@ from shd_diffusion.evaluation.extractors import extractor_name
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.evaluation.metrics import check_settings, needs_reference, without_reference
 from shd_diffusion.files import check_outside, locked, write_json
-from shd_diffusion.models.factory import is_hub_name
+from shd_diffusion.models.hub import is_hub_name
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.archive import ARCHIVE

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.hashing import hash_model
-from shd_diffusion.models.factory import is_hub_name
+from shd_diffusion.models.hub import is_hub_name
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
 

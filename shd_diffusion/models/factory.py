@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Container
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,12 +13,14 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 from pydantic import Field, model_validator
+from torch import nn
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json
 from shd_diffusion.models import squeezed
 from shd_diffusion.models.denoiser import prepare
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
+from shd_diffusion.models.hub import is_hub_name
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.section import Arguments, Section
 
@@ -237,9 +239,21 @@ def _load(kind: type[ModelMixin], path: str, subfolder: str | None, dtype: torch
     )
     if missing := report["missing_keys"]:
         raise ValueError(f"weights are missing: {sorted(missing)[0]}")
-    if broken := next((n for n, p in model.named_parameters() if not p.isfinite().all()), None):
-        raise ValueError(f"weights are not finite: {broken}")
+    check_weights(model)
     return ready(model)
+
+
+def check_weights(model: nn.Module) -> None:
+    """See that a model's files held all weights, and numbers in them.
+
+    Raises:
+        ValueError: they do not; the first such weight is named.
+    """
+    for name, weight in chain(model.named_parameters(), model.named_buffers()):
+        if weight.is_meta:  # what a file lacks is left without numbers
+            raise ValueError(f"weights are missing: {name}")
+        if not weight.isfinite().all():
+            raise ValueError(f"weights are not finite: {name}")
 
 
 def find_model_folder(path: Path) -> Path | None:
@@ -250,16 +264,6 @@ def find_model_folder(path: Path) -> Path | None:
         path,
     )
     return next((folder for folder in candidates if (folder / "config.json").is_file()), None)
-
-
-def is_hub_name(name: str) -> bool:
-    """Whether this may be asked of the hub: `owner/name`, and not a path into a folder that is here."""
-    parent = Path(name).parent
-    return (
-        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-        and not parent.is_dir()
-        and str(parent) not in (".", "..")
-    )
 
 
 def ready(model: ModelMixin) -> ModelMixin:

@@ -18,7 +18,8 @@ from huggingface_hub import snapshot_download
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json, sha256, write_json
-from shd_diffusion.models.factory import DENOISERS, denoiser_part, find_model_folder, is_hub_name
+from shd_diffusion.models.factory import DENOISERS, denoiser_part, find_model_folder
+from shd_diffusion.models.hub import is_hub_name
 
 INDEX = "model_index.json"
 READ = (".json", ".safetensors", ".txt", ".model", ".jinja")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,8 @@ import shd_diffusion.models  # noqa: F401 -- diffusers loads only classes of mod
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.models.denoiser import num_classes
-from shd_diffusion.models.factory import DENOISERS, is_hub_name
+from shd_diffusion.models.factory import DENOISERS, check_weights
+from shd_diffusion.models.hub import is_hub_name
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 
 # Pipelines of diffusers that are sampled as a run's, by what they call their denoiser.
@@ -58,7 +58,8 @@ def open_pipeline(name: str, precision: str = "float32") -> DiffusionPipeline:
                     f"a {kind} is not sampled by prompt, by class or unconditionally; {known} are"
                 )
             pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype)
-        _check_weights(pipeline)
+        for model in _models(pipeline):
+            check_weights(model)
         # nothing is sampled without these
         if isinstance(pipeline, ClassConditionalPipeline):
             pipeline.noise_shape, num_classes(pipeline.denoiser), pipeline.scheduler.set_timesteps
@@ -79,17 +80,3 @@ def _models(pipeline: DiffusionPipeline) -> list[Any]:
     models = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     first = [models.pop(name) for name in (*DENOISERS, "vae") if name in models]
     return first + [models[name] for name in sorted(models)]
-
-
-def _check_weights(pipeline: DiffusionPipeline) -> None:
-    """See that the files held all weights, and numbers in them.
-
-    Raises:
-        ValueError: they do not; the first such weight is named.
-    """
-    for model in _models(pipeline):
-        for name, weight in chain(model.named_parameters(), model.named_buffers()):
-            if weight.is_meta:  # what a file lacks is left without numbers
-                raise ValueError(f"weights are missing: {name}")
-            if not weight.isfinite().all():
-                raise ValueError(f"weights are not finite: {name}")

@@ -18,8 +18,8 @@ from shd_diffusion.data import Source, build_source
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json
 from shd_diffusion.models.denoiser import num_classes, sample_shape
-from shd_diffusion.models.factory import is_hub_name
 from shd_diffusion.models.families import TEXT_MASK, family_of
+from shd_diffusion.models.hub import is_hub_name
 from shd_diffusion.models.pipeline_folder import find_pipeline
 
 CLIP_TOKENS = 77

@@ -1,0 +1,51 @@
+"""What may be asked of the Hugging Face hub, and a hub that does not answer."""
+
+from __future__ import annotations
+
+import re
+import urllib.error
+import urllib.request
+from functools import cache
+from pathlib import Path
+
+from huggingface_hub import constants
+
+from shd_diffusion.progress import announce
+
+PATIENCE = 10.0  # seconds
+
+
+def is_hub_name(name: str) -> bool:
+    """Whether this may be asked of the hub: `owner/name`, and not a path into a folder that is here.
+
+    Before the first such name the hub is tried, see `go_offline_without_hub`.
+    """
+    parent = Path(name).parent
+    found = (
+        re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+        and not parent.is_dir()
+        and str(parent) not in (".", "..")
+    )
+    if found:
+        go_offline_without_hub()
+    return found
+
+
+@cache
+def go_offline_without_hub() -> None:
+    """Let this process do with what has been downloaded before if the hub does not answer within `PATIENCE`.
+
+    Its client tries each file again and again, for minutes.
+    """
+    if constants.HF_HUB_OFFLINE:
+        return
+    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=PATIENCE).close()
+    except urllib.error.HTTPError:  # an answer
+        return
+    except (OSError, ValueError) as error:
+        announce(
+            f"{constants.ENDPOINT}: does not answer ({error}); only what has been downloaded before is used"
+        )
+        constants.HF_HUB_OFFLINE = True
