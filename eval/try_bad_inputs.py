@@ -466,7 +466,7 @@ def cases(world: Path) -> Iterator[Case]:
     for name, text in BAD_YAML.items():
         for stage in ("train-teacher", "distill", "prepare", "study"):
             command = f"{stage} @/bad.yaml --output @/out"
-            write = partial(Path.write_bytes, data=text.encode("latin-1"))
+            write: Callable[[Path], object] = partial(Path.write_bytes, data=text.encode("latin-1"))
             yield Case("configs", f"{stage}: {name}", command, write, "bad.yaml")
     for group, commands in BAD_ARGUMENTS.items():
         for command in commands:

@@ -60,6 +60,8 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 
     @functools.wraps(function)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        for stream in (sys.stdout, sys.stderr):
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may know ASCII only
         try:
             function(*args, **kwargs)
         except UserError as error:
@@ -504,8 +506,6 @@ def _output(config: Any, output: Path | None, source: Path) -> Path:
 
 def main() -> None:
     """Entry point of the installed command."""
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may know ASCII only
     app()
 
 

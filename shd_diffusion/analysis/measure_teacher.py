@@ -15,7 +15,7 @@ from shd_diffusion.attention import attention_blocks
 from shd_diffusion.data import build_source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import locked, replacing_file, write_text
+from shd_diffusion.files import check_ours, locked, replacing_file, write_text
 from shd_diffusion.models.factory import TeacherConfig
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.teacher import load_teacher, scheduler_for
@@ -23,6 +23,7 @@ from shd_diffusion.processes import processes
 from shd_diffusion.reporting.tables import csv_text, terminal
 from shd_diffusion.run_folder import RunFolder
 
+RESULTS = "squeezing.json"
 BLOCK_METRICS = ("residual", "block_error", "from_mean")
 
 
@@ -38,6 +39,7 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, plan: Measur
     Raises:
         UserError: there is no such run, its data are missing, or its heads cannot be squeezed so.
     """
+    check_ours(output, RESULTS)
     config = run.read_config()
     teacher = load_teacher(TeacherConfig(path=str(run.path)))
     model = teacher.model.to(processes().device)
@@ -59,7 +61,7 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, plan: Measur
     }
     # its lists are long: indented, it would be four times as large
     with locked(output):
-        write_text(output / "squeezing.json", json.dumps(results) + "\n")
+        write_text(output / RESULTS, json.dumps(results) + "\n")
         write_text(output / "squeezing.csv", _as_csv(results))
         with replacing_file(output / "squeezing.png") as temporary:
             temporary.write_bytes(plot_squeezing(results).png)

@@ -31,8 +31,8 @@ from shd_diffusion.data.prompts import Prompts
 from shd_diffusion.data.sampled_latents import LatentSampler, TeacherSamplingConfig
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import (
+    check_ours,
     check_outside,
-    holds_files,
     locked,
     save_tensors,
     sha256,
@@ -271,9 +271,8 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
     Raises:
         UserError: it does not; what differs is named.
     """
+    check_ours(output, MANIFEST, "shards")
     if not (output / MANIFEST).exists():
-        if not (output / "shards").is_dir() and holds_files(output):
-            raise UserError(f"{output}: holds files but no {MANIFEST} of a cache; give another --output")
         return
     present = read_manifest(output, complete=False)["identity"]
     for key, name in IDENTITY.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import zipfile
 from abc import abstractmethod
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from shd_diffusion.data.decoding import centre_square, decode
-from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.errors import UserError, one_line, printable_path
 from shd_diffusion.files import sha256
 
 SUFFIXES = {".png", ".jpg", ".jpeg"}
@@ -93,15 +94,15 @@ class FolderImages(ImageSet):
         return len(self.paths)
 
     def __getitem__(self, index: int) -> Tensor:
-        return decode(self.paths[index], str(self.paths[index]))
+        return decode(self.paths[index], self.name(index))
 
     def name(self, index: int) -> str:
-        return str(self.paths[index])
+        return printable_path(self.paths[index])
 
     def sha256(self) -> str:
         digest = hashlib.sha256(b"upright, on white")  # see `decode`
         for path in self.paths:
-            digest.update(f"{path.relative_to(self.folder)}\0".encode())
+            digest.update(os.fsencode(path.relative_to(self.folder)) + b"\0")
             digest.update(bytes.fromhex(sha256(path)))
         return digest.hexdigest()
 

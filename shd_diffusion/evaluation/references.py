@@ -191,7 +191,10 @@ def _from_images(images: ImageSet, source: str, extractor: Extractor, batch_size
         source, fingerprint, len(images), statistics, found["features"], images.labels, image_size, images
     )
     if processes().is_main_process:
-        save_reference(reference, extractor, cached)
+        try:
+            save_reference(reference, extractor, cached)
+        except OSError as error:
+            announce(f"{cached}: cannot be kept ({one_line(error)}), and is computed each time")
     return reference
 
 

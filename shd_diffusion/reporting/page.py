@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from PIL import Image
 
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, printable_path
 from shd_diffusion.files import replacing_folder, write_text
 from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
@@ -129,7 +130,19 @@ def _check_place(output: Path) -> Path:
         raise UserError(
             f"{folder}: would be replaced, but is of no {output.name}; move it or give another --output"
         )
+    for file in folder.iterdir() if folder.exists() else ():
+        if not _is_plot(file):
+            raise UserError(f"{printable_path(file)}: would be deleted with earlier plots; move it elsewhere")
     return folder
+
+
+def _is_plot(file: Path) -> bool:
+    """Whether Matplotlib has drawn a picture, as all plots of a page."""
+    try:
+        with Image.open(file) as image:
+            return str(image.info.get("Software", "")).startswith("Matplotlib")
+    except Exception:  # what is no image, and whatever Pillow says to it
+        return False
 
 
 def _is_report(page: Path) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import holds_files, locked, read_as, replacing_file, write_json, write_text
+from shd_diffusion.files import check_ours, locked, read_as, replacing_file, write_json, write_text
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.protocol import OF_THE_MODEL, flatten
@@ -142,10 +142,7 @@ def _open(folder: Path, protocol: dict[str, Any]) -> Summary | None:
     """What is known of the images in the folder, which must have been made under the same protocol."""
     summary = read_summary(folder)
     if summary is None:
-        if holds_files(folder):
-            raise UserError(
-                f"{folder}: holds files of another origin, without a {SUMMARY}; sample into another folder (--output)"
-            )
+        check_ours(folder, SUMMARY)
         return None
     there, now = flatten(summary.protocol), flatten(protocol)
     for key in sorted(there.keys() | now.keys()):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shd_diffusion.errors import UserError
+from shd_diffusion.files import check_ours
 from shd_diffusion.study.config import StudyConfig, plan_runs
 from shd_diffusion.study.page import write_study
 from shd_diffusion.study.results import collect, write_results
@@ -24,6 +25,7 @@ def run_study(study: StudyConfig, output: Path, command_line: str) -> Path:
         UserError: the study's config is wrong, a folder holds another run, or runs failed (after the
             others are written up).
     """
+    check_ours(output, "study.json", "logs")
     planned = plan_runs(study, output)
     failed = carry_out(study, planned, output, command_line)
     results = collect(study, planned)
