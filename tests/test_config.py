@@ -120,7 +120,10 @@ def test_a_key_that_is_given_twice_is_an_error(tmp_path: Path) -> None:
         read_config(tmp_path / "twice.yaml", TrainTeacherConfig)
 
 
-@pytest.mark.parametrize("text", ["[" * 2000, "a: 2001-99-99", "a: " + "9" * 5000])
+BOMB = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 3)}]\n" for i in range(1, 20))
+
+
+@pytest.mark.parametrize("text", ["[" * 2000, "seed: 2001-99-99", "a: " + "9" * 5000, BOMB, "a: &a [*a]"])
 def test_what_breaks_the_parser_is_one_line(text: str, tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text(text)
     with pytest.raises(UserError, match=r"bad\.yaml"):
@@ -131,3 +134,28 @@ def test_a_misspelt_key_is_named_rather_than_the_one_that_is_missing(tmp_path: P
     (tmp_path / "mine.yaml").write_text("train: {max_steps: 3, batchsize: 8}\nmodel: {}\n")
     with pytest.raises(UserError, match=r"unknown key `train\.batchsize`; did you mean `batch_size`"):
         read_config(tmp_path / "mine.yaml", TrainTeacherConfig)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "model.arguments.dropout=.nan",
+        "sample.scheduler_arguments={a: [1, {b: .inf}]}",
+        "sample.pipeline_arguments={a: -.inf}",
+    ],
+)
+def test_arguments_of_other_libraries_are_finite(override: str) -> None:
+    tree = {"train": {"max_steps": 1, "batch_size": 1}, "model": {}}
+    config = parse_config(tree, TrainTeacherConfig, "mine.yaml")
+    with pytest.raises(UserError, match=r"arguments`: .* is no finite number"):
+        override_config(config, [override], "mine.yaml")
+
+
+def test_a_date_is_a_text() -> None:
+    assert parse_yaml("2001-01-01") == "2001-01-01"
+
+
+def test_a_long_value_is_shortened_in_a_message(tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        parse_config({"seed": "x" * 100_000}, TrainTeacherConfig, "mine.yaml")
+    assert len(str(caught.value)) < 300

@@ -227,6 +227,14 @@ BAD = {
         ["losses.shd.timesteps=[800, 200]"],
         ["distill.yaml", "losses.shd", "[800, 200]"],
     ),
+    "timesteps beyond the process": (
+        ["losses.shd.timesteps=[5000, 9000]"],
+        ["distill.yaml", "losses.shd.timesteps", "0 to 999"],
+    ),
+    "more heads than fit a machine": (
+        ["student.arguments.num_attention_heads=10000000"],
+        ["distill.yaml", "student", "GB, more than this machine has"],
+    ),
     "validation by other features": (
         ["train.validation.every=5", "evaluate.extractor=fashion-mnist-classifier"],
         ["distill.yaml", "train.validation", "32×32"],

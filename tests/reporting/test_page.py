@@ -259,6 +259,19 @@ def test_a_page_of_somebody_else_is_left_alone(runs: dict[str, Path], tmp_path: 
     assert (tmp_path / "my-figures" / "photo.png").read_bytes() == b"mine"
 
 
+def test_what_else_lies_among_the_plots_is_left_alone(runs: dict[str, Path], tmp_path: Path) -> None:
+    write_report([runs["kd"]], tmp_path / "my.html")
+    (tmp_path / ".my.html.tmp-1").touch()  # of a call that was killed
+    photo = tmp_path / "my-figures" / "photo.png"
+    Image.new("RGB", (4, 4)).save(photo)
+    with pytest.raises(UserError, match=r"photo\.png: would be deleted with earlier plots"):
+        write_report([runs["kd"]], tmp_path / "my.html")
+    assert photo.exists()
+    photo.unlink()
+    write_report([runs["kd"]], tmp_path / "my.html")
+    assert not (tmp_path / ".my.html.tmp-1").exists()
+
+
 def test_a_place_that_cannot_be_written_is_told(runs: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"report\.html: cannot be written"):
