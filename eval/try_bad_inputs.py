@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import shlex
 import shutil
+import struct
 import tempfile
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -127,7 +129,7 @@ NO_NUMBERS = (".inf", "-.inf", ".nan", "1e400", "-1", "many", "[1]", "{}", "null
 NO_COUNTS = ("0", "-1", "1.5", "1000000000000", "9" * 30, ".inf", "many", "[1]", "true")
 
 BAD_VALUES: dict[str, tuple[str, ...]] = {
-    "train.learning_rate": (*NO_NUMBERS, "0"),
+    "train.learning_rate": (*NO_NUMBERS, "0", "1e39"),
     "train.weight_decay": NO_NUMBERS,
     "train.max_grad_norm": ("-1", "0", ".nan", "many"),
     "train.ema_decay": (".nan", "1", "1.5", "-0.1", "many"),
@@ -455,6 +457,40 @@ BAD_NPZ: dict[str, Callable[[Path], object]] = {
 }
 
 
+def _png(width: int, height: int) -> bytes:
+    """The head of a PNG of so many pixels, of which none are there."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header))
+
+
+def _picture(array: np.ndarray, kind: str = "tiff") -> Callable[[Path], object]:
+    return lambda path: Image.fromarray(array).save(path, kind)
+
+
+def _link(to: str) -> Callable[[Path], object]:
+    def link(path: Path) -> None:
+        path.unlink()
+        path.symlink_to(to)
+
+    return link
+
+
+BAD_PICTURES: dict[str, Callable[[Path], object]] = {
+    "a text": partial(Path.write_text, data="no picture"),
+    "nothing": partial(Path.write_bytes, data=b""),
+    "a bomb": partial(Path.write_bytes, data=_png(30_000, 30_000)),
+    "no pixels": partial(Path.write_bytes, data=_png(16, 16)),
+    "of no size": partial(Path.write_bytes, data=_png(0, 0)),
+    "a picture of SVG": partial(Path.write_text, data="<svg xmlns='http://www.w3.org/2000/svg'/>"),
+    "32 bits": _picture(np.full((16, 16), 70_000, np.int32)),
+    "floats beyond 1": _picture(np.full((16, 16), 2.5, np.float32)),
+    "NaN": _picture(np.full((16, 16), np.nan, np.float32)),
+    "a link to nowhere": _link("nowhere.png"),
+    "a link to itself": _link("00.png"),
+    "a link to a folder": _link("."),
+}
+
+
 def cases(world: Path) -> Iterator[Case]:
     """All cases."""
     like = ("student.arguments.num_layers=1", "student.arguments.num_attention_heads=2")
@@ -485,6 +521,10 @@ def cases(world: Path) -> Iterator[Case]:
                     yield Case(
                         "values in files", name, command, _set_value(place, value), file, may_pass=True
                     )
+    for name, write in BAD_PICTURES.items():
+        for reference in ("digits", "@/images"):
+            command = f"evaluate @/images --reference {reference} --extractor digits-classifier"
+            yield Case("pictures", f"{name}: {reference}", command, write, "images/a/00.png")
     for name, write in BAD_NPZ.items():
         for command in (
             "evaluate @/bad.npz --reference digits --extractor digits-classifier",
@@ -561,7 +601,9 @@ def _damaged(case: Case, world: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink() if content is None else path.write_bytes(content)
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
 
 
 def hashes(folder: Path) -> dict[str, str]:

@@ -60,10 +60,10 @@ class TrainConfig(Section):
     max_steps: int = Field(..., ge=1, le=10**9)
     batch_size: int = Field(..., ge=1, le=MOST_AT_ONCE)
     micro_batch_size: int | None = Field(None, ge=1)
-    learning_rate: float = Field(1e-4, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(1e-4, gt=0, le=1e6, allow_inf_nan=False)
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0, allow_inf_nan=False)
+    weight_decay: float = Field(0.0, ge=0, le=1e6, allow_inf_nan=False)
     max_grad_norm: float = Field(1.0, gt=0)
     ema_decay: float = Field(0.9999, ge=0, lt=1)
     condition_dropout: float = Field(0.1, ge=0, lt=1)

@@ -26,7 +26,16 @@ def some(world: Path, group: str) -> list[Case]:
 
 @pytest.mark.parametrize(
     "group",
-    ["values of a config", "configs", "options", "places", "damaged files", "values in files", "arrays"],
+    [
+        "values of a config",
+        "configs",
+        "options",
+        "places",
+        "damaged files",
+        "values in files",
+        "pictures",
+        "arrays",
+    ],
 )
 def test_bad_input_is_refused_in_one_line_and_writes_nothing(group: str, world: Path) -> None:
     wrong = {case.name: found for case in some(world, group) if (found := attempt(case, world))}

@@ -27,7 +27,7 @@ class AutoencoderConfig(Section):
     max_steps: int = Field(..., ge=1)
     batch_size: int = Field(16, ge=1)
     crop_size: int = Field(32, ge=DOWNSAMPLING, multiple_of=DOWNSAMPLING)
-    learning_rate: float = Field(2e-3, gt=0, allow_inf_nan=False)
+    learning_rate: float = Field(2e-3, gt=0, le=1e6, allow_inf_nan=False)
     warmup_steps: int = Field(30, ge=0)
 
 
