@@ -6,6 +6,7 @@ What takes seconds to import is imported where it is used, inside the guard agai
 from __future__ import annotations
 
 import functools
+import io
 import json
 import math
 import sys
@@ -61,7 +62,8 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
     @functools.wraps(function)
     def guarded(*args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
         for stream in (sys.stdout, sys.stderr):
-            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a terminal may know ASCII only
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII only
         try:
             function(*args, **kwargs)
         except UserError as error:

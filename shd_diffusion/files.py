@@ -24,6 +24,8 @@ from shd_diffusion.progress import announce
 
 Kind = TypeVar("Kind")
 
+WRITE_AGAIN = "delete it and run the command that wrote it again"
+
 # Temporary names: those of the functions here, and of safetensors' own writer.
 TEMPORARY = re.compile(r"\..+\.tmp(-\d+)?|\.tmp\w{6}")
 
@@ -192,8 +194,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         temporary.chmod(mode)
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file.
+def read_json(path: Path, fix: str = WRITE_AGAIN) -> Any:
+    """Read a JSON file; `fix` is what to do about a damaged one.
 
     Raises:
         UserError: the file is missing or damaged.
@@ -203,25 +205,21 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
-        raise UserError(
-            f"{path}: not a JSON file; delete it and run the command that wrote it again"
-        ) from None
+        raise UserError(f"{path}: not a JSON file; {fix}") from None
 
 
-def read_as(path: Path, kind: type[Kind]) -> Kind:
-    """Read a JSON file that a stage wrote, as a type that pydantic knows.
+def read_as(path: Path, kind: type[Kind], fix: str = WRITE_AGAIN) -> Kind:
+    """Read a JSON file that a stage wrote, as a type that pydantic knows; `fix` is what to do about a damaged one.
 
     Raises:
         UserError: it is missing or damaged, or a value in it is not what it should be.
     """
     try:
-        return TypeAdapter(kind).validate_python(read_json(path))
+        return TypeAdapter(kind).validate_python(read_json(path, fix))
     except ValidationError as error:
         wrong = error.errors()[0]
         place = f"key `{'.'.join(map(str, wrong['loc']))}`: " if wrong["loc"] else ""
-        raise UserError(
-            f"{path}: {place}{one_line(wrong['msg'])}; delete it and run the command that wrote it again"
-        ) from None
+        raise UserError(f"{path}: {place}{one_line(wrong['msg'])}; {fix}") from None
 
 
 def sha256(path: Path) -> str:

@@ -9,7 +9,7 @@ from datetime import timedelta
 import torch
 from accelerate import PartialState
 
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line
 
 
 def processes() -> PartialState:
@@ -19,11 +19,17 @@ def processes() -> PartialState:
     would believe that it is alone, and all would write the same files.
 
     Raises:
-        UserError: fewer processes were joined than the launcher started.
+        UserError: they could not be joined, or fewer than the launcher started.
     """
-    # Who dies takes the others down by the launcher; who is slow, over images or shards, is waited for.
-    state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
-    launched = int(os.environ.get("WORLD_SIZE", 1))
+    try:
+        launched = int(os.environ.get("WORLD_SIZE", 1))
+        # Who dies takes the others down by the launcher; who is slow, over images or shards, is waited for.
+        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+    except (ValueError, RuntimeError) as error:
+        raise UserError(
+            f"WORLD_SIZE, RANK, MASTER_ADDR: processes cannot be joined by these ({one_line(error)}); launch them by "
+            "torchrun, or unset them"
+        ) from error
     if state.num_processes != launched:
         raise UserError(
             f"WORLD_SIZE: {launched} processes were launched, but only {state.num_processes} joined; "

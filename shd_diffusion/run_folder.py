@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, dump_config, read_run_config
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import check_ours, json_sha256, read_as, write_json, write_text
+from shd_diffusion.files import check_ours, json_sha256, naming, read_as, write_json, write_text
 from shd_diffusion.protocol import flatten
 from shd_diffusion.squeezing.plan import PLANS_FILE
 
@@ -164,7 +164,7 @@ class RunFolder:
 
     def log(self, entry: dict[str, Any]) -> None:
         """Append a line to the metrics."""
-        with self.metrics_file.open("a", encoding="utf-8") as file:
+        with naming(self.metrics_file), self.metrics_file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
 
     def forget_after(self, step: int) -> None:

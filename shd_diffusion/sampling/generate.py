@@ -49,7 +49,7 @@ def read_summary(folder: Path) -> Summary | None:
         UserError: its `sampling.json` is damaged.
     """
     path = folder / SUMMARY
-    return read_as(path, Summary) if path.exists() else None
+    return read_as(path, Summary, "delete the folder and sample anew") if path.exists() else None
 
 
 def generate_images(
@@ -93,12 +93,16 @@ def _generate(
 ) -> dict[str, Any]:
     """All of `generate_images` that writes."""
     summary = _open(folder, protocol) or Summary(**sampler.told(0), protocol=protocol)
-    state.wait_for_everyone()  # everyone has seen the folder as it was
-    if state.is_main_process and not summary.num_images:
-        write_json(folder / SUMMARY, summary.model_dump())
+
+    def begin() -> None:
+        """The folder's first file, once all have seen it as it was, and no pipeline has refused its arguments."""
+        state.wait_for_everyone()
+        if state.is_main_process and not summary.num_images:
+            write_json(folder / SUMMARY, summary.model_dump())
+        state.wait_for_everyone()
+
     sampler.pipeline.set_progress_bar_config(disable=True)
     computed, seconds = 0, 0.0
-    state.wait_for_everyone()
     with progress_bar(config.num_images, f"sample {name}", "image", visible=state.is_main_process) as bar:
         for indices in deal_passes(config, state.process_index, state.num_processes):
             wanted = [index for index in indices if index < config.num_images]
@@ -107,13 +111,17 @@ def _generate(
                 began = time.perf_counter()
                 try:
                     pixels = sampler.images(indices).cpu()
-                except ValueError as error:
+                except (ValueError, TypeError, IndexError) as error:
                     raise UserError(f"{name}: cannot be sampled ({one_line(error)})") from error
+                if not computed:
+                    begin()
                 seconds, computed = seconds + time.perf_counter() - began, computed + len(indices)
                 for index, image in zip(indices, pixels, strict=True):
                     if index in missing:
                         _write_png(image_path(folder, index), image)
             bar.update(min(len(wanted) * state.num_processes, config.num_images - bar.n))
+    if not computed:
+        begin()
     state.wait_for_everyone()
     if state.is_main_process and (computed or summary.num_images < config.num_images):
         finished = max(config.num_images, summary.num_images)

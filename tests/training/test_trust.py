@@ -173,3 +173,10 @@ def test_a_hub_that_never_answers_is_given_up(
         code, _, errors = command("inspect", "nobody/nothing")
         assert "nobody/nothing" in one_error(code, errors)
     hub.go_offline_without_hub.cache_clear()
+
+
+def test_a_launcher_that_is_none_is_one_line(tmp_path: Path) -> None:
+    process = Fork("shd_diffusion.cli:main", *TEACHER, "--output", tmp_path / "run", WORLD_SIZE="many")
+    _, errors = process.communicate(timeout=120)
+    assert "WORLD_SIZE" in one_error(process.returncode, errors)
+    assert not (tmp_path / "run").exists()
