@@ -31,7 +31,7 @@ from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.data.prepare import prepare
 from shd_diffusion.data.published import fashion_mnist
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import save_tensors
+from shd_diffusion.files import locked, save_tensors
 
 
 def test_reading_draws_nothing_from_torch(images: Path):
@@ -189,6 +189,28 @@ def test_latents_that_are_not_finite_are_named(images: Path, vae: Path, tmp_path
     monkeypatch.setattr(LatentSpace, "encode", overflowing)
     with pytest.raises(UserError, match=r"cat/03\.png: its latents are not finite in float16"):
         make_cache(images, vae, tmp_path / "cache", dtype="float16", shard_size=10)
+
+
+def test_a_vae_without_all_its_numbers_is_refused(images: Path, vae: Path, tmp_path: Path):
+    other = tmp_path / "vae"
+    shutil.copytree(vae, other)
+    weights = load_file(other / "diffusion_pytorch_model.safetensors")
+    weights["encoder.conv_in.bias"][0] = torch.nan
+    save_file(weights, other / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"prepare\.vae.*weights are not finite: encoder\.conv_in\.bias"):
+        make_cache(images, other, tmp_path / "cache")
+    del weights["encoder.conv_in.bias"]
+    save_file(weights, other / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"prepare\.vae.*weights are missing: encoder\.conv_in\.bias"):
+        make_cache(images, other, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_two_preparations_do_not_share_a_folder(images: Path, vae: Path, tmp_path: Path):
+    with locked(tmp_path / "cache"), pytest.raises(UserError, match="another command is at work"):
+        make_cache(images, vae, tmp_path / "cache")
+    assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+    assert len(build_source(latents(make_cache(images, vae, tmp_path / "cache")))) == NUM_IMAGES
 
 
 def test_one_process_a_machine_reads_the_shards(images: Path, vae: Path, tmp_path: Path, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import zipfile
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import images as images_module
@@ -74,6 +75,29 @@ def test_the_hash_is_of_the_content(pixels, tmp_path):
     assert FolderImages(write_folder(tmp_path / "b", pixels)).sha256() == before
     pixels[2, 0, 0, 0] ^= 1
     assert FolderImages(write_folder(tmp_path / "a", pixels)).sha256() != before
+
+
+def test_names_that_are_no_text_and_links_to_nowhere(pixels, tmp_path):
+    folder = write_folder(tmp_path / "a", pixels)
+    (folder / "000000.png").rename(folder / os.fsdecode(b"0\xff\n.png"))
+    images = FolderImages(folder)
+    assert images.name(0) == f"{folder}/0\\xff\\n.png" and len(images.sha256()) == 64
+    (folder / "000001.png").unlink()
+    (folder / "000001.png").symlink_to("nowhere.png")
+    with pytest.raises(UserError, match=r"000001\.png: not a readable image"):
+        FolderImages(folder)[1]
+    (folder / "000001.png").unlink()
+    (folder / "000001.png").symlink_to("000001.png")
+    with pytest.raises(UserError, match=r"000001\.png: not a readable image"):
+        FolderImages(folder)[1]
+
+
+def test_images_of_a_folder_are_decoded_as_in_training(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    Image.new("RGBA", (8, 4), (9, 9, 9, 0)).save(tmp_path / "0.png", exif=exif)
+    image = FolderImages(tmp_path)[0]
+    assert image.shape == (3, 8, 4) and image.unique().tolist() == [255]
 
 
 def test_resizing_keeps_the_centre(tmp_path):
