@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from abc import abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -108,8 +109,8 @@ class ImageFiles(Images):
         return read_geometry(self.file(index), self.name(index), self.framing)
 
     def fingerprint(self) -> str:
-        framing = self.framing
-        return json_sha256([self.content(), framing.buckets, framing.upright, framing.background])
+        decoded = {key: value for key, value in asdict(self.framing).items() if key != "image_size"}
+        return json_sha256([self.content(), decoded])
 
     def announce_enlarged(self, most: int = 1000) -> None:
         """Tell a person how many images are smaller than what they are brought to, of at most so many."""
