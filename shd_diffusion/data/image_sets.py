@@ -109,8 +109,10 @@ class ImageFiles(Images):
         return read_geometry(self.file(index), self.name(index), self.framing)
 
     def fingerprint(self) -> str:
-        decoded = {key: value for key, value in asdict(self.framing).items() if key != "image_size"}
-        return json_sha256([self.content(), decoded])
+        framing = asdict(self.framing)
+        if len(self.buckets) == 1:  # the size of all, which `shape` tells
+            del framing["image_size"], framing["buckets"]
+        return json_sha256([self.content(), framing])
 
     def announce_enlarged(self, most: int = 1000) -> None:
         """Tell a person how many images are smaller than what they are brought to, of at most so many."""
