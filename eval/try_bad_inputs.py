@@ -407,7 +407,7 @@ READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 """By file: the damages that no reader may take, and the commands that read it."""
 
 
-OTHER_VALUES: tuple[Any, ...] = (None, [], "x", -1)
+OTHER_VALUES: tuple[Any, ...] = (None, "x")
 
 VALUES_OF = {
     "teacher/summary.json": ("report @/teacher --output @/out", SAMPLE),

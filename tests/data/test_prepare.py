@@ -207,7 +207,7 @@ def test_what_a_cache_is_made_from_must_not_change(images: Path, vae: Path, tmp_
         make_cache(images, vae, folder)
     assert shard_files(folder) == before
 
-    with pytest.raises(UserError, match=r"no manifest\.json"):
+    with pytest.raises(UserError, match=r"lies in .*images, which is read \(`data\.path`\)"):
         make_cache(images, vae, images)
     with pytest.raises(UserError, match=r"prepare\.vae"):
         make_cache(images, tmp_path / "nowhere", tmp_path / "new")
