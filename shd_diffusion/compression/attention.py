@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,12 +31,14 @@ from shd_diffusion.models.squeezed import (
 from shd_diffusion.squeezing import match_merges, plan_merges
 from shd_diffusion.squeezing.heads import (
     RIDGE,
+    ROUNDS,
     factor_queries_keys,
     head_movements,
     heads_to_keep,
     merge_values,
     refit_heads,
     select_heads,
+    value_bases,
 )
 from shd_diffusion.squeezing.map_stream import MapStream, cut, stream
 from shd_diffusion.squeezing.matching import merge_rounds
@@ -62,8 +65,8 @@ Merge: TypeAlias = tuple[Round, tuple[int, ...]]
 _AT_ONCE = 2**24  # elements of features that exist at once
 _MATCHED_ON = 64  # samples on which pairs are found
 _WIDEST = (
-    2**14
-)  # features of all heads whose moments are held, 2 GB; beyond it values are merged, not refitted
+    2**12
+)  # features of all heads whose moments are taken; beyond it values are looked for in fewer directions
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +87,7 @@ class HeadOptions:
     method: Method = "merge"
     pairing: Pairing = "matched"
     queries: Queries = "select"
-    rounds: int = 4
+    rounds: int = ROUNDS
     rows: int | None = None
     head_dim: int | None = None
 
@@ -118,7 +121,7 @@ def squeeze_attention(
 
     Values and output weights are refitted in turn where each head has both for itself. Where two streams share the maps
     and each has an output layer of its own, or where heads share values, the merged values stay and the output layers
-    are fitted; so too where the moments of all heads' features would not fit into memory.
+    are fitted.
 
     Args:
         model: the model around the block.
@@ -178,7 +181,7 @@ def squeeze_attention(
     layout = head_layout(model, name)
     seen_again = partial(_features, model, name, calls, targets, options.rows)
     with_values = options.method == "merge" and len(layout.outputs) == 1 and layout.sharing == 1
-    if with_values and heads * value.shape[1] <= _WIDEST:
+    if with_values:
         lost = _fit_values_and_output(model, name, seen_again, value, outputs, groups, options.rounds)
     else:
         lost = _fit_outputs(model, name, seen_again, value, outputs, groups)
@@ -325,8 +328,17 @@ def _fit_values_and_output(
     layout = head_layout(model, name)
     (output,) = layout.outputs
     heads, inputs = len(groups), value.shape[1]
+    bases = None
+    if heads * inputs > _WIDEST:
+        some = _own_grams(seen, heads, inputs, rows=4 * inputs).sum(0)
+        bases = value_bases(value, groups, some, _WIDEST // heads)
+        group_of = {head: j for j, group in enumerate(groups) for head in group}
+        value = bases[[group_of[head] for head in range(len(value))]].mT @ value
+        inputs = value.shape[1]
     moments = Moments.zeros(heads * inputs, outputs.shape[2], value.device)
     for _, features, target in seen():
+        if bases is not None:
+            features = torch.einsum("rjc,jck->rjk", features, bases.to(features))
         moments.add(features.flatten(1), target)
     fitted = moments.centred() if _has_bias(model, output) else moments
     blocks = fitted.gram.unflatten(0, (heads, inputs)).unflatten(2, (heads, inputs))
@@ -335,7 +347,7 @@ def _fit_values_and_output(
     started = fitted.loss((values @ merged).flatten(0, 1))
     values, merged, _ = refit_heads(fitted, values, merged, rounds)
     circuits = (values @ merged).flatten(0, 1)
-    _write_values(model, name, values)
+    _write_values(model, name, values if bases is None else bases @ values)
     _write_output(model, output, merged.flatten(0, 1), moments.constant(circuits))
     return started / float(fitted.energy), fitted.loss(circuits) / float(fitted.energy)
 
@@ -387,10 +399,7 @@ def _output_fits(
     """Of each merge the merged values and the moments of what they make of the features."""
     layout, inputs = head_layout(model, name), value.shape[1]
     width = layout.width
-    own = value.new_zeros(layout.heads, inputs, inputs)
-    for _, features, _ in seen():
-        by_head = features.transpose(0, 1).double()
-        own += by_head.mT @ by_head
+    own = _own_grams(seen, layout.heads, inputs)
     fits = []
     for groups, selected in merges:
         sharing = len(groups) // key_value_counts(layout.heads, layout.key_value_heads)[len(groups)]
@@ -407,6 +416,18 @@ def _output_fits(
             mixed = torch.einsum("rjc,jcd->rjd", features[:, list(selected)].double(), values)
             fit.moments[by_layer[path]].add(mixed.flatten(1), target)
     return fits
+
+
+def _own_grams(seen: Features, heads: int, inputs: int, rows: float = math.inf) -> Tensor:
+    """F_jᵀF_j of each head, (heads, c, c), float64, from so many rows or a few more."""
+    own = torch.zeros(heads, inputs, inputs, dtype=torch.float64)
+    for _, features, _ in seen():
+        by_head = features.transpose(0, 1).double()
+        own = own.to(by_head.device).baddbmm(by_head.mT, by_head)
+        rows -= len(features)
+        if rows <= 0:
+            break
+    return own
 
 
 def _fit_norms(
