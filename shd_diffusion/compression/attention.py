@@ -63,10 +63,8 @@ Merge: TypeAlias = tuple[Round, tuple[int, ...]]
 """Groups of heads, and of each group the head whose map it takes."""
 
 _AT_ONCE = 2**24  # elements of features that exist at once
-_MATCHED_ON = 64  # samples on which pairs are found
-_WIDEST = (
-    2**12
-)  # features of all heads whose moments are taken; beyond it values are looked for in fewer directions
+_MATCHED_ON = 64, 2**12  # samples on which pairs are found, and their query rows, at most
+_WIDEST = 2**11  # features of all heads; beyond it values are looked for in fewer directions
 
 
 @dataclass(frozen=True, slots=True)
@@ -328,13 +326,11 @@ def _fit_values_and_output(
     layout = head_layout(model, name)
     (output,) = layout.outputs
     heads, inputs = len(groups), value.shape[1]
-    bases = None
+    bases = own = None
     if heads * inputs > _WIDEST:
-        some = _own_grams(seen, heads, inputs, rows=4 * inputs).sum(0)
-        bases = value_bases(value, groups, some, _WIDEST // heads)
-        group_of = {head: j for j, group in enumerate(groups) for head in group}
-        value = bases[[group_of[head] for head in range(len(value))]].mT @ value
-        inputs = value.shape[1]
+        own = _own_grams(seen, heads, inputs, rows=4 * inputs)
+        bases = value_bases(merge_values(value, outputs, groups, own, _WIDEST // heads)[0], own.sum(0))
+        inputs = bases.shape[2]
     moments = Moments.zeros(heads * inputs, outputs.shape[2], value.device)
     for _, features, target in seen():
         if bases is not None:
@@ -342,8 +338,11 @@ def _fit_values_and_output(
         moments.add(features.flatten(1), target)
     fitted = moments.centred() if _has_bias(model, output) else moments
     blocks = fitted.gram.unflatten(0, (heads, inputs)).unflatten(2, (heads, inputs))
-    own = torch.stack([blocks[j, :, j] for j in range(heads)])
+    if own is None:
+        own = torch.stack([blocks[j, :, j] for j in range(heads)])
     values, merged = merge_values(value, outputs, groups, own, layout.width)
+    if bases is not None:  # they hold what a smaller rank is closest by, too
+        values = bases.mT @ values
     started = fitted.loss((values @ merged).flatten(0, 1))
     values, merged, _ = refit_heads(fitted, values, merged, rounds)
     circuits = (values @ merged).flatten(0, 1)
@@ -500,8 +499,9 @@ def _look(model: nn.Module, name: str, calls: Sequence[Call], factor: bool) -> S
                 maps = record.maps(samples=samples)
                 seen.movements += head_movements(maps, record.value[samples].to(maps.dtype), grams)
         have = sum(len(record.query) for record in seen.records)
-        if have < _MATCHED_ON:
-            seen.records.append(records[MAIN].of_samples(slice(_MATCHED_ON - have)))
+        wanted = min(_MATCHED_ON[0], -(-_MATCHED_ON[1] // records[MAIN].query.shape[2]))
+        if have < wanted:
+            seen.records.append(records[MAIN].of_samples(slice(wanted - have)))
         if factor:
             rows = [_with_one(model, part, inputs) for part in (layout.queries[0], layout.keys[0])]
             if seen.query_inputs is None or seen.key_inputs is None:

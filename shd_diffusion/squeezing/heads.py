@@ -160,24 +160,19 @@ def merge_values(
     return torch.stack(found_values), torch.stack(found_outputs)
 
 
-def value_bases(values: Tensor, groups: Round, gram: Tensor, directions: int) -> Tensor:
-    """Where to look for merged values when all of R^c is too much: an orthonormal basis for each group.
-
-    It spans the values W^V_h of the group's heads, and as many principal directions of the features as there is room
-    for.
+def value_bases(values: Tensor, gram: Tensor) -> Tensor:
+    """Where to look for the values of merged heads when all of R^c is too much: an orthonormal basis for each.
 
     Args:
-        values: W^V of the teacher's heads as they multiply from the right, (M, c, d).
-        groups: N groups of heads.
-        gram: of all heads' features F_j = A'_j H, Σ_j F_jᵀF_j (c, c).
-        directions: k ≤ c; the values of the largest group take as many as they are, even if that is more.
+        values: of N groups, merged to k columns instead of d by `merge_values`, (N, c, k), k ≤ c.
+        gram: of all heads' features F_j = A'_j H, Σ_j F_jᵀF_j (c, c), whose principal directions stand in for columns
+            that are zero.
 
     Returns:
         (N, c, k), float64.
     """
-    width = min(values.shape[1], max(directions, max(map(len, groups)) * values.shape[2]))
     principal = torch.linalg.eigh(gram.double()).eigenvectors.flip(1)
-    spans = [torch.cat([*values[list(group)].double(), principal], 1)[:, :width] for group in groups]
+    spans = [torch.cat([each[:, each.norm(dim=0) > 0], principal], 1)[:, : each.shape[1]] for each in values]
     return torch.linalg.qr(torch.stack(spans)).Q
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_COLUMNS = 1024  # of a Gram matrix that are computed at once
+_COLUMNS = 512  # of a Gram matrix that are computed at once
 
 
 @dataclass(slots=True)

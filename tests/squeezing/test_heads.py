@@ -162,19 +162,28 @@ def test_values_merge_to_the_closest_of_their_rank():
     np.testing.assert_allclose(circuits[1:], [values[h] @ outputs[h] for h in (1, 3)], atol=1e-12)
 
 
-@pytest.mark.parametrize("directions", [1, 5, 7])
-def test_bases_hold_their_groups_values_and_then_the_principal_directions(directions):
+def test_bases_hold_the_merged_values_and_then_the_principal_directions():
     random = np.random.default_rng(8)
-    values, inputs = random.normal(size=(3, 7, 2)), random.normal(size=(30, 7))
-    gram = inputs.T @ inputs
-    found = value_bases(torch.from_numpy(values), [(0, 2), (1,)], torch.from_numpy(gram), directions).numpy()
-    assert found.shape == (2, 7, max(4, directions))  # the two values of the first group are 4 wide
-    np.testing.assert_allclose(found.transpose(0, 2, 1) @ found, [np.eye(found.shape[2])] * 2, atol=1e-12)
+    values, inputs = random.normal(size=(2, 7, 5)), random.normal(size=(30, 7))
+    values[0, :, 3:], values[1, :, 1:] = 0, 0
+    found = value_bases(torch.from_numpy(values), torch.from_numpy(inputs.T @ inputs)).numpy()
+    np.testing.assert_allclose(found.transpose(0, 2, 1) @ found, [np.eye(5)] * 2, atol=1e-12)
     principal = np.linalg.svd(inputs)[2].T
-    for basis, group in zip(found, [(0, 2), (1,)], strict=True):
-        inside = np.concatenate([*values[list(group)]], 1)
-        expected = np.concatenate([inside, principal[:, : max(4, directions) - inside.shape[1]]], 1)
+    for basis, each, own in zip(found, values, (3, 1), strict=True):
+        expected = np.concatenate([each[:, :own], principal[:, : 5 - own]], 1)
         np.testing.assert_allclose(basis @ (basis.T @ expected), expected, atol=1e-10)
+
+
+def test_values_of_more_columns_hold_those_of_fewer():
+    random = np.random.default_rng(9)
+    values, outputs, inputs = (random.normal(size=size) for size in ((3, 6, 2), (3, 2, 7), (1, 30, 6)))
+    gram = torch.from_numpy(inputs.transpose(0, 2, 1) @ inputs)
+    narrow, wide = (
+        merge_values(torch.from_numpy(values), torch.from_numpy(outputs), [(0, 1, 2)], gram, width)[0][0]
+        for width in (2, 4)
+    )
+    within = wide @ torch.linalg.lstsq(wide, narrow).solution
+    torch.testing.assert_close(within, narrow, rtol=1e-9, atol=1e-9)
 
 
 def test_factored_queries_and_keys_are_the_truncated_svd_in_both_metrics():
