@@ -74,7 +74,8 @@ class RunFolder:
 
     @property
     def pipeline(self) -> Path:
-        return self.path / "pipeline"
+        """The folder itself where `compress` made it."""
+        return self.path if (self.path / "model_index.json").is_file() else self.path / "pipeline"
 
     @property
     def samples(self) -> Path:
@@ -105,6 +106,8 @@ class RunFolder:
         check_ours(self.path, self.config_file.name)
         if not self.config_file.exists():
             return
+        if self.pipeline == self.path:
+            raise UserError(f"{self.path}: is a pipeline that `compress` made; give another --output")
         present = self.read_config()
         there, now = _training_keys(present), _training_keys(config)
         for key in sorted(there.keys() | now.keys()):
