@@ -44,6 +44,7 @@ class Trained(BaseModel):
     """What later stages read of `summary.json`."""
 
     steps: int
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def compare_with_teacher(
     Raises:
         UserError: the run has no teacher, or too few samples, or its teacher cannot be loaded.
     """
-    path = config.teacher.path if isinstance(config, DistillConfig) else run.read_summary().get("teacher")
+    path = config.teacher.path if isinstance(config, DistillConfig) else run.read_summary().teacher
     if path is None:
         raise UserError(f"{run.config_file}: key `{KEY}`: this run has no teacher; set it to 0")
     indices = chosen_images(sampled, config.evaluate.against_teacher)

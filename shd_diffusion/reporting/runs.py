@@ -322,7 +322,7 @@ def read_run(path: Path, name: str) -> Run:
         metrics=part("evaluation/metrics.json", lambda file: read_as(file, Metrics)),
         nearest=part("evaluation/nearest.json", lambda file: read_as(file, Nearest)),
         attention=part("attention.safetensors", read_attention),
-        compression=part("compression.json", lambda file: read_result(file, Compression)),
+        compression=part("compression.json", lambda file: read_as(file, Compression)),
     )
 
 

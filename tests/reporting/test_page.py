@@ -17,6 +17,7 @@ from pathlib import Path
 import matplotlib as mpl
 import pytest
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from shd_diffusion.cli import main
 from shd_diffusion.errors import UserError
@@ -156,11 +157,12 @@ def test_every_figure_is_beside_it_as_png(report: Path) -> None:
 
 
 def test_the_same_runs_give_the_same_page_and_old_figures_go(runs: dict[str, Path], tmp_path: Path) -> None:
-    page = tmp_path / "one.html"
+    page, earlier = tmp_path / "one.html", PngInfo()
+    earlier.add_text("Software", "Matplotlib version3.10.0, https://matplotlib.org/")
     folder = tmp_path / "one-figures"
     folder.mkdir()
     page.write_text('<html><meta name="generator" content="shd-diffusion">an earlier report')
-    (folder / "loss-gone.png").write_bytes(b"of an earlier report")
+    Image.new("RGB", (4, 4)).save(folder / "loss-gone.png", pnginfo=earlier)
     first = write_report([runs["teacher"]], page).read_text()
     assert first == write_report([runs["teacher"]], page).read_text()
     assert not (folder / "loss-gone.png").exists() and (folder / "loss-denoise.png").exists()
