@@ -202,9 +202,7 @@ def test_an_interrupted_sampling_leaves_what_was_finished_before(digits, tmp_pat
 def test_a_damaged_record_of_samples_is_one_line(content, digits, tmp_path):
     run = samples_of_a_run(digits[0][:12], 12, tmp_path / "run")
     (run.samples / "sampling.json").write_text(content)
-    with pytest.raises(
-        UserError, match=r"sampling\.json: not what `sample` writes \(.*\); delete the folder"
-    ):
+    with pytest.raises(UserError, match=r"sampling\.json: .*; delete the folder"):
         evaluate_run(run, read_run_config(ROOT / "configs" / "digits" / "teacher.yaml"))
 
 
