@@ -12,6 +12,7 @@ from shd_diffusion.losses.attention_mse import AttentionMSE
 from shd_diffusion.losses.attention_output import AttentionOutput
 from shd_diffusion.losses.denoise import Denoise
 from shd_diffusion.losses.features import FeatureDistillation
+from shd_diffusion.losses.minilm import MiniLM
 from shd_diffusion.losses.output import OutputDistillation
 from shd_diffusion.losses.shd import SHD, SHDConfig, SHDLoss
 from shd_diffusion.losses.term import Term, TermConfig
@@ -30,6 +31,7 @@ TERMS: dict[str, type[Term]] = {
     "attention_output": AttentionOutput,
     "attention_mse": AttentionMSE,
     "aligner": HeadAligner,
+    "minilm": MiniLM,
 }
 """Every term of the loss, by its section in `losses`."""
 
