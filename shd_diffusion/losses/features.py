@@ -13,7 +13,7 @@ Diffusion transformers have features that are huge in a few channels. Two remedi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar
 
 import torch
@@ -32,10 +32,12 @@ from shd_diffusion.losses.term import (
     map_modules,
     map_traces,
 )
+from shd_diffusion.losses.token_grid import coarsening
 from shd_diffusion.models.trace import Trace
 
 _OTHER_TOKENS = (
-    "{} has {} tokens, the teacher's {} {}: features are compared token by token; choose models of one grid"
+    "{} has {} tokens, the teacher's {} {}: features are compared token by token; choose models of one grid, or of "
+    "grids of which one is a multiple of the other"
 )
 
 
@@ -43,7 +45,8 @@ class FeatureTerm(Term):
     """A distance of features, averaged over the pairs of mapped blocks.
 
     Blocks that put out two streams, image and text, make two pairs: image tokens with image tokens, text with text.
-    Padding counts in no mean.
+    Padding counts in no mean. Where one model's token grid is finer (a UNet's and a DiT's, say), its tokens' means on
+    the coarser grid are compared.
 
     Attributes:
         projectors: P by pair, in the order of `pairs`.
@@ -62,13 +65,11 @@ class FeatureTerm(Term):
         self.pairs = pair_outputs(blocks, student, teacher, config.streams)
         attentions = {self.module(name): name.partition(":")[0] for name in reversed(records)}
         self.rows = rows_of_outputs(self.pairs, attentions, student)
-        widths = []
+        projectors = []
         for name, by in self.pairs.items():
-            own, other = tokens(student.outputs[name]).shape, tokens(teacher.outputs[by]).shape
-            if own[1] != other[1]:
-                raise ValueError(_OTHER_TOKENS.format(name, own[1], by, other[1]))
-            widths.append((own[2], other[2]))
-        self.projectors = nn.ModuleList(self.projector(*pair) for pair in widths)
+            own, other = matched_tokens(student.outputs, name, teacher.outputs, by, student.shape[-2:])
+            projectors.append(self.projector(own.shape[2], other.shape[2]))
+        self.projectors = nn.ModuleList(projectors)
 
     def module(self, attention: str) -> str:
         """The module whose output is matched, by the attention module in it."""
@@ -82,18 +83,20 @@ class FeatureTerm(Term):
         """Of features (B, N, C), of the tokens that count (B, N): a scalar."""
         raise NotImplementedError
 
-    def forward(self, outputs: StepOutputs) -> Tensor:
-        """See the class.
+    def compared(self, outputs: StepOutputs) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Of each pair the student's features through the projector, the teacher's, and which tokens count.
 
         Raises:
-            ValueError: a pair whose numbers of tokens differ.
+            ValueError: a pair whose tokens cannot be matched.
         """
-        distances = []
+        size, student, teacher = outputs.batch.clean.shape[-2:], outputs.student, outputs.teacher
         for (name, by), projector in zip(self.pairs.items(), self.projectors, strict=True):
-            features, target = matched_tokens(outputs.student.outputs, name, outputs.teacher.outputs, by)
-            counted = outputs.student.records[self.rows[name]].counted if name in self.rows else None
-            distances.append(self.distance(projector(features), target, counted))
-        return torch.stack(distances).mean()
+            features, target = matched_tokens(student.outputs, name, teacher.outputs, by, size)
+            counted = student.records[self.rows[name]].counted if name in self.rows else None
+            yield projector(features), target, counted
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        return torch.stack([self.distance(*pair) for pair in self.compared(outputs)]).mean()
 
 
 class FeatureConfig(MappedTermConfig):
@@ -204,17 +207,34 @@ def _listed(outputs: Mapping[Stream | None, str]) -> str:
 
 
 def matched_tokens(
-    student: Mapping[str, Tensor], name: str, teacher: Mapping[str, Tensor], by: str
+    student: Mapping[str, Tensor],
+    name: str,
+    teacher: Mapping[str, Tensor],
+    by: str,
+    size: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The tokens of a pair, (B, N, C_student) and (B, N, C_teacher), the teacher's without gradients.
 
+    Args:
+        size: height and width of what both models see; N is of the coarser grid, see `coarsening`.
+
     Raises:
-        ValueError: their numbers of tokens differ.
+        ValueError: one grid is no multiple of the other.
     """
     features, target = tokens(student[name]), tokens(teacher[by]).detach()
-    if features.shape[1] != target.shape[1]:
-        raise ValueError(_OTHER_TOKENS.format(name, features.shape[1], by, target.shape[1]))
-    return features, target
+    own, other = features.shape[1], target.shape[1]
+    if own == other:
+        return features, target
+    try:
+        grids = [coarsening(count, min(own, other), size) for count in (own, other)]
+        return pooled_tokens(features, grids[0]), pooled_tokens(target, grids[1])
+    except ValueError as error:
+        raise ValueError(_OTHER_TOKENS.format(name, own, by, other)) from error
+
+
+def pooled_tokens(features: Tensor, grid: Tensor) -> Tensor:
+    """The mean of features (B, N, C) over the tokens of each of a coarser grid, (coarse, ratio²): (B, coarse, C)."""
+    return features if grid.shape[1] == 1 else features[:, grid.to(features.device)].mean(2)
 
 
 def tokens(output: Tensor) -> Tensor:

@@ -2,10 +2,11 @@
 
 Source: Wang et al., "MiniLMv2: Multi-Head Self-Attention Relation Distillation for Compressing Pretrained
 Transformers" (Findings of ACL 2021, arXiv 2012.15828), eq. 6 to 8: the vectors of all heads are put side by side and
-cut into A relation heads of width d_r; R = softmax(X Xᵀ / √d_r) for X in {Q, K, V}; KL(R_teacher || R_student) is averaged
-over relation heads and tokens and summed over the three. Head numbers and widths of the two models need not agree,
-so it is the other way around a head mismatch that needs no projector. The paper takes one block, here it is every
-mapped one (`layer_map`, `after`). Vectors are as the kernel gets them, with rotary embeddings. No extra parameters.
+cut into A relation heads of width d_r; R = softmax(X Xᵀ / √d_r) for X in {Q, K, V}; KL(R_teacher || R_student) is
+averaged over relation heads and tokens and summed over the three. Head numbers and widths of the two models need not
+agree, so it is the other way around a head mismatch that needs no projector. The paper takes one block, here it is
+every mapped one (`layer_map`, `after`). Vectors are as the kernel gets them, with rotary embeddings. No extra
+parameters.
 
 Relations are maps: they are had chunk by chunk, and token grids are brought together, as SHD does.
 """

@@ -17,32 +17,37 @@ from shd_diffusion.models.trace import Trace
 PROCESS = ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig()))
 
 
-def batch(samples: int = 2, side: int = 4, **condition: Tensor) -> Batch:
+def batch(samples: int = 2, shape: tuple[int, int] = (4, 4)) -> Batch:
     torch.manual_seed(2)
-    clean, noise = torch.randn(2, samples, 1, side, side, dtype=torch.float64)
+    clean, noise = torch.randn(2, samples, 1, *shape, dtype=torch.float64)
     timesteps = torch.tensor([0, 250, 700, 999, 3])[:samples]
-    return Batch(clean, noise, PROCESS.noised(clean, noise, timesteps), timesteps, condition)
+    return Batch(clean, noise, PROCESS.noised(clean, noise, timesteps), timesteps, {})
 
 
 def on_records(
     name: str,
     teacher: Mapping[str, AttentionRecord],
     student: Mapping[str, AttentionRecord],
-    side: int = 4,
+    shape: tuple[int, int] = (4, 4),
     **options: Any,
 ) -> tuple[Term, StepOutputs]:
     """The term in float64, and the outputs of a step that captured these records."""
 
     def trace(records: Mapping[str, AttentionRecord]) -> Trace:
-        return Trace((1, side, side), records, torch.zeros(1, 1, side, side))
+        return Trace((1, *shape), records, torch.zeros(1, 1, *shape))
 
     term = _built(name, trace(student), trace(teacher), options)
-    of = batch(len(next(iter(student.values())).query), side)
+    of = batch(len(next(iter(student.values())).query), shape)
     return term, StepOutputs(PROCESS, of, of.noised, of.noised, Captured(student), Captured(teacher))
 
 
 def on_features(
-    name: str, teacher: Tensor, student: Tensor, side: int = 4, step: int = 0, **options: Any
+    name: str,
+    teacher: Tensor,
+    student: Tensor,
+    shape: tuple[int, int] = (4, 4),
+    step: int = 0,
+    **options: Any,
 ) -> tuple[Term, StepOutputs]:
     """The term on the features (B, N, C) of one block of each model."""
     block, attention = "blocks.0", "blocks.0.attn"
@@ -53,12 +58,10 @@ def on_features(
         record = AttentionRecord(
             attention, "self", empty, empty, empty, torch.empty(features.shape[2], 2), 1.0
         )
-        return Trace(
-            (1, side, side), {attention: record}, torch.zeros(1, 1, side, side), {block: features[:1]}
-        )
+        return Trace((1, *shape), {attention: record}, torch.zeros(1, 1, *shape), {block: features[:1]})
 
     term = _built(name, trace(student), trace(teacher), options)
-    of = batch(len(student), side)
+    of = batch(len(student), shape)
     both = Captured(outputs={block: student}), Captured(outputs={block: teacher})
     return term, StepOutputs(PROCESS, of, of.noised, of.noised, *both, step)
 

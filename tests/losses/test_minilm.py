@@ -49,7 +49,7 @@ def literal(teacher: AttentionRecord, student: AttentionRecord, names: list[str]
 )
 def test_the_loss_is_its_definition(options: dict[str, Any], names: list[str], heads: int) -> None:
     teacher, student = pair()
-    term, outputs = on_records("minilm", teacher, student, side=6, **options)
+    term, outputs = on_records("minilm", teacher, student, **options)
     expected = np.mean([literal(teacher[by], student[own], names, heads) for own, by in term.pairs.items()])
     assert list(term.pairs.items()) == [("s0", "t1"), ("s1", "t3")]
     assert term(outputs).item() == pytest.approx(expected, rel=1e-10)
@@ -58,7 +58,7 @@ def test_the_loss_is_its_definition(options: dict[str, Any], names: list[str], h
 
 def test_gradients_reach_queries_keys_and_values() -> None:
     teacher, student = pair(blocks=1, teacher_heads=2)
-    term, outputs = on_records("minilm", teacher, student, side=6)
+    term, outputs = on_records("minilm", teacher, student)
     inputs = [getattr(student["s0"], name) for name in ("query", "key", "value")]
     found = torch.autograd.grad(term(outputs), inputs)
     for name, tensor, gradient in zip(("query", "key", "value"), inputs, found, strict=True):
@@ -75,14 +75,14 @@ def test_gradients_reach_queries_keys_and_values() -> None:
 
 def test_itself_is_no_way_off() -> None:
     own = record(heads=3, learns=True)
-    term, outputs = on_records("minilm", {"t": own}, {"s": own}, side=6)
+    term, outputs = on_records("minilm", {"t": own}, {"s": own})
     assert term(outputs).item() == pytest.approx(0, abs=1e-12)
 
 
 def test_cross_attention_has_relations_among_its_tokens_and_among_its_text() -> None:
     teacher = record(heads=4, queries=9, keys=5, kind="cross")
     student = record(heads=2, queries=9, keys=5, seed=4, kind="cross")
-    term, outputs = on_records("minilm", {"t": teacher}, {"s": student}, side=6, relation_heads=4)
+    term, outputs = on_records("minilm", {"t": teacher}, {"s": student}, relation_heads=4)
     expected = literal(teacher, student, ["query", "key", "value"], 4)
     assert term(outputs).item() == pytest.approx(expected, rel=1e-10)
 
@@ -93,7 +93,7 @@ def test_hidden_keys_are_no_part_of_it() -> None:
     mask[1, ..., 3:] = -torch.inf
     teacher = record(heads=4, queries=9, keys=5, kind="cross", mask=mask.clamp_min(-1e30))
     student = record(heads=2, queries=9, keys=5, seed=4, kind="cross", mask=mask.clamp_min(-1e30))
-    term, outputs = on_records("minilm", {"t": teacher}, {"s": student}, side=6, relations=["key"])
+    term, outputs = on_records("minilm", {"t": teacher}, {"s": student}, relations=["key"])
     expected = []
     for sample, length in ((0, 5), (1, 3)):
         parts = [replace(one, key=one.key[sample : sample + 1, :, :length]) for one in (teacher, student)]
@@ -103,7 +103,7 @@ def test_hidden_keys_are_no_part_of_it() -> None:
 
 def test_a_finer_grid_is_pooled() -> None:
     teacher, student = record(heads=4, queries=36), record(heads=2, queries=9, seed=4)
-    term, outputs = on_records("minilm", {"t": teacher}, {"s": student}, side=6, relations=["query"])
+    term, outputs = on_records("minilm", {"t": teacher}, {"s": student}, relations=["query"])
     fine, q = relations(teacher.query, 4), relations(student.query, 4)
     p = np.zeros_like(q)
     for row in range(36):
@@ -117,7 +117,7 @@ def test_relations_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setitem(map_stream._AT_ONCE, "cpu", 2**16)
     teacher = {"t": record(samples=1, heads=8, queries=512, dtype=torch.float32)}
     student = {"s": record(samples=1, heads=8, queries=512, seed=1, dtype=torch.float32, learns=True)}
-    term, outputs = on_records("minilm", teacher, student, side=32, relations=["value"])
+    term, outputs = on_records("minilm", teacher, student, relations=["value"])
     with Meter() as seen:
         term(outputs).backward()
     assert seen.largest <= 4 * 2**16 < 8 * 512**2 * 4  # bytes of one tensor; of all relations
@@ -125,5 +125,5 @@ def test_relations_never_exist_all_at_once(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_heads_that_do_not_divide_the_widths() -> None:
     teacher, student = pair()
-    with pytest.raises(ValueError, match="3 relation heads do not divide .* 20 and 8 .* a divisor of 4"):
-        on_records("minilm", teacher, student, side=6, relation_heads=3)
+    with pytest.raises(ValueError, match=r"3 relation heads do not divide .* 20 and 8 .* a divisor of 4"):
+        on_records("minilm", teacher, student, relation_heads=3)
