@@ -43,7 +43,7 @@ def gradients(value: Tensor, of: AttentionRecord) -> tuple[Tensor, ...]:
 
 
 STRATEGIES: list[dict[str, Any]] = [
-    *({"divergence": name} for name in DIVERGENCES),
+    *({"divergence": name} for name in DIVERGENCES if name != "sinkhorn"),
     {"granularity": "row"},
     {"merge": "joint"},
     {"temperature": 2.0},
