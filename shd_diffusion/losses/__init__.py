@@ -7,12 +7,16 @@ from typing import Any
 import torch
 from pydantic import create_model, model_validator
 
+from shd_diffusion.losses.acam import AdaptiveMasks
+from shd_diffusion.losses.affinity import Affinity
 from shd_diffusion.losses.aligner import HeadAligner
 from shd_diffusion.losses.attention_mse import AttentionMSE
 from shd_diffusion.losses.attention_output import AttentionOutput
+from shd_diffusion.losses.contrastive import Contrastive
 from shd_diffusion.losses.denoise import Denoise
 from shd_diffusion.losses.features import FeatureDistillation
 from shd_diffusion.losses.minilm import MiniLM
+from shd_diffusion.losses.norm_direction import NormDirection
 from shd_diffusion.losses.output import OutputDistillation
 from shd_diffusion.losses.shd import SHD, SHDConfig, SHDLoss
 from shd_diffusion.losses.term import Term, TermConfig
@@ -32,6 +36,10 @@ TERMS: dict[str, type[Term]] = {
     "attention_mse": AttentionMSE,
     "aligner": HeadAligner,
     "minilm": MiniLM,
+    "affinity": Affinity,
+    "norm_direction": NormDirection,
+    "contrastive": Contrastive,
+    "acam": AdaptiveMasks,
 }
 """Every term of the loss, by its section in `losses`."""
 
