@@ -53,9 +53,15 @@ class Losses(Section):
 
     @model_validator(mode="after")
     def _every_step_has_a_loss(self) -> Losses:
-        always = [section.weight for name, section in self if name not in ("variance", "shd")]
-        shd = getattr(self, "shd", None)
-        if not any(always) and not (shd and shd.weight and shd.every == 1):
+        counts = [
+            section.during or [0.0, 1.0]
+            for name, section in self
+            if section.weight and name != "variance" and not (name == "shd" and section.every > 1)
+        ]
+        end = 0.0
+        for first, last in sorted(counts):
+            end = max(end, last) if first <= end else end
+        if end < 1:
             raise ValueError("there are steps without any term; give `denoise` a weight above 0")
         return self
 

@@ -318,6 +318,8 @@ class SHD(Term):
         self.loss.plans = dict(plans)
 
     def weight(self, step: int, max_steps: int) -> float:
+        if not super().weight(step, max_steps):
+            return 0.0
         return schedule_weight(self.config.weight, step, max_steps, self.config.decay, self.config.every)
 
     def forward(self, outputs: StepOutputs) -> Tensor:

@@ -259,6 +259,7 @@ def make_batch(
         timesteps=timesteps,
         condition=condition,
         mask=mask,
+        null=null,
     )
 
 

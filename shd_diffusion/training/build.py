@@ -174,6 +174,9 @@ def build(
     if config.train.compile:
         model.compile()
     null = {**null_condition(model), **data.null}
+    with check("losses.output.guidance_scale"):
+        if not null and any(term.needs_null_prediction for term in terms.values()):
+            raise ValueError("the models have no condition, hence none to guide by; remove it")
     return Parts(
         config, model, teacher, pipeline, data, process, terms, null, student_trace, teacher_trace, origins
     )
