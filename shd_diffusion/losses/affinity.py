@@ -37,7 +37,7 @@ class Affinity(FeatureTerm):
         super().__init__(config, student, teacher, seed)
         self.seed = seed
 
-    def projector(self, student_width: int, teacher_width: int) -> nn.Module:
+    def projector(self, student_width: int, teacher_width: int, tokens: int) -> nn.Module:
         return nn.Identity()
 
     def forward(self, outputs: StepOutputs) -> Tensor:

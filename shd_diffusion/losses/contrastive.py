@@ -44,10 +44,10 @@ class Contrastive(FeatureTerm):
     Config: ClassVar[type[TermConfig]] = ContrastiveConfig
     config: ContrastiveConfig
 
-    def projector(self, student_width: int, teacher_width: int) -> nn.Module:
+    def projector(self, student_width: int, teacher_width: int, tokens: int) -> nn.Module:
         if self.config.form == "relational":
             return nn.Identity()
-        return super().projector(student_width, teacher_width)
+        return super().projector(student_width, teacher_width, tokens)
 
     def distance(self, projected: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
         student, teacher = (  # (B, C)

@@ -14,7 +14,7 @@ Diffusion transformers have features that are huge in a few channels. Two remedi
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from shd_diffusion.attention.blocks import enclosing_block
 from shd_diffusion.attention.probe import CONTEXT
+from shd_diffusion.losses.attention_projector import CrossAttentionProjector
 from shd_diffusion.losses.choice import Stream
 from shd_diffusion.losses.term import (
     MappedTermConfig,
@@ -68,15 +69,15 @@ class FeatureTerm(Term):
         projectors = []
         for name, by in self.pairs.items():
             own, other = matched_tokens(student.outputs, name, teacher.outputs, by, student.shape[-2:])
-            projectors.append(self.projector(own.shape[2], other.shape[2]))
+            projectors.append(self.projector(own.shape[2], other.shape[2], own.shape[1]))
         self.projectors = nn.ModuleList(projectors)
 
     def module(self, attention: str) -> str:
         """The module whose output is matched, by the attention module in it."""
         return enclosing_block(attention)
 
-    def projector(self, student_width: int, teacher_width: int) -> nn.Module:
-        """From the student's width to the teacher's."""
+    def projector(self, student_width: int, teacher_width: int, tokens: int) -> nn.Module:
+        """From so many of the student's tokens to the teacher's width."""
         return nn.Linear(student_width, teacher_width)
 
     def distance(self, projected: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
@@ -100,8 +101,12 @@ class FeatureTerm(Term):
 
 
 class FeatureConfig(MappedTermConfig):
-    """Features, each sample's distance over the target's mean square, or without the target's outliers."""
+    """Features, each sample's distance over the target's mean square, or without the target's outliers.
 
+    The projector is `linear`, or `attention`, see `CrossAttentionProjector`; not for images of several sizes.
+    """
+
+    projector: Literal["linear", "attention"] = "linear"
     normalise: bool = False
     within_deviations: float | None = Field(None, ge=1, allow_inf_nan=False)
 
@@ -111,6 +116,11 @@ class FeatureDistillation(FeatureTerm):
 
     Config: ClassVar[type[TermConfig]] = FeatureConfig
     config: FeatureConfig
+
+    def projector(self, student_width: int, teacher_width: int, tokens: int) -> nn.Module:
+        if self.config.projector == "attention":
+            return CrossAttentionProjector(student_width, teacher_width, tokens)
+        return super().projector(student_width, teacher_width, tokens)
 
     def distance(self, projected: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
         options = self.config.normalise, self.config.within_deviations

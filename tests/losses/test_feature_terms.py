@@ -189,3 +189,33 @@ def test_adaptive_masks() -> None:
 def test_equal_masks_overlap_wholly() -> None:
     mask = torch.rand(2, 1, 7).expand(2, 4, 7)
     assert dice(mask).item() == pytest.approx(1) and dice(torch.eye(4)[None]).item() == 0
+
+
+# --- features through cross-attention ------------------------------------------------------------------------------
+
+
+def test_features_through_a_cross_attention_projector() -> None:
+    term, outputs, teacher, _ = built("features", projector="attention")
+    own = term.projectors[0]
+    attention, learning = own.attention, features()[1].numpy()
+    weights = [
+        each.detach().numpy()
+        for each in (attention.q_proj_weight, attention.k_proj_weight, attention.v_proj_weight)
+    ]
+    biases = np.split(attention.in_proj_bias.detach().numpy(), 3)
+    out, bias = (each.detach().numpy() for each in (attention.out_proj.weight, attention.out_proj.bias))
+    errors = []
+    for sample in range(3):
+        keyed = learning[sample] + own.positions.detach().numpy()
+        for token, asked in enumerate(own.queries.detach().numpy()):
+            query = weights[0] @ asked + biases[0]
+            logits = np.array([query @ (weights[1] @ key + biases[1]) for key in keyed]) / np.sqrt(6)
+            shares = np.exp(logits) / np.exp(logits).sum()
+            mixed = sum(
+                share * (weights[2] @ key + biases[2]) for share, key in zip(shares, keyed, strict=True)
+            )
+            errors.append((out @ mixed + bias - teacher[sample, token]) ** 2)
+    assert term(outputs).item() == pytest.approx(np.mean(errors), rel=1e-10)
+    assert parameters(term) == 16 * (6 + 4) + 2 * (6 + 4) * 6 + 4 * 6
+    with pytest.raises(ValueError, match="for 16 tokens cannot take 9; set `projector: linear`"):
+        own(torch.zeros(1, 9, 4).double())
