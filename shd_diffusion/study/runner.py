@@ -150,7 +150,7 @@ def _run_all(
     def next_ready() -> Job | None:
         """The first whose predecessor is done; those whose predecessor failed leave."""
         nonlocal done
-        for lost in [job for job in waiting if job.after in failed]:
+        while (lost := next((job for job in waiting if job.after in failed), None)) is not None:
             waiting.remove(lost)
             failed.append(lost.name)
             done += 1
