@@ -69,8 +69,9 @@ class Parts:
 
         def make(layout: BatchLayout, start: int) -> BatchLoader:
             steps = start, train.max_steps
+            extra = train.mask_ratio, train.mixup
             return BatchLoader(
-                self.data, self.process, self.null, seed, layout, settings, device, steps, train.mask_ratio
+                self.data, self.process, self.null, seed, layout, settings, device, steps, *extra
             )
 
         return make

@@ -115,6 +115,19 @@ class TrainingLoss:
 
     def _pass(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         active = {name: term for name, term in self._all() if term.weight(step, self.max_steps)}
+        if batch.mixed is None:
+            return self._terms(active, model, batch, step)
+        taught = {name: term for name, term in active.items() if term.needs_teacher}
+        alone = {name: term for name, term in active.items() if name not in taught}
+        terms: dict[str, Tensor] = {}
+        for some, seen in ((alone, replace(batch, mixed=None)), (taught, batch.mixed)):
+            terms |= self._terms(some, model, seen, step) if some else {}
+        return terms
+
+    def _terms(
+        self, active: Mapping[str, Term], model: nn.Module, batch: Batch, step: int
+    ) -> dict[str, Tensor]:
+        """These terms, of one pass of student and teacher."""
         seen = batch.noised, batch.timesteps, batch.condition
         teacher_prediction, null_prediction, teacher = None, None, Captured()
         if self.teacher is not None and any(term.needs_teacher for term in active.values()):
