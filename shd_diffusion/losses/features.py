@@ -103,7 +103,7 @@ class FeatureTerm(Term):
 class FeatureConfig(MappedTermConfig):
     """Features, each sample's distance over the target's mean square, or without the target's outliers.
 
-    The projector is `linear`, or `attention`, see `CrossAttentionProjector`; not for images of several sizes.
+    The projector is `linear`, or `attention`, see `CrossAttentionProjector`: for images of one size, and not for text.
     """
 
     projector: Literal["linear", "attention"] = "linear"
@@ -116,6 +116,15 @@ class FeatureDistillation(FeatureTerm):
 
     Config: ClassVar[type[TermConfig]] = FeatureConfig
     config: FeatureConfig
+
+    def __init__(self, config: FeatureConfig, student: Trace, teacher: Trace | None, seed: int = 0) -> None:
+        super().__init__(config, student, teacher, seed)
+        any_length = student.text_outputs | student.padded_outputs
+        if config.projector == "attention" and (texts := [name for name in self.pairs if name in any_length]):
+            raise ValueError(
+                f"`projector: attention` is for so many tokens, and {texts[0]} has those of prompts of any length; set "
+                "`streams: [image]`, or `projector: linear`"
+            )
 
     def projector(self, student_width: int, teacher_width: int, tokens: int) -> nn.Module:
         if self.config.projector == "attention":
