@@ -19,6 +19,7 @@ from shd_diffusion.evaluation import check_settings
 from shd_diffusion.files import check_outside, json_sha256, locked, replacing_folder, write_json, write_text
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses.shd import SHD
+from shd_diffusion.model_card import write_card
 from shd_diffusion.models.denoiser import count_parameters
 from shd_diffusion.models.factory import load_model
 from shd_diffusion.models.forward_process import settings_of
@@ -77,6 +78,8 @@ def train(config: TrainTeacherConfig | DistillConfig, output: Path, source: str)
         with locked(folder.path, processes()):
             if processes().is_main_process:
                 folder.write_config(config)
+                if not (folder.pipeline / "README.md").exists():  # killed before it was written
+                    write_card(folder)
             _finish_attention_maps(folder, config, source)
         announce(f"{folder.path}: complete, nothing to do")
         return
@@ -255,6 +258,7 @@ def _save(run: Run, trained: ModelMixin, loss: TrainingLoss) -> None:
     summary = summarize(run.folder.path.name, parts, trained)
     extra = {"extra_parameters": sum(parameter.numel() for parameter in loss.parameters())}
     write_json(run.folder.summary_file, summary | extra)
+    write_card(run.folder)
 
 
 def summarize(name: str, parts: Parts, model: ModelMixin) -> dict[str, Any]:
