@@ -39,6 +39,18 @@ def set_execution(model: ModelMixin, config: SampleConfig) -> None:
 
 
 @contextmanager
+def as_written(model: ModelMixin, config: SampleConfig) -> Iterator[None]:
+    """Context in which a model computes operation by operation, as PyTorch counts them: neither compiled nor by another
+    library's attention, if `set_execution` has made it so."""
+    if config.attention is not None:
+        model.reset_attention_backend()
+    with torch.compiler.set_stance("force_eager"):
+        yield
+    if config.attention is not None:
+        set_attention(model, config.attention)
+
+
+@contextmanager
 def matmul_precision(config: SampleConfig) -> Iterator[None]:
     """Context in which float32 matrix products use TF32, if the config allows it."""
     before = torch.get_float32_matmul_precision()
