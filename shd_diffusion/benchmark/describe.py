@@ -9,16 +9,13 @@ from rich.table import Table
 
 from shd_diffusion.reporting.tables import count, duration, terminal
 
-WHAT = {"call": "a denoiser call", "image": "sampling"}
-
-
 def tables(results: Mapping[str, Any]) -> Iterator[Table]:
     """Sizes, a line a model; and times, a line a model, batch and kind."""
     models, settings = results["models"], results["benchmark"]
     head = ["Model", "Params", "", "MACs a call", "", "Calls", "MACs an image", ""]
     lines = [head, *(_size(name, each) for name, each in models.items())]
     yield terminal(lines, title=f"What models cost; x times {settings['first']}")
-    head = ["", "Batch", "Model", "Median", "Quartiles", "", "A second", "Memory"]
+    head = ["", "Model", "Median", "Quartiles", "", "A second", "Memory"]
     rows = [head]
     for place in range(len(next(iter(models.values()))["timings"])):
         for name, each in models.items():
@@ -27,7 +24,7 @@ def tables(results: Mapping[str, Any]) -> Iterator[Table]:
     compiled = ", compiled" if how["compile"] else ""
     yield terminal(
         rows,
-        left=3,
+        left=2,
         title=f"{settings['device']}, {how['dtype']}{compiled}, {settings['rounds']} rounds; memory {settings['memory']}",
     )
 
@@ -45,8 +42,7 @@ def _size(name: str, model: Mapping[str, Any]) -> list[str]:
 def _timing(name: str, timing: Mapping[str, Any], named: bool) -> list[str]:
     low, high = map(duration, timing["seconds"]["quartiles"])
     return [
-        WHAT[timing["what"]] if named else "",
-        str(timing["batch_size"]) if named else "",
+        f"{timing['what']} ×{timing['batch_size']}" if named else "",
         name,
         duration(timing["seconds"]["median"]),
         f"{low} to {high}",
