@@ -120,7 +120,7 @@ def time_candidates(
         repeats, peaks = {}, {}
         for name, run in runs.items():
             peaks[name] = _peak(candidates[name], what, run, counted[name][key], device)
-            repeats[name] = _repeats(run)
+            repeats[name] = _repeats(run) if what == "call" else 1
         repeated = {name: _repeated(run, repeats[name]) for name, run in runs.items()}
         seconds = take_turns(repeated, rounds, warm=what == "call", done=done)
         alone = {name: [each / repeats[name] for each in taken] for name, taken in seconds.items()}

@@ -111,8 +111,9 @@ def cost_lines(runs: Sequence[Run]) -> list[list[str]]:
     known = [(run, run.benchmark) for run in runs if run.benchmark]
     if not known:
         return []
-    keys = list(dict.fromkeys((t.what, t.batch_size) for _, found in known for t in found.timings))
-    largest = max(batch for _, batch in keys)
+    measured = list(dict.fromkeys((t.what, t.batch_size) for _, found in known for t in found.timings))
+    largest, least = (most(batch for _, batch in measured) for most in (max, min))
+    keys = [(what, batch) for what, batch in measured if what == "call" or batch == least]
     head = ["Run", "Multiply-adds a call", "Calls an image"]
     head += [f"{'Call' if what == 'call' else 'Image'}, batch {batch}" for what, batch in keys]
     head += [f"Images a second, batch {largest}", f"Memory, batch {largest}"]

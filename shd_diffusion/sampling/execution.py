@@ -94,6 +94,7 @@ def try_execution(sampler: ImageSampler, images: int, config: SampleConfig) -> N
     asked = [f"`{key}` is {str(value).lower()}" for key, value in keys if value]
     if not asked:
         return
+    sampler.pipeline.set_progress_bar_config(disable=True)
     try:
         with until_first_step(sampler.pipeline):
             sampler.images(range(images))
