@@ -281,7 +281,8 @@ def benchmark(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="MODEL...", help="Runs, pipeline or model folders, hub names; first what the others are told against."
+            metavar="MODEL...",
+            help="Runs, pipeline or model folders, hub names; first what the others are told against.",
         ),
     ],
     set_: Overrides = None,
@@ -308,9 +309,9 @@ def benchmark(
     """Tell what models cost side by side: parameters, multiply-adds, time, memory; for a run also in `evaluation/`."""
     from rich.console import Console
 
-    from shd_diffusion.benchmark.benchmark import Plan
-    from shd_diffusion.benchmark.benchmark import benchmark as run_stage
     from shd_diffusion.benchmark.describe import tables
+    from shd_diffusion.benchmark.run_benchmark import Plan
+    from shd_diffusion.benchmark.run_benchmark import benchmark as run_stage
     from shd_diffusion.files import write_json
 
     options = {"dtype": dtype, "attention": attention, "compile": "true" if compile_ else None}

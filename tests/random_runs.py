@@ -14,7 +14,9 @@ from shd_diffusion.files import write_json, write_text
 from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
 
 
-def random_dit_pipeline(scheduler: str = "DDIMScheduler", seed: int = 0, heads: int = 2) -> ClassConditionalPipeline:
+def random_dit_pipeline(
+    scheduler: str = "DDIMScheduler", seed: int = 0, heads: int = 2
+) -> ClassConditionalPipeline:
     """Of a DiT that predicts something: adaLN-zero would predict exactly nothing."""
     model, generator = small_dit(heads, layers=1).eval(), torch.Generator().manual_seed(seed)
     with torch.no_grad():

@@ -99,7 +99,7 @@ def open_candidate(
     denoiser = denoiser_of(pipeline).eval()
     models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
     if isinstance(pipeline, ClassConditionalPipeline):
-        calls = _calls_by_class(denoiser, pipeline.noise_shape)
+        calls = calls_by_class(denoiser, pipeline.noise_shape)
     else:
         calls = _calls_by_prompt(pipeline, denoiser, size, config.pipeline_arguments)
     return Candidate(name, run, denoiser, models, calls, sampler)
@@ -126,12 +126,10 @@ def _bare(name: str, config: SampleConfig, device: torch.device) -> Candidate:
     if shape is None or takes_more:
         what = "what it is told of a prompt" if takes_more else "the size of its samples"
         raise UserError(f"{name}: a {type(model).__name__} alone does not say {what}; give its pipeline")
-    return Candidate(name, None, model, [model], _calls_by_class(model, shape), None)
+    return Candidate(name, None, model, [model], calls_by_class(model, shape), None)
 
 
-def _sampler(
-    pipeline: DiffusionPipeline, config: SampleConfig, size: tuple[int, int] | None
-) -> ImageSampler:
+def _sampler(pipeline: DiffusionPipeline, config: SampleConfig, size: tuple[int, int] | None) -> ImageSampler:
     if not isinstance(pipeline, ClassConditionalPipeline):
         return ByPrompt(pipeline, config, [PROMPT], size)
     if size is not None:
@@ -139,13 +137,15 @@ def _sampler(
     return ByClass(pipeline, config)
 
 
-def _calls_by_class(model: ModelMixin, shape: tuple[int, ...]) -> Callable[[int], Run]:
+def calls_by_class(model: ModelMixin, shape: tuple[int, ...]) -> Callable[[int], Run]:
     classes, device = num_classes(model), model.device
 
     def call(samples: int) -> Run:
         noised = torch.randn(samples, *shape, device=device, dtype=model.dtype)
         timesteps = torch.full((samples,), 500, device=device)
-        condition = {} if classes is None else {"class_labels": torch.arange(samples, device=device) % classes}
+        condition = (
+            {} if classes is None else {"class_labels": torch.arange(samples, device=device) % classes}
+        )
         return lambda: predict(model, noised, timesteps, condition)
 
     return call

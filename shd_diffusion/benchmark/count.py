@@ -37,7 +37,7 @@ def count(run: Run, denoiser: ModelMixin, models: Sequence[nn.Module]) -> Counte
     """Count a run, operation by operation.
 
     Args:
-        run: as PyTorch's own operations, neither compiled nor by another library's kernels, which cannot be looked into.
+        run: of PyTorch's own operations, neither compiled nor another library's kernels: they cannot be looked into.
         denoiser: one of the models.
         models: whose weights were there before.
     """

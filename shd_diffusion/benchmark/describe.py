@@ -9,6 +9,7 @@ from rich.table import Table
 
 from shd_diffusion.reporting.tables import count, duration, terminal
 
+
 def tables(results: Mapping[str, Any]) -> Iterator[Table]:
     """Sizes, a line a model; and times, a line a model, batch and kind."""
     models, settings = results["models"], results["benchmark"]
@@ -21,11 +22,12 @@ def tables(results: Mapping[str, Any]) -> Iterator[Table]:
         for name, each in models.items():
             rows.append(_timing(name, each["timings"][place], named=name == settings["first"]))
     how = settings["sampling"]
-    compiled = ", compiled" if how["compile"] else ""
+    ways = [settings["device"], how["dtype"], *(["compiled"] if how["compile"] else [])]
+    ways += [f"attention {how['attention']}"] if how["attention"] else []
     yield terminal(
         rows,
         left=2,
-        title=f"{settings['device']}, {how['dtype']}{compiled}, {settings['rounds']} rounds; memory {settings['memory']}",
+        title=f"{', '.join(ways)}, {settings['rounds']} rounds; memory {settings['memory']}",
     )
 
 
@@ -36,7 +38,12 @@ def _size(name: str, model: Mapping[str, Any]) -> list[str]:
         cells += [count(model[key]), times(ratios.get(key))]
     if model["macs_image"] is None:
         return [*cells, "–", "–", ""]
-    return [*cells, str(model["calls_per_image"]), count(model["macs_image"]), times(ratios.get("macs_image"))]
+    return [
+        *cells,
+        str(model["calls_per_image"]),
+        count(model["macs_image"]),
+        times(ratios.get("macs_image")),
+    ]
 
 
 def _timing(name: str, timing: Mapping[str, Any], named: bool) -> list[str]:

@@ -60,7 +60,9 @@ class Timing:
     ratio: Spread
 
 
-def runs_of(candidates: Sequence[Candidate], batch_sizes: Sequence[int], images: bool) -> list[tuple[What, int]]:
+def runs_of(
+    candidates: Sequence[Candidate], batch_sizes: Sequence[int], images: bool
+) -> list[tuple[What, int]]:
     """What is measured, in its order; images where every candidate makes them and they are wanted."""
     kinds: list[What] = ["call"]
     if images and all(candidate.sampler is not None for candidate in candidates):

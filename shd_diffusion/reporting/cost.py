@@ -32,7 +32,7 @@ SAMPLING_TIME = Cost("Time an image", "Time", lambda run: run.seconds_per_image,
 
 
 def measured_costs(runs: Sequence[Run]) -> list[Cost]:
-    """Multiply-adds and time of an image; of a denoiser call where images were not sampled; none without a benchmark."""
+    """Multiply-adds and time of an image, or of a denoiser call where none was sampled; nothing without a benchmark."""
     known = [run.benchmark for run in runs if run.benchmark]
     if not known:
         return []

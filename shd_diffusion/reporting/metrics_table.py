@@ -181,9 +181,7 @@ def _print(table: MetricsTable, first: str, console: Console) -> None:
         [first, *(table.short_titles[column] for column in shown)],
         *([name, *(cell.text for cell in cells)] for name, cells in rows),
     ]
-    best = {
-        (i, j) for i, (_, cells) in enumerate(rows) for j, cell in enumerate(cells, start=1) if cell.best
-    }
+    best = {(i, j) for i, (_, cells) in enumerate(rows) for j, cell in enumerate(cells, start=1) if cell.best}
     console.print(terminal(lines, frozenset(best)))
     console.print(Text(table.note, "dim"))
     if table.warning:

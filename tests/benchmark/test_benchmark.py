@@ -16,8 +16,8 @@ from small_models import small_dit
 from tiny_pipelines import PIPELINES, SIZE
 from torch import nn
 
-from shd_diffusion.benchmark.benchmark import Plan, benchmark
 from shd_diffusion.benchmark.candidates import PROMPT
+from shd_diffusion.benchmark.run_benchmark import Plan, benchmark
 
 SHORT = ["--rounds", 3, "--batch-size", "2,1"]
 STEPS = sets("sample.num_inference_steps=3")
@@ -61,7 +61,9 @@ def test_times_are_told_with_their_spread(found: dict[str, Any]) -> None:
             assert timing["peak_bytes"] > weights
             if name == "teacher":
                 assert timing["ratio"] == {"median": 1.0, "quartiles": [1.0, 1.0]}
-    calls = [timing["peak_bytes"] for timing in found["models"]["teacher"]["timings"] if timing["what"] == "call"]
+    calls = [
+        timing["peak_bytes"] for timing in found["models"]["teacher"]["timings"] if timing["what"] == "call"
+    ]
     assert calls[0] < calls[1]  # of one sample, and of two
 
 
@@ -78,14 +80,12 @@ def test_runs_keep_what_they_cost_and_pipelines_are_left_alone(found: dict[str, 
     assert how["sampling"]["num_inference_steps"] == 3 and how["sampling"]["dtype"] == "float32"
 
 
-def test_the_median_is_numpys_of_the_rounds(
-    run: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_median_is_numpys_of_the_rounds(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of times that the turns tell."""
     rounds = list(np.random.default_rng(0).uniform(1, 2, 5))
     monkeypatch.setattr(
         "shd_diffusion.benchmark.measure.take_turns",
-        lambda candidates, *_, **__: {name: rounds for name in candidates},
+        lambda candidates, *_, **__: dict.fromkeys(candidates, rounds),
     )
     monkeypatch.setattr("shd_diffusion.benchmark.measure._repeats", lambda run: 4)
     results = benchmark([str(run)], Plan(batch_sizes=(2,), rounds=5, images=False))
@@ -117,7 +117,9 @@ def test_a_text_pipeline_is_called_as_it_calls_itself(family: str, tmp_path: Pat
     pipeline = PIPELINES[family]()
     pipeline.save_pretrained(tmp_path / family)
     plan = Plan(batch_sizes=(2,), rounds=1, image_size=SIZE[0])
-    results = benchmark([str(tmp_path / family)], plan, ["sample.num_inference_steps=2", "sample.dtype=float32"])
+    results = benchmark(
+        [str(tmp_path / family)], plan, ["sample.num_inference_steps=2", "sample.dtype=float32"]
+    )
     (each,) = results["models"].values()
     assert each["calls_per_image"] == {"sd1.5": 4, "flux-dev": 2}[family]  # Flux-dev is told its guidance
     assert each["macs_image"] > each["calls_per_image"] * each["macs_call"]  # text encoders and the VAE
@@ -130,16 +132,31 @@ def test_a_text_pipeline_is_called_as_it_calls_itself(family: str, tmp_path: Pat
     ("arguments", "message"),
     [
         (["{run}", "{run}"], "is given twice; give each model once"),
-        (["{run}", "nobody here"], "nobody here: no model here; give a run, a diffusers pipeline or model folder"),
-        (["{run}", "--batch-size", "1,x"], "--batch-size 1,x: give one or more numbers from 1 on, such as 1,16"),
-        (["{run}", "--batch-size", "0,2"], "--batch-size 0,2: give one or more numbers from 1 on, such as 1,16"),
+        (
+            ["{run}", "nobody here"],
+            "nobody here: no model here; give a run, a diffusers pipeline or model folder",
+        ),
+        (
+            ["{run}", "--batch-size", "1,x"],
+            "--batch-size 1,x: give one or more numbers from 1 on, such as 1,16",
+        ),
+        (
+            ["{run}", "--batch-size", "0,2"],
+            "--batch-size 0,2: give one or more numbers from 1 on, such as 1,16",
+        ),
         (["{run}", "--device", "abacus"], "--device abacus: cannot be used here ("),
         (["{run}", "--device", "meta"], "--device meta: computes nothing; give cpu or an accelerator"),
         (["{run}", "--attention", "nativ"], "key `sample.attention` is nativ; did you mean `native`?"),
-        (["{run}", "--attention", "flex"], "lets no backend be chosen for a DiTTransformer2DModel; remove it"),
+        (
+            ["{run}", "--attention", "flex"],
+            "lets no backend be chosen for a DiTTransformer2DModel; remove it",
+        ),
         (["{run}", "--image-size", "64"], "--image-size: is for text-to-image pipelines"),
         (["{run}", "--set", "sample.steps=3"], "--set: unknown key `sample.steps`"),
-        (["{run}", "--compile"], "16 samples cannot be denoised on cpu in float32, compiled (no compiler); choose"),
+        (
+            ["{run}", "--compile"],
+            "16 samples cannot be denoised on cpu in float32, compiled (no compiler); choose",
+        ),
         (["{run}", "--output", "{run}"], "is a folder; give a file"),
         (["{unfinished}"], "its training has not ended"),
     ],
@@ -157,7 +174,7 @@ def test_wrong_input_is_one_line_before_anything_is_measured(
         raise AssertionError("measured")
 
     monkeypatch.setattr(ModelMixin, "compile", compile_later)
-    monkeypatch.setattr("shd_diffusion.benchmark.benchmark.count_candidate", measured)
+    monkeypatch.setattr("shd_diffusion.benchmark.run_benchmark.count_candidate", measured)
     unfinished = tmp_path / "unfinished"
     unfinished.mkdir()
     (unfinished / "config.yaml").write_text((run / "config.yaml").read_text())

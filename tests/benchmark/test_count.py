@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,13 +11,10 @@ from small_models import small_dit
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from shd_diffusion.benchmark.candidates import _calls_by_class
+from shd_diffusion.benchmark.candidates import calls_by_class
 from shd_diffusion.benchmark.count import count, weight_bytes
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.sampling.by_class import ByClass
-from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
-
-
 
 
 def macs_by_hand(tokens: int, width: int, layers: int, patch: int, channels: int) -> int:
@@ -34,9 +30,11 @@ def macs_by_hand(tokens: int, width: int, layers: int, patch: int, channels: int
 @pytest.mark.parametrize("samples", [1, 3])
 def test_multiply_adds_are_torchs_count_and_that_by_hand(samples: int) -> None:
     model = small_dit(2, layers=3).eval()
-    run = _calls_by_class(model, (1, 8, 8))(samples)
-    with torch.no_grad(), FlopCounterMode(display=False) as flops, torch.nn.attention.sdpa_kernel(
-        torch.nn.attention.SDPBackend.MATH
+    run = calls_by_class(model, (1, 8, 8))(samples)
+    with (
+        torch.no_grad(),
+        FlopCounterMode(display=False) as flops,
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH),
     ):
         run()
     found = count(run, model, [model])
@@ -52,12 +50,10 @@ def test_multiply_adds_are_torchs_count_and_that_by_hand(samples: int) -> None:
         ({"guidance_scale": 2.0, "guidance_interval": [0, 20]}, 4 + 2),  # of steps at 36, 24, 12 and 0
     ],
 )
-def test_an_image_takes_its_steps_and_those_with_guidance_twice(
-    settings: dict[str, Any], calls: int
-) -> None:
+def test_an_image_takes_its_steps_and_those_with_guidance_twice(settings: dict[str, Any], calls: int) -> None:
     pipeline = random_dit_pipeline()
     sampler = ByClass(pipeline, SampleConfig(num_inference_steps=4, **settings))
-    call = count(_calls_by_class(pipeline.denoiser, (1, 8, 8))(1), pipeline.denoiser, [pipeline.denoiser])
+    call = count(calls_by_class(pipeline.denoiser, (1, 8, 8))(1), pipeline.denoiser, [pipeline.denoiser])
     image = count(lambda: sampler.images(range(2)), pipeline.denoiser, [pipeline.denoiser])
     assert image.samples == 2 * calls and image.macs == image.samples * call.macs
 

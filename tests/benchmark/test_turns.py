@@ -22,13 +22,13 @@ def test_the_order_turns_and_each_runs_once_before_it_is_timed(monkeypatch: pyte
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     candidates = {name: (lambda name=name: run(name)) for name in length}
     seconds = take_turns(candidates, rounds=3)
-    assert "".join(ran) == "aabbcc" "bbccaa" "ccaabb"
+    assert "".join(ran) == "aabbccbbccaaccaabb"
     # each is timed at its second, fourth and sixth run
     assert seconds == {name: [3 * each, 5 * each, 7 * each] for name, each in length.items()}
     ran.clear()
     turns: list[int] = []
     take_turns(candidates, rounds=2, warm=False, done=lambda: turns.append(len(ran)))
-    assert "".join(ran) == "abc" "bca" and turns == [1, 2, 3, 4, 5, 6]
+    assert "".join(ran) == "abcbca" and turns == [1, 2, 3, 4, 5, 6]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 10, 11])

@@ -56,7 +56,9 @@ def test_two_evaluations_of_different_execution_are_told_apart(run: Path, tmp_pa
         files[-1].write_text(json.dumps({"fid": 1.0, "protocol": protocol}))
     code, _, errors = command("compare", *files)
     assert code == 2 and errors.endswith("their protocols differ; allow_tf32: – | True\n")
-    code, _, errors = command("sample", run, "--output", tmp_path / "plain", *sets(*FEW, "sample.allow_tf32=true"))
+    code, _, errors = command(
+        "sample", run, "--output", tmp_path / "plain", *sets(*FEW, "sample.allow_tf32=true")
+    )
     assert code == 2 and "made with another `allow_tf32` (None, now True)" in errors
 
 
@@ -100,7 +102,10 @@ def test_a_backend_is_for_one_model_alone_and_changes_rounding_alone() -> None:
     [
         (["sample.attention=nativ"], "key `sample.attention` is nativ; did you mean `native`?"),
         (["sample.attention=native"], "lets no backend be chosen for a DiTTransformer2DModel; remove it"),
-        (["sample.compile=true"], "key `sample.compile` is true: the denoiser cannot be executed so (no compiler)"),
+        (
+            ["sample.compile=true"],
+            "key `sample.compile` is true: the denoiser cannot be executed so (no compiler)",
+        ),
     ],
 )
 def test_what_cannot_be_executed_is_one_line_before_anything_is_written(
@@ -121,7 +126,7 @@ def test_what_cannot_be_executed_is_one_line_before_anything_is_written(
 
 def test_a_missing_library_of_a_backend_is_one_line() -> None:
     model = denoiser_of(PIPELINES["flux-schnell"]())
-    with pytest.raises(UserError, match="key `sample.attention` is sage: .*sageattention"):
+    with pytest.raises(UserError, match=r"key `sample.attention` is sage: .*sageattention"):
         set_execution(model, SampleConfig(attention="sage"))
 
 

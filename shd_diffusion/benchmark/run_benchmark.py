@@ -150,7 +150,11 @@ def _try(candidate: Candidate, config: SampleConfig, batch_size: int, device: to
     except UserError as error:
         raise UserError(f"{candidate.path}: {error}") from error
     except Exception as error:  # kernels, compilers and allocators fail in their own ways
-        how = [config.dtype, *([config.attention] if config.attention else []), *(["compiled"] * config.compile)]
+        how = [
+            config.dtype,
+            *([config.attention] if config.attention else []),
+            *(["compiled"] * config.compile),
+        ]
         raise UserError(
             f"{candidate.path}: {batch_size} samples cannot be denoised on {device} in {', '.join(how)} "
             f"({one_line(error)}); choose another --device, --dtype, --attention or --batch-size"
