@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from rich.markup import escape
 from rich.table import Table
 
+from shd_diffusion.progress import printable
 from shd_diffusion.reporting.tables import count, duration, terminal
 
 
@@ -15,7 +17,7 @@ def tables(results: Mapping[str, Any]) -> Iterator[Table]:
     models, settings = results["models"], results["benchmark"]
     head = ["Model", "Params", "", "MACs a call", "", "Calls", "MACs an image", ""]
     lines = [head, *(_size(name, each) for name, each in models.items())]
-    yield terminal(lines, title=f"What models cost; x times {settings['first']}")
+    yield terminal(lines, title=f"What models cost; x times {escape(printable(settings['first']))}")
     head = ["", "Model", "Median", "Quartiles", "", "A second", "Memory"]
     rows = [head]
     for place in range(len(next(iter(models.values()))["timings"])):
