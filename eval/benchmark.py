@@ -1,11 +1,12 @@
-"""Launch file of the benchmarks: every figure is a ratio of things measured side by side in one run; `text-step` alone
-tells seconds.
+"""Launch file of the benchmarks: every figure is a ratio of things measured side by side in one run; `text-step` and
+`compress` alone tell seconds.
 
     python eval/benchmark.py squeeze --threads 2 --output docs/results/benchmark-squeeze.json
     python eval/benchmark.py step --threads 2 --output docs/results/benchmark-step.json
     python eval/benchmark.py features --threads 2 --output docs/results/benchmark-features.json
     python eval/benchmark.py loop --threads 2 --output docs/results/benchmark-loop.json
     python eval/benchmark.py text-step --threads 2 --output docs/results/benchmark-text-step.json
+    python eval/benchmark.py compress --threads 2 --output docs/results/benchmark-compress.json
 
 The candidates take turns, round after round; a ratio is the median over the rounds of the two times of one round,
 so that whatever else the machine does weighs on both alike.
@@ -38,6 +39,8 @@ from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
 from shd_diffusion.benchmark.turns import Clock, ratio, take_turns
+from shd_diffusion.compression import compress as compress_model
+from shd_diffusion.compression.compress import Part
 from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.data import build_source
 from shd_diffusion.environment import describe_environment
@@ -46,7 +49,7 @@ from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.losses import SHDConfig, SHDLoss
 from shd_diffusion.losses.term import Batch
-from shd_diffusion.models.denoiser import count_parameters, freeze
+from shd_diffusion.models.denoiser import count_parameters, freeze, predict
 from shd_diffusion.models.factory import ModelConfig, build_model
 from shd_diffusion.models.teacher import Teacher
 from shd_diffusion.operations import Meter
@@ -604,6 +607,52 @@ def text_step(
         "gigabytes at most": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
     }
     publish("text-step", figures, output)
+
+
+# --- compress ------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def compress(
+    threads: Threads = 2,
+    images: Annotated[int, typer.Option(min=1, help="Calibration images.")] = 256,
+    blocks: Annotated[int, typer.Option(min=1, help="Blocks of the model.")] = 28,
+    heads: Annotated[int, typer.Option(min=1, help="Heads that stay, of 16.")] = 8,
+    neurons: Annotated[float, typer.Option(help="Share of the neurons that stays.")] = 0.5,
+    output: Output = None,
+) -> None:
+    """Compress a model of DiT-XL/2's size: seconds by part, and the most memory in use. Random weights and latents."""
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(num_layers=blocks, out_channels=8)  # whose other defaults are DiT-XL/2's
+    batches = [
+        (torch.randn(16, 4, 32, 32), torch.randint(1000, (16,)), {"class_labels": torch.randint(1000, (16,))})
+        for _ in range(max(1, images // 16))
+    ]
+    seconds: dict[str, list[float]] = {}
+    last = began = time.perf_counter()
+    began_processor = time.process_time()
+
+    def tell(part: Part) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        seconds.setdefault(part.what, []).append(round(now - last, 2))
+        print(f"{part.name}: {part.before} to {part.after} {part.what}, {now - last:.1f} s", flush=True)
+        last = now
+
+    found = compress_model(model, batches, predict, heads=heads, neurons=neurons, report=tell)
+    total = time.perf_counter() - began
+    figures = {
+        "threads": threads,
+        "images": 16 * len(batches),
+        "parameters": {"before": count_parameters(model), "after": count_parameters(found.model)},
+        "minutes": round(total / 60, 2),
+        "processor minutes": round((time.process_time() - began_processor) / 60, 2),
+        "seconds of a block": {what: round(median(each), 2) for what, each in seconds.items()},
+        "seconds after the last": round(total - (last - began), 2),
+        "gigabytes at most": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9, 2),
+    }
+    publish("compress", figures, output)
 
 
 if __name__ == "__main__":

@@ -70,7 +70,8 @@ class RunFolder:
 
     @property
     def pipeline(self) -> Path:
-        return self.path / "pipeline"
+        """The folder itself where `compress` made it."""
+        return self.path if (self.path / "model_index.json").is_file() else self.path / "pipeline"
 
     @property
     def samples(self) -> Path:
@@ -108,6 +109,8 @@ class RunFolder:
                     f"{self.path}: holds files but no config.yaml of a run; give another --output"
                 )
             return
+        if self.pipeline == self.path:
+            raise UserError(f"{self.path}: is a pipeline that `compress` made; give another --output")
         present = self.read_config()
         there, now = _training_keys(present), _training_keys(config)
         for key in sorted(there.keys() | now.keys()):

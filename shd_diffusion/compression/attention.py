@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -30,12 +31,14 @@ from shd_diffusion.models.squeezed import (
 from shd_diffusion.squeezing import match_merges, plan_merges
 from shd_diffusion.squeezing.heads import (
     RIDGE,
+    ROUNDS,
     factor_queries_keys,
     head_movements,
     heads_to_keep,
     merge_values,
     refit_heads,
     select_heads,
+    value_bases,
 )
 from shd_diffusion.squeezing.map_stream import MapStream, cut, stream
 from shd_diffusion.squeezing.matching import merge_rounds
@@ -60,10 +63,8 @@ Merge: TypeAlias = tuple[Round, tuple[int, ...]]
 """Groups of heads, and of each group the head whose map it takes."""
 
 _AT_ONCE = 2**24  # elements of features that exist at once
-_MATCHED_ON = 64  # samples on which pairs are found
-_WIDEST = (
-    2**14
-)  # features of all heads whose moments are held, 2 GB; beyond it values are merged, not refitted
+_MATCHED_ON = 64, 2**12  # samples on which pairs are found, and their query rows, at most
+_WIDEST = 2**11  # features of all heads; beyond it values are looked for in fewer directions
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +85,7 @@ class HeadOptions:
     method: Method = "merge"
     pairing: Pairing = "matched"
     queries: Queries = "select"
-    rounds: int = 4
+    rounds: int = ROUNDS
     rows: int | None = None
     head_dim: int | None = None
 
@@ -118,7 +119,7 @@ def squeeze_attention(
 
     Values and output weights are refitted in turn where each head has both for itself. Where two streams share the maps
     and each has an output layer of its own, or where heads share values, the merged values stay and the output layers
-    are fitted; so too where the moments of all heads' features would not fit into memory.
+    are fitted.
 
     Args:
         model: the model around the block.
@@ -178,7 +179,7 @@ def squeeze_attention(
     layout = head_layout(model, name)
     seen_again = partial(_features, model, name, calls, targets, options.rows)
     with_values = options.method == "merge" and len(layout.outputs) == 1 and layout.sharing == 1
-    if with_values and heads * value.shape[1] <= _WIDEST:
+    if with_values:
         lost = _fit_values_and_output(model, name, seen_again, value, outputs, groups, options.rounds)
     else:
         lost = _fit_outputs(model, name, seen_again, value, outputs, groups)
@@ -325,17 +326,27 @@ def _fit_values_and_output(
     layout = head_layout(model, name)
     (output,) = layout.outputs
     heads, inputs = len(groups), value.shape[1]
+    bases = own = None
+    if heads * inputs > _WIDEST:
+        own = _own_grams(seen, heads, inputs, rows=4 * inputs)
+        bases = value_bases(merge_values(value, outputs, groups, own, _WIDEST // heads)[0], own.sum(0))
+        inputs = bases.shape[2]
     moments = Moments.zeros(heads * inputs, outputs.shape[2], value.device)
     for _, features, target in seen():
+        if bases is not None:
+            features = torch.einsum("rjc,jck->rjk", features, bases.to(features))
         moments.add(features.flatten(1), target)
     fitted = moments.centred() if _has_bias(model, output) else moments
     blocks = fitted.gram.unflatten(0, (heads, inputs)).unflatten(2, (heads, inputs))
-    own = torch.stack([blocks[j, :, j] for j in range(heads)])
+    if own is None:
+        own = torch.stack([blocks[j, :, j] for j in range(heads)])
     values, merged = merge_values(value, outputs, groups, own, layout.width)
+    if bases is not None:  # they hold what a smaller rank is closest by, too
+        values = bases.mT @ values
     started = fitted.loss((values @ merged).flatten(0, 1))
     values, merged, _ = refit_heads(fitted, values, merged, rounds)
     circuits = (values @ merged).flatten(0, 1)
-    _write_values(model, name, values)
+    _write_values(model, name, values if bases is None else bases @ values)
     _write_output(model, output, merged.flatten(0, 1), moments.constant(circuits))
     return started / float(fitted.energy), fitted.loss(circuits) / float(fitted.energy)
 
@@ -387,10 +398,7 @@ def _output_fits(
     """Of each merge the merged values and the moments of what they make of the features."""
     layout, inputs = head_layout(model, name), value.shape[1]
     width = layout.width
-    own = value.new_zeros(layout.heads, inputs, inputs)
-    for _, features, _ in seen():
-        by_head = features.transpose(0, 1).double()
-        own += by_head.mT @ by_head
+    own = _own_grams(seen, layout.heads, inputs)
     fits = []
     for groups, selected in merges:
         sharing = len(groups) // key_value_counts(layout.heads, layout.key_value_heads)[len(groups)]
@@ -407,6 +415,18 @@ def _output_fits(
             mixed = torch.einsum("rjc,jcd->rjd", features[:, list(selected)].double(), values)
             fit.moments[by_layer[path]].add(mixed.flatten(1), target)
     return fits
+
+
+def _own_grams(seen: Features, heads: int, inputs: int, rows: float = math.inf) -> Tensor:
+    """F_jᵀF_j of each head, (heads, c, c), float64, from so many rows or a few more."""
+    own = torch.zeros(heads, inputs, inputs, dtype=torch.float64)
+    for _, features, _ in seen():
+        by_head = features.transpose(0, 1).double()
+        own = own.to(by_head.device).baddbmm(by_head.mT, by_head)
+        rows -= len(features)
+        if rows <= 0:
+            break
+    return own
 
 
 def _fit_norms(
@@ -479,8 +499,9 @@ def _look(model: nn.Module, name: str, calls: Sequence[Call], factor: bool) -> S
                 maps = record.maps(samples=samples)
                 seen.movements += head_movements(maps, record.value[samples].to(maps.dtype), grams)
         have = sum(len(record.query) for record in seen.records)
-        if have < _MATCHED_ON:
-            seen.records.append(records[MAIN].of_samples(slice(_MATCHED_ON - have)))
+        wanted = min(_MATCHED_ON[0], -(-_MATCHED_ON[1] // records[MAIN].query.shape[2]))
+        if have < wanted:
+            seen.records.append(records[MAIN].of_samples(slice(wanted - have)))
         if factor:
             rows = [_with_one(model, part, inputs) for part in (layout.queries[0], layout.keys[0])]
             if seen.query_inputs is None or seen.key_inputs is None:

@@ -14,6 +14,7 @@ from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from shd_diffusion.attention import attention_blocks
 from shd_diffusion.compression.attention import HeadOptions, Method
 from shd_diffusion.compression.budget import Budget, ShapePlan, plan_shape
 from shd_diffusion.compression.compress import Counts, Part, compress
@@ -31,6 +32,7 @@ from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
+from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import save_pipeline
 from shd_diffusion.squeezing.plan import PLANS_FILE, plan_groups, plans_to_json
 from shd_diffusion.training.batches import (
@@ -49,6 +51,7 @@ class Calibration:
 
     Attributes:
         path: where the teacher was found.
+        config: whose data calibrate.
         teacher: what was found there.
         model: its denoiser, in its place.
         source: of the data.
@@ -57,6 +60,7 @@ class Calibration:
     """
 
     path: str
+    config: RunConfig
     teacher: Teacher
     model: ModelMixin
     source: Source
@@ -84,7 +88,7 @@ def calibrate(
     scheduler = scheduler_for(config.diffusion, teacher.scheduler, False)
     process = ForwardProcess.from_scheduler(scheduler)
     batches = calibration_batches(config, model, source, process, images, timestep_weights=timestep_weights)
-    return Calibration(path, teacher, model, source, scheduler, batches)
+    return Calibration(path, config, teacher, model, source, scheduler, batches)
 
 
 def plan_run(calibration: Calibration, budget: Budget) -> ShapePlan:
@@ -158,7 +162,6 @@ def compress_run(
         "parameters": {"before": before, "after": count_parameters(found.model)},
         "lost": found.lost,
         "parts": [asdict(part) for part in found.parts],
-        "environment": describe_environment(),
     }
     if plan is not None:
         one = first_sample(calibration.batches)
@@ -171,7 +174,30 @@ def compress_run(
             plans = {name: plan_groups(groups) for name, groups in found.groups.items()}
             write_text(temporary / PLANS_FILE, plans_to_json(plans))
         write_text(temporary / "README.md", readme(results, teacher.pipeline, found.model))
+        _describe_run(RunFolder(temporary), output.name, calibration, found.model)
     return results
+
+
+def _describe_run(folder: RunFolder, name: str, calibration: Calibration, model: ModelMixin) -> None:
+    """Make a pipeline's folder a run of no steps, to be sampled, evaluated and reported like any other."""
+    folder.write_config(calibration.config)
+    write_json(folder.path / "environment.json", describe_environment())
+    heads, before = (
+        [block.heads for block in attention_blocks(each).values()] for each in (model, calibration.model)
+    )
+    summary = {
+        "name": name,
+        "stage": "compress",
+        "class": type(model).__name__,
+        "parameters": count_parameters(model),
+        "heads": max(heads, default=0),
+        "blocks": len(heads),
+        "steps": 0,
+        "images": 0,
+        "teacher": calibration.path,
+        "teacher_heads": max(before, default=0),
+    }
+    write_json(folder.summary_file, summary)
 
 
 def calibration_batches(

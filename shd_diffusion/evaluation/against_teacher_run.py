@@ -44,7 +44,8 @@ def compare_with_teacher(
     Raises:
         UserError: the run has no teacher, or too few samples, or its teacher cannot be loaded.
     """
-    if not isinstance(config, DistillConfig):
+    path = config.teacher.path if isinstance(config, DistillConfig) else run.read_summary().get("teacher")
+    if path is None:
         raise UserError(f"{run.config_file}: key `{KEY}`: this run has no teacher; set it to 0")
     indices = chosen_images(sampled, config.evaluate.against_teacher)
     if len(indices) < config.evaluate.against_teacher:
@@ -58,8 +59,7 @@ def compare_with_teacher(
     if sample.scheduler != type(pipeline.scheduler).__name__ or sample.scheduler_arguments:
         pipeline.scheduler = own_scheduler(sample, pipeline.scheduler)
     student, teacher = (
-        _sampler(each, sample, sampled)
-        for each in (pipeline, with_denoiser_of(pipeline, config.teacher.path))
+        _sampler(each, sample, sampled) for each in (pipeline, with_denoiser_of(pipeline, path))
     )
     height, width = decode(image_path(run.samples, 0), str(image_path(run.samples, 0))).shape[1:]
     left_out = lpips_is_missing(height, width)

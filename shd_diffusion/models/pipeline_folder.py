@@ -111,15 +111,23 @@ class PipelineFolder:
         return digest.hexdigest()
 
     def save_with(self, model: ModelMixin, to: Path) -> None:
-        """Write this pipeline with another denoiser: the other parts are copied as they are, file by file."""
+        """Write this pipeline with another denoiser: the other parts are copied as they are, file by file, with
+        the code and licences beside them; no samples, and no words on its own denoiser."""
         folder = self.local()
-        shutil.copytree(
-            folder, to, ignore=lambda at, _: [self.part] if Path(at) == folder else [], dirs_exist_ok=True
-        )
+
+        def others(at: str, names: list[str]) -> list[str]:
+            return [name for name in names if Path(at) == folder and not self._goes_along(name)]
+
+        shutil.copytree(folder, to, ignore=others, dirs_exist_ok=True)
         model.save_pretrained(to / self.part, safe_serialization=True)
         kind = type(model)
         library = "diffusers" if getattr(diffusers, kind.__name__, None) is kind else kind.__module__
         write_json(to / INDEX, {**self.index, self.part: [library, kind.__name__]})
+
+    def _goes_along(self, name: str) -> bool:
+        """Whether something in its folder is none of its denoiser's own."""
+        part = name != self.part and self.has(name)
+        return part or name.endswith(".py") or name.upper().startswith(("LICENSE", "NOTICE"))
 
 
 def find_pipeline(name: str) -> PipelineFolder | None:

@@ -15,6 +15,7 @@ from shd_diffusion.files import replacing_folder, write_text
 from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
 from shd_diffusion.reporting.attention import attention_views
+from shd_diffusion.reporting.compression import compression_plots, compression_rows
 from shd_diffusion.reporting.cost import cost_lines, cost_note
 from shd_diffusion.reporting.metrics_table import (
     against_teacher_table,
@@ -62,6 +63,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         "losses": [*loss_curves(runs, styles), *validation_fid(runs, styles)],
         "shares": loss_shares(runs),
         "divergences": shd_by_block(runs),
+        "compression": compression_plots(runs, styles),
     }
     beside = [*(gallery.plot() for gallery in galleries), *neighbour_plots(neighbours)]
     beside += [plot for view in attention for plot in view.plots]
@@ -80,6 +82,8 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         "plots": plots,
         "neighbourhoods": neighbours,
         "attention": attention,
+        "compressed": [run for run in runs if run.compression],
+        "compression": compression_rows(runs),
         "protocol": settings_table([run.metrics.protocol if run.metrics else None for run in runs]),
         "configs": _compare_configs(runs),
         "environments": settings_table([_environment(run) for run in runs]),
@@ -218,7 +222,7 @@ def missing(runs: Sequence[Run]) -> dict[str, list[str]]:
         "metrics": lacking([run for run in runs if run.metrics is None], "evaluate"),
         "benchmark": lacking(list(runs), "benchmark") if any(run.benchmark is None for run in runs) else [],
         "nearest": lacking([run for run in runs if run.metrics and run.nearest is None], "evaluate"),
-        "log": [run.command for run in runs if run.log is None],
+        "log": [run.command for run in runs if run.log is None and run.compression is None],
         "attention": [run.command for run in squeezing if run.attention is None],
     }
 

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import yaml
@@ -253,6 +253,26 @@ class Attention:
     words: list[Word] | None = None
 
 
+class Part(Result):
+    """What became of a module: it has `after` of `before` heads or neurons, or is a block that left.
+
+    `lost` is a share of the energy of its output, of a block that of the model's.
+    """
+
+    name: str
+    what: Literal["heads", "neurons", "block"]
+    before: int
+    after: int
+    lost: float
+
+
+class Compression(Result):
+    """What `compress` did; `lost` is a share of the energy of the model's prediction."""
+
+    lost: float
+    parts: list[Part]
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A finished run. What a later stage has not written yet is None."""
@@ -268,6 +288,7 @@ class Run:
     benchmark: Benchmark | None
     nearest: Nearest | None
     attention: Attention | None
+    compression: Compression | None
 
     @property
     def is_teacher(self) -> bool:
@@ -332,6 +353,7 @@ def read_run(path: Path, name: str) -> Run:
         benchmark=part("evaluation/benchmark.json", lambda file: read_result(file, Benchmark)),
         nearest=part("evaluation/nearest.json", lambda file: read_result(file, Nearest)),
         attention=part("attention.safetensors", read_attention),
+        compression=part("compression.json", lambda file: read_result(file, Compression)),
     )
 
 

@@ -14,10 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.moments import Moments, inverse_root, ridge, solve, squared_error
+from shd_diffusion.squeezing.moments import Moments, inverse_root, ridge, solve
 from shd_diffusion.squeezing.plan import Group, Round
 
-ROUNDS = 4
+ROUNDS = 8
 RIDGE = 1e-5
 
 
@@ -160,27 +160,33 @@ def merge_values(
     return torch.stack(found_values), torch.stack(found_outputs)
 
 
-def reduced(weight: Tensor, gram: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """The rank-r V O closest to a weight (c, C) in the metric of a Gram matrix (c, c): reduced-rank regression.
+def value_bases(values: Tensor, gram: Tensor) -> Tensor:
+    """Where to look for the values of merged heads when all of R^c is too much: an orthonormal basis for each.
 
-    Where `weight` is the least-squares solution, V O is the least-squares solution among those of that rank (Eckart
-    and Young; Izenman 1975). Scaled so that each column of V is as long as its row of O: training goes on evenly.
+    Args:
+        values: of N groups, merged to k columns instead of d by `merge_values`, (N, c, k), k ≤ c.
+        gram: of all heads' features F_j = A'_j H, Σ_j F_jᵀF_j (c, c), whose principal directions stand in for columns
+            that are zero.
 
     Returns:
-        V (c, r) and O (r, C); zeros fill what the rank leaves over.
+        (N, c, k), float64.
     """
-    metric = weight.T @ (gram @ weight)
-    top = torch.linalg.eigh((metric + metric.T) / 2).eigenvectors[:, -rank:].flip(1)
-    values = weight @ top
-    return _balanced(values, top.T, rank)
+    principal = torch.linalg.eigh(gram.double()).eigenvectors.flip(1)
+    spans = [torch.cat([each[:, each.norm(dim=0) > 0], principal], 1)[:, : each.shape[1]] for each in values]
+    return torch.linalg.qr(torch.stack(spans)).Q
 
 
-def _balanced(values: Tensor, outputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """V (c, r') and O (r', C) with rows of length 1, scaled evenly and filled with zeros to the rank."""
-    length = values.norm(dim=0).sqrt().clamp_min(torch.finfo(values.dtype).tiny)
-    missing = rank - values.shape[1]
+def _balanced(values: Tensor, outputs: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """V O as V (c, width) and O (width, C) with VᵀV = O Oᵀ diagonal: training goes on evenly in both.
+
+    Zeros fill what the rank leaves over.
+    """
+    left, core = torch.linalg.qr(values)
+    right, other = torch.linalg.qr(outputs.T)
+    u, sizes, v = torch.linalg.svd(core @ other.T, full_matrices=False)
+    missing, half = width - len(sizes), sizes.sqrt()
     pad = torch.nn.functional.pad
-    return pad(values / length, (0, missing)), pad(outputs * length[:, None], (0, 0, 0, missing))
+    return pad(left @ u * half, (0, missing)), pad(half[:, None] * (v @ right.T), (0, 0, 0, missing))
 
 
 def refit_heads(
@@ -188,9 +194,9 @@ def refit_heads(
 ) -> tuple[Tensor, Tensor, list[float]]:
     """Fit value and output weights of N heads with fixed maps to a target, from where they start.
 
-    The objective |Y - Σ_j F_j V_j O_j|² + λ Σ_j |V_j O_j|² is minimised in turn over all O (ridge regression on the
-    mixed values F_j V_j), and over V_j and O_j head by head (reduced-rank regression of what the other heads leave
-    over). Each step is an exact minimum over its part, so that the objective never rises.
+    The objective |Y - Σ_j F_j V_j O_j|² + λ Σ_j |V_j O_j|² is minimised in turn over all O_j together (ridge regression
+    on the mixed values F_j V_j) and over the V_j, head by head. Each step is an exact minimum over its part, so that
+    the objective never rises. Columns of V that are zero begin as random ones: O finds what they are good for.
 
     Args:
         moments: of the features [F_1, ..., F_N] side by side, (T, N·c), and the targets (T, C); centred where a
@@ -201,7 +207,7 @@ def refit_heads(
         strength: λ over the mean of the Gram matrix's diagonal.
 
     Returns:
-        V (N, c, d), O (N, d, C) and the objective before and after every step, 1 + rounds·(1 + N) numbers.
+        V (N, c, d), O (N, d, C) and the objective at the start, with O fitted, and after every round.
 
     Raises:
         ValueError: the moments do not fit the heads.
@@ -211,39 +217,40 @@ def refit_heads(
         raise ValueError(
             f"moments of {moments.gram.shape[0]} features do not fit {heads} heads of {inputs} inputs"
         )
-    values, outputs = values.double().clone(), outputs.double().clone()
-    penalty = ridge(moments.gram, strength)
+    values, outputs = values.double().clone(), outputs.double()
     gram = moments.gram.clone()
-    gram.diagonal().add_(penalty)
+    gram.diagonal().add_(ridge(moments.gram, strength))
     blocks = gram.unflatten(0, (heads, inputs)).unflatten(2, (heads, inputs))  # (N, c, N, c)
     cross = moments.cross.unflatten(0, (heads, inputs))
-    roots = [inverse_root(blocks[j, :, j]) for j in range(heads)]
-    circuits = values @ outputs  # P, (N, c, C)
-    objective = [squared_error(gram, moments.cross, moments.energy, circuits.flatten(0, 1))]
+    idle = values.norm(dim=1, keepdim=True) == 0
+    drawn = torch.randn(values.shape, generator=torch.Generator().manual_seed(0), dtype=values.dtype)
+    values = torch.where(idle, drawn.to(values) * values.std(), values)
+    # Gram matrices of all features with each head's mixed values F_j V_j, (N, c, d)
+    mixed = [blocks[:, :, j] @ values[j] for j in range(heads)]
+    objective = [_objective(moments, mixed, values, outputs)]
 
+    def fit_outputs() -> Tensor:
+        inner = (values.mT @ torch.cat(mixed, 2)).flatten(0, 1)
+        fitted = solve(inner, (values.mT @ cross).flatten(0, 1)).unflatten(0, (heads, width))
+        objective.append(_objective(moments, mixed, values, fitted))
+        return fitted
+
+    outputs = fit_outputs()
     for _ in range(rounds):
-        # Gram matrix of all features with the mixed values F_j V_j, (N, c, N·d), and of these, (N·d, N·d)
-        half = torch.cat([blocks[:, :, j] @ values[j] for j in range(heads)], 2)
-        mixed = (values.mT @ half).flatten(0, 1)
-        outputs = solve(mixed, (values.mT @ cross).flatten(0, 1)).unflatten(0, (heads, width))
-        circuits = values @ outputs
-        # Σ_i G_ji V_i O_i for every head j, kept up to date as heads change
-        fitted = half @ outputs.flatten(0, 1)
-        objective.append(_error(moments, circuits, fitted))
         for j in range(heads):
-            own, before = blocks[j, :, j], (values[j].clone(), outputs[j].clone())
-            residual = cross[j] - fitted[j] + (own @ values[j]) @ outputs[j]
-            best = roots[j] @ (roots[j].T @ residual)
-            values[j], outputs[j] = reduced(best, own, width)
-            circuits[j] = values[j] @ outputs[j]
-            # in the span of the old and the new values: 2 d columns instead of C
-            change = blocks[:, :, j] @ torch.cat([values[j], before[0]], 1)
-            fitted += change @ torch.cat([outputs[j], -before[1]])
-            objective.append(_error(moments, circuits, fitted))
-    return values, outputs, objective
+            # The normal equation G_jj V_j O_j O_jᵀ = (Z_jᵀY - Σ_{i≠j} G_ji V_i O_i) O_jᵀ
+            others = sum((mixed[i][j] @ (outputs[i] @ outputs[j].T) for i in range(heads) if i != j), start=0)
+            left = solve(blocks[j, :, j], cross[j] @ outputs[j].T - others)
+            values[j] = solve(outputs[j] @ outputs[j].T, left.T).T
+            mixed[j] = blocks[:, :, j] @ values[j]
+        outputs = fit_outputs()
+    balanced = [_balanced(v, o, width) for v, o in zip(values, outputs, strict=True)]
+    return torch.stack([v for v, _ in balanced]), torch.stack([o for _, o in balanced]), objective
 
 
-def _error(moments: Moments, circuits: Tensor, fitted: Tensor) -> float:
-    """`squared_error` from G P, which is there already."""
-    cross = moments.cross.view_as(circuits)
-    return float((moments.energy + (circuits * (fitted - 2 * cross)).sum()).clamp_min(0))
+def _objective(moments: Moments, mixed: Sequence[Tensor], values: Tensor, outputs: Tensor) -> float:
+    """|Y|² - 2 <P, ZᵀY> + <P, G P> with P_j = V_j O_j, without P: G P is there by halves."""
+    inner = (values.mT @ torch.cat(list(mixed), 2)).flatten(0, 1)
+    cross = values.mT @ moments.cross.view(len(values), -1, outputs.shape[2])
+    fitted = (inner @ outputs.flatten(0, 1)).view_as(outputs)
+    return float((moments.energy + (outputs * (fitted - 2 * cross)).sum()).clamp_min(0))

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+_COLUMNS = 512  # of a Gram matrix that are computed at once
+
 
 @dataclass(slots=True)
 class Moments:
@@ -40,7 +42,10 @@ class Moments:
     def add(self, features: Tensor, targets: Tensor) -> None:
         """Add rows: Z (T, p) and Y (T, C) of any floating dtype."""
         z, y = features.double(), targets.double()
-        self.gram.addmm_(z.T, z)
+        for start in range(0, z.shape[1], _COLUMNS):  # its upper half; the lower one is a copy
+            here, after = slice(start, start + _COLUMNS), slice(start + _COLUMNS, None)
+            self.gram[here, start:].addmm_(z[:, here].T, z[:, start:])
+            self.gram[after, here] = self.gram[here, after].T
         self.cross.addmm_(z.T, y)
         self.energy += y.square().sum()
         self.feature_sum += z.sum(0)
@@ -64,13 +69,9 @@ class Moments:
         return (self.target_sum - self.feature_sum @ weight) / max(self.rows, 1)
 
     def loss(self, weight: Tensor) -> float:
-        """|Y - Z W|² for weights W (p, C)."""
-        return squared_error(self.gram, self.cross, self.energy, weight)
-
-
-def squared_error(gram: Tensor, cross: Tensor, energy: Tensor, weight: Tensor) -> float:
-    """|Y - Z W|² = |Y|² - 2 <W, ZᵀY> + <W, ZᵀZ W>, for weights (p, C); at least 0."""
-    return float((energy + (weight * (gram @ weight - 2 * cross)).sum()).clamp_min(0))
+        """|Y - Z W|² = |Y|² - 2 <W, ZᵀY> + <W, ZᵀZ W> for weights W (p, C); at least 0."""
+        fitted = self.gram @ weight
+        return float((self.energy + (weight * (fitted - 2 * self.cross)).sum()).clamp_min(0))
 
 
 def ridge(gram: Tensor, strength: float) -> float:

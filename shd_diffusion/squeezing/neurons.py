@@ -12,7 +12,7 @@ from torch import Tensor
 from shd_diffusion.squeezing.moments import Moments, ridge, solve
 
 RIDGE = 1e-5
-_TOGETHER = 64  # removals whose corrections are applied to the large matrices in one product
+_TOGETHER = 128  # removals whose corrections are applied to the large matrices in one product
 
 
 def remove_neurons(
@@ -54,28 +54,31 @@ def remove_neurons(
     change = weight - start
     objective = [moments.loss(weight) + penalty * float(change.square().sum())]
 
-    energies, diagonal = weight.square().sum(1), inverse.diagonal().clone()  # |w_j|², (G⁻¹)_jj
+    # The weights themselves are not looked at until the end: K = W Wᵀ tells what a removal makes of every |w_i|².
+    products = weight @ weight.T
+    energies, diagonal = products.diagonal().clone(), inverse.diagonal().clone()  # |w_i|², (G⁻¹)_ii
     alive = torch.ones(features, dtype=torch.bool, device=weight.device)
     may_leave = torch.arange(features, device=weight.device) >= fixed
     for done in range(0, neurons - keep, _TOGETHER):
         count = min(_TOGETHER, neurons - keep - done)
-        # Since the last product: inverse - U Uᵀ and weight - U A are the matrices as they are.
-        u, a = inverse.new_zeros(features, count), weight.new_zeros(count, weight.shape[1])
+        # Since the last product: G⁻¹ is inverse - U Uᵀ and K is products - U Pᵀ - P Uᵀ.
+        u, p = inverse.new_zeros(2, features, count)
         for k in range(count):
             losses = torch.where(alive & may_leave, energies / diagonal, torch.inf)
             j = int(losses.argmin())
             objective.append(objective[-1] + float(losses[j]))
             alive[j] = False
-            column = inverse[:, j] - u @ u[j]
+            column = inverse[j] - u @ u[j]
             scale = column[j].rsqrt()
-            row = (weight[j] - u[j] @ a) * scale
+            # W -= column w_jᵀ / (G⁻¹)_jj, so K -= u vᵀ + v uᵀ - u uᵀ |w_j|² / (G⁻¹)_jj with v = W w_j and u = column,
+            # each over the root of (G⁻¹)_jj
+            moved = (products[j] - u @ p[j] - p @ u[j]) * scale
             column = column * scale
-            inner = weight @ row - u @ (a @ row)  # w_i · a_k
-            energies += column * (column * row.square().sum() - 2 * inner)
+            u[:, k], p[:, k] = column, moved - column * (losses[j] / 2)
+            energies -= 2 * column * p[:, k]
             diagonal -= column.square()
-            u[:, k], a[k] = column, row
-        inverse -= u @ u.T
-        weight -= u @ a
+        inverse.addmm_(u, u.T, alpha=-1)
+        products.addmm_(u, p.T, alpha=-1).addmm_(p, u.T, alpha=-1)
     kept = alive.nonzero()[:, 0]
     # Solved anew, without the rounding of many corrections.
     return kept, solve(gram[kept][:, kept], cross[kept]), objective

@@ -294,12 +294,15 @@ def test_every_way_of_merging_is_better_than_dropping_heads(queries, pairing):
     assert found.lost < 0.5 * error / energy
 
 
-def test_where_all_features_would_not_fit_into_memory_merged_values_stay(monkeypatch):
+def test_values_looked_for_in_fewer_directions_lose_little_more(monkeypatch):
     whole = compress(random_dit(4), dit_batches(), run_dit, heads=2)
-    monkeypatch.setattr(attention, "_WIDEST", 10)
-    narrow = compress(random_dit(4), dit_batches(), run_dit, heads=2)
-    first, second = narrow.parts[0], whole.parts[0]
-    assert second.lost < first.lost < first.lost_before
+    losses = []
+    for widest in (10, 40, 60):
+        monkeypatch.setattr(attention, "_WIDEST", widest)
+        narrow = compress(random_dit(4), dit_batches(), run_dit, heads=2).parts[0]
+        assert narrow.lost < narrow.lost_before
+        losses.append(narrow.lost)
+    assert whole.parts[0].lost < losses[2] < losses[1] < losses[0]
 
 
 def test_a_part_of_the_rows_gives_nearly_the_same_fit():

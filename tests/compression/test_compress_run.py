@@ -46,16 +46,11 @@ def test_it_has_fewer_heads_and_neurons_and_says_what_they_lost(compressed: Path
 
 
 def test_it_is_evaluated_and_healed_like_any_other(compressed: Path, runs: Path, tmp_path: Path) -> None:
-    code, output, errors = command(
-        "evaluate",
-        compressed,
-        "--reference",
-        "digits",
-        "--extractor",
-        "digits-classifier",
-        *sets(*FEW_IMAGES),
-    )
+    code, _, errors = command("sample", compressed, *sets(*FEW_IMAGES))
+    assert code == 0, errors
+    code, output, errors = command("evaluate", compressed, *sets("evaluate.against_teacher=4"))
     assert code == 0 and json.loads(output)["fid"] > 0, errors
+    assert json.loads(output)["against_teacher"]["latent_relative_mse"]["mean"] > 0
     config = tmp_path / "heal.yaml"
     text = DISTILL_CONFIG.read_text()
     start, end = text.index("student:"), text.index("losses:")
@@ -68,6 +63,27 @@ def test_it_is_evaluated_and_healed_like_any_other(compressed: Path, runs: Path,
     assert command("sample", tmp_path / "healed", *sets(*FEW_IMAGES))[0] == 0
     more += sets("train.max_steps=3")
     assert command("distill", config, "--output", tmp_path / "healed", *more)[0] == 0
+
+
+def test_what_is_compressed_again_takes_no_samples_along(compressed: Path, tmp_path: Path) -> None:
+    """Its pipeline's own parts go along, not what was written beside them."""
+    (compressed / "samples").mkdir(exist_ok=True)
+    (compressed / "samples" / "000000.png").write_bytes(b"")
+    again = tmp_path / "again"
+    code, _, errors = command("compress", compressed, "--neurons", 0.5, "--images", 64, "--output", again)
+    assert code == 0, errors
+    assert not (again / "samples").exists()
+    assert plans_from_json((again / "merge_plans.json").read_text()) == {}  # no head left this time
+    summary = RunFolder(again).read_summary()
+    assert summary["stage"] == "compress" and summary["teacher"] == str(compressed)
+    assert summary["heads"] == summary["teacher_heads"] == 6
+
+
+def test_nothing_is_trained_into_it(compressed: Path) -> None:
+    before = {path: path.read_bytes() for path in compressed.glob("*.*")}
+    code, _, errors = command("train-teacher", TEACHER_CONFIG, "--output", compressed)
+    assert code == 2 and "is a pipeline that `compress` made; give another --output" in errors
+    assert before == {path: path.read_bytes() for path in compressed.glob("*.*")}
 
 
 def test_its_heads_learn_from_those_that_merged_into_them(

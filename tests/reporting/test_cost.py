@@ -41,7 +41,9 @@ def test_students_are_told_as_shares_of_their_teacher(runs: dict[str, Path]) -> 
     )
 
 
-def test_times_of_two_benchmarks_are_no_shares(runs: dict[str, Path], fresh_run: Callable[[str], Path]) -> None:
+def test_times_of_two_benchmarks_are_no_shares(
+    runs: dict[str, Path], fresh_run: Callable[[str], Path]
+) -> None:
     other = fresh_run("kd")
     edit_benchmark(other, environment={"started": "2026-01-02T00:00:00+00:00"})
     found = costs_of(runs["teacher"], other)
@@ -65,7 +67,9 @@ def test_without_sampled_images_a_call_is_told(fresh_run: Callable[[str], Path])
     ]  # fmt: skip
 
 
-def test_without_a_benchmark_the_time_that_sampling_took_stands_alone(fresh_run: Callable[[str], Path]) -> None:
+def test_without_a_benchmark_the_time_that_sampling_took_stands_alone(
+    fresh_run: Callable[[str], Path],
+) -> None:
     pair = [fresh_run("teacher"), fresh_run("kd")]
     for run in pair:
         (run / "evaluation" / "benchmark.json").unlink()
@@ -79,5 +83,7 @@ def test_without_a_benchmark_the_time_that_sampling_took_stands_alone(fresh_run:
 def test_a_damaged_benchmark_is_named(fresh_run: Callable[[str], Path]) -> None:
     run = fresh_run("kd")
     edit_benchmark(run, timings=[])
-    with pytest.raises(UserError, match=r"benchmark\.json: key `timings`: .*; run the command that wrote the file"):
+    with pytest.raises(
+        UserError, match=r"benchmark\.json: key `timings`: .*; run the command that wrote the file"
+    ):
         read_runs([run])
