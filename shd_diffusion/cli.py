@@ -6,8 +6,10 @@ What takes seconds to import is imported where it is used, inside the guard agai
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import math
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +22,6 @@ from shd_diffusion.progress import printable
 
 app = typer.Typer(
     name="shd-diffusion",
-    help="Squeezing-Heads Distillation: a diffusion student with fewer attention heads than its teacher.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -40,6 +41,30 @@ DryRun = Annotated[
 ]
 
 Arguments = ParamSpec("Arguments")
+
+
+def _tell_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(importlib.metadata.version("shd-diffusion"))
+        raise typer.Exit
+
+
+@app.callback(epilog="Begin with `make demo` in a checkout, or with README.md: your own pictures and models.")
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version.")
+    ] = False,
+) -> None:
+    """Squeezing-Heads Distillation: a diffusion student with fewer attention heads than its teacher."""
+
+
+def _next(command: str, *arguments: object) -> None:
+    """Say what can be done with what there is now."""
+    from shd_diffusion.processes import processes
+    from shd_diffusion.progress import announce
+
+    if processes().is_main_process:
+        announce(f"done; next: shd-diffusion {command} {shlex.join(map(str, arguments))}")
 
 
 def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
@@ -169,6 +194,7 @@ def _train(
         typer.echo(json.dumps(dry_run(parsed, str(config)), indent=2))
     else:
         train(parsed, _output(parsed, output, config), str(config))
+        _next("sample", _output(parsed, output, config))
 
 
 # --- after training ------------------------------------------------------------------------------------------
@@ -217,6 +243,7 @@ def sample(
                 told["num_images"] = len(read_prompts(prompts)) * config.sample.images_per_prompt
             config = config.model_copy(update={"sample": config.sample.model_copy(update=told)})
         sample_run(run, config, output or run.samples, npz, layout)
+    _next("evaluate", *(runs if output is None else [output]))
 
 
 @app.command()
@@ -273,6 +300,8 @@ def evaluate(
             found[str(target)] = evaluate_images(target, overrides)
     if processes().is_main_process:
         typer.echo(json.dumps(found if len(targets) > 1 else found[str(targets[0])], indent=2))
+    if evaluated := [target for target in targets if RunFolder(target).config_file.exists()]:
+        _next("report", *evaluated)
 
 
 @app.command()
@@ -475,6 +504,21 @@ def compress(
         results = compress_run(calibration, output, *counts, plain, asked, method)
         Console().print(table(results))
         typer.echo(f"compressed: {output}")
+        _next("sample", output)
+
+
+@app.command()
+@stage
+def push(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="`owner/name` on the hub.")],
+    private: Annotated[bool, typer.Option("--private", help="Make the repository private.")] = False,
+) -> None:
+    """Upload a run's pipeline to the hub, with its model card."""
+    from shd_diffusion.hub_upload import push as upload
+    from shd_diffusion.run_folder import RunFolder
+
+    typer.echo(f"pushed: {upload(RunFolder(run), name, private)}")
 
 
 @app.command()

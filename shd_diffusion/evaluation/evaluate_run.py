@@ -14,6 +14,7 @@ from shd_diffusion.evaluation.extractors import extractor_name
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.evaluation.metrics import check_settings, needs_reference, without_reference
 from shd_diffusion.files import write_json
+from shd_diffusion.model_card import write_card
 from shd_diffusion.models.factory import is_hub_name
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
@@ -44,7 +45,10 @@ def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     if settings.against_teacher:
         extractor, _ = load_models(settings, None)
         found["against_teacher"] = compare_with_teacher(run, config, sampled, extractor)
-    return _evaluate_and_keep(run, reference, settings, found)
+    metrics = _evaluate_and_keep(run, reference, settings, found)
+    if processes().is_main_process and run.pipeline != run.path:  # what compress made has words of its own
+        write_card(run)
+    return metrics
 
 
 def _reference_of(config: RunConfig) -> ReferenceImages | None:

@@ -7,11 +7,16 @@ from typing import Any
 import torch
 from pydantic import create_model, model_validator
 
+from shd_diffusion.losses.acam import AdaptiveMasks
+from shd_diffusion.losses.affinity import Affinity
 from shd_diffusion.losses.aligner import HeadAligner
 from shd_diffusion.losses.attention_mse import AttentionMSE
 from shd_diffusion.losses.attention_output import AttentionOutput
+from shd_diffusion.losses.contrastive import Contrastive
 from shd_diffusion.losses.denoise import Denoise
 from shd_diffusion.losses.features import FeatureDistillation
+from shd_diffusion.losses.minilm import MiniLM
+from shd_diffusion.losses.norm_direction import NormDirection
 from shd_diffusion.losses.output import OutputDistillation
 from shd_diffusion.losses.shd import SHD, SHDConfig, SHDLoss
 from shd_diffusion.losses.term import Term, TermConfig
@@ -30,6 +35,11 @@ TERMS: dict[str, type[Term]] = {
     "attention_output": AttentionOutput,
     "attention_mse": AttentionMSE,
     "aligner": HeadAligner,
+    "minilm": MiniLM,
+    "affinity": Affinity,
+    "norm_direction": NormDirection,
+    "contrastive": Contrastive,
+    "acam": AdaptiveMasks,
 }
 """Every term of the loss, by its section in `losses`."""
 
@@ -43,9 +53,15 @@ class Losses(Section):
 
     @model_validator(mode="after")
     def _every_step_has_a_loss(self) -> Losses:
-        always = [section.weight for name, section in self if name not in ("variance", "shd")]
-        shd = getattr(self, "shd", None)
-        if not any(always) and not (shd and shd.weight and shd.every == 1):
+        counts = [
+            section.during or [0.0, 1.0]
+            for name, section in self
+            if section.weight and name != "variance" and not (name == "shd" and section.every > 1)
+        ]
+        end = 0.0
+        for first, last in sorted(counts):
+            end = max(end, last) if first <= end else end
+        if end < 1:
             raise ValueError("there are steps without any term; give `denoise` a weight above 0")
         return self
 

@@ -14,7 +14,11 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-Divergence = Literal["forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "adaptive_kl", "mse"]
+from shd_diffusion.losses.sinkhorn import sinkhorn
+
+Divergence = Literal[
+    "forward_kl", "reverse_kl", "jensen_shannon", "skewed_kl", "adaptive_kl", "mse", "sinkhorn"
+]
 DivergenceFunction: TypeAlias = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -91,4 +95,5 @@ DIVERGENCES: dict[str, DivergenceFunction] = {
     "skewed_kl": skewed_kl,
     "adaptive_kl": adaptive_kl,
     "mse": mse,
+    "sinkhorn": sinkhorn,
 }

@@ -13,8 +13,8 @@ Diffusion transformers have features that are huge in a few channels. Two remedi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import ClassVar
+from collections.abc import Iterable, Iterator, Mapping
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 
 from shd_diffusion.attention.blocks import enclosing_block
 from shd_diffusion.attention.probe import CONTEXT
+from shd_diffusion.losses.attention_projector import CrossAttentionProjector
 from shd_diffusion.losses.choice import Stream
 from shd_diffusion.losses.term import (
     MappedTermConfig,
@@ -32,10 +33,12 @@ from shd_diffusion.losses.term import (
     map_modules,
     map_traces,
 )
+from shd_diffusion.losses.token_grid import coarsening
 from shd_diffusion.models.trace import Trace
 
 _OTHER_TOKENS = (
-    "{} has {} tokens, the teacher's {} {}: features are compared token by token; choose models of one grid"
+    "{} has {} tokens, the teacher's {} {}: features are compared token by token; choose models of one grid, or of "
+    "grids of which one is a multiple of the other"
 )
 
 
@@ -43,7 +46,8 @@ class FeatureTerm(Term):
     """A distance of features, averaged over the pairs of mapped blocks.
 
     Blocks that put out two streams, image and text, make two pairs: image tokens with image tokens, text with text.
-    Padding counts in no mean.
+    Padding counts in no mean. Where one model's token grid is finer (a UNet's and a DiT's, say), its tokens' means on
+    the coarser grid are compared.
 
     Attributes:
         projectors: P by pair, in the order of `pairs`.
@@ -62,43 +66,47 @@ class FeatureTerm(Term):
         self.pairs = pair_outputs(blocks, student, teacher, config.streams)
         attentions = {self.module(name): name.partition(":")[0] for name in reversed(records)}
         self.rows = rows_of_outputs(self.pairs, attentions, student)
-        widths = []
+        projectors = []
         for name, by in self.pairs.items():
-            own, other = tokens(student.outputs[name]).shape, tokens(teacher.outputs[by]).shape
-            if own[1] != other[1]:
-                raise ValueError(_OTHER_TOKENS.format(name, own[1], by, other[1]))
-            widths.append((own[2], other[2]))
-        self.projectors = nn.ModuleList(self.projector(*pair) for pair in widths)
+            own, other = matched_tokens(student.outputs, name, teacher.outputs, by, student.shape[-2:])
+            projectors.append(self.projector(own.shape[2], other.shape[2], own.shape[1]))
+        self.projectors = nn.ModuleList(projectors)
 
     def module(self, attention: str) -> str:
         """The module whose output is matched, by the attention module in it."""
         return enclosing_block(attention)
 
-    def projector(self, student_width: int, teacher_width: int) -> nn.Module:
-        """From the student's width to the teacher's."""
+    def projector(self, student_width: int, teacher_width: int, tokens: int) -> nn.Module:
+        """From so many of the student's tokens to the teacher's width."""
         return nn.Linear(student_width, teacher_width)
 
     def distance(self, projected: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
         """Of features (B, N, C), of the tokens that count (B, N): a scalar."""
         raise NotImplementedError
 
-    def forward(self, outputs: StepOutputs) -> Tensor:
-        """See the class.
+    def compared(self, outputs: StepOutputs) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
+        """Of each pair the student's features through the projector, the teacher's, and which tokens count.
 
         Raises:
-            ValueError: a pair whose numbers of tokens differ.
+            ValueError: a pair whose tokens cannot be matched.
         """
-        distances = []
+        size, student, teacher = outputs.batch.clean.shape[-2:], outputs.student, outputs.teacher
         for (name, by), projector in zip(self.pairs.items(), self.projectors, strict=True):
-            features, target = matched_tokens(outputs.student.outputs, name, outputs.teacher.outputs, by)
-            counted = outputs.student.records[self.rows[name]].counted if name in self.rows else None
-            distances.append(self.distance(projector(features), target, counted))
-        return torch.stack(distances).mean()
+            features, target = matched_tokens(student.outputs, name, teacher.outputs, by, size)
+            counted = student.records[self.rows[name]].counted if name in self.rows else None
+            yield projector(features), target, counted
+
+    def forward(self, outputs: StepOutputs) -> Tensor:
+        return torch.stack([self.distance(*pair) for pair in self.compared(outputs)]).mean()
 
 
 class FeatureConfig(MappedTermConfig):
-    """Features, each sample's distance over the target's mean square, or without the target's outliers."""
+    """Features, each sample's distance over the target's mean square, or without the target's outliers.
 
+    The projector is `linear`, or `attention`, see `CrossAttentionProjector`: for images of one size, and not for text.
+    """
+
+    projector: Literal["linear", "attention"] = "linear"
     normalise: bool = False
     within_deviations: float | None = Field(None, ge=1, allow_inf_nan=False)
 
@@ -108,6 +116,20 @@ class FeatureDistillation(FeatureTerm):
 
     Config: ClassVar[type[TermConfig]] = FeatureConfig
     config: FeatureConfig
+
+    def __init__(self, config: FeatureConfig, student: Trace, teacher: Trace | None, seed: int = 0) -> None:
+        super().__init__(config, student, teacher, seed)
+        any_length = student.text_outputs | student.padded_outputs
+        if config.projector == "attention" and (texts := [name for name in self.pairs if name in any_length]):
+            raise ValueError(
+                f"`projector: attention` is for so many tokens, and {texts[0]} has those of prompts of any length; set "
+                "`streams: [image]`, or `projector: linear`"
+            )
+
+    def projector(self, student_width: int, teacher_width: int, tokens: int) -> nn.Module:
+        if self.config.projector == "attention":
+            return CrossAttentionProjector(student_width, teacher_width, tokens)
+        return super().projector(student_width, teacher_width, tokens)
 
     def distance(self, projected: Tensor, target: Tensor, counted: Tensor | None) -> Tensor:
         options = self.config.normalise, self.config.within_deviations
@@ -204,17 +226,34 @@ def _listed(outputs: Mapping[Stream | None, str]) -> str:
 
 
 def matched_tokens(
-    student: Mapping[str, Tensor], name: str, teacher: Mapping[str, Tensor], by: str
+    student: Mapping[str, Tensor],
+    name: str,
+    teacher: Mapping[str, Tensor],
+    by: str,
+    size: tuple[int, ...] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The tokens of a pair, (B, N, C_student) and (B, N, C_teacher), the teacher's without gradients.
 
+    Args:
+        size: height and width of what both models see; N is of the coarser grid, see `coarsening`.
+
     Raises:
-        ValueError: their numbers of tokens differ.
+        ValueError: one grid is no multiple of the other.
     """
     features, target = tokens(student[name]), tokens(teacher[by]).detach()
-    if features.shape[1] != target.shape[1]:
-        raise ValueError(_OTHER_TOKENS.format(name, features.shape[1], by, target.shape[1]))
-    return features, target
+    own, other = features.shape[1], target.shape[1]
+    if own == other:
+        return features, target
+    try:
+        grids = [coarsening(count, min(own, other), size) for count in (own, other)]
+        return pooled_tokens(features, grids[0]), pooled_tokens(target, grids[1])
+    except ValueError as error:
+        raise ValueError(_OTHER_TOKENS.format(name, own, by, other)) from error
+
+
+def pooled_tokens(features: Tensor, grid: Tensor) -> Tensor:
+    """The mean of features (B, N, C) over the tokens of each of a coarser grid, (coarse, ratio²): (B, coarse, C)."""
+    return features if grid.shape[1] == 1 else features[:, grid.to(features.device)].mean(2)
 
 
 def tokens(output: Tensor) -> Tensor:

@@ -198,7 +198,21 @@ def pooled(maps: Tensor, pool: Pool) -> Tensor:
     return maps.unflatten(-2, (-1, rows)).mean(-2) if rows > 1 else maps
 
 
-# --- the targets: a teacher's maps, squeezed ------------------------------------------------------------------
+# --- the targets: maps as they are, and a teacher's maps, squeezed ---------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainMaps:
+    """A record's own maps as they are, on a grid of which `pool` is its share."""
+
+    record: AttentionRecord
+    pool: Pool = (1, 1)
+
+    def chunks(self) -> Iterator[Chunk]:
+        """(B, H, rows of the pooled maps, K), in float32 or better."""
+        for (samples, rows), maps in map_stream(self.record, multiple=self.pool[0]).walk():
+            coarse = slice(rows.start // self.pool[0], rows.stop // self.pool[0])
+            yield (samples, coarse), pooled(maps, self.pool)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from shd_diffusion.losses.divergence import DIVERGENCES, Divergence
 from shd_diffusion.losses.inspect_loss import Inspection, inspect_block
 from shd_diffusion.losses.map_divergence import SqueezedTeacher, map_divergence, map_stream
 from shd_diffusion.losses.padding import alike
+from shd_diffusion.losses.sinkhorn import check_grid
 from shd_diffusion.losses.term import (
     MappedTermConfig,
     NonFiniteError,
@@ -39,7 +40,7 @@ class SHDConfig(MappedTermConfig):
 
     Attributes:
         temperature: τ, softens both maps.
-        divergence: of the squeezed map and the student's.
+        divergence: of the squeezed map and the student's; `sinkhorn` of self-attention over a square grid alone.
         pairing: `adjacent`, `matched` (call `calibrate` first, or set `plans`), or one plan for all blocks; None: by
             `plans` where there are some, as of a student that was squeezed by them, else `adjacent`.
         granularity: one coefficient a `sample`, or one a query `row`.
@@ -289,7 +290,9 @@ class SHD(Term):
                 plan = plan_merges(*heads) if config.pairing == "matched" else self.loss.plan(name, *heads)
                 check_plan(plan, *heads)
                 check_merge(plan, config.merge)
-                common_grid(teacher.records[by], student.records[name], student.shape[-2:])
+                _, (_, keys) = common_grid(teacher.records[by], student.records[name], student.shape[-2:])
+                if config.divergence == "sinkhorn":
+                    check_grid(len(keys), student.records[name].kind)
             except ValueError as error:
                 raise ValueError(f"block {name}: {error}") from error
 
@@ -315,6 +318,8 @@ class SHD(Term):
         self.loss.plans = dict(plans)
 
     def weight(self, step: int, max_steps: int) -> float:
+        if not super().weight(step, max_steps):
+            return 0.0
         return schedule_weight(self.config.weight, step, max_steps, self.config.decay, self.config.every)
 
     def forward(self, outputs: StepOutputs) -> Tensor:

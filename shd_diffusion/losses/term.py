@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, FiniteFloat, model_validator
 from torch import Tensor, nn
 
 from shd_diffusion.attention import AttentionRecord, Kind
@@ -29,9 +29,22 @@ class NonFiniteError(ValueError):
 
 
 class TermConfig(Section):
-    """One summand of the loss. Weight 0 leaves the term out: it is neither computed nor logged."""
+    """One summand of the loss. Weight 0 leaves the term out: it is neither computed nor logged.
+
+    `during` limits it to a part of the run, from one share of `train.max_steps` up to another: features in [0, 0.5] and
+    the outputs in [0.5, 1] make the two stages of FitNets, where the student's blocks learn before its output does.
+    """
 
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    during: list[FiniteFloat] | None = Field(None, min_length=2, max_length=2)
+
+    @model_validator(mode="after")
+    def _during_is_a_part(self) -> TermConfig:
+        if self.during is not None and not 0 <= self.during[0] < self.during[1] <= 1:
+            raise ValueError(
+                f"`during` is {self.during}: give the shares of the run at which it begins and ends"
+            )
+        return self
 
 
 class MappedTermConfig(TermConfig):
@@ -55,7 +68,8 @@ class MappedTermConfig(TermConfig):
 class Batch:
     """Noised samples: clean, noise and noised (B, C, H, W), timesteps (B,), condition (B, ...) by argument.
 
-    Where passes are masked, `mask` is what is added to the condition of the second pass (MDTv2's `ids_keep`).
+    Where passes are masked, `mask` is what is added to the condition of the second pass (MDTv2's `ids_keep`). `null` is
+    what stands for no condition, (1, ...) by argument. `mixed` is what terms with a teacher see instead, if anything.
     """
 
     clean: Tensor
@@ -64,6 +78,8 @@ class Batch:
     timesteps: Tensor
     condition: Condition
     mask: Condition = field(default_factory=dict)
+    null: Condition = field(default_factory=dict)
+    mixed: Batch | None = None
 
 
 @dataclass(frozen=True)
@@ -90,6 +106,7 @@ class StepOutputs:
         batch: what both models saw.
         prediction: the student's, (B, C or 2C, H, W), with its graph.
         teacher_prediction: the same of the teacher; None where no term needs it.
+        teacher_null_prediction: the teacher's without any condition; None where no term needs it.
         student: what was captured of the student.
         teacher: what was captured of the teacher.
         step: counted from 0.
@@ -102,6 +119,7 @@ class StepOutputs:
     student: Captured = field(default_factory=Captured)
     teacher: Captured = field(default_factory=Captured)
     step: int = 0
+    teacher_null_prediction: Tensor | None = None
 
     @property
     def channels(self) -> int:
@@ -145,13 +163,19 @@ class Term(nn.Module):
         return True
 
     @property
+    def needs_null_prediction(self) -> bool:
+        """Whether the teacher is to predict without the condition too, which takes one more of its passes."""
+        return False
+
+    @property
     def looks_at(self) -> tuple[Collection[str], Collection[str]]:
         """The student's and the teacher's blocks or modules that are to be captured."""
         return self.pairs.keys(), self.pairs.values()
 
     def weight(self, step: int, max_steps: int) -> float:
         """At a step, counted from 0; 0 where the term need not be computed."""
-        return self.config.weight
+        first, last = self.config.during or (0, 1)
+        return self.config.weight if first <= step / max_steps < last else 0.0
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         raise NotImplementedError

@@ -42,7 +42,7 @@ class VkD(FeatureTerm):
         super().__init__(config, student, teacher, seed)
         self.normalise = {"whiten": whiten, "standardise": standardise}[config.normalisation]
 
-    def projector(self, student_width: int, teacher_width: int) -> nn.Module:
+    def projector(self, student_width: int, teacher_width: int, tokens: int) -> nn.Module:
         # The paper's map. PyTorch's default for matrices that are not square, `householder`, turns columns to 0 when
         # an optimiser moves the diagonal, which weight decay does in its first step.
         linear = nn.Linear(student_width, teacher_width, bias=False)

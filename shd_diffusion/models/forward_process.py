@@ -128,6 +128,21 @@ class ForwardProcess:
                 weight = torch.minimum(a**2, gamma * s**2)
         return weight.float()
 
+    def truncated_snr_weight(self, timesteps: Tensor) -> Tensor:
+        """Truncated SNR weights (Salimans and Ho 2022, section 4): max(SNR, 1) on the image's squared error, (B,).
+
+        See `min_snr_weight`; where there is no signal at all, the weight of a noise prediction's error is infinite.
+        """
+        a, s = self._scales(timesteps)
+        match self.objective:
+            case "epsilon":
+                weight = (s**2 / a**2).clamp(min=1)
+            case "sample":
+                weight = (a**2 / s**2).clamp(min=1)
+            case _:
+                weight = torch.maximum(a**2, s**2)
+        return weight.float()
+
     def scales(self, timesteps: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """a_t and s_t of the timesteps (B,), each (B, 1, 1, 1) as `like`."""
         a, s = (scale.to(like).view(-1, *[1] * (like.ndim - 1)) for scale in self._scales(timesteps))

@@ -17,6 +17,9 @@ from shd_diffusion.run_folder import RunFolder
 
 Overrides = dict[str, Any]
 
+VARIANT = "variant:"
+"""Before the name of a variant, in place of a path."""
+
 
 class Budget(Section):
     """When no further run is begun: after so many hours of one command, or so many runs of it."""
@@ -37,7 +40,9 @@ class StudyConfig(Section):
         compressed: options of `compress` by name, such as `{heads: 6, neurons: 0.5}`: models that are made of the
             teacher before the runs. In overrides, `student.pretrained` takes such a name for its folder.
         overrides: of `distill`, dotted key to value, for all runs.
-        variants: what is compared, by name; overrides on top.
+        variants: what is compared, by name; overrides on top. A path `variant:NAME`, as of `teacher.path`, is the run
+            of an earlier variant from the same seed: an assistant between teacher and student, or the student of one
+            generation as the teacher of the next.
         conditions: under which it is compared, by name, such as numbers of steps; overrides between the two.
             Only runs of the same condition are compared.
         reference: the variant that the others are compared with.
@@ -83,12 +88,24 @@ class StudyConfig(Section):
             raise ValueError(f"`reference` is {self.reference!r}, which is none of the variants")
         if len({*self.seeds}) < len(self.seeds):
             raise ValueError("`seeds` has one seed twice")
+        names = list(self.variants)
+        for place, (name, overrides) in enumerate(self.variants.items()):
+            if (other := follows(overrides)) is not None and other not in names[:place]:
+                raise ValueError(
+                    f"variant `{name}` begins with the run of `{other}`, which is no variant before it"
+                )
         return self
 
     @property
     def compared(self) -> list[str]:
         """All that is compared: the metrics, and the validation's distance after equal seconds."""
         return [*self.metrics, *map(validation_after, self.after_seconds)]
+
+
+def follows(overrides: Overrides) -> str | None:
+    """The variant whose run one begins with; None for most."""
+    paths = (value for value in overrides.values() if isinstance(value, str))
+    return next((path.removeprefix(VARIANT) for path in paths if path.startswith(VARIANT)), None)
 
 
 def validation_after(seconds: float) -> str:
@@ -98,7 +115,7 @@ def validation_after(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a study."""
+    """One run of a study; `after` is the run that it begins with."""
 
     condition: str
     variant: str
@@ -106,10 +123,21 @@ class Planned:
     run: RunFolder
     config: DistillConfig
     overrides: tuple[str, ...]
+    after: str | None = None
 
     @property
     def name(self) -> str:
-        return " ".join(part for part in (self.condition, self.variant, f"seed {self.seed}") if part)
+        return run_name(self.condition, self.variant, self.seed)
+
+
+def run_name(condition: str, variant: str, seed: int) -> str:
+    """What to call a run of a study."""
+    return " ".join(part for part in (condition, variant, f"seed {seed}") if part)
+
+
+def run_folder(output: Path, condition: str, variant: str, seed: int) -> Path:
+    """Where a run of a study lies."""
+    return output / "runs" / condition / variant / f"seed-{seed}"
 
 
 def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
@@ -128,11 +156,16 @@ def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
                 tree = {**study.overrides, **shared, **own, "seed": seed, "sample.seed": seed}
                 if (name := tree.get("student.pretrained")) in study.compressed:
                     tree["student.pretrained"] = str(compressed_folder(output, name))
+                before = follows(own)
+                if before is not None:
+                    path = str(run_folder(output, condition, before, seed))
+                    tree = {k: path if value == VARIANT + before else value for k, value in tree.items()}
                 overrides = tuple(f"{key}={json.dumps(value)}" for key, value in tree.items())
                 config = read_config(Path(study.distill), DistillConfig, overrides)
-                run = RunFolder(output / "runs" / condition / variant / f"seed-{seed}")
+                run = RunFolder(run_folder(output, condition, variant, seed))
                 check(run, config)
-                planned.append(Planned(condition, variant, seed, run, config, overrides))
+                after = None if before is None else run_name(condition, before, seed)
+                planned.append(Planned(condition, variant, seed, run, config, overrides, after))
     return planned
 
 

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from shd_diffusion.config import RunConfig, TrainTeacherConfig, read_config
@@ -25,11 +25,15 @@ WORKER = (sys.executable, "-m", "shd_diffusion.study.worker")
 
 @dataclass(frozen=True)
 class Job:
-    """What is missing of one run, as commands of the command line; none where it is complete."""
+    """What is missing of one run, as commands of the command line; none where it is complete.
+
+    It waits for the job that `after` names, and is not begun where that has failed.
+    """
 
     name: str
     commands: list[list[str]]
     log: Path
+    after: str | None = None
 
     def start(self, command_line: str, threads: int) -> subprocess.Popen[bytes]:
         """Carry it out in a process that appends to the log."""
@@ -88,7 +92,10 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, comm
         raise UserError(
             f"{output / 'logs'}: models could not be made ({', '.join(failed)}); their logs say why"
         )
-    jobs = [job(p.name, p.run, p.config, ["distill", study.distill, *_sets(p.overrides)]) for p in planned]
+    jobs = [
+        replace(job(p.name, p.run, p.config, ["distill", study.distill, *_sets(p.overrides)]), after=p.after)
+        for p in planned
+    ]
     return _run_all(jobs, study.budget, study.processes, command_line, threads)
 
 
@@ -140,11 +147,23 @@ def _run_all(
         hours, begun = (time.monotonic() - started) / 3600, total - len(waiting)
         return hours < (budget.hours or float("inf")) and begun < (budget.runs or float("inf"))
 
+    def next_ready() -> Job | None:
+        """The first whose predecessor is done; those whose predecessor failed leave."""
+        nonlocal done
+        while (lost := next((job for job in waiting if job.after in failed), None)) is not None:
+            waiting.remove(lost)
+            failed.append(lost.name)
+            done += 1
+            announce(f"{lost.name}: not begun, since {lost.after} failed")
+        pending = {job.name for job in waiting} | {job.name for job, _ in active}
+        return next((job for job in waiting if job.after not in pending), None)
+
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no orphans
     try:
         while active or (waiting and affordable()):
-            while waiting and len(active) < processes and affordable():
-                job = waiting.popleft()
+            while len(active) < processes and affordable() and (ready := next_ready()) is not None:
+                job = ready
+                waiting.remove(job)
                 active.append((job, job.start(command_line, threads)))
                 announce(f"{job.name}: begun, {total - len(waiting)} of {total}")
             time.sleep(0.1)

@@ -259,7 +259,15 @@ def make_batch(
         timesteps=timesteps,
         condition=condition,
         mask=mask,
+        null=null,
     )
+
+
+def mix(batch: Batch, process: ForwardProcess, shares: Tensor) -> Batch:
+    """The same noise, timesteps and conditions on images mixed with the ones before them; (B,) their own shares."""
+    own = shares.to(batch.clean).view(-1, *[1] * (batch.clean.ndim - 1))
+    clean = torch.lerp(batch.clean.roll(1, 0), batch.clean, own)
+    return replace(batch, clean=clean, noised=process.noised(clean, batch.noise, batch.timesteps))
 
 
 class BatchLoader:
@@ -269,6 +277,7 @@ class BatchLoader:
         null: see `make_batch`.
         steps: the first step, and the one after the last.
         mask_ratio: least share of tokens that masked passes drop; 0 for no such passes.
+        mixup: whether the terms with a teacher see mixed images; an image's share is uniform in [0, 1).
     """
 
     def __init__(
@@ -282,9 +291,11 @@ class BatchLoader:
         device: torch.device,
         steps: tuple[int, int],
         mask_ratio: float = 0.0,
+        mixup: bool = False,
     ) -> None:
         self.source, self.process, self.null, self.seed = source, process, null, seed
         self.layout, self.settings, self.device, self.mask_ratio = layout, settings, device, mask_ratio
+        self.mixup = mixup
         self.items = source.batches(StepSampler(seed, source.groups, layout, *steps))
 
     def step(self, step: int) -> Iterator[tuple[Batch, float]]:
@@ -297,4 +308,8 @@ class BatchLoader:
             settings = replace(self.settings, shape=self.source.shape_of(items))
             noise = draw_noise(self.seed, step, places, settings)
             batch = make_batch(self.source, self.process, items, noise, self.null, self.device, kept)
+            if self.mixup:
+                sources = [generator(self.seed, "mixup", step, place) for place in places]
+                shares = torch.stack([torch.rand((), generator=source) for source in sources])
+                batch = replace(batch, mixed=mix(batch, self.process, shares))
             yield batch, self.layout.share(len(places))

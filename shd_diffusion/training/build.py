@@ -20,6 +20,7 @@ from shd_diffusion.data.latent_space import load_vae
 from shd_diffusion.errors import UserError
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses import Term, build_terms
+from shd_diffusion.losses.attention_projector import CrossAttentionProjector
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens
 from shd_diffusion.models.factory import ModelConfig, build_model, fill_in, load_model
@@ -69,8 +70,9 @@ class Parts:
 
         def make(layout: BatchLayout, start: int) -> BatchLoader:
             steps = start, train.max_steps
+            extra = train.mask_ratio, train.mixup
             return BatchLoader(
-                self.data, self.process, self.null, seed, layout, settings, device, steps, train.mask_ratio
+                self.data, self.process, self.null, seed, layout, settings, device, steps, *extra
             )
 
         return make
@@ -150,6 +152,13 @@ def build(
         except ValueError as error:
             of_teacher = f" (teacher {config.teacher.path})" if isinstance(config, DistillConfig) else ""
             raise ValueError(f"key {error}{of_teacher}") from error
+    with check("losses.features.projector"):
+        if len(data.groups) > 1 and any(
+            isinstance(module, CrossAttentionProjector)
+            for term in terms.values()
+            for module in term.modules()
+        ):
+            raise ValueError("`attention` is for images of one size, and the cache has several; set `linear`")
     with check("losses.shd.pairing"):
         if isinstance(shd := terms.get("shd"), SHD):
             shd.take_plans(squeezed_by(config))
@@ -174,6 +183,9 @@ def build(
     if config.train.compile:
         model.compile()
     null = {**null_condition(model), **data.null}
+    with check("losses.output.guidance_scale"):
+        if not null and any(term.needs_null_prediction for term in terms.values()):
+            raise ValueError("the models have no condition, hence none to guide by; remove it")
     return Parts(
         config, model, teacher, pipeline, data, process, terms, null, student_trace, teacher_trace, origins
     )

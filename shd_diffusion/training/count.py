@@ -186,5 +186,7 @@ def _fake(batch: Batch, mode: FakeTensorMode) -> Batch:
         return mode.from_tensor(tensor)
 
     tensors = {name: empty(getattr(batch, name)) for name in ("clean", "noise", "noised", "timesteps")}
-    condition, mask = ({n: empty(t) for n, t in c.items()} for c in (batch.condition, batch.mask))
-    return replace(batch, **tensors, condition=condition, mask=mask)
+    told = (batch.condition, batch.mask, batch.null)
+    condition, mask, null = ({name: empty(tensor) for name, tensor in each.items()} for each in told)
+    mixed = None if batch.mixed is None else _fake(batch.mixed, mode)
+    return replace(batch, **tensors, condition=condition, mask=mask, null=null, mixed=mixed)

@@ -16,7 +16,7 @@ from shd_diffusion.attention.outputs import OutputCapture
 from shd_diffusion.losses.padding import with_text_mask
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.losses.term import Batch, Captured, NonFiniteError, StepOutputs, Term
-from shd_diffusion.models.denoiser import predict, predict_frozen
+from shd_diffusion.models.denoiser import drop_condition, predict, predict_frozen
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.progress import announce
 
@@ -115,15 +115,36 @@ class TrainingLoss:
 
     def _pass(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         active = {name: term for name, term in self._all() if term.weight(step, self.max_steps)}
+        if batch.mixed is None:
+            return self._terms(active, model, batch, step)
+        taught = {name: term for name, term in active.items() if term.needs_teacher}
+        alone = {name: term for name, term in active.items() if name not in taught}
+        terms: dict[str, Tensor] = {}
+        for some, seen in ((alone, replace(batch, mixed=None)), (taught, batch.mixed)):
+            terms |= self._terms(some, model, seen, step) if some else {}
+        return terms
+
+    def _terms(
+        self, active: Mapping[str, Term], model: nn.Module, batch: Batch, step: int
+    ) -> dict[str, Tensor]:
+        """These terms, of one pass of student and teacher."""
         seen = batch.noised, batch.timesteps, batch.condition
-        teacher_prediction, teacher = None, Captured()
+        teacher_prediction, null_prediction, teacher = None, None, Captured()
         if self.teacher is not None and any(term.needs_teacher for term in active.values()):
+            if any(
+                term.needs_null_prediction for term in active.values()
+            ):  # first: the last pass is captured
+                everywhere = torch.ones(len(batch.clean), dtype=torch.bool)
+                null = drop_condition(batch.condition, batch.null, everywhere)
+                null_prediction = predict_frozen(self.teacher, batch.noised, batch.timesteps, null)
             teacher_prediction = predict_frozen(self.teacher, *seen)
             assert self._teacher is not None
             teacher = self._teacher.read(batch).to(batch.noised.device)
         prediction = predict(model, *seen)
         student = self._student.read(batch)
-        outputs = StepOutputs(self.process, batch, prediction, teacher_prediction, student, teacher, step)
+        outputs = StepOutputs(
+            self.process, batch, prediction, teacher_prediction, student, teacher, step, null_prediction
+        )
         terms: dict[str, Tensor] = {}
         with torch.autocast(prediction.device.type, enabled=False):
             for name, term in active.items():

@@ -20,6 +20,7 @@ from shd_diffusion.evaluation import check_settings
 from shd_diffusion.files import replacing_folder, write_json, write_text
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses.shd import SHD
+from shd_diffusion.model_card import write_card
 from shd_diffusion.models.denoiser import count_parameters
 from shd_diffusion.models.factory import load_model
 from shd_diffusion.processes import processes
@@ -249,6 +250,7 @@ def _save(run: Run, trained: ModelMixin, loss: TrainingLoss) -> None:
     summary = summarize(run.folder.path.name, parts, trained)
     extra = {"extra_parameters": sum(parameter.numel() for parameter in loss.parameters())}
     write_json(run.folder.summary_file, summary | extra)
+    write_card(run.folder)
 
 
 def summarize(name: str, parts: Parts, model: ModelMixin) -> dict[str, Any]:

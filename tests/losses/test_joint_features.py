@@ -213,6 +213,15 @@ def test_every_term_of_a_joint_model_trains_and_checkpointing_changes_nothing(fa
         torch.testing.assert_close(gradient, found[1][name], rtol=1e-12, atol=1e-12)
 
 
+def test_a_projector_for_so_many_tokens_is_not_for_text() -> None:
+    with pytest.raises(
+        ValueError, match=r"blocks\.0:\d has those of prompts of any length; set `streams: \[image\]`"
+    ):
+        built("features", *MODELS["sd3"], projector="attention")
+    term = built("features", *MODELS["sd3"], projector="attention", streams=["image"])
+    assert term(outputs_of(term, *MODELS["sd3"])).item() > 0
+
+
 def test_modules_without_a_stream_in_common() -> None:
     teacher, student = traced(MODELS["flux"][0]), traced(MODELS["sd3"][1])
     odd = {name: output for name, output in teacher.outputs.items() if name != f"{BLOCK}.1:1"}

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DiTTransformer2DModel, ModelMixin
+from one_term import on_features
 from small_models import small_dit
 from torch import nn
 
@@ -147,6 +149,27 @@ def test_attention_output_is_what_the_records_say(pair: Pair) -> None:
         teacher, student = found
         errors.append((student @ array(projector.weight).T + array(projector.bias) - teacher) ** 2)
     assert term(outputs).item() == pytest.approx(np.mean(errors), rel=1e-10)
+
+
+@pytest.mark.parametrize(("teacher", "student"), [(32, 8), (8, 32)])
+def test_features_on_grids_of_different_size_are_compared_on_the_coarser(teacher: int, student: int) -> None:
+    """4 × 8 tokens and 2 × 4, of samples twice as wide as high."""
+    torch.manual_seed(0)
+    taught, learning = torch.randn(2, teacher, 5).double(), torch.randn(2, student, 3).double()
+    term, outputs = on_features("features", taught, learning, shape=(4, 8))
+
+    def coarse(features: np.ndarray) -> np.ndarray:
+        if features.shape[1] == 8:
+            return features
+        found = np.zeros((2, 8, features.shape[2]))
+        for token in range(32):
+            found[:, token // 8 // 2 * 4 + token % 8 // 2] += features[:, token] / 4
+        return found
+
+    (projector,) = term.projectors
+    projected = coarse(array(learning)) @ array(projector.weight).T + array(projector.bias)
+    expected = ((projected - coarse(array(taught))) ** 2).mean()
+    assert term(outputs).item() == pytest.approx(expected, rel=1e-10)
 
 
 @pytest.mark.parametrize("normalisation", ["whiten", "standardise"])
@@ -324,9 +347,8 @@ def test_what_cannot_be_compared_is_said(pair: Pair) -> None:
     with pytest.raises(ValueError, match=r"losses\.features: .*2 student blocks"):
         build("features", *pair, layer_map=[0])
     coarse = model(3, 2, seed=1, patch_size=4)
-    for name in ("features", "vkd", "attention_output"):
-        with pytest.raises(ValueError, match=r"transformer_blocks\.0.* has 4 tokens, the teacher's .* 16"):
-            build(name, pair[0], coarse)
+    with pytest.raises(ValueError, match=r"blocks\.0 has 9 tokens, the teacher's blocks\.0 16"):
+        on_features("features", torch.zeros(2, 16, 3), torch.zeros(2, 9, 3))
     with pytest.raises(ValueError, match=r"losses\.aligner: .* token grids differ"):
         build("aligner", pair[0], coarse)
 
@@ -400,6 +422,79 @@ def test_denoising_weighed_by_min_snr() -> None:
     assert term(outputs_of(found)).item() == pytest.approx(
         (weights * errors).mean(), rel=1e-6
     )  # float32 weights
+
+
+@pytest.mark.parametrize("options", [{"min_snr_gamma": 5.0}, {"truncated_snr": True}], ids=str)
+def test_output_kd_weighed_by_timestep(options: dict[str, object]) -> None:
+    found, target = torch.randn(2, 5, 1, 8, 8, dtype=torch.float64)
+    plain = Trace((1, 8, 8), {}, torch.empty(1, 1, 8, 8))
+    term = build_terms(only(output=options), plain, plain, 0)["output"]
+    a, s = (array(scale).ravel() for scale in PROCESS.scales(batch().timesteps, batch().clean))
+    snr = a**2 / s**2
+    weights = np.minimum(snr, 5) / snr if "min_snr_gamma" in options else np.maximum(snr, 1) / snr
+    errors = array(found - target) ** 2
+    expected = (weights * errors.mean((1, 2, 3))).mean()
+    assert term(outputs_of(found, target)).item() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="two weights"):
+        TERMS["output"].Config(min_snr_gamma=5.0, truncated_snr=True)
+
+
+def test_output_kd_of_a_guided_teacher(pair: Pair) -> None:
+    """Against two passes of the teacher sample by sample; what is captured is of the pass with the condition."""
+    teacher, student = freeze(pair[0]), pair[1]
+    terms = build_terms(
+        only(output={"guidance_scale": 3.0}, attention_mse={}), traced(student), traced(teacher), 0
+    )
+    of = replace(batch(), null=null_condition(teacher))
+    seen: list[StepOutputs] = []
+    terms["output"].register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    with TrainingLoss(PROCESS, terms, student, teacher, 10) as loss, torch.no_grad():
+        found = loss(student, of, 0)
+    errors = []
+    for place in range(5):
+        noised, timestep = of.noised[place : place + 1], of.timesteps[place : place + 1]
+        own, cond, null = (
+            array(predict(model, noised, timestep, {"class_labels": torch.tensor([label])}))
+            for model, label in (
+                (student, int(of.condition["class_labels"][place])),
+                (teacher, int(of.condition["class_labels"][place])),
+                (teacher, 3),
+            )
+        )
+        errors.append(((own - (null + 3.0 * (cond - null))) ** 2).mean())
+    assert found["output"].item() == pytest.approx(np.mean(errors), rel=1e-10)
+    plain = run(terms["attention_mse"], teacher, student)
+    for name, record in plain.teacher.records.items():
+        torch.testing.assert_close(seen[0].teacher.records[name].query, record.query)
+
+
+def test_a_term_may_count_in_a_part_of_the_run_alone(pair: Pair) -> None:
+    teacher, student = freeze(pair[0]), pair[1]
+    losses = only(output={"during": [0.5, 1.0]}, shd={"during": [0.0, 0.5], "weight": 2.0})
+    terms = build_terms(losses, traced(student), traced(teacher), 0)
+    with TrainingLoss(PROCESS, terms, student, teacher, 4) as loss, torch.no_grad():
+        found = [(list(loss(student, batch(), step)), loss.weights(step)["shd"]) for step in range(4)]
+    assert found == [(["shd"], 2.0), (["shd"], 2.0), (["output"], 0.0), (["output"], 0.0)]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"denoise": {"during": [0.5, 0.5]}}, "begins and ends"),
+        (
+            {"denoise": {"weight": 0}, "shd": {"weight": 0}, "output": {"during": [0.1, 1]}},
+            "without any term",
+        ),
+        (
+            {"denoise": {"during": [0, 0.4]}, "output": {"during": [0.5, 1]}, "shd": {"weight": 0}},
+            "without any",
+        ),
+    ],
+)
+def test_parts_of_a_run_that_leave_steps_without_a_loss(given: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        LossesConfig.model_validate(given)
+    LossesConfig.model_validate({"denoise": {"during": [0, 0.5]}, "output": {"during": [0.5, 1]}})
 
 
 def test_a_variance_is_a_term_where_one_is_predicted() -> None:

@@ -203,18 +203,25 @@ def test_min_snr_weights_have_limits_where_nothing_is_left_of_the_image() -> Non
     assert weights == {"epsilon": 1.0, "v_prediction": 0.0, "sample": 0.0}
 
 
+@pytest.mark.parametrize("kind", ["min_snr", "truncated_snr"])
 @pytest.mark.parametrize("objective", OBJECTIVES)
-def test_min_snr_weight_is_the_same_loss_on_the_image_for_every_objective(objective: str) -> None:
-    """w · ||prediction error||² = min(SNR, γ) · ||image error||² (Hang et al. 2023, eq. 7)."""
+def test_a_weight_is_the_same_loss_on_the_image_for_every_objective(objective: str, kind: str) -> None:
+    """w · ||prediction error||² = min(SNR, γ) · ||image error||² (Hang et al. 2023, eq. 7); or max(SNR, 1) of it."""
     process = process_of(objective=objective)
     timesteps, clean, noise = TIMESTEPS[1:5], CLEAN[:4], NOISE[:4]
     noised, target = process.noised(clean, noise, timesteps), process.target(clean, noise, timesteps)
     error = 0.01 * torch.randn_like(target)
     image_error = process.clean(noised, target + error, timesteps) - clean
     a, s = process.scales(timesteps, clean)
-    expected = (a / s).square().flatten().clamp(max=5.0) * image_error.square().flatten(1).mean(1)
-    found = process.min_snr_weight(timesteps, 5.0) * error.square().flatten(1).mean(1)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    snr = (a / s).square().flatten()
+    if kind == "min_snr":
+        wanted, weights = snr.clamp(max=5.0), process.min_snr_weight(timesteps, 5.0)
+    else:
+        wanted, weights = snr.clamp(min=1.0), process.truncated_snr_weight(timesteps)
+    expected = wanted * image_error.square().flatten(1).mean(1)
+    torch.testing.assert_close(
+        (weights * error.square().flatten(1).mean(1)).double(), expected, rtol=1e-5, atol=0
+    )
 
 
 def test_weights_count_by_sample() -> None:

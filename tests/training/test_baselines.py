@@ -11,7 +11,8 @@ import torch
 from commands import DISTILL_CONFIG, command, sets
 from safetensors.torch import load_file
 
-NAMES = ("features", "vkd", "attention_output", "attention_mse", "aligner")
+WITH_PARAMETERS = ("features", "vkd", "attention_output", "aligner", "norm_direction", "contrastive", "acam")
+NAMES = (*WITH_PARAMETERS, "attention_mse", "minilm", "affinity")
 OPTIONS = [
     "train.max_steps=4", "train.batch_size=8", "train.checkpoint_every=2", "train.log_every=1",
     "losses.shd.weight=0", *(f"losses.{name}.weight=0.5" for name in NAMES),
@@ -49,10 +50,10 @@ def test_every_baseline_is_a_term(run: Path) -> None:
 def test_projectors_train_and_are_counted(run: Path) -> None:
     before, after = state(run, 2), state(run, 4)
     moved = {name.split(".")[0] for name in before if (before[name] != after[name]).any()}
-    assert moved == {"features", "vkd", "attention_output", "aligner"}
-    projectors = (
-        2 * 6 * (40 * 96 + 96) + 6 * 40 * 96
-    )  # features and attention_output with biases, vkd without
+    assert moved == set(WITH_PARAMETERS)
+    linear = 40 * 96 + 96
+    projectors = 6 * (5 * linear + 40 * 96)  # all with biases, but for vkd's
+    projectors += 6 * (96 * (2 * 32 + 96) + 2 * 6 * 96)  # acam's attention and selection
     summary = json.loads((run / "summary.json").read_text())
     assert summary["extra_parameters"] == projectors + (6 * 12) * (6 * 5)
 

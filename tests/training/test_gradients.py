@@ -11,6 +11,7 @@ from small_models import small_dit
 
 from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.data import build_source
+from shd_diffusion.losses import TERMS
 from shd_diffusion.models.teacher import Teacher
 from shd_diffusion.training.batches import BatchLayout
 from shd_diffusion.training.build import build
@@ -21,10 +22,7 @@ from shd_diffusion.training.train_state import TrainState
 
 OVERRIDES = [
     *("student.arguments.num_layers=2", "train.batch_size=4", "train.warmup_steps=0"),
-    *(
-        f"losses.{name}.weight=1"
-        for name in ("features", "vkd", "attention_output", "attention_mse", "aligner")
-    ),
+    *(f"losses.{name}.weight=1" for name, term in TERMS.items() if term.captures is not None),
 ]
 
 

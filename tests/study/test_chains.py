@@ -1,0 +1,77 @@
+"""Variants that begin with the run of another: which paths they get, and in which order they run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from commands import DISTILL_CONFIG, ROOT
+
+from shd_diffusion.config import read_config
+from shd_diffusion.study import runner
+from shd_diffusion.study.config import Budget, StudyConfig, plan_runs
+
+
+def chain(**variants: dict[str, object]) -> StudyConfig:
+    tree = {"title": "A chain", "distill": str(DISTILL_CONFIG), "output": "x", "seeds": [0, 1]}
+    return StudyConfig.model_validate({**tree, "variants": variants, "reference": next(iter(variants))})
+
+
+def test_a_variant_is_taught_by_the_run_of_an_earlier_one_from_the_same_seed(tmp_path: Path) -> None:
+    study = chain(
+        assistant={"student.arguments.num_attention_heads": 8}, student={"teacher.path": "variant:assistant"}
+    )
+    planned = plan_runs(study, tmp_path)
+    assert [one.after for one in planned] == [None, "assistant seed 0", None, "assistant seed 1"]
+    assert [one.config.teacher.path for one in planned] == [
+        path
+        for seed in (0, 1)
+        for path in ("runs/digits/teacher", str(tmp_path / f"runs/assistant/seed-{seed}"))
+    ]
+    assert [str(one.run.path) for one in planned[::2]] == [one.config.teacher.path for one in planned[1::2]]
+
+
+def test_it_must_be_an_earlier_one() -> None:
+    with pytest.raises(
+        ValueError, match=r"variant `a` begins with the run of `b`, which is no variant before"
+    ):
+        chain(a={"teacher.path": "variant:b"}, b={})
+
+
+def test_the_shipped_chains_can_be_planned(tmp_path: Path) -> None:
+    study = read_config(ROOT / "configs/studies/digits-chains.yaml", StudyConfig)
+    assert sum(one.after is not None for one in plan_runs(study, tmp_path)) == 2 * len(study.seeds)
+
+
+@dataclass
+class Process:
+    """One that ends when it is asked for the third time."""
+
+    returncode: int
+    polls: int = 0
+
+    def poll(self) -> int | None:
+        self.polls += 1
+        return self.returncode if self.polls > 2 else None
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_nothing_begins_before_what_it_waits_for(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+
+    def start(job: runner.Job, command_line: str, threads: int) -> Process:
+        return Process(int(fails and job.name == "a"))
+
+    monkeypatch.setattr(runner.Job, "start", start)
+    monkeypatch.setattr(runner, "announce", events.append)
+    monkeypatch.setattr(runner.time, "sleep", lambda _: None)
+    after = {"a": None, "b": "a", "c": "b", "d": None}
+    jobs = [runner.Job(name, [["x"]], Path("x"), needed) for name, needed in after.items()]
+    failed = runner._run_all(jobs, Budget(), 2, "x", 1)
+    begun = [event.partition(":")[0] for event in events if ": begun," in event]
+    assert begun == (["a", "d"] if fails else ["a", "d", "b", "c"])
+    assert failed == (["a", "b", "c"] if fails else [])
+    if not fails:  # "a" and "d" run side by side, "c" waits for "b"
+        assert events.index("b: begun, 3 of 4") > next(i for i, e in enumerate(events) if "a: done" in e)
+        assert events.index("c: begun, 4 of 4") > next(i for i, e in enumerate(events) if "b: done" in e)

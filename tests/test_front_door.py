@@ -1,0 +1,83 @@
+"""Version, what comes next, model cards, and the way to the hub."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from commands import FEW_IMAGES, command, sets
+
+from shd_diffusion import hub_upload
+from shd_diffusion.config import parse_yaml
+from shd_diffusion.model_card import card
+from shd_diffusion.run_folder import RunFolder
+
+
+def test_version() -> None:
+    assert command("--version") == (0, importlib.metadata.version("shd-diffusion") + "\n", "")
+
+
+def test_a_stage_says_what_comes_next(runs: Path) -> None:
+    run = runs / "teacher"
+    code, _, errors = command("sample", run, *sets(*FEW_IMAGES))
+    assert code == 0 and errors.splitlines()[-1] == f"done; next: shd-diffusion evaluate {run}"
+    code, _, errors = command("evaluate", run)
+    assert code == 0 and errors.splitlines()[-1] == f"done; next: shd-diffusion report {run}"
+
+
+def test_a_run_has_a_card_with_its_metrics(runs: Path) -> None:
+    run = RunFolder(runs / "teacher")
+    assert command("sample", run.path, *sets(*FEW_IMAGES))[0] == 0
+    code, output, _ = command("evaluate", run.path)
+    assert code == 0
+    text = (run.pipeline / "README.md").read_text()
+    assert text == card(run)
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front) == {"library_name": "diffusers", "tags": ["diffusion"]}
+    assert f"| fid | {json.loads(output)['fid']:.5g} |" in body
+    written = body.split("```yaml\n")[1].split("```")[0]
+    assert parse_yaml(written) == parse_yaml(run.config_file.read_text())
+    code = body.split("```python\n")[1].split("```")[0]
+    names: dict[str, Any] = {}
+    exec(code.replace("num_inference_steps=25", "num_inference_steps=2"), names)
+    assert len(names["images"]) == 2
+
+
+class Hub:
+    """Stands in for the hub's client."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, dict[str, Any]]] = []
+
+    def create_repo(self, name: str, **options: Any) -> str:
+        if "/" not in name:
+            raise ValueError("Repo id must be owner/name\nand more")
+        self.calls.append(("create", {"name": name, **options}))
+        return f"https://hub/{name}"
+
+    def upload_folder(self, **options: Any) -> None:
+        self.calls.append(("upload", options))
+
+
+def test_push_sends_the_pipeline(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub, run = Hub(), RunFolder(runs / "teacher")
+    monkeypatch.setattr(hub_upload, "HfApi", lambda: hub)
+    assert hub_upload.push(run, "me/digits", private=True) == "https://hub/me/digits"
+    (_, created), (_, sent) = hub.calls
+    assert created == {"name": "me/digits", "private": True, "exist_ok": True}
+    assert sent["repo_id"] == "me/digits" and sent["folder_path"] == run.pipeline
+    code, _, errors = command("push", run.path, "digits")
+    assert (
+        code == 2
+        and errors.startswith("error: digits: the hub does not take it (")
+        and errors.count("\n") == 1
+    )
+
+
+def test_only_finished_runs_are_pushed(tmp_path: Path) -> None:
+    code, _, errors = command("push", tmp_path, "me/nothing")
+    assert code == 2 and "its training has not ended" in errors
