@@ -20,19 +20,21 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	@echo '[1/7] a teacher with 12 heads'
+	@echo '[1/8] a teacher with 12 heads'
 	$(SHD) train-teacher configs/digits/teacher.yaml --output $(RUNS)/teacher
-	@echo '[2/7] a student with 5 heads: denoising loss alone'
+	@echo '[2/8] a student with 5 heads: denoising loss alone'
 	$(STUDENT) --set losses.output.weight=0 --set losses.shd.weight=0 --output $(RUNS)/none
-	@echo '[3/7] the same student: with output KD'
+	@echo '[3/8] the same student: with output KD'
 	$(STUDENT) --set losses.shd.weight=0 --output $(RUNS)/kd
-	@echo '[4/7] the same student: with output KD and SHD'
+	@echo '[4/8] the same student: with output KD and SHD'
 	$(STUDENT) --output $(RUNS)/kd-shd
-	@echo '[5/7] images from each'
+	@echo '[5/8] images from each'
 	$(SHD) sample $(addprefix $(RUNS)/,teacher none kd kd-shd)
-	@echo '[6/7] figures'
+	@echo '[6/8] figures'
 	$(SHD) evaluate $(addprefix $(RUNS)/,teacher none kd kd-shd) >/dev/null
-	@echo '[7/7] report'
+	@echo '[7/8] what they cost'
+	$(SHD) benchmark $(addprefix $(RUNS)/,teacher none kd kd-shd) --batch-size 16 --rounds 5 >/dev/null
+	@echo '[8/8] report'
 	$(SHD) report $(addprefix $(RUNS)/,teacher none kd kd-shd) --output $(RUNS)/report.html
 
 $(VENV)/installed-text: $(VENV)/installed
@@ -43,26 +45,28 @@ $(FONT):
 	@echo 'The pictures are those of the font $(FONT): apt-get install fonts-noto-color-emoji' >&2; exit 1
 
 $(EMOJI)/base/model_index.json: | $(FONT) $(VENV)/installed-text
-	@echo '[1/8] a text encoder, and an autoencoder of emoji'
+	@echo '[1/9] a text encoder, and an autoencoder of emoji'
 	$(SHD) make-pipeline configs/emoji/pipeline.yaml --output $(EMOJI)/base
 
 demo-text: $(FONT) $(VENV)/installed-text $(EMOJI)/base/model_index.json
-	@echo '[2/8] pictures and names to latents and embeddings'
+	@echo '[2/9] pictures and names to latents and embeddings'
 	$(SHD) prepare configs/emoji/teacher.yaml --set pipeline=$(EMOJI)/base --output $(EMOJI)/cache
-	@echo '[3/8] a teacher with 8 heads'
+	@echo '[3/9] a teacher with 8 heads'
 	$(SHD) train-teacher configs/emoji/teacher.yaml --set pipeline=$(EMOJI)/base --set prepare.output=$(EMOJI)/cache \
 		--output $(EMOJI)/teacher
-	@echo '[4/8] 3 heads and half of the neurons by least squares, without training'
+	@echo '[4/9] 3 heads and half of the neurons by least squares, without training'
 	test -e $(EMOJI)/squeezed/model_index.json || \
 		$(SHD) compress $(EMOJI)/teacher --heads 3 --neurons 0.5 --images 512 --output $(EMOJI)/squeezed
-	@echo '[5/8] that student healed by output KD'
+	@echo '[5/9] that student healed by output KD'
 	$(DISTIL_EMOJI) --set losses.shd.weight=0 --output $(EMOJI)/kd
-	@echo '[6/8] by output KD and SHD'
+	@echo '[6/9] by output KD and SHD'
 	$(DISTIL_EMOJI) --output $(EMOJI)/kd-shd
-	@echo '[7/8] images of prompts, some of them never seen, and students against their teacher'
+	@echo '[7/9] images of prompts, some of them never seen, and students against their teacher'
 	$(SHD) sample $(addprefix $(EMOJI)/,teacher kd kd-shd)
 	$(SHD) evaluate $(addprefix $(EMOJI)/,kd kd-shd) >/dev/null
-	@echo '[8/8] report'
+	@echo '[8/9] what they cost'
+	$(SHD) benchmark $(addprefix $(EMOJI)/,teacher kd kd-shd) --batch-size 4 --rounds 3 >/dev/null
+	@echo '[9/9] report'
 	$(SHD) report $(addprefix $(EMOJI)/,teacher kd kd-shd) --output $(EMOJI)/report.html
 
 lint: $(VENV)/installed

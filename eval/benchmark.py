@@ -17,12 +17,12 @@ from __future__ import annotations
 import json
 import resource
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from tempfile import TemporaryDirectory
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 from unittest.mock import patch
 
 import torch
@@ -38,6 +38,7 @@ from torch_fidelity.datasets import ImagesPathDataset
 from torch_fidelity.utils import get_featuresdict_from_dataset
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
+from shd_diffusion.benchmark.turns import Clock, ratio, take_turns
 from shd_diffusion.compression import compress as compress_model
 from shd_diffusion.compression.compress import Part
 from shd_diffusion.config import DistillConfig, read_config
@@ -67,7 +68,6 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help=__doc__)
 
 Output = Annotated[Path | None, typer.Option(help="JSON file to write the figures to.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads of torch.")]
-Clock = Literal["wall", "cpu"]
 ClockOption = Annotated[
     Clock, typer.Option(help="Time that passed, or that the process computed (shared machines).")
 ]
@@ -76,31 +76,10 @@ Rounds = Annotated[int, typer.Option(min=3, help="How often every candidate take
 # --- measuring -----------------------------------------------------------------------------------------------
 
 
-def take_turns(
-    candidates: Mapping[str, Callable[[], object]], rounds: int, clock: Clock
-) -> dict[str, list[float]]:
-    """Seconds of every candidate in every round. The order turns each round.
-
-    Each runs once before it is timed: it then finds memory as its own last run left it, as a training's steps do,
-    and not as another candidate's.
-    """
-    names = list(candidates)
-    read = {"wall": time.perf_counter, "cpu": time.process_time}[clock]
-    seconds: dict[str, list[float]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
-            candidates[name]()
-            started = read()
-            candidates[name]()
-            seconds[name].append(read() - started)
-    return seconds
-
-
 def compare(seconds: dict[str, list[float]], numerator: str, denominator: str) -> dict[str, Any]:
     """Median and quartiles over the rounds of how many times longer the first candidate takes."""
-    ratios = [a / b for a, b in zip(seconds[numerator], seconds[denominator], strict=True)]
-    low, _, high = quantiles(ratios, n=4)
-    return {"ratio": round(median(ratios), 4), "quartiles": [round(low, 4), round(high, 4)]}
+    found = ratio(seconds[numerator], seconds[denominator])
+    return {"ratio": round(found.median, 4), "quartiles": [round(each, 4) for each in found.quartiles]}
 
 
 def shares(run: Callable[[], object], repeats: int = 5) -> dict[str, float]:

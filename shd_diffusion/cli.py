@@ -336,6 +336,59 @@ def evaluate(
 
 @app.command()
 @stage
+def benchmark(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="MODEL...",
+            help="Runs, pipeline or model folders, hub names; first what the others are told against.",
+        ),
+    ],
+    set_: Overrides = None,
+    batch_size: Annotated[
+        str, typer.Option("--batch-size", metavar="N,N", help="Samples at once; one number or several.")
+    ] = "1,16",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None, typer.Option(help="Of the weights.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(metavar="NAME", help="E.g. cpu, cuda, cuda:1.")] = None,
+    attention: Annotated[
+        str | None, typer.Option(metavar="BACKEND", help="One of diffusers' attention backends.")
+    ] = None,
+    compile_: Annotated[bool, typer.Option("--compile", help="Compile the denoiser.")] = False,
+    rounds: Annotated[int, typer.Option(min=1, help="Turns that each model takes.")] = 10,
+    image_size: Annotated[
+        int | None, typer.Option(min=1, metavar="PIXELS", help="Of text-to-image; default: the first run's.")
+    ] = None,
+    denoiser_only: Annotated[bool, typer.Option("--denoiser-only", help="Sample no images.")] = False,
+    output: Annotated[
+        Path | None, typer.Option("--output", metavar="FILE", help="For the JSON; default: standard output.")
+    ] = None,
+) -> None:
+    """Tell what models cost side by side: parameters, multiply-adds, time, memory; for a run also in `evaluation/`."""
+    from rich.console import Console
+
+    from shd_diffusion.benchmark.describe import tables
+    from shd_diffusion.benchmark.run_benchmark import Plan
+    from shd_diffusion.benchmark.run_benchmark import benchmark as run_stage
+    from shd_diffusion.files import write_json
+
+    options = {"dtype": dtype, "attention": attention, "compile": "true" if compile_ else None}
+    overrides = [*(set_ or []), *(f"sample.{key}={value}" for key, value in options.items() if value)]
+    if output is not None and output.is_dir():
+        raise UserError(f"--output {output}: is a folder; give a file")
+    plan = Plan(_numbers("--batch-size", batch_size), rounds, device, image_size, not denoiser_only)
+    found = run_stage(models, plan, overrides)
+    if output is not None:
+        write_json(output, found)
+    else:
+        typer.echo(json.dumps(found, indent=2))
+    for table in tables(found):
+        Console(stderr=True).print(table)
+
+
+@app.command()
+@stage
 def compare(
     first: Annotated[Path, typer.Argument(metavar="A.json", help="An evaluation/metrics.json.")],
     second: Annotated[Path, typer.Argument(metavar="B.json", help="Another.")],
@@ -520,6 +573,17 @@ def study(
     page = run_study(parsed, output or Path(parsed.output), command_line="shd_diffusion.cli")
     typer.echo(page.with_suffix(".md").read_text(encoding="utf-8"))
     typer.echo(f"study: {page}")
+
+
+def _numbers(option: str, text: str) -> tuple[int, ...]:
+    """Positive numbers with commas between them, each once, rising."""
+    try:
+        numbers = sorted({int(number) for number in text.split(",")})
+    except ValueError:
+        numbers = [0]
+    if numbers[0] < 1:
+        raise UserError(f"{option} {text}: give one or more numbers from 1 on, such as 1,16")
+    return tuple(numbers)
 
 
 def _count(number: float | None) -> int | float | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -102,7 +102,9 @@ class SampleConfig(Section):
     Text-to-image: the prompts of a file, or the captions of the data, have `images_per_prompt` images each, round and
     round; `pipeline_arguments` are given to the pipeline's call as they are. Without a `guidance_scale` it is the
     call's default there, and 1 by class. Without a `scheduler` it is the pipeline's own; a pipeline that a run makes
-    gets DDIM, or Euler for a flow. `dtype` is that of the weights.
+    gets DDIM, or Euler for a flow. How the model is executed changes images by rounding alone, and is part of the
+    protocol too: `dtype` is that of the weights, `attention` one of diffusers' attention backends, `compile` has
+    `torch.compile` compile the denoiser, `allow_tf32` lets float32 matrix products use TF32.
     """
 
     num_images: int = Field(1000, ge=1, le=MOST_IMAGES)
@@ -121,7 +123,16 @@ class SampleConfig(Section):
     pass_size: int = Field(32, ge=1, le=MOST_AT_ONCE)
     batch_size: int = Field(100, ge=1, le=MOST_AT_ONCE)
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    attention: str | None = None
+    compile: bool = False
+    allow_tf32: bool = False
     seed: int = Field(0, ge=0, lt=2**63)
+
+    def protocol(self, without: Collection[str]) -> dict[str, Any]:
+        """The keys that images depend on, but for some. A usual attention, no compilation and no TF32 are not told:
+        they are what images of earlier protocols were made with."""
+        usual = {key for key in ("attention", "compile", "allow_tf32") if not getattr(self, key)}
+        return self.model_dump(exclude={*without, *usual})
 
 
 class EvaluateConfig(Section):

@@ -87,6 +87,10 @@ class RunFolder:
         return self.path / "evaluation" / "metrics.json"
 
     @property
+    def benchmark_file(self) -> Path:
+        return self.path / "evaluation" / "benchmark.json"
+
+    @property
     def inputs_file(self) -> Path:
         return self.path / "inputs.json"
 

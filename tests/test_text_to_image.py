@@ -119,7 +119,10 @@ def test_a_student_leaves_in_the_kind_of_pipeline_that_its_teacher_came_in(name:
     teacher = DiffusionPipeline.load_config(run.path.parent / "teacher")
     student = DiffusionPipeline.load_config(run.pipeline)
     assert student == teacher
-    summary, sampled = run.read_summary(), json.loads((run.samples / "sampling.json").read_text())
+    summary, sampled = (
+        json.loads(run.summary_file.read_text()),
+        json.loads((run.samples / "sampling.json").read_text()),
+    )
     assert summary["heads"] < summary["teacher_heads"]
     assert sampled["prompts"] == PROMPTS
     log = [json.loads(line) for line in run.metrics_file.read_text().splitlines()]

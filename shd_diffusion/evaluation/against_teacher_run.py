@@ -24,6 +24,7 @@ from shd_diffusion.protocol import OF_THE_MODEL
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.by_class import ByClass
 from shd_diffusion.sampling.by_prompt import ByPrompt
+from shd_diffusion.sampling.execution import denoiser_of, set_execution
 from shd_diffusion.sampling.generate import Summary, image_path
 from shd_diffusion.sampling.image_sampler import ImageSampler
 from shd_diffusion.sampling.open_pipeline import open_pipeline
@@ -73,6 +74,7 @@ def compare_with_teacher(
     }
     for sampler in (student, teacher):
         sampler.pipeline.to(processes().device)
+        set_execution(denoiser_of(sampler.pipeline), sample)
     measures = against_teacher(student, teacher, indices, extractor, lpips, sample.pass_size)
     return {
         **{name: asdict(estimate) for name, estimate in summarise(measures).items()},

@@ -7,7 +7,6 @@ prompts and micro-conditions are the pipeline's own.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import inspect
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.models.factory import DENOISERS, denoiser_part
 from shd_diffusion.models.families import TEXT_MASK, Family, family_of
+from shd_diffusion.models.first_step import until_first_step
 
 _PROBES = ("a", " ".join(string.ascii_lowercase * 2))  # a short prompt and a long one
 
@@ -148,13 +148,12 @@ def record_calls(
     name = denoiser_name(pipeline)
     running, calls = copy.copy(pipeline), list[dict[str, Any]]()
     running.__dict__[name] = _Recorder(getattr(pipeline, name), calls, _device(pipeline))
-    running.__dict__["scheduler"] = _stopping(pipeline.scheduler)
     if masks is not None:
         for part in (part for part in pipeline.components if part.startswith("tokenizer")):
             if getattr(pipeline, part) is not None:
                 running.__dict__[part] = _NotingTokenizer(getattr(pipeline, part), masks, part)
     running.set_progress_bar_config(disable=True)
-    with contextlib.suppress(_FirstStep):
+    with until_first_step(running):
         running(prompt=prompts, **arguments)
     return calls
 
@@ -164,10 +163,6 @@ def _device(pipeline: DiffusionPipeline) -> torch.device:
     parts: dict[str, Any] = pipeline.components
     models = (part for name, part in parts.items() if name not in DENOISERS and isinstance(part, nn.Module))
     return next((torch.device(str(part.device)) for part in models), torch.device("cpu"))
-
-
-class _FirstStep(Exception):
-    """Ends the recorded call."""
 
 
 class _Recorder(nn.Module):
@@ -213,18 +208,6 @@ class _NotingTokenizer:
         if isinstance(found, Mapping) and "attention_mask" in found:
             self.masks.setdefault(self.name, found["attention_mask"])
         return found
-
-
-def _stopping(scheduler: Any) -> Any:
-    """A copy of a scheduler whose step ends the call."""
-    stopping = copy.deepcopy(scheduler)
-
-    @functools.wraps(scheduler.step)  # pipelines look at its signature
-    def step(*_: Any, **__: Any) -> None:
-        raise _FirstStep
-
-    stopping.step = step
-    return stopping
 
 
 def _conditions(call: Mapping[str, Any], family: Family) -> list[dict[str, Tensor]]:

@@ -11,8 +11,9 @@ from rich.text import Text
 
 from shd_diffusion.evaluation.metric import Column
 from shd_diffusion.evaluation.metrics import columns, higher_is_better
+from shd_diffusion.reporting.cost import PARAMETERS, SAMPLING_TIME, Cost, measured_costs, share
 from shd_diffusion.reporting.runs import AgainstTeacher, Run, read_runs
-from shd_diffusion.reporting.tables import count, duration, significant, terminal
+from shd_diffusion.reporting.tables import significant, terminal
 from shd_diffusion.settings_table import protocol_line, protocol_warning
 
 ARROWS = {"higher": "↑", "lower": "↓"}
@@ -32,7 +33,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class MetricsTable:
-    """A row of cells a run; `note` is the protocol of the metrics, `warning` says why they do not compare."""
+    """A row of cells a run; `note` is the protocol of the metrics, `warning` says why they do not compare.
+
+    A column whose short title is empty has no place on a terminal.
+    """
 
     titles: list[str]
     short_titles: list[str]
@@ -57,17 +61,19 @@ def metrics_table(runs: Sequence[Run]) -> MetricsTable:
         else {column.key: _best([r for r in runs if not r.is_teacher], column.key) for column in shown}
     )
 
+    costs = measured_costs(runs) or [SAMPLING_TIME]
+
     def row(run: Run) -> list[Cell]:
-        seconds = run.seconds_per_image
         metrics = [_cell(run, column, None if run.is_teacher else best.get(column.key)) for column in shown]
-        time = Cell("–" if seconds is None else duration(seconds))
-        return [Cell(count(run.summary.parameters)), Cell(str(run.summary.heads)), *metrics, time]
+        first, *others = (_cost_cell(run, cost, runs) for cost in (PARAMETERS, *costs))
+        return [first, Cell(str(run.summary.heads)), *metrics, *others]
 
     arrows = [ARROWS[column.better] for column in shown]
     titles = [title_of(column, runs) for column in shown]
+    shorts = [f"{column.short} {arrow}" for column, arrow in zip(shown, arrows, strict=True)]
     return MetricsTable(
-        ["Parameters", "Heads", *map("{} {}".format, titles, arrows), "Time an image"],
-        ["Params", "Heads", *(f"{c.short} {arrow}" for c, arrow in zip(shown, arrows, strict=True)), "Time"],
+        [PARAMETERS.title, "Heads", *map("{} {}".format, titles, arrows), *(cost.title for cost in costs)],
+        [PARAMETERS.short, "Heads", *shorts, *(cost.short for cost in costs)],
         [(run, row(run)) for run in runs],
         protocol_line(protocols),
         warning,
@@ -85,6 +91,11 @@ def _cell(run: Run, column: Column, best: float | None) -> Cell:
     spread = "" if deviation is None else f" ± {text_of(column, deviation)}"
     spread += interval_text(column, run.metric(f"{column.key}_low"), run.metric(f"{column.key}_high"))
     return Cell("–") if value is None else Cell(text_of(column, value), spread, value == best)
+
+
+def _cost_cell(run: Run, cost: Cost, runs: Sequence[Run]) -> Cell:
+    value, times = cost.of(run), share(run, cost, runs)
+    return Cell("–" if value is None else cost.text(value), "" if times is None else f" ({times:.2f}x)")
 
 
 def interval_text(column: Column, low: float | None, high: float | None) -> str:
@@ -164,16 +175,13 @@ def print_table(paths: Sequence[Path], console: Console | None = None) -> None:
 
 
 def _print(table: MetricsTable, first: str, console: Console) -> None:
+    shown = [column for column, short in enumerate(table.short_titles) if short]
+    rows = [(run.name, [cells[column] for column in shown]) for run, cells in table.rows]
     lines = [
-        [first, *table.short_titles],
-        *([run.name, *(c.text for c in cells)] for run, cells in table.rows),
+        [first, *(table.short_titles[column] for column in shown)],
+        *([name, *(cell.text for cell in cells)] for name, cells in rows),
     ]
-    best = {
-        (i, j)
-        for i, (_, cells) in enumerate(table.rows)
-        for j, cell in enumerate(cells, start=1)
-        if cell.best
-    }
+    best = {(i, j) for i, (_, cells) in enumerate(rows) for j, cell in enumerate(cells, start=1) if cell.best}
     console.print(terminal(lines, frozenset(best)))
     console.print(Text(table.note, "dim"))
     if table.warning:

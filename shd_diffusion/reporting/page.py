@@ -18,6 +18,7 @@ from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
 from shd_diffusion.reporting.attention import attention_views
 from shd_diffusion.reporting.compression import compression_plots, compression_rows
+from shd_diffusion.reporting.cost import cost_lines, cost_note
 from shd_diffusion.reporting.metrics_table import (
     against_teacher_table,
     headline,
@@ -76,6 +77,9 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         "galleries": galleries,
         "table": metrics_table(runs),
         "against_teacher": against_teacher_table(runs),
+        "cost": cost_lines(runs),
+        "cost_note": cost_note(runs),
+        "memory": next((run.benchmark.benchmark.get("memory") for run in runs if run.benchmark), None),
         "outcomes": outcomes(runs),
         "plots": plots,
         "neighbourhoods": neighbours,
@@ -232,6 +236,7 @@ def missing(runs: Sequence[Run]) -> dict[str, list[str]]:
     return {
         "samples": lacking([run for run in runs if run.samples is None], "sample"),
         "metrics": lacking([run for run in runs if run.metrics is None], "evaluate"),
+        "benchmark": lacking(list(runs), "benchmark") if any(run.benchmark is None for run in runs) else [],
         "nearest": lacking([run for run in runs if run.metrics and run.nearest is None], "evaluate"),
         "log": [run.command for run in runs if run.log is None and run.compression is None],
         "attention": [run.command for run in squeezing if run.attention is None],
@@ -240,8 +245,8 @@ def missing(runs: Sequence[Run]) -> dict[str, list[str]]:
 
 def commands(runs: Sequence[Run]) -> list[str]:
     """The commands that make all this again, in their order."""
-    stages = [f"shd-diffusion {stage} {_folders(runs)}" for stage in ("sample", "evaluate", "report")]
-    return [*(run.command for run in runs), *stages]
+    stages = ["sample", "evaluate", *(["benchmark"] if any(run.benchmark for run in runs) else []), "report"]
+    return [*(run.command for run in runs), *(f"shd-diffusion {stage} {_folders(runs)}" for stage in stages)]
 
 
 def _folders(runs: Sequence[Run]) -> str:

@@ -2,44 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from matplotlib.axes import Axes
 from matplotlib.ticker import MaxNLocator
 
 from shd_diffusion.evaluation.metric import Column
+from shd_diffusion.reporting.cost import PARAMETERS, SAMPLING_TIME, Cost, measured_costs
 from shd_diffusion.reporting.metrics_table import headline, text_of, title_of
 from shd_diffusion.reporting.plot_style import Line, Plot, Styles, finish, line_plot, panel
 from shd_diffusion.reporting.runs import Run
-from shd_diffusion.reporting.tables import count, duration
 
 LABEL_HEIGHT = 0.075  # of the panel's height
 
 
 def quality_scatters(runs: Sequence[Run], styles: Styles) -> list[Plot]:
-    """FID, or the first metric that there is, over parameters and over seconds an image; without a panel for which
-    nothing is known."""
+    """FID, or the first metric that there is, over parameters and what `benchmark` has measured, or the seconds an
+    image that sampling took; without a panel for which nothing is known."""
     metric = headline(runs)
     if metric is None:
         return []
-    return [
-        *_scatter(runs, styles, metric, "parameters", lambda run: run.summary.parameters, count),
-        *_scatter(
-            runs, styles, metric, "sampling time an image", lambda run: run.seconds_per_image, duration
-        ),
-    ]
+    costs = [PARAMETERS, *(measured_costs(runs) or [SAMPLING_TIME])]
+    return [plot for cost in costs for plot in _scatter(runs, styles, metric, cost)]
 
 
 def _scatter(
     runs: Sequence[Run],
     styles: Styles,
     metric: Column,
-    cost: str,
-    cost_of: Callable[[Run], float | None],
-    text: Callable[[float], str],
+    cost: Cost,
 ) -> list[Plot]:
+    name, text = cost.title.lower(), cost.text
     points = [
-        (run, x, y) for run in runs if (x := cost_of(run)) and (y := run.metric(metric.key)) is not None
+        (run, x, y) for run in runs if (x := cost.of(run)) and (y := run.metric(metric.key)) is not None
     ]
     if not points:
         return []
@@ -51,10 +46,10 @@ def _scatter(
         axes.set_ylim(0, 1.15 * max(y for *_, y in points) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter(lambda value, _: text(value))
-        axes.set(xlabel=cost, ylabel=f"{title_of(metric, runs)}, {metric.better} is better")
+        axes.set(xlabel=name, ylabel=f"{title_of(metric, runs)}, {metric.better} is better")
         _name_points(axes, metric, points, styles)
         listing = ", ".join(f"{run.name} {text_of(metric, y)} at {text(x)}" for run, x, y in points)
-        return [finish(figure, f"{metric.key}-over-{cost}", f"{metric.title} over {cost}: {listing}")]
+        return [finish(figure, f"{metric.key}-over-{name}", f"{metric.title} over {name}: {listing}")]
 
 
 def _name_points(

@@ -113,6 +113,34 @@ class Metrics(Result):
         return self.protocol.get("features")
 
 
+class Quartiles(Result):
+    """A median over rounds, with the quartiles."""
+
+    median: float = Field(gt=0)
+    quartiles: tuple[float, float]
+
+
+class Timing(Result):
+    """Seconds of `batch_size` samples at once, of a denoiser's call or of sampling an `image`; bytes at most."""
+
+    what: str
+    batch_size: int = Field(ge=1)
+    seconds: Quartiles
+    per_second: float
+    peak_bytes: int
+
+
+class Benchmark(Result):
+    """What a model costs, beside others; `benchmark` says how that was measured."""
+
+    benchmark: dict[str, Any]
+    environment: dict[str, Any]
+    macs_call: int
+    macs_image: int | None = None
+    calls_per_image: int | None = None
+    timings: list[Timing] = Field(min_length=1)
+
+
 class Neighbour(Result):
     """A real image and its distance from a sample."""
 
@@ -256,6 +284,7 @@ class Run:
     log: Log | None
     samples: Samples | None
     metrics: Metrics | None
+    benchmark: Benchmark | None
     nearest: Nearest | None
     attention: Attention | None
     compression: Compression | None
@@ -320,6 +349,7 @@ def read_run(path: Path, name: str) -> Run:
         log=part("metrics.jsonl", read_log),
         samples=part("samples/sampling.json", lambda file: read_as(file, Samples)),
         metrics=part("evaluation/metrics.json", lambda file: read_as(file, Metrics)),
+        benchmark=part("evaluation/benchmark.json", lambda file: read_as(file, Benchmark)),
         nearest=part("evaluation/nearest.json", lambda file: read_as(file, Nearest)),
         attention=part("attention.safetensors", read_attention),
         compression=part("compression.json", lambda file: read_as(file, Compression)),

@@ -12,6 +12,7 @@ from shd_diffusion.config import SampleConfig
 from shd_diffusion.data.images import to_rgb_bytes
 from shd_diffusion.models.denoiser import num_classes
 from shd_diffusion.randomness import generator
+from shd_diffusion.sampling.execution import matmul_precision
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 
 OF_PROMPTS = {"prompts", "images_per_prompt", "negative_prompt", "pipeline_arguments"}
@@ -25,7 +26,8 @@ class ByClass:
         self.pipeline, self.config = pipeline, config
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        images = sample_images(self.pipeline, indices, self.config)
+        with matmul_precision(self.config):
+            images = sample_images(self.pipeline, indices, self.config)
         if not images.isfinite().all():
             raise ValueError("its images are not finite: the model has diverged, train it anew")
         return to_rgb_bytes(images)
@@ -37,7 +39,7 @@ class ByClass:
         return []
 
     def settings(self) -> dict[str, Any]:
-        settings = self.config.model_dump(exclude=NOT_IN_A_PROTOCOL | OF_PROMPTS)
+        settings = self.config.protocol(without=NOT_IN_A_PROTOCOL | OF_PROMPTS)
         scale = self.config.guidance_scale
         return settings | {
             "scheduler": type(self.pipeline.scheduler).__name__,

@@ -15,6 +15,7 @@ from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.randomness import generator
 from shd_diffusion.sampling.by_class import NOT_IN_A_PROTOCOL
+from shd_diffusion.sampling.execution import matmul_precision
 
 OF_CLASSES = {"labels", "guidance_power", "guidance_interval", "guidance_channels"}
 
@@ -56,13 +57,14 @@ class ByPrompt:
                 )
 
     def images(self, indices: Sequence[int]) -> Tensor:
-        (images, *_) = self.pipeline(
-            **self.inputs(indices),
-            generator=[generator(self.config.seed, "sample", index) for index in indices],
-            output_type="pt",
-            return_dict=False,
-            **self.arguments,
-        )
+        with matmul_precision(self.config):
+            (images, *_) = self.pipeline(
+                **self.inputs(indices),
+                generator=[generator(self.config.seed, "sample", index) for index in indices],
+                output_type="pt",
+                return_dict=False,
+                **self.arguments,
+            )
         images = images.float()
         if images.ndim == 5:  # videos (B, F, 3, H, W): frames side by side
             images = torch.cat(images.unbind(1), dim=-1)
@@ -93,7 +95,7 @@ class ByPrompt:
         ]
 
     def settings(self) -> dict[str, Any]:
-        settings = self.config.model_dump(exclude=NOT_IN_A_PROTOCOL | OF_CLASSES | {"prompts"})
+        settings = self.config.protocol(without=NOT_IN_A_PROTOCOL | OF_CLASSES | {"prompts"})
         scale = self.parameters.get("guidance_scale")
         return settings | {
             "pipeline": type(self.pipeline).__name__,

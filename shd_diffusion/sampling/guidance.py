@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from shd_diffusion.attention.capture import unwrap
 from shd_diffusion.models.denoiser import Condition, drop_condition, predict
 
 
@@ -60,8 +62,8 @@ def predict_guided(
     """As `predict`, guided away from the null condition; one pass of twice the samples, or of as many at scale 1.
 
     Args:
-        model: the denoiser.
-        noised: (B, C, H, W).
+        model: the denoiser, in any precision.
+        noised: (B, C, H, W), in the precision that the prediction is wanted in.
         timesteps: (B,).
         condition: (B, ...) by argument.
         null: (1, ...) by argument; empty: there is nothing to be guided away from.
@@ -69,9 +71,15 @@ def predict_guided(
         channels: how many are guided; None: those of `noised`, without a predicted variance.
     """
     if scale == 1.0 or not null:
-        return predict(model, noised, timesteps, condition)
+        return _predict(model, noised, timesteps, condition)
     dropped = drop_condition(condition, null, torch.ones(len(noised), dtype=torch.bool))
     both = {name: torch.cat([value, dropped[name]]) for name, value in condition.items()}
-    prediction = predict(model, torch.cat([noised, noised]), torch.cat([timesteps, timesteps]), both)
+    prediction = _predict(model, torch.cat([noised, noised]), torch.cat([timesteps, timesteps]), both)
     conditional, unconditional = prediction.chunk(2)
     return guide(conditional, unconditional, scale, channels or noised.shape[1])
+
+
+def _predict(model: nn.Module, noised: Tensor, timesteps: Tensor, condition: Condition) -> Tensor:
+    """As `predict`, of a model that may be in half precision; guidance multiplies rounding, so it is not."""
+    dtype: Any = unwrap(model).dtype
+    return predict(model, noised.to(dtype), timesteps, condition).to(noised.dtype)

@@ -93,7 +93,9 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: a label is none of the model's classes, or `latents` has the wrong shape.
         """
-        device, dtype = self._execution_device, self.denoiser.dtype
+        device = self._execution_device
+        # a scheduler's steps add up what half precision rounds off, so latents are kept in float32 or better
+        dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
         count = num_images if class_labels is None else len(class_labels)
         shape = (count, *self.noise_shape)
         if latents is not None and tuple(latents.shape) != shape:
@@ -123,7 +125,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 prediction = prediction[:, : shape[1]]
             latents = self.scheduler.step(prediction, timestep, latents, **extra).prev_sample
 
-        decoded = latents if self.vae is None else LatentSpace(self.vae).decode(latents)
+        decoded = latents if self.vae is None else LatentSpace(self.vae).decode(latents.to(self.vae.dtype))
         images = (decoded.float() / 2 + 0.5).clamp(0, 1)
         result = images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
         if output_type == "pil":

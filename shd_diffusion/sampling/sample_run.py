@@ -18,6 +18,7 @@ from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.archive import write_archive
 from shd_diffusion.sampling.by_class import ByClass
 from shd_diffusion.sampling.by_prompt import ByPrompt
+from shd_diffusion.sampling.execution import denoiser_of, set_execution, try_execution
 from shd_diffusion.sampling.generate import generate_images
 from shd_diffusion.sampling.image_sampler import ImageSampler
 from shd_diffusion.sampling.layouts import check_layout, write_layout
@@ -92,16 +93,31 @@ def sample_pipeline(
         UserError: they cannot be sampled so, which is told as of `source`, or the folder has other samples.
     """
     try:
-        if isinstance(pipeline, ClassConditionalPipeline):
-            pipeline.scheduler = check_sampling(config, pipeline.scheduler, own_scheduler)
-        else:
-            pipeline.scheduler = own_scheduler(config, pipeline.scheduler)
+        set_scheduler(pipeline, config)
         sampler = make_sampler(pipeline, config, run_config)
     except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
     protocol = {**protocol, "pipeline_sha256": hash_pipeline(pipeline)}
     pipeline.to(processes().device)
+    try:
+        set_execution(denoiser_of(pipeline), config)
+        try_execution(sampler, config.pass_size, config)
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
     return generate_images(sampler, config, folder, protocol, name)
+
+
+def set_scheduler(pipeline: DiffusionPipeline, config: SampleConfig) -> None:
+    """Give a pipeline the scheduler of the config, if that names one, and see that it can sample.
+
+    Raises:
+        UserError: it cannot.
+        ValueError: diffusers has no such scheduler.
+    """
+    if isinstance(pipeline, ClassConditionalPipeline):
+        pipeline.scheduler = check_sampling(config, pipeline.scheduler, own_scheduler)
+    else:
+        pipeline.scheduler = own_scheduler(config, pipeline.scheduler)
 
 
 def make_sampler(

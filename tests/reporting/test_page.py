@@ -114,7 +114,7 @@ def test_the_page_of_text_runs_shows_prompts_words_and_the_teacher(text_report: 
         "Of each prompt the first image; 6 other prompts are left out, evenly, and no image was picked by hand. "
         "Each begins from the same noise in every run.",
         "CMMD ↓ CLIP score ↑ R-precision ↑",
-        "kd-shd 400 k 5 0.500 30.23 70.0% [70.0%, 90.0%] 800 ms",
+        "kd-shd 400 k (0.44x) 5 0.500 30.23 70.0% [70.0%, 90.0%] 800 ms",
         "kd-shd 0.0500 [0.0450, 0.0550] 10.0% [9.0%, 11.0%] 0.900 [0.810, 0.990]",
         "kd: LPIPS is left out: its weights are not here",
         "a red disc on <b>& אדום 🐈 What the teacher attends to on this image (noised to timestep 250), what",

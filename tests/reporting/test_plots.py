@@ -129,7 +129,8 @@ def test_figures_take_the_colours_of_the_page(runs: dict[str, Path]) -> None:
     plots += [*shd_by_block(everything), *quality_scatters(everything, styles)]
     names = [plot.name for plot in plots]
     assert names == ["loss-denoise", "loss-output", "loss-shd", "shares-kd", "shares-kd-shd", "fid-validation",
-                     "divergence-kd-shd", "fid-over-parameters", "fid-over-sampling-time-an-image"]  # fmt: skip
+                     "divergence-kd-shd", "fid-over-parameters", "fid-over-multiply-adds-an-image",
+                     "fid-over-time-an-image"]  # fmt: skip
     identifiers: list[str] = []
     for plot in plots:
         colours = set(
@@ -144,7 +145,7 @@ def test_figures_take_the_colours_of_the_page(runs: dict[str, Path]) -> None:
         identifiers += own
         assert Image.open(io.BytesIO(plot.png)).width > 600
     assert len(identifiers) == len(set(identifiers))
-    assert "kd-shd 104.30 at 261 k" in plots[-2].description
+    assert "kd-shd 104.30 at 261 k" in plots[-3].description
 
 
 def test_a_term_is_drawn_for_the_runs_that_have_it(runs: dict[str, Path]) -> None:

@@ -41,8 +41,8 @@ def test_the_table_holds_the_metrics_and_marks_the_best_student(runs: dict[str, 
     columns = rows["Run"]
     assert columns[:3] == ["Parameters", "Heads", "FID (digits-classifier) ↓"]
     assert rows["kd-shd"] == [
-        "261 k", "5", "**104.30**", "**7.96 ± 0.11**", "**2.61 ± 0.200**", "**0.796**", "**0.734**",
-        "**85.4%**", "4.35 ms",
+        "261 k (0.21x)", "5", "**104.30**", "**7.96 ± 0.11**", "**2.61 ± 0.200**", "**0.796**", "**0.734**",
+        "**85.4%**", "68.8 M (0.25x)", "50 ms (0.25x)",
     ]  # fmt: skip
     for name, run in runs.items():
         written = json.loads((run / "evaluation" / "metrics.json").read_text())
@@ -82,7 +82,7 @@ def test_a_missing_metric_is_a_dash_and_never_the_best(
     fid, precision = (rows["Run"].index(title) for title in ("FID (digits-classifier) ↓", "Precision ↑"))
     assert rows["none"][fid] == rows["none"][precision] == "–"
     assert "**" not in rows["kd"][fid]  # nothing to choose from
-    assert rows["none"][-2] == "–" and rows["Run"][-2] == "Class accuracy ↑"
+    assert rows["none"][-3] == "–" and rows["Run"][-3] == "Class accuracy ↑"
     edit_metrics(fresh := fresh_run("kd"), label_accuracy=None)
     assert "Class accuracy ↑" not in cells(table_of(fresh, other))["Run"]
 
@@ -111,7 +111,7 @@ def test_the_terminal_table_fits_80_columns(runs: dict[str, Path]) -> None:
     print_table(list(runs.values()), console)
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert max(map(len, printed.splitlines())) <= 80
-    assert re.search(r"kd-shd +261 k +5 +104\.30 +7\.96 +2\.61 +0\.796 +0\.734 +85\.4% +4\.35 ms", printed)
+    assert re.search(r"kd-shd +261 k +5 +104\.30 +7\.96 +2\.61 +0\.796 +0\.734 +85\.4% +50 ms", printed)
     assert "features digits-classifier" in " ".join(printed.split())
 
 

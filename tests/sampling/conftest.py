@@ -6,37 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from commands import TEACHER_CONFIG
-from diffusers import DDPMScheduler
-from small_models import small_dit
+from random_runs import finished_run, random_dit_pipeline
 
-from shd_diffusion.config import TrainTeacherConfig, dump_config, read_config
-from shd_diffusion.files import write_json, write_text
-from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
-
-
-def random_dit_pipeline(scheduler: str = "DDIMScheduler", seed: int = 0) -> ClassConditionalPipeline:
-    """Of a DiT that predicts something: adaLN-zero would predict exactly nothing."""
-    model, generator = small_dit(2, layers=1).eval(), torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2, generator=generator)
-    # so few and small betas that no division by a tiny signal makes all pixels black or white
-    trained_with = DDPMScheduler(num_train_timesteps=50, clip_sample=False)
-    pipeline = ClassConditionalPipeline(
-        model, make_scheduler(scheduler, {}, trained_with), sample_shape=[1, 8, 8]
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def finished_run(folder: Path, seed: int = 0) -> Path:
-    """A run folder with a pipeline of random weights."""
-    random_dit_pipeline(seed=seed).save_pretrained(folder / "pipeline")
-    write_text(folder / "config.yaml", dump_config(read_config(TEACHER_CONFIG, TrainTeacherConfig)))
-    write_json(folder / "summary.json", {"steps": 20})
-    return folder
+from shd_diffusion.sampling import ClassConditionalPipeline
 
 
 @pytest.fixture

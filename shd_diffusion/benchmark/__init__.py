@@ -1,0 +1,1 @@
+"""What models cost: parameters and operations counted, time and memory measured side by side."""
