@@ -75,13 +75,20 @@ def test_its_models_can_be_built_and_paired(path: Path) -> None:
     assert pairs and all(merges_of(rows[0][by], rows[1][name]) for name, by in pairs.items())
 
 
-def test_the_examples_of_the_readme_are_whole_configs(tmp_path: Path) -> None:
-    texts = re.findall(r"^```yaml\n(.*?)^```", (ROOT / "README.md").read_text(), re.DOTALL | re.MULTILINE)
-    for number, text in enumerate(texts):
-        (tmp_path / f"{number}.yaml").write_text(text)
-    by_class, by_prompt = (read_config(tmp_path / f"{number}.yaml", DistillConfig) for number in range(2))
+def test_the_examples_of_the_docs_are_whole_configs(tmp_path: Path) -> None:
+    by_prompt, by_class = (
+        read_config(_example(ROOT / page, tmp_path / f"{Path(page).stem}.yaml"), DistillConfig)
+        for page in ("README.md", "docs/usage.md")
+    )
     assert by_prompt.data.caption_column and by_prompt.prepare
     config = by_class
     with torch.device("meta"):
         assert sample_shape(build_model(config.student)) == (3, *[config.data.image_size] * 2)
     assert config.output and image_size_of(config.evaluate.extractor) in (None, config.data.image_size)
+
+
+def _example(page: Path, to: Path) -> Path:
+    """The first config on a page, as a file."""
+    (text, *_) = re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+    to.write_text(text)
+    return to
