@@ -41,6 +41,13 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Build without weights or data, tell the costs as JSON.")
 ]
 
+Finish = Annotated[
+    bool,
+    typer.Option(
+        "--finish", help="Take no more steps: save what the last checkpoint has. It can go on later."
+    ),
+]
+
 Arguments = ParamSpec("Arguments")
 
 
@@ -193,27 +200,35 @@ def convert(
 @app.command("train-teacher")
 @stage
 def train_teacher(
-    config: ConfigFile, set_: Overrides = None, output: Output = None, dry_run: DryRun = False
+    config: ConfigFile,
+    set_: Overrides = None,
+    output: Output = None,
+    dry_run: DryRun = False,
+    finish: Finish = False,
 ) -> None:
     """Train a teacher on the denoising loss alone."""
     from shd_diffusion.config import TrainTeacherConfig
 
-    _train(config, TrainTeacherConfig, set_, output, dry_run)
+    _train(config, TrainTeacherConfig, set_, output, dry_run, finish)
 
 
 @app.command()
 @stage
 def distill(
-    config: ConfigFile, set_: Overrides = None, output: Output = None, dry_run: DryRun = False
+    config: ConfigFile,
+    set_: Overrides = None,
+    output: Output = None,
+    dry_run: DryRun = False,
+    finish: Finish = False,
 ) -> None:
     """Train a student from a teacher."""
     from shd_diffusion.config import DistillConfig
 
-    _train(config, DistillConfig, set_, output, dry_run)
+    _train(config, DistillConfig, set_, output, dry_run, finish)
 
 
 def _train(
-    config: Path, kind: Any, overrides: list[str] | None, output: Path | None, only_costs: bool
+    config: Path, kind: Any, overrides: list[str] | None, output: Path | None, only_costs: bool, finish: bool
 ) -> None:
     from shd_diffusion.config import read_config
     from shd_diffusion.training.dry_run import dry_run
@@ -223,7 +238,7 @@ def _train(
     if only_costs:
         typer.echo(json.dumps(dry_run(parsed, str(config)), indent=2))
     else:
-        train(parsed, _output(parsed, output, config), str(config))
+        train(parsed, _output(parsed, output, config), str(config), finish)
         _next("sample", _output(parsed, output, config))
 
 

@@ -207,7 +207,10 @@ class RunFolder:
             UserError: the training has not ended yet.
         """
         if not self.summary_file.exists():
-            raise UserError(f"{self.path}: its training has not ended; run its command again to continue it")
+            raise UserError(
+                f"{self.path}: its training has not ended; run its command again to continue it, with --finish to save "
+                "what its last checkpoint has"
+            )
         return read_as(self.summary_file, Trained)
 
 

@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from shd_diffusion.config import RunConfig, TrainConfig
-from shd_diffusion.errors import DivergedError
+from shd_diffusion.errors import DivergedError, UserError
 from shd_diffusion.losses.term import Batch
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.randomness import generator
@@ -36,8 +36,9 @@ def fit(
     config: RunConfig,
     accelerator: Accelerator,
     validations: Sequence[Validation] = (),
-) -> ModelMixin:
-    """Train a denoiser, continuing from the run's last checkpoint, and return it with its averaged weights.
+    finish: bool = False,
+) -> tuple[ModelMixin, int]:
+    """Train a denoiser, continuing from the run's last checkpoint.
 
     Args:
         model: with the weights to start from.
@@ -47,9 +48,13 @@ def fit(
         config: of the run; noise, timesteps, dropped conditions and data order follow from its seed and the step.
         accelerator: see `make_accelerator`.
         validations: of the averaged model, every `config.train.validation.every` steps.
+        finish: take no step, but what the last checkpoint has.
+
+    Returns:
+        The model with its averaged weights, and how many steps it has taken.
 
     Raises:
-        UserError: a checkpoint cannot be written.
+        UserError: a checkpoint cannot be written, or there is none to finish.
         InterruptedRun: a signal has ended it; its checkpoint is written.
         DivergedError: too many steps in a row had no finite gradient.
     """
@@ -62,6 +67,9 @@ def fit(
         run.checkpoints, run.identity(config), accelerator, train.keep_last, train.keep_every
     )
     start = checkpoints.latest(train.max_steps)
+    if finish and not start:
+        raise UserError(f"{run.path}: --finish: has no checkpoint yet, so nothing can be saved; leave it out")
+    end = start if finish else train.max_steps
     if start:
         checkpoints.load(start, state, loss.terms)
     if accelerator.is_main_process:
@@ -73,7 +81,7 @@ def fit(
     skipped = 0
     bar = progress_bar(train.max_steps, f"train {run.path.name}", "step", start, accelerator.is_main_process)
     with bar, Interruption(accelerator) as interruption:
-        for step in range(start, train.max_steps):
+        for step in range(start, end):
             seed_model(
                 generator(config.seed, "model", step, layout.process).initial_seed(), accelerator.device
             )
@@ -119,7 +127,7 @@ def fit(
                 raise InterruptedRun(
                     f"{run.path}: interrupted after step {done}; the same command goes on from there", signum
                 )
-    return state.export()
+    return state.export(), end
 
 
 def _validate(

@@ -62,14 +62,17 @@ class Run:
     inputs: dict[str, str]
 
 
-def train(config: TrainTeacherConfig | DistillConfig, output: Path, source: str) -> None:
+def train(
+    config: TrainTeacherConfig | DistillConfig, output: Path, source: str, finish: bool = False
+) -> None:
     """Train a model, from a teacher where the config names one, and save it as a pipeline.
 
     Args:
         output: the run folder; a run of the same config in it is continued.
+        finish: save what the last checkpoint has as the pipeline, and take no step; the run can go on later.
 
     Raises:
-        UserError: the config cannot be carried out, or the folder belongs to another run.
+        UserError: the config cannot be carried out, the folder belongs to another run, or there is nothing to finish.
     """
     folder = RunFolder(output)
     folder.check(config)
@@ -86,10 +89,10 @@ def train(config: TrainTeacherConfig | DistillConfig, output: Path, source: str)
     run = _open(config, folder, source)
     with locked(folder.path, run.accelerator):
         folder.check(config)  # again, as another command may have been here meanwhile
-        _train(run)
+        _train(run, finish)
 
 
-def _train(run: Run) -> None:
+def _train(run: Run, finish: bool) -> None:
     """All that writes."""
     folder, parts, accelerator, config = run.folder, run.parts, run.accelerator, run.parts.config
     accelerator.wait_for_everyone()  # everyone has seen the folder as it was
@@ -115,8 +118,8 @@ def _train(run: Run) -> None:
             _calibrate(loss.shd, teacher, run)
         loss.shd.take_plans(_known_plans(folder, config))
     with loss:
-        trained = _fit(run, loss)
-    _save(run, trained, loss)  # first of all: nothing that follows can lose it
+        trained, steps = _fit(run, loss, finish)
+    _save(run, trained, loss, steps)  # first of all: nothing that follows can lose it
     _try_attention_maps(folder, parts, trained, loss.shd)
     for tracker in accelerator.trackers:
         tracker.finish()
@@ -213,13 +216,20 @@ def _calibrate(shd: SHD, teacher: ModelMixin, run: Run) -> None:
     accelerator.wait_for_everyone()
 
 
-def _fit(run: Run, loss: TrainingLoss) -> ModelMixin:
-    """The trained model with its averaged weights."""
+def _fit(run: Run, loss: TrainingLoss, finish: bool) -> tuple[ModelMixin, int]:
+    """The trained model with its averaged weights, and its steps."""
     parts, device = run.parts, run.accelerator.device
     validations = [each for each in (run.validation, _validation_loss(run, loss)) if each is not None]
     try:
         return fit(
-            parts.model, loss, parts.loader(device), run.folder, parts.config, run.accelerator, validations
+            parts.model,
+            loss,
+            parts.loader(device),
+            run.folder,
+            parts.config,
+            run.accelerator,
+            validations,
+            finish,
         )
     except BackendCompilerFailed as error:
         raise UserError(
@@ -248,20 +258,20 @@ def _validation_loss(run: Run, loss: TrainingLoss) -> Validation | None:
 # --- after the last step ------------------------------------------------------------------------------------------
 
 
-def _save(run: Run, trained: ModelMixin, loss: TrainingLoss) -> None:
-    """Save the pipeline, then the summary: a run that has one is complete."""
+def _save(run: Run, trained: ModelMixin, loss: TrainingLoss, steps: int) -> None:
+    """Save the pipeline, then the summary: a run that has one for all its steps is complete."""
     if not run.accelerator.is_main_process:
         return
     parts = run.parts
     with replacing_folder(run.folder.pipeline) as temporary:
         save_pipeline(trained, parts.pipeline, run.sampler, run.vae, parts.data.shape, temporary)
-    summary = summarize(run.folder.path.name, parts, trained)
+    summary = summarize(run.folder.path.name, parts, trained, steps)
     extra = {"extra_parameters": sum(parameter.numel() for parameter in loss.parameters())}
     write_json(run.folder.summary_file, summary | extra)
     write_card(run.folder)
 
 
-def summarize(name: str, parts: Parts, model: ModelMixin) -> dict[str, Any]:
+def summarize(name: str, parts: Parts, model: ModelMixin, steps: int) -> dict[str, Any]:
     """What the report says of a run; heads are the most that any block has."""
     config, train, records = parts.config, parts.config.train, parts.student_trace.records.values()
     return {
@@ -272,8 +282,8 @@ def summarize(name: str, parts: Parts, model: ModelMixin) -> dict[str, Any]:
         "heads": parts.student_trace.heads,
         "head_dim": max((record.query.shape[3] for record in records), default=0),
         "blocks": len(records),
-        "steps": train.max_steps,
-        "images": train.max_steps * train.batch_size,
+        "steps": steps,
+        "images": steps * train.batch_size,
         "teacher": config.teacher.path if isinstance(config, DistillConfig) else None,
         "teacher_heads": None if parts.teacher_trace is None else parts.teacher_trace.heads,
     }

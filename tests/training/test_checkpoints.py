@@ -49,6 +49,26 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert [e["loss"] for e in logs[0]] == [e["loss"] for e in logs[1]]
 
 
+def test_a_stopped_run_is_finished_where_it_is_and_goes_on_later(uninterrupted: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, _, errors = command(*ARGUMENTS, "--output", run, "--finish")
+    assert code == 2 and "--finish: has no checkpoint yet" in errors
+    process = start(*ARGUMENTS, "--output", run)
+    wait_for(run / "checkpoints" / "step-00000010", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    last = max(int(path.name[5:]) for path in (run / "checkpoints").glob("step-*"))
+    code, _, errors = command("sample", run)
+    assert code == 2 and "with --finish to save what its last checkpoint has" in errors
+    assert command(*ARGUMENTS, "--output", run, "--finish")[0] == 0
+    assert json.loads((run / "summary.json").read_text())["steps"] == last < 40
+    average = load_file(run / "checkpoints" / f"step-{last:08d}" / "ema.safetensors")
+    exported = sorted(tensor.double().norm().item() for tensor in weights(run).values())
+    assert exported == sorted(tensor.double().norm().item() for tensor in average.values())
+    assert command(*ARGUMENTS, "--output", run)[0] == 0
+    assert_same_run(run, uninterrupted)
+
+
 def test_killed_again_and_again_it_ends_with_the_same_weights(uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     for step in (5, 20):
