@@ -84,6 +84,6 @@ def test_a_damaged_benchmark_is_named(fresh_run: Callable[[str], Path]) -> None:
     run = fresh_run("kd")
     edit_benchmark(run, timings=[])
     with pytest.raises(
-        UserError, match=r"benchmark\.json: key `timings`: .*; run the command that wrote the file"
+        UserError, match=r"benchmark\.json: key `timings`: .*; delete it and run the command that wrote it"
     ):
         read_runs([run])

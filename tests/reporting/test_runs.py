@@ -94,7 +94,7 @@ def test_no_run_at_all() -> None:
         (
             "summary.json",
             "[]",
-            "summary.json: Input should be .* Summary; run the command that wrote the file again",
+            "summary.json: Input should be .* Summary; delete it and run the command that wrote it again",
         ),
         (
             "summary.json",
@@ -196,6 +196,6 @@ def test_damaged_neighbours_are_named(
 ) -> None:
     run = fresh_run("kd")
     damage(run / "evaluation")
-    with pytest.raises(UserError, match=r"evaluation/nearest\.(json|png): .*; run .* again") as caught:
+    with pytest.raises(UserError, match=r"evaluation/nearest\.(json|png): .* run .* again") as caught:
         neighbourhoods(read_runs([run]))
     assert "\n" not in str(caught.value)

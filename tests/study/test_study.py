@@ -180,6 +180,7 @@ def test_a_study_of_conditions_without_a_run_is_written_up(
 
 def test_a_folder_of_another_config_is_left_alone(runs: Path, tmp_path: Path) -> None:
     shutil.copytree(runs / "kd-shd", tmp_path / "study/runs/kd/seed-0")
+    (tmp_path / "study/logs").mkdir()  # of a study that has begun
     code, _, errors = command("study", study_file(tmp_path, runs / "teacher"))
     assert code == 2 and "belongs to another config" in errors
 

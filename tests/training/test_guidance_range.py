@@ -87,7 +87,12 @@ def tree(root: Path, name: str, **of_training: Any) -> dict[str, Any]:
         "output": str(root / "run"),
         "teacher": {"path": str(root / name)},
         "student": {"arguments": heads},
-        "data": {"name": "image_folder", "path": str(root), "image_size": SIZE[0], "caption_column": "text"},
+        "data": {
+            "name": "image_folder",
+            "path": str(root / "images"),
+            "image_size": SIZE[0],
+            "caption_column": "text",
+        },
         "prepare": {"output": str(root / f"{name}-cache"), "prompt_arguments": ARGUMENTS[name]},
         "train": {"max_steps": 2, "batch_size": 2, **of_training},
     }
@@ -102,10 +107,11 @@ def write(root: Path, content: dict[str, Any]) -> Path:
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Flux.1-dev, which is told the scale, Flux.1-schnell, which is not, and a cache of each."""
     root = tmp_path_factory.mktemp("guidance")
-    Image.new("RGB", SIZE, (80, 0, 0)).save(root / "0.png")
-    Image.new("RGB", SIZE, (0, 80, 0)).save(root / "1.png")
+    (root / "images").mkdir()
+    Image.new("RGB", SIZE, (80, 0, 0)).save(root / "images" / "0.png")
+    Image.new("RGB", SIZE, (0, 80, 0)).save(root / "images" / "1.png")
     lines = [json.dumps({"file_name": f"{index}.png", "text": f"cat {index}"}) for index in range(2)]
-    (root / "metadata.jsonl").write_text("\n".join(lines))
+    (root / "images" / "metadata.jsonl").write_text("\n".join(lines))
     for name in ("flux-dev", "flux-schnell"):
         PIPELINES[name]().save_pretrained(root / name)
         path = write(root, tree(root, name))
