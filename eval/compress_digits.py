@@ -16,8 +16,8 @@ import typer
 from shd_diffusion.compression import compress
 from shd_diffusion.compression.attention import HeadOptions
 from shd_diffusion.compression.budget import parse_budget, plan_shape
-from shd_diffusion.compression.compress_run import calibration_batches, first_sample
 from shd_diffusion.compression.costs import cost_of
+from shd_diffusion.compression.walk import first_sample
 from shd_diffusion.config import TrainTeacherConfig, read_config
 from shd_diffusion.data.datasets import build_source, reference_images
 from shd_diffusion.environment import describe_environment
@@ -27,6 +27,7 @@ from shd_diffusion.models.denoiser import count_parameters, predict
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.sample_run import sample_pipeline
+from shd_diffusion.training.calibration import calibration_batches
 
 # Arguments of `compress`, or a budget that finds them.
 CASES: dict[str, dict[str, Any]] = {

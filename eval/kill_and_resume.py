@@ -97,7 +97,7 @@ SERVER.set_forkserver_preload(
     [
         f"shd_diffusion.{name}"
         for name in (
-            "compression.compress_run",
+            "compress_run",
             "data.prepare",
             "evaluation.evaluate_run",
             "reporting",

@@ -16,7 +16,6 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from shd_diffusion.compression.compress_run import calibration_batches
 from shd_diffusion.compression.narrow import squeeze_into
 from shd_diffusion.config import DistillConfig, override_config, read_config
 from shd_diffusion.data.datasets import build_source, reference_images
@@ -30,6 +29,7 @@ from shd_diffusion.sampling.sample_run import sample_pipeline
 from shd_diffusion.squeezing.channels import Reader
 from shd_diffusion.squeezing.plan import PLANS_FILE, plan_groups, plans_to_json
 from shd_diffusion.training.build import build
+from shd_diffusion.training.calibration import calibration_batches
 from shd_diffusion.training.run import train
 from shd_diffusion.training.squeeze_student import CALIBRATION_IMAGES
 

@@ -511,8 +511,8 @@ def compress(
     """Make a smaller pipeline from a teacher's weights, without training; heal it by `student.pretrained`."""
     from rich.console import Console
 
+    from shd_diffusion.compress_run import calibrate, check_output, compress_run, plan_run
     from shd_diffusion.compression.budget import parse_budget
-    from shd_diffusion.compression.compress_run import calibrate, check_output, compress_run, plan_run
     from shd_diffusion.compression.describe import plan_table, table
     from shd_diffusion.config import read_run_config
     from shd_diffusion.files import check_outside

@@ -39,6 +39,12 @@ def passes(
     return [functools.partial(run, batch) for batch in batches]
 
 
+def first_sample(batches: Sequence[Batch]) -> Batch:
+    """A batch of one, whose call says what the model costs."""
+    noised, timesteps, condition = batches[0]
+    return noised[:1], timesteps[:1], {name: value[:1] for name, value in condition.items()}
+
+
 def relative_change(changed: Iterable[Tensor], outputs: Iterable[Tensor]) -> float:
     """|changed - output|² / |output|², over all batches."""
     error = energy = 0.0

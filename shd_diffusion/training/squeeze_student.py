@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
-from shd_diffusion.compression.compress_run import calibration_batches
 from shd_diffusion.compression.narrow import squeeze_into
 from shd_diffusion.config import DistillConfig
 from shd_diffusion.models.denoiser import predict
 from shd_diffusion.progress import announce
 from shd_diffusion.squeezing.plan import Plan, plan_groups
 from shd_diffusion.training.build import Parts
+from shd_diffusion.training.calibration import calibration_batches
 
 CALIBRATION_IMAGES = 512
 

@@ -11,7 +11,7 @@ from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command,
 from diffusers import DDPMScheduler
 from small_models import small_dit
 
-from shd_diffusion.compression.compress_run import calibrate
+from shd_diffusion.compress_run import calibrate
 from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.data import build_source
 from shd_diffusion.losses.shd import SHD

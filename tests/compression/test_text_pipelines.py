@@ -19,8 +19,8 @@ from shd_diffusion.attention import attention_blocks
 from shd_diffusion.attention.blocks import LINEAR
 from shd_diffusion.compression import CompressedModel, compress, importance
 from shd_diffusion.compression.budget import Budget, plan_shape
-from shd_diffusion.compression.compress_run import first_sample
 from shd_diffusion.compression.costs import cost_of
+from shd_diffusion.compression.walk import first_sample
 from shd_diffusion.losses import LossesConfig, build_terms
 from shd_diffusion.losses.term import Batch
 from shd_diffusion.models.denoiser import freeze, pad, predict, prepare

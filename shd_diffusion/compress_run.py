@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from torch import Tensor
 
 from shd_diffusion.attention import attention_blocks
 from shd_diffusion.compression.attention import HeadOptions, Method
@@ -20,13 +17,13 @@ from shd_diffusion.compression.budget import Budget, ShapePlan, plan_shape
 from shd_diffusion.compression.compress import Counts, Part, compress
 from shd_diffusion.compression.costs import cost_of
 from shd_diffusion.compression.describe import readme
-from shd_diffusion.compression.walk import Batch
+from shd_diffusion.compression.walk import Batch, first_sample
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import LatentSource, Source, build_source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import holds_files, replacing_folder, write_json, write_text
-from shd_diffusion.models.denoiser import count_parameters, null_condition, predict
+from shd_diffusion.models.denoiser import count_parameters, predict
 from shd_diffusion.models.factory import TeacherConfig
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
@@ -35,14 +32,8 @@ from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import save_pipeline
 from shd_diffusion.squeezing.plan import PLANS_FILE, plan_groups, plans_to_json
-from shd_diffusion.training.batches import (
-    BatchLayout,
-    StepSampler,
-    draw_noise,
-    make_batch,
-    noise_settings,
-)
 from shd_diffusion.training.build import conditions_of
+from shd_diffusion.training.calibration import calibration_batches
 
 
 @dataclass(frozen=True)
@@ -198,56 +189,6 @@ def _describe_run(folder: RunFolder, name: str, calibration: Calibration, model:
         "teacher_heads": max(before, default=0),
     }
     write_json(folder.summary_file, summary)
-
-
-def calibration_batches(
-    config: RunConfig,
-    model: ModelMixin,
-    source: Source,
-    process: ForwardProcess,
-    images: int,
-    size: int = 64,
-    timestep_weights: Sequence[float] | None = None,
-) -> list[Batch]:
-    """Training data as a run sees them, noised and with conditions dropped, but of steps that it never takes.
-
-    Args:
-        config: of the run.
-        model: that is told the conditions.
-        source: of the data.
-        process: that noises them.
-        images: how many, in whole batches.
-        size: of a batch.
-        timestep_weights: how often timesteps lie in each of so many equal parts of 0..T, evenly inside, in place of how
-            training draws them; least noise first.
-    """
-    train, null = config.train, {**null_condition(model), **source.null}
-    settings = noise_settings(train, source)
-    if timestep_weights is not None:
-        settings = replace(settings, timestep_sampling="uniform")
-    sampler = StepSampler(config.seed, source.groups, BatchLayout(size), 0, max(1, images // size))
-    found = []
-    for step, items in enumerate(source.batches(sampler)):
-        of_these = replace(settings, shape=source.shape_of(items))
-        noise = draw_noise(config.seed, -1 - step, range(size), of_these)
-        if timestep_weights is not None:
-            noise = replace(noise, shares=_weighted(process, noise.shares, timestep_weights))
-        batch = make_batch(source, process, items, noise, null, model.device)
-        found.append((batch.noised, batch.timesteps, dict(batch.condition)))
-    return found
-
-
-def first_sample(batches: Sequence[Batch]) -> Batch:
-    """A batch of one, whose call says what the model costs."""
-    noised, timesteps, condition = batches[0]
-    return noised[:1], timesteps[:1], {name: value[:1] for name, value in condition.items()}
-
-
-def _weighted(process: ForwardProcess, shares: Tensor, weights: Sequence[float]) -> Tensor:
-    """Shares of the schedule (B,) of which so many lie in each part, from shares (B,) drawn evenly."""
-    ends = np.linspace(0, process.num_timesteps, len(weights) + 1)
-    reached = np.cumsum([0.0, *weights]) / sum(weights)
-    return process.shares(torch.from_numpy(np.interp(shares.numpy(), reached, ends)))
 
 
 def _tell(part: Part) -> None:
