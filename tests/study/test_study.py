@@ -115,7 +115,10 @@ def test_a_study_is_interrupted_and_resumed(
     assert all((once[name] == resumed[name]).all() for name in once)
 
 
-def test_models_are_made_of_the_teacher_before_the_runs(runs: Path, tmp_path: Path) -> None:
+def test_models_are_made_of_the_teacher_before_the_runs(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner.Job, "start", start_fork)
     heal = tmp_path / "heal.yaml"
     text = DISTILL_CONFIG.read_text()
     start, end = text.index("student:"), text.index("losses:")
