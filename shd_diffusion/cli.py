@@ -238,8 +238,9 @@ def _train(
     if only_costs:
         typer.echo(json.dumps(dry_run(parsed, str(config)), indent=2))
     else:
-        train(parsed, _output(parsed, output, config), str(config), finish)
-        _next("sample", _output(parsed, output, config))
+        place = _output(parsed, output, config)
+        train(parsed, place, str(config), finish)
+        _next("sample", place)
 
 
 # --- after training ------------------------------------------------------------------------------------------

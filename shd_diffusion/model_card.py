@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import diffusers
 from pydantic import BaseModel, Field
 
-from shd_diffusion.config import DistillConfig, dump_config
+from shd_diffusion.config import DistillConfig, RunConfig, dump_config
 from shd_diffusion.files import read_as, write_text
 from shd_diffusion.protocol import flatten
 from shd_diffusion.run_folder import RunFolder
@@ -57,7 +58,7 @@ images = pipeline(class_labels=[0, 1], num_inference_steps=25).images"""
 BY_PROMPT = """from diffusers import DiffusionPipeline
 {imports}
 pipeline = DiffusionPipeline.from_pretrained("{path}")
-image = pipeline("{prompt}").images[0]"""
+image = pipeline("a cat").images[0]"""
 OWN_CLASSES = "import shd_diffusion.models  # pip install shd-diffusion: the class of its denoiser\n"
 UNKNOWN = "Not evaluated yet: `shd-diffusion sample {run}`, then `shd-diffusion evaluate {run}`."
 LICENCE = "That of the {teacher}data it was trained on; shd-diffusion does not know them."
@@ -87,15 +88,15 @@ def write_card(run: RunFolder) -> Path:
 
 def card(run: RunFolder) -> str:
     """The text of a finished run's card; see `write_card`."""
-    config, summary = run.read_config(), read_as(run.summary_file, Told).model_dump(by_alias=True)
+    config, summary = run.read_config(), read_as(run.summary_file, Told)
     environment = read_as(run.path / "environment.json", dict[str, Any])
     metrics = read_as(run.evaluation_file, dict[str, Any]) if run.evaluation_file.exists() else None
     teacher = config.teacher.path if isinstance(config, DistillConfig) else None
     return CARD.format(
-        name=summary["name"],
+        name=summary.name,
         tags="- squeezing-heads-distillation\n" if teacher else "",
         what=_what(summary, teacher),
-        use=_use(run, summary["class"]),
+        use=_use(run, summary.class_name),
         made=_made(config, summary),
         command=environment.get("command"),
         config=dump_config(config),
@@ -104,23 +105,21 @@ def card(run: RunFolder) -> str:
     )
 
 
-def _what(summary: dict[str, Any], teacher: str | None) -> str:
-    size = (
-        f"A {summary['class']} of {summary['parameters']:,} parameters and {summary['heads']} attention heads"
-    )
+def _what(summary: Told, teacher: str | None) -> str:
+    size = f"A {summary.class_name} of {summary.parameters:,} parameters and {summary.heads} attention heads"
     if teacher is None:
         return f"{size}."
-    return f"{size}, distilled from `{teacher}`, which has {summary['teacher_heads']} heads."
+    return f"{size}, distilled from `{teacher}`, which has {summary.teacher_heads} heads."
 
 
 def _use(run: RunFolder, model_class: str) -> str:
     index = read_as(run.pipeline / "model_index.json", dict[str, Any])
-    imports = OWN_CLASSES if model_class.startswith(("Squeezed", "MDT")) else ""
+    imports = "" if hasattr(diffusers, model_class) else OWN_CLASSES
     by_class = index.get("_class_name") == "ClassConditionalPipeline"
-    return (BY_CLASS if by_class else BY_PROMPT).format(imports=imports, path=run.pipeline, prompt="a cat")
+    return (BY_CLASS if by_class else BY_PROMPT).format(imports=imports, path=run.pipeline)
 
 
-def _made(config: Any, summary: dict[str, Any]) -> str:
+def _made(config: RunConfig, summary: Told) -> str:
     losses = flatten(config.model_dump(mode="json", by_alias=True).get("losses", {}))
     weights = {
         key.removesuffix(".weight"): value
@@ -129,7 +128,7 @@ def _made(config: Any, summary: dict[str, Any]) -> str:
     }
     told = ", ".join(f"{name} ({weight:g})" for name, weight in weights.items())
     return (
-        f"{summary['steps']:,} steps of {config.train.batch_size} images of `{config.data.name}`; "
+        f"{summary.steps:,} steps of {config.train.batch_size} images of `{config.data.name}`; "
         f"its weights are averages with decay {config.train.ema_decay:g}. "
         f"Losses and their weights: {told or 'denoise (1)'}."
     )

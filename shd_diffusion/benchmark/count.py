@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from diffusers import ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
 from shd_diffusion.operations import Meter
 
@@ -41,9 +41,8 @@ def count(run: Run, denoiser: ModelMixin, models: Sequence[nn.Module]) -> Counte
         denoiser: one of the models.
         models: whose weights were there before.
     """
-    weights = chain.from_iterable((*model.parameters(), *model.buffers()) for model in models)
     samples: list[int] = []
-    with _samples_of(denoiser, samples), Meter(weights) as meter:
+    with _samples_of(denoiser, samples), Meter(_weights(models)) as meter:
         run()
     return Counted(meter.operations // 2, sum(samples), meter.peak)
 
@@ -64,8 +63,11 @@ def _samples_of(denoiser: nn.Module, samples: list[int]) -> Iterator[None]:
 
 def weight_bytes(models: Sequence[nn.Module]) -> int:
     """Bytes of all parameters and buffers."""
-    tensors = chain.from_iterable((*model.parameters(), *model.buffers()) for model in models)
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    return sum(tensor.nbytes for tensor in _weights(models))
+
+
+def _weights(models: Sequence[nn.Module]) -> Iterator[Tensor]:
+    return chain.from_iterable((*model.parameters(), *model.buffers()) for model in models)
 
 
 def allocated_bytes(run: Run, device: torch.device) -> int:

@@ -328,7 +328,7 @@ def _fit_values_and_output(
     heads, inputs = len(groups), value.shape[1]
     bases = own = None
     if heads * inputs > _WIDEST:
-        own = _own_grams(seen, heads, inputs, rows=4 * inputs)
+        own = _own_grams(seen, value.new_zeros(heads, inputs, inputs), rows=4 * inputs)
         bases = value_bases(merge_values(value, outputs, groups, own, _WIDEST // heads)[0], own.sum(0))
         inputs = bases.shape[2]
     moments = Moments.zeros(heads * inputs, outputs.shape[2], value.device)
@@ -398,7 +398,7 @@ def _output_fits(
     """Of each merge the merged values and the moments of what they make of the features."""
     layout, inputs = head_layout(model, name), value.shape[1]
     width = layout.width
-    own = _own_grams(seen, layout.heads, inputs)
+    own = _own_grams(seen, value.new_zeros(layout.heads, inputs, inputs))
     fits = []
     for groups, selected in merges:
         sharing = len(groups) // key_value_counts(layout.heads, layout.key_value_heads)[len(groups)]
@@ -417,12 +417,11 @@ def _output_fits(
     return fits
 
 
-def _own_grams(seen: Features, heads: int, inputs: int, rows: float = math.inf) -> Tensor:
-    """F_jᵀF_j of each head, (heads, c, c), float64, from so many rows or a few more."""
-    own = torch.zeros(heads, inputs, inputs, dtype=torch.float64)
+def _own_grams(seen: Features, own: Tensor, rows: float = math.inf) -> Tensor:
+    """F_jᵀF_j of each head from so many rows or a few more, added to zeros (heads, c, c), float64."""
     for _, features, _ in seen():
         by_head = features.transpose(0, 1).double()
-        own = own.to(by_head.device).baddbmm(by_head.mT, by_head)
+        own.baddbmm_(by_head.mT, by_head)
         rows -= len(features)
         if rows <= 0:
             break

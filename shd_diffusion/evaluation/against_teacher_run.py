@@ -65,7 +65,7 @@ def compare_with_teacher(
     left_out = lpips_is_missing(height, width)
     lpips = None if left_out else LPIPS()
     protocol = {key: value for key, value in sampled.protocol.items() if key not in OF_THE_MODEL} | {
-        "teacher_sha256": hash_model(getattr(teacher.pipeline, denoiser_name(teacher.pipeline))),
+        "teacher_sha256": hash_model(denoiser_of(teacher.pipeline)),
         "images_sha256": json_sha256([(index, _made_from(sampled, index)) for index in indices]),
         "features": extractor.name,
         "extractor_sha256": extractor.sha256,

@@ -121,7 +121,7 @@ def _check_memory(kind: type[ModelMixin], arguments: dict[str, Any]) -> None:
         ValueError: they do not.
     """
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
-        needed = sum(p.numel() * p.element_size() for p in kind(**arguments).parameters())
+        needed = sum(p.nbytes for p in kind(**arguments).parameters())
     present = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > present and torch.get_default_device().type != "meta":
         raise ValueError(f"its weights are {needed / 1e9:,.0f} GB, more than this machine has")

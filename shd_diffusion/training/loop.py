@@ -12,7 +12,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from shd_diffusion.config import RunConfig, TrainConfig
-from shd_diffusion.errors import DivergedError, UserError
+from shd_diffusion.errors import DivergedError
 from shd_diffusion.losses.term import Batch
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.randomness import generator
@@ -54,7 +54,7 @@ def fit(
         The model with its averaged weights, and how many steps it has taken.
 
     Raises:
-        UserError: a checkpoint cannot be written, or there is none to finish.
+        UserError: a checkpoint cannot be written.
         InterruptedRun: a signal has ended it; its checkpoint is written.
         DivergedError: too many steps in a row had no finite gradient.
     """
@@ -67,8 +67,6 @@ def fit(
         run.checkpoints, run.identity(config), accelerator, train.keep_last, train.keep_every
     )
     start = checkpoints.latest(train.max_steps)
-    if finish and not start:
-        raise UserError(f"{run.path}: --finish: has no checkpoint yet, so nothing can be saved; leave it out")
     end = start if finish else train.max_steps
     if start:
         checkpoints.load(start, state, loss.terms)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from itertools import chain
 
 from diffusers import ModelMixin
 from torch import nn
@@ -51,4 +50,4 @@ def _whole(model: ModelMixin, copies: int) -> int:
 
 
 def _bytes(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in chain(parameters))
+    return sum(parameter.nbytes for parameter in parameters)

@@ -87,6 +87,8 @@ def train(
         announce(f"{folder.path}: complete, nothing to do")
         return
     run = _open(config, folder, source)
+    if finish and not _checkpoints(run).latest(config.train.max_steps):
+        raise UserError(f"{output}: --finish: has no checkpoint yet, so nothing can be saved; leave it out")
     with locked(folder.path, run.accelerator):
         folder.check(config)  # again, as another command may have been here meanwhile
         _train(run, finish)
