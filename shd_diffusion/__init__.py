@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from shd_diffusion.attention import AttentionCapture
+    from shd_diffusion.evaluation import load_extractor
     from shd_diffusion.evaluation.torch_metrics import (
         CMMD,
         DensityCoverage,
@@ -33,6 +34,7 @@ __all__ = [
     "MongeDistance",
     "PrecisionRecall",
     "SHDLoss",
+    "load_extractor",
     "plan_merges",
     "squeeze_heads",
 ]
@@ -40,6 +42,7 @@ __all__ = [
 _ROOMS = dict.fromkeys(__all__, "evaluation.torch_metrics") | {
     "AttentionCapture": "attention",
     "SHDLoss": "losses",
+    "load_extractor": "evaluation",
     "plan_merges": "squeezing",
     "squeeze_heads": "squeezing",
 }
