@@ -367,7 +367,8 @@ NO_JSON = ("cut off", "binary", "brackets", "empty")
 TENSORS = ("cut off", "binary", "empty", "a text")
 
 LATENTS = f"{TRAIN} --output @/out --set data.name=latents --set data.path=@/cache"
-SAMPLE, PREPARED = "sample @/teacher --output @/out", f"{PREPARE} --output @/out"
+SAMPLE = "sample @/teacher --output @/out --set sample.num_images=2"
+PREPARED = f"{PREPARE} --output @/out"
 OF_RUNS = ("sample @/teacher", "evaluate @/teacher", "report @/teacher")
 
 READERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {

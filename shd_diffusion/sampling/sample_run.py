@@ -25,7 +25,7 @@ from shd_diffusion.sampling.layouts import check_layout, write_layout
 from shd_diffusion.sampling.open_pipeline import hash_pipeline, open_pipeline
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 from shd_diffusion.sampling.prompts import Prompt, read_prompts
-from shd_diffusion.sampling.schedulers import check_sampling, own_scheduler
+from shd_diffusion.sampling.schedulers import check_sampling, check_sampling_by_prompt, own_scheduler
 
 
 def sample_run(
@@ -111,13 +111,12 @@ def set_scheduler(pipeline: DiffusionPipeline, config: SampleConfig) -> None:
     """Give a pipeline the scheduler of the config, if that names one, and see that it can sample.
 
     Raises:
-        UserError: it cannot.
-        ValueError: diffusers has no such scheduler.
+        UserError: it cannot, or diffusers has no such scheduler.
     """
     if isinstance(pipeline, ClassConditionalPipeline):
         pipeline.scheduler = check_sampling(config, pipeline.scheduler, own_scheduler)
     else:
-        pipeline.scheduler = own_scheduler(config, pipeline.scheduler)
+        pipeline.scheduler = check_sampling_by_prompt(config, pipeline.scheduler)
 
 
 def make_sampler(

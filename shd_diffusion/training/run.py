@@ -27,7 +27,8 @@ from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import check_sampling, save_pipeline
-from shd_diffusion.sampling.schedulers import own_scheduler
+from shd_diffusion.sampling.by_prompt import call_arguments
+from shd_diffusion.sampling.schedulers import check_sampling_by_prompt
 from shd_diffusion.squeezing.plan import Plan, plans_to_json
 from shd_diffusion.training.batches import BatchLayout, noise_settings
 from shd_diffusion.training.build import Parts, build, model_section, read_plans, squeezed_by
@@ -161,8 +162,10 @@ def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source:
     folder.check_inputs(inputs)
     try:
         vae, validation = None, None
-        if parts.pipeline is not None and parts.pipeline.takes_prompts:
-            sampler = own_scheduler(config.sample, parts.process.scheduler)
+        kind = None if parts.pipeline is None else parts.pipeline.pipeline_class
+        if kind is not None and parts.pipeline is not None and parts.pipeline.takes_prompts:
+            call_arguments(kind, config.sample)
+            sampler = check_sampling_by_prompt(config.sample, parts.process.scheduler)
             if config.train.validation.every and not config.train.validation.loss_images:
                 raise UserError(
                     "key `train.validation.every`: FID while training is for images by class; set "
