@@ -393,7 +393,9 @@ def benchmark(
     overrides = [*(set_ or []), *(f"sample.{key}={value}" for key, value in options.items() if value)]
     if output is not None and output.is_dir():
         raise UserError(f"--output {output}: is a folder; give a file")
-    plan = Plan(_numbers("--batch-size", batch_size), rounds, device, image_size, not denoiser_only)
+    plan = Plan(
+        tuple(sorted(_numbers("--batch-size", batch_size))), rounds, device, image_size, not denoiser_only
+    )
     found = run_stage(models, plan, overrides)
     if output is not None:
         write_json(output, found)
@@ -455,10 +457,7 @@ def squeeze(
     from shd_diffusion.analysis.measure_teacher import squeeze_teacher, table
     from shd_diffusion.run_folder import RunFolder
 
-    try:
-        counts = list(dict.fromkeys(int(count) for count in heads.split(",")))
-    except ValueError:
-        raise UserError(f"--heads {heads}: give numbers of heads, e.g. --heads 6,5") from None
+    counts = _numbers("--heads", heads)
     place = output or run / "squeezing"
     plan = MeasurementPlan(samples=samples, timesteps=timesteps)
     Console().print(table(squeeze_teacher(RunFolder(run), counts, place, plan)))
@@ -591,15 +590,15 @@ def study(
     typer.echo(f"study: {page}")
 
 
-def _numbers(option: str, text: str) -> tuple[int, ...]:
-    """Positive numbers with commas between them, each once, rising."""
+def _numbers(option: str, text: str) -> list[int]:
+    """Positive numbers with commas between them, each once, in their order."""
     try:
-        numbers = sorted({int(number) for number in text.split(",")})
+        numbers = list(dict.fromkeys(int(number) for number in text.split(",")))
     except ValueError:
         numbers = [0]
-    if numbers[0] < 1:
-        raise UserError(f"{option} {text}: give one or more numbers from 1 on, such as 1,16")
-    return tuple(numbers)
+    if min(numbers) < 1:
+        raise UserError(f"{option} {text}: give one or more numbers from 1 on, such as 6,5")
+    return numbers
 
 
 def _count(number: float | None) -> int | float | None:

@@ -32,6 +32,7 @@ from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import save_pipeline
 from shd_diffusion.squeezing.plan import PLANS_FILE, plan_groups, plans_to_json
+from shd_diffusion.summary import Summary
 from shd_diffusion.training.build import conditions_of
 from shd_diffusion.training.calibration import calibration_batches
 
@@ -173,22 +174,21 @@ def _describe_run(folder: RunFolder, name: str, calibration: Calibration, model:
     """Make a pipeline's folder a run of no steps, to be sampled, evaluated and reported like any other."""
     folder.write_config(calibration.config)
     write_json(folder.path / "environment.json", describe_environment())
-    heads, before = (
-        [block.heads for block in attention_blocks(each).values()] for each in (model, calibration.model)
+    blocks, before = (attention_blocks(each).values() for each in (model, calibration.model))
+    summary = Summary(
+        name=name,
+        stage="compress",
+        class_name=type(model).__name__,
+        parameters=count_parameters(model),
+        heads=max((block.heads for block in blocks), default=0),
+        head_dim=max((block.head_dim for block in blocks), default=0),
+        blocks=len(blocks),
+        steps=0,
+        images=0,
+        teacher=calibration.path,
+        teacher_heads=max((block.heads for block in before), default=0),
     )
-    summary = {
-        "name": name,
-        "stage": "compress",
-        "class": type(model).__name__,
-        "parameters": count_parameters(model),
-        "heads": max(heads, default=0),
-        "blocks": len(heads),
-        "steps": 0,
-        "images": 0,
-        "teacher": calibration.path,
-        "teacher_heads": max(before, default=0),
-    }
-    write_json(folder.summary_file, summary)
+    folder.write_summary(summary)
 
 
 def _tell(part: Part) -> None:

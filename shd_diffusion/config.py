@@ -22,7 +22,20 @@ from shd_diffusion.errors import UserError, did_you_mean, one_line
 from shd_diffusion.losses import LossesConfig, TeacherLossesConfig
 from shd_diffusion.models.factory import ModelConfig, StudentConfig, TeacherConfig
 from shd_diffusion.models.forward_process import DiffusionConfig
+from shd_diffusion.protocol import flatten
 from shd_diffusion.section import MOST_AT_ONCE, MOST_IMAGES, Arguments, Section
+
+READS = (
+    "data.path",
+    "prepare.output",
+    "prepare.vae",
+    "pipeline",
+    "model.pretrained",
+    "teacher.path",
+    "student.pretrained",
+    "evaluate.reference",
+)
+"""The keys of a run's config that may name a folder which is read, and which nothing is to be written into."""
 
 
 class ValidationConfig(Section):
@@ -179,15 +192,15 @@ class RunConfig(Section):
         return self
 
     @property
+    def reads(self) -> dict[str, str | None]:
+        """What is read, by the keys of `READS`."""
+        flat = flatten(self.model_dump(mode="json", by_alias=True))
+        return {key: flat.get(key) for key in READS}
+
+    @property
     def within(self) -> str | None:
         """The pipeline that the model is to stand in; None where the run makes one."""
         return None
-
-    @property
-    def reads(self) -> dict[str, str | None]:
-        """What is read, by its key, where no run may be written into."""
-        cache = None if self.prepare is None else self.prepare.output
-        return {"data.path": self.data.path, "prepare.output": cache}
 
     @property
     def trained_on(self) -> DataConfig:
@@ -206,10 +219,6 @@ class TrainTeacherConfig(RunConfig):
     losses: TeacherLossesConfig = TeacherLossesConfig()
 
     @property
-    def reads(self) -> dict[str, str | None]:
-        return {**super().reads, "pipeline": self.pipeline, "model.pretrained": self.model.pretrained}
-
-    @property
     def within(self) -> str | None:
         return self.pipeline
 
@@ -220,11 +229,6 @@ class DistillConfig(RunConfig):
     teacher: TeacherConfig
     student: StudentConfig
     losses: LossesConfig = LossesConfig()
-
-    @property
-    def reads(self) -> dict[str, str | None]:
-        models = {"teacher.path": self.teacher.path, "student.pretrained": self.student.pretrained}
-        return {**super().reads, **models}
 
     @property
     def within(self) -> str | None:

@@ -6,13 +6,13 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
-from pydantic import BaseModel, Field
 
 from shd_diffusion.config import DistillConfig, RunConfig, dump_config
 from shd_diffusion.files import read_as, write_text
 from shd_diffusion.protocol import flatten
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.settings_table import protocol_line
+from shd_diffusion.summary import Summary
 
 CARD = """---
 library_name: diffusers
@@ -64,17 +64,6 @@ UNKNOWN = "Not evaluated yet: `shd-diffusion sample {run}`, then `shd-diffusion 
 LICENCE = "That of the {teacher}data it was trained on; shd-diffusion does not know them."
 
 
-class Told(BaseModel):
-    """What a card tells of `summary.json`."""
-
-    name: str
-    class_name: str = Field(alias="class")
-    parameters: int
-    heads: int
-    teacher_heads: int | None = None
-    steps: int
-
-
 def write_card(run: RunFolder) -> Path:
     """Write the card of a finished run, with its metrics where there are some.
 
@@ -88,7 +77,7 @@ def write_card(run: RunFolder) -> Path:
 
 def card(run: RunFolder) -> str:
     """The text of a finished run's card; see `write_card`."""
-    config, summary = run.read_config(), read_as(run.summary_file, Told)
+    config, summary = run.read_config(), run.read_summary()
     environment = read_as(run.path / "environment.json", dict[str, Any])
     metrics = read_as(run.evaluation_file, dict[str, Any]) if run.evaluation_file.exists() else None
     teacher = config.teacher.path if isinstance(config, DistillConfig) else None
@@ -105,7 +94,7 @@ def card(run: RunFolder) -> str:
     )
 
 
-def _what(summary: Told, teacher: str | None) -> str:
+def _what(summary: Summary, teacher: str | None) -> str:
     size = f"A {summary.class_name} of {summary.parameters:,} parameters and {summary.heads} attention heads"
     if teacher is None:
         return f"{size}."
@@ -119,7 +108,7 @@ def _use(run: RunFolder, model_class: str) -> str:
     return (BY_CLASS if by_class else BY_PROMPT).format(imports=imports, path=run.pipeline)
 
 
-def _made(config: RunConfig, summary: Told) -> str:
+def _made(config: RunConfig, summary: Summary) -> str:
     losses = flatten(config.model_dump(mode="json", by_alias=True).get("losses", {}))
     weights = {
         key.removesuffix(".weight"): value

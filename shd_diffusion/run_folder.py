@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, dump_config, read_run_config
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import check_ours, json_sha256, naming, read_as, write_json, write_text
 from shd_diffusion.protocol import flatten
 from shd_diffusion.squeezing.plan import PLANS_FILE
+from shd_diffusion.summary import Summary
 
 # What a run may be given anew without becoming another run, since its weights do not follow from it: where it is, how
 # its work is shared and watched, and what happens after training.
@@ -38,13 +37,6 @@ FREE = (
     "train.trackers",
     "train.validation",
 )
-
-
-class Trained(BaseModel):
-    """What later stages read of `summary.json`."""
-
-    steps: int
-    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -200,18 +192,22 @@ class RunFolder:
             )
         return read_run_config(self.config_file)
 
-    def read_summary(self) -> Trained:
+    def write_summary(self, summary: Summary) -> None:
+        """Say that a run has ended, and with what."""
+        write_json(self.summary_file, summary.model_dump(by_alias=True))
+
+    def read_summary(self) -> Summary:
         """What training left behind.
 
         Raises:
-            UserError: the training has not ended yet.
+            UserError: the training has not ended yet, or the file is damaged.
         """
         if not self.summary_file.exists():
             raise UserError(
                 f"{self.path}: its training has not ended; run its command again to continue it, with --finish to save "
                 "what its last checkpoint has"
             )
-        return read_as(self.summary_file, Trained)
+        return read_as(self.summary_file, Summary)
 
 
 def _training_keys(config: RunConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.models.factory import check_weights
-from shd_diffusion.models.hub import is_hub_name
+from shd_diffusion.models.hub import try_hub
 from shd_diffusion.models.pipeline_folder import find_pipeline
 
 
@@ -130,7 +130,7 @@ def load_vae(path: str) -> ModelMixin:
         UserError: there is none.
     """
     try:
-        if not (Path(path).exists() or is_hub_name(path)):
+        if not (Path(path).exists() or try_hub(path)):
             raise ValueError("no such folder here")
         vae = AutoModel.from_pretrained(path, subfolder=_subfolder(path), use_safetensors=True)
         check_weights(vae)

@@ -12,8 +12,9 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
+from shd_diffusion.config import READS
 from shd_diffusion.errors import UserError, printable_path
-from shd_diffusion.files import replacing_folder, write_text
+from shd_diffusion.files import check_outside, replacing_folder, write_text
 from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
 from shd_diffusion.reporting.attention import attention_views
@@ -49,11 +50,14 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         `output`.
 
     Raises:
-        UserError: a folder is no finished run, a file in it is damaged, or see `write_page`; nothing has been written
-            then.
+        UserError: a folder is no finished run, a file in it is damaged, the page would lie among what a run reads, or
+            see `write_page`; nothing has been written then.
     """
     runs = read_runs(paths)
     _check_place(output)  # before the plots take their time
+    for run in runs:
+        flat = flatten(run.config)
+        check_outside(output, {key: str(flat[key]) for key in READS if flat.get(key) is not None})
     styles = run_styles(runs)
     galleries, neighbours, attention = (
         sample_galleries(runs),

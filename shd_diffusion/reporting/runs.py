@@ -18,6 +18,7 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_as
 from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
+from shd_diffusion.summary import Summary
 
 VALIDATION = "validation"
 """The key of the validation's metrics in a line of metrics.jsonl."""
@@ -33,16 +34,6 @@ class Result(BaseModel):
 
 ResultT = TypeVar("ResultT", bound=Result)
 PartT = TypeVar("PartT")
-
-
-class Summary(Result):
-    """What a training leaves behind; heads are the most that any block has."""
-
-    stage: str
-    parameters: int
-    heads: int
-    teacher_heads: int | None = None
-    extra_parameters: int = 0
 
 
 class Environment(Result):

@@ -84,7 +84,9 @@ def generate_images(
     made = _make_missing(sampler, config, folder, name, state)
     first = next(made, None)  # whatever a pipeline refuses, it refuses before there is a folder
     with locked(folder, state):
-        return _write(made if first is None else chain([first], made), sampler, config, folder, protocol, state)
+        return _write(
+            made if first is None else chain([first], made), sampler, config, folder, protocol, state
+        )
 
 
 class Made(NamedTuple):
@@ -110,7 +112,9 @@ def _make_missing(
                     pixels = sampler.images(indices).cpu()
                 except (ValueError, TypeError, IndexError) as error:
                     raise UserError(f"{name}: cannot be sampled ({one_line(error)})") from error
-                images = {index: image for index, image in zip(indices, pixels, strict=True) if index in missing}
+                images = {
+                    index: image for index, image in zip(indices, pixels, strict=True) if index in missing
+                }
                 yield Made(images, len(indices), time.perf_counter() - began)
             bar.update(min(len(wanted) * state.num_processes, config.num_images - bar.n))
 

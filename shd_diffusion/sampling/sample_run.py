@@ -50,7 +50,7 @@ def sample_run(
         prompts = _prompts_of_layout(layout, config.sample)
         count = len(prompts) * config.sample.images_per_prompt
         config = config.model_copy(update={"sample": config.sample.model_copy(update={"num_images": count})})
-    check_outside(folder, {"data.path": config.data.path})
+    check_outside(folder, config.reads)
     trained = {"steps_trained": run.read_summary().steps, "ema_decay": run.read_config().train.ema_decay}
     pipeline = open_pipeline(str(run.pipeline), config.sample.dtype)
     name, source = str(run.path), str(run.config_file)

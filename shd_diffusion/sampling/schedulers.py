@@ -100,8 +100,8 @@ def check_sampling(
 
 
 def check_sampling_by_prompt(config: SampleConfig, present: SchedulerMixin) -> SchedulerMixin:
-    """As `check_sampling` by `own_scheduler`, for a pipeline by prompt: its own call has the loop, so that its timesteps
-    alone are asked for here, as it asks for them.
+    """As `check_sampling` by `own_scheduler`, for a pipeline by prompt: the loop is its call's own, so that here the
+    timesteps alone are asked for, as it asks for them.
 
     Raises:
         UserError: they cannot; the message begins with the key.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
@@ -16,7 +15,7 @@ from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig
 from shd_diffusion.data import LatentSource, Source, build_source
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.evaluation import check_settings
-from shd_diffusion.files import check_outside, json_sha256, locked, replacing_folder, write_json, write_text
+from shd_diffusion.files import check_outside, json_sha256, locked, replacing_folder, write_text
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.model_card import write_card
@@ -30,6 +29,7 @@ from shd_diffusion.sampling import check_sampling, save_pipeline
 from shd_diffusion.sampling.by_prompt import call_arguments
 from shd_diffusion.sampling.schedulers import check_sampling_by_prompt
 from shd_diffusion.squeezing.plan import Plan, plans_to_json
+from shd_diffusion.summary import Summary
 from shd_diffusion.training.batches import BatchLayout, noise_settings
 from shd_diffusion.training.build import Parts, build, model_section, read_plans, squeezed_by
 from shd_diffusion.training.checkpoints import CheckpointFolder
@@ -270,28 +270,27 @@ def _save(run: Run, trained: ModelMixin, loss: TrainingLoss, steps: int) -> None
     parts = run.parts
     with replacing_folder(run.folder.pipeline) as temporary:
         save_pipeline(trained, parts.pipeline, run.sampler, run.vae, parts.data.shape, temporary)
-    summary = summarize(run.folder.path.name, parts, trained, steps)
-    extra = {"extra_parameters": sum(parameter.numel() for parameter in loss.parameters())}
-    write_json(run.folder.summary_file, summary | extra)
+    run.folder.write_summary(_summarize(run, trained, loss, steps))
     write_card(run.folder)
 
 
-def summarize(name: str, parts: Parts, model: ModelMixin, steps: int) -> dict[str, Any]:
-    """What the report says of a run; heads are the most that any block has."""
-    config, train, records = parts.config, parts.config.train, parts.student_trace.records.values()
-    return {
-        "name": name,
-        "stage": "distill" if isinstance(config, DistillConfig) else "train-teacher",
-        "class": type(model).__name__,
-        "parameters": count_parameters(model),
-        "heads": parts.student_trace.heads,
-        "head_dim": max((record.query.shape[3] for record in records), default=0),
-        "blocks": len(records),
-        "steps": steps,
-        "images": steps * train.batch_size,
-        "teacher": config.teacher.path if isinstance(config, DistillConfig) else None,
-        "teacher_heads": None if parts.teacher_trace is None else parts.teacher_trace.heads,
-    }
+def _summarize(run: Run, model: ModelMixin, loss: TrainingLoss, steps: int) -> Summary:
+    parts, config = run.parts, run.parts.config
+    records = parts.student_trace.records.values()
+    return Summary(
+        name=run.folder.path.name,
+        stage="distill" if isinstance(config, DistillConfig) else "train-teacher",
+        class_name=type(model).__name__,
+        parameters=count_parameters(model),
+        heads=parts.student_trace.heads,
+        head_dim=max((record.query.shape[3] for record in records), default=0),
+        blocks=len(records),
+        steps=steps,
+        images=steps * config.train.batch_size,
+        teacher=config.teacher.path if isinstance(config, DistillConfig) else None,
+        teacher_heads=None if parts.teacher_trace is None else parts.teacher_trace.heads,
+        extra_parameters=sum(parameter.numel() for parameter in loss.parameters()),
+    )
 
 
 def _finish_attention_maps(folder: RunFolder, config: RunConfig, source: str) -> None:

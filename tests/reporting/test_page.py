@@ -16,6 +16,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -259,6 +260,23 @@ def test_a_page_of_somebody_else_is_left_alone(runs: dict[str, Path], tmp_path: 
             write_report([runs["kd"]], tmp_path / "my.html")
         assert (tmp_path / "my.html").read_bytes() == content
     assert (tmp_path / "my-figures" / "photo.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("key", ["data.path", "prepare.vae", "teacher.path", "evaluate.reference"])
+def test_no_page_is_written_among_what_a_run_reads(
+    key: str, fresh_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run, read = fresh_run("kd"), tmp_path / "read"
+    (read / "class").mkdir(parents=True)
+    section, name = key.split(".")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config.setdefault(section, {})[name] = str(read)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for page in (read / "report.html", read / "class" / "page.html"):
+        with pytest.raises(UserError, match=rf"{page}: lies in {read}, which is read \(`{key}`\)"):
+            write_report([run], page)
+    assert [path.name for path in read.rglob("*")] == ["class"]
+    assert write_report([run], tmp_path / "read-too" / "report.html").exists()
 
 
 def test_what_else_lies_among_the_plots_is_left_alone(runs: dict[str, Path], tmp_path: Path) -> None:

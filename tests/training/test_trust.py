@@ -166,13 +166,28 @@ def test_a_hub_that_never_answers_is_given_up(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(hub, "PATIENCE", 0.1)
-        assert hub.is_hub_name("nobody/nothing")
+        assert hub.try_hub("nobody/nothing")
         assert (
             constants.HF_HUB_OFFLINE and f"{address}: does not answer (timed out)" in capsys.readouterr().err
         )
         code, _, errors = command("inspect", "nobody/nothing")
         assert "nobody/nothing" in one_error(code, errors)
     hub.go_offline_without_hub.cache_clear()
+
+
+def test_a_local_path_is_never_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object, **__: object) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(hub, "go_offline_without_hub", ask)
+    monkeypatch.setattr("urllib.request.urlopen", ask)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/x", "./x", "../x", "x", "a/b/c", "/a/b", str(tmp_path / "x"), "x y/z"):
+        assert not hub.try_hub(name)
+    assert hub.is_hub_name("owner/name")  # a question to nobody
+    with pytest.raises(AssertionError, match="asked"):
+        hub.try_hub("owner/name")
 
 
 def test_a_launcher_that_is_none_is_one_line(tmp_path: Path) -> None:
