@@ -333,6 +333,10 @@ BAD_ARGUMENTS = {
         ),
         "report @/teacher --output @/page.html",
         "report @/teacher --output @/page.html/x",
+        "report @/teacher @/student --output @/teacher/all.html",
+        "report @/student --output @/teacher/pipeline/page.html",
+        "squeeze @/student --heads 1 --output @/teacher/s",
+        "squeeze @/teacher --heads 2 --output @/photos",
         *(
             f"sample @/teacher --output @/{place}"
             for place in ("student/samples", "teacher", "teacher/pipeline")

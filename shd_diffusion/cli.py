@@ -544,7 +544,7 @@ def compress(
         )
     config = run.read_config() if data is None else read_run_config(data)
     if output is not None:
-        check_outside(output, {"TEACHER": teacher, "data.path": config.data.path})
+        check_outside(output, {"TEACHER": teacher, **config.reads})
     calibration = calibrate(teacher, config, images, _weights(timesteps))
     if only_plan and asked is not None:
         Console().print(plan_table(plan_run(calibration, asked)))

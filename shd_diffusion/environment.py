@@ -1,4 +1,4 @@
-"""Where a run took place: versions, machine, commit and command, as `environment.json`."""
+"""Where a run took place: versions, machine, commit and command, as `environment.json` has it of each session."""
 
 from __future__ import annotations
 

@@ -147,13 +147,23 @@ class RunFolder:
         return json_sha256(_training_keys(config))
 
     def create(self, config: RunConfig, inputs: dict[str, str]) -> None:
-        """Write the config, what identifies the inputs, and the environment, before a training."""
+        """Write the config, what identifies the inputs, and the environment, before a training or what is left of it.
+
+        The environments of all sessions are kept: that of the first, and those that went on under `resumed`.
+
+        Raises:
+            UserError: the environment that is there is damaged.
+        """
+        file, environment = self.path / "environment.json", describe_environment()
+        if file.exists():
+            first = read_as(file, dict[str, Any], "delete it; it is made anew")
+            resumed = first.get("resumed")
+            environment = {**first, "resumed": [*(resumed if isinstance(resumed, list) else []), environment]}
         self.write_config(config)
         if not self.inputs_file.exists():
             write_json(self.inputs_file, inputs)
         self.summary_file.unlink(missing_ok=True)  # of a run that was complete, and is extended
-        if not (self.path / "environment.json").exists():
-            write_json(self.path / "environment.json", describe_environment())
+        write_json(file, environment)
         self.checkpoints.mkdir(exist_ok=True)
 
     def write_config(self, config: RunConfig) -> None:

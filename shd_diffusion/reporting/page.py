@@ -266,5 +266,10 @@ def _compare_configs(runs: Sequence[Run]) -> list[Setting]:
 
 
 def _environment(run: Run) -> dict[str, Any]:
-    """Where a run took place; its command has a place of its own on the page."""
-    return run.environment.model_dump(exclude={"command"}) if run.environment else {}
+    """Where a run took place, and when it went on; its command has a place of its own on the page."""
+    if run.environment is None:
+        return {}
+    resumed = [each.started for each in run.environment.resumed]
+    return run.environment.model_dump(exclude={"command", "resumed"}) | (
+        {"resumed": resumed} if resumed else {}
+    )

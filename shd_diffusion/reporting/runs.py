@@ -37,11 +37,13 @@ PartT = TypeVar("PartT")
 
 
 class Environment(Result):
-    """Where and how a run took place, with whatever else was noted."""
+    """Where and how a run took place, with whatever else was noted; the same of each session that went on with it."""
 
     model_config = ConfigDict(extra="allow")
     command: str | None = None
     commit: str | None = None
+    started: str | None = None
+    resumed: list[Environment] = []
 
 
 class Samples(Result):

@@ -324,6 +324,15 @@ def test_the_users_settings_of_matplotlib_do_not_matter(
     assert page.read_text() == report.read_text()
 
 
+def test_a_page_tells_when_a_run_went_on(fresh_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = fresh_run("kd", blocks=1)
+    first = json.loads((run / "environment.json").read_text())
+    sessions = [{**first, "started": f"2026-02-0{day}T00:00:00+00:00"} for day in (1, 2)]
+    (run / "environment.json").write_text(json.dumps({**first, "resumed": sessions}))
+    page = write_report([run], tmp_path / "report.html").read_text()
+    assert "2026-02-01" in page and "2026-02-02" in page and page.count("resumed") == 1
+
+
 def test_a_terminal_that_knows_ascii_alone_gets_no_escape_sequences(
     fresh_run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
