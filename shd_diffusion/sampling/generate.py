@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
-from itertools import chain
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,12 +82,10 @@ def generate_images(
     protocol = {**protocol, **sampler.settings()}
     _open(folder, protocol)  # before anything is computed
     state = processes()
-    made = _make_missing(sampler, config, folder, name, state)
-    first = next(made, None)  # whatever a pipeline refuses, it refuses before there is a folder
-    with locked(folder, state):
-        return _write(
-            made if first is None else chain([first], made), sampler, config, folder, protocol, state
-        )
+    with closing(_make_missing(sampler, config, folder, name, state)) as made:
+        first = list(islice(made, 1))  # whatever a pipeline refuses, it refuses before there is a folder
+        with locked(folder, state):
+            return _write(chain(first, made), sampler, config, folder, protocol, state)
 
 
 class Made(NamedTuple):
@@ -99,7 +98,7 @@ class Made(NamedTuple):
 
 def _make_missing(
     sampler: ImageSampler, config: SampleConfig, folder: Path, name: str, state: PartialState
-) -> Iterator[Made]:
+) -> Generator[Made, None, None]:
     """The images of this process that the folder lacks, pass by pass; nothing is written."""
     sampler.pipeline.set_progress_bar_config(disable=True)
     with progress_bar(config.num_images, f"sample {name}", "image", visible=state.is_main_process) as bar:
