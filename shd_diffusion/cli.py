@@ -10,6 +10,7 @@ import importlib.metadata
 import io
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -96,6 +97,9 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII only
+        os.environ.pop(
+            "MPLBACKEND", None
+        )  # no plot needs it, and of a wrong one Matplotlib cannot be imported
         try:
             function(*args, **kwargs)
         except UserError as error:

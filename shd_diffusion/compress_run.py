@@ -72,13 +72,16 @@ def calibrate(
         timestep_weights: see `calibration_batches`.
 
     Raises:
-        UserError: there is no such model, or the data are missing.
+        UserError: there is no such model, the data are missing, or they are not for it.
     """
     teacher = load_teacher(TeacherConfig(path=path))
     model, source = teacher.model.to(processes().device), build_source(config.trained_on)
-    source.condition_names = conditions_of(model, source)
-    scheduler = scheduler_for(config.diffusion, teacher.scheduler, False)
-    process = ForwardProcess.from_scheduler(scheduler)
+    try:
+        source.condition_names = conditions_of(model, source)
+        scheduler = scheduler_for(config.diffusion, teacher.scheduler, False)
+        process = ForwardProcess.from_scheduler(scheduler)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be compressed by this config's data ({error})") from error
     batches = calibration_batches(config, model, source, process, images, timestep_weights=timestep_weights)
     return Calibration(path, config, teacher, model, source, scheduler, batches)
 

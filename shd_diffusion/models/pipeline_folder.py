@@ -143,8 +143,9 @@ def find_pipeline(name: str) -> PipelineFolder | None:
         if not file.is_file():
             return None
         index = read_json(file)
+        parts = ("vae", "scheduler", *DENOISERS)
         if not isinstance(index, dict) or not all(
-            isinstance(v, list) for k, v in index.items() if k == "vae"
+            isinstance(index[part], list) and len(index[part]) == 2 for part in parts if part in index
         ):
             raise UserError(f"{file}: not the index of a pipeline; save the pipeline anew")
         return PipelineFolder(str(folder.parent), index, folder.name)

@@ -336,9 +336,10 @@ def test_a_page_tells_when_a_run_went_on(fresh_run: Callable[..., Path], tmp_pat
 def test_a_terminal_that_knows_ascii_alone_gets_no_escape_sequences(
     fresh_run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever the backend of Matplotlib is to be, which is imported in a fresh interpreter."""
     run = without(fresh_run("é\x1b[31m"), "attention.safetensors", "metrics.jsonl")
     command = [sys.executable, "-m", "shd_diffusion.cli", "report", run]
-    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii", "MPLBACKEND": "none of these"}
     done = subprocess.run(command, env=ascii_alone, capture_output=True, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 0 and b"Traceback" not in said
