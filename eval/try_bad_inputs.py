@@ -435,7 +435,7 @@ VALUES_OF = {
 """JSON files of which every value is exchanged for others, one by one, and the commands that read them."""
 
 SHOWN, OF_SHOWN = ("protocol", "versions", "machine"), 3
-"""What a page shows as it is, whatever it holds, and how many values of it are exchanged for `report`, which is slow."""
+"""What a page shows as it is, whatever it holds; so many values of it are exchanged for `report`, which is slow."""
 
 
 def _npz(**arrays: Any) -> Callable[[Path], object]:
