@@ -95,7 +95,8 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
-    """Sampling by a diffusers pipeline. Image j follows from (seed, j), and so does its label, if `random`.
+    """Sampling by a diffusers pipeline. Image j follows from (seed, j), and so does its label, if `random`; or `labels`
+    lists classes by name or number, which the images go round, as they go round all of them if `balanced`.
 
     `pass_size` images go through the model at once: a library's rounding depends on it, so it is part of the
     protocol. `batch_size`, how many images a process takes on at a time, in whole passes, changes no image.
@@ -108,7 +109,7 @@ class SampleConfig(Section):
     """
 
     num_images: int = Field(1000, ge=1, le=MOST_IMAGES)
-    labels: Literal["balanced", "random"] = "balanced"
+    labels: Literal["balanced", "random"] | list[int | str] = "balanced"
     prompts: str | None = None
     images_per_prompt: int = Field(1, ge=1, le=MOST_IMAGES)
     negative_prompt: str | None = None

@@ -30,6 +30,7 @@ class Summary(BaseModel):
     Attributes:
         num_images: so many are finished.
         labels: of these; None where they are not made by class.
+        class_names: of the classes, by their numbers, where they have names.
         prompts: of these; None where they are not made from prompts.
         seconds_per_image: of the last call, in one process.
         protocol: what they depend on.
@@ -37,6 +38,7 @@ class Summary(BaseModel):
 
     num_images: int = Field(0, ge=0)
     labels: list[int] | None = None
+    class_names: dict[int, str] | None = None
     prompts: list[str] | None = None
     seconds_per_image: float = 0.0
     protocol: dict[str, Any] = {}

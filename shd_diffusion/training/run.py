@@ -20,7 +20,7 @@ from shd_diffusion.files import check_outside, json_sha256, locked, replacing_fo
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.model_card import write_card
-from shd_diffusion.models.denoiser import count_parameters
+from shd_diffusion.models.denoiser import count_parameters, num_classes
 from shd_diffusion.models.factory import load_model
 from shd_diffusion.models.forward_process import settings_of
 from shd_diffusion.processes import processes
@@ -266,7 +266,8 @@ def _save(run: Run, trained: ModelMixin, loss: TrainingLoss, steps: int) -> None
         return
     parts = run.parts
     with replacing_folder(run.folder.pipeline) as temporary:
-        save_pipeline(trained, parts.pipeline, run.sampler, run.vae, parts.data.shape, temporary)
+        names = parts.data.class_names
+        save_pipeline(trained, parts.pipeline, run.sampler, run.vae, parts.data.shape, temporary, names)
     summary = summarize(run.folder.path.name, parts, trained, steps)
     extra = {"extra_parameters": sum(parameter.numel() for parameter in loss.parameters())}
     write_json(run.folder.summary_file, summary | extra)
@@ -286,6 +287,7 @@ def summarize(name: str, parts: Parts, model: ModelMixin, steps: int) -> dict[st
         "blocks": len(records),
         "steps": steps,
         "images": steps * train.batch_size,
+        "class_names": parts.data.class_names if num_classes(model) is not None else None,
         "teacher": config.teacher.path if isinstance(config, DistillConfig) else None,
         "teacher_heads": None if parts.teacher_trace is None else parts.teacher_trace.heads,
     }

@@ -67,7 +67,8 @@ def make_validation(
     def validate(model: ModelMixin) -> tuple[dict[str, Any], Tensor]:
         state = processes()
         together = config.train.shard  # each of them holds a part of the weights only
-        pipeline = ClassConditionalPipeline(model, sampler, vae, sample_shape=list(data.shape))
+        names = None if data.class_names is None else dict(enumerate(data.class_names))
+        pipeline = ClassConditionalPipeline(model, sampler, vae, list(data.shape), names)
         pipeline.set_progress_bar_config(disable=True)
         mine = (
             deal_passes(sample) if together else deal_passes(sample, state.process_index, state.num_processes)
