@@ -48,6 +48,15 @@ Finish = Annotated[
     ),
 ]
 
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="STEP",
+        help="A step of the run, or `latest`: also of one that was stopped, or trains.",
+    ),
+]
+
 Arguments = ParamSpec("Arguments")
 
 
@@ -270,8 +279,9 @@ def sample(
         Literal["geneval", "dpg_bench"] | None,
         typer.Option(help="Sample all prompts of a benchmark, and write them as its scorer takes them."),
     ] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
-    """Sample images from finished runs into their `samples/`."""
+    """Sample images from finished runs into their `samples/`, or from checkpoints into `steps/STEP/samples/`."""
     from shd_diffusion.config import override_config
     from shd_diffusion.run_folder import RunFolder
     from shd_diffusion.sampling.prompts import read_prompts
@@ -281,7 +291,12 @@ def sample(
         raise UserError(
             f"--output {output}: takes the images of one run, not of {len(runs)}; sample them one by one"
         )
-    for run in map(RunFolder, runs):
+    for path in runs:
+        run = RunFolder(path)
+        if checkpoint is not None:
+            from shd_diffusion.training.export_checkpoint import export_checkpoint
+
+            run = export_checkpoint(run, checkpoint)
         config = override_config(run.read_config(), set_ or [], str(run.config_file))
         if prompts is not None:
             told: dict[str, Any] = {"prompts": str(prompts)}
@@ -289,7 +304,8 @@ def sample(
                 told["num_images"] = len(read_prompts(prompts)) * config.sample.images_per_prompt
             config = config.model_copy(update={"sample": config.sample.model_copy(update=told)})
         sample_run(run, config, output or run.samples, npz, layout)
-    _next("evaluate", *(runs if output is None else [output]))
+    of_step = [] if checkpoint is None else ["--checkpoint", checkpoint]
+    _next("evaluate", *([*runs, *of_step] if output is None else [output]))
 
 
 @app.command()
@@ -317,6 +333,7 @@ def evaluate(
             "--output", metavar="DIR", help="For one pipeline's samples and metrics; default: beside it."
         ),
     ] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Compute metrics; JSON on standard output, and for a run or pipeline also in `evaluation/metrics.json`."""
     from shd_diffusion.config import override_config
@@ -337,6 +354,8 @@ def evaluate(
     found = {}
     for target in targets:
         run = RunFolder(target)
+        if checkpoint is not None:
+            run = run.find_step(checkpoint)
         if run.config_file.exists():
             config = override_config(run.read_config(), overrides, str(run.config_file))
             found[str(target)] = evaluate_run(run, config)
@@ -347,7 +366,7 @@ def evaluate(
     if processes().is_main_process:
         typer.echo(json.dumps(found if len(targets) > 1 else found[str(targets[0])], indent=2))
     if evaluated := [target for target in targets if RunFolder(target).config_file.exists()]:
-        _next("report", *evaluated)
+        _next("report", *evaluated, *([] if checkpoint is None else ["--checkpoint", checkpoint]))
 
 
 @app.command()
@@ -425,11 +444,21 @@ def report(
         Path | None,
         typer.Option("--output", metavar="DIR", help="The page's folder, or the page itself if .html."),
     ] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Write one page that shows and compares runs."""
     from shd_diffusion.reporting import print_table, write_report
+    from shd_diffusion.run_folder import RunFolder
 
-    place = output or (runs[0] if len(runs) == 1 else runs[0].parent)
+    beside = runs[0].parent
+    if checkpoint is not None:  # beside them finished runs, such as the teacher
+        runs = [
+            run
+            if not RunFolder(run).steps.is_dir() and RunFolder(run).summary_file.exists()
+            else RunFolder(run).find_step(checkpoint).path
+            for run in runs
+        ]
+    place = output or (runs[0] if len(runs) == 1 else beside)
     page = write_report(runs, place if place.suffix == ".html" else place / "report.html")
     typer.echo(f"report: {printable(str(page))}")
     print_table(runs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-OF_THE_MODEL = frozenset({"steps_trained", "ema_decay", "pipeline_sha256"})
+OF_THE_MODEL = frozenset({"steps_trained", "steps_planned", "ema_decay", "pipeline_sha256"})
 """Protocol keys that say what was measured, not how: metrics that differ in them are meant to be compared."""
 
 

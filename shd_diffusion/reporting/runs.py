@@ -18,6 +18,7 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_as
 from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
+from shd_diffusion.run_folder import run_name
 
 VALIDATION = "validation"
 """The key of the validation's metrics in a line of metrics.jsonl."""
@@ -317,7 +318,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if not paths:
         raise UserError("report: give at least one run folder, e.g. shd-diffusion report runs/digits/*")
     unique = list(dict.fromkeys(Path(path) for path in paths))
-    names = [path.resolve().name for path in unique]
+    names = [run_name(path) for path in unique]
     if len(set(names)) < len(names):
         names = [str(path) for path in unique]
     runs = [read_run(path, printable(name)) for path, name in zip(unique, names, strict=True)]
@@ -334,7 +335,8 @@ def read_run(path: Path, name: str) -> Run:
         if not (path / required).is_file():
             raise UserError(
                 f"{path / required}: missing, so {path} is not a finished run; "
-                "give the folder that train-teacher or distill wrote, or let that command finish"
+                "give the folder that train-teacher or distill wrote, or let that command finish, "
+                "or give --checkpoint latest"
             )
 
     def part(file: str, read: Callable[[Path], PartT]) -> PartT | None:

@@ -36,8 +36,7 @@ class ByClass:
 
     def told(self, count: int) -> dict[str, Any]:
         labels = labels_of(range(count), num_classes(self.pipeline.denoiser), self.config)
-        names = {number: name for name, number in self.pipeline.labels.items()}
-        return {"labels": labels, "class_names": names or None}
+        return {"labels": labels, "class_names": self.pipeline.config["id2label"]}
 
     def lines(self, count: int) -> list[dict[str, Any]]:
         return []
@@ -77,10 +76,8 @@ def find_labels(pipeline: ClassConditionalPipeline, labels: Sequence[int | str])
 
 
 def labels_of(indices: Sequence[int], num_classes: int | None, config: SampleConfig) -> list[int] | None:
-    """The labels of these images: round the classes, so that every prefix is as balanced as it can be, or those that are
-    listed; or random.
-
-    None where there are no classes.
+    """The labels of these images: round the classes, or those that are listed, so that every prefix is as balanced as
+    it can be; or random. None where there are no classes.
     """
     if num_classes is None:
         return None

@@ -25,10 +25,11 @@ SUMMARY, METADATA = "sampling.json", "metadata.jsonl"
 
 
 class Summary(BaseModel):
-    """What `sampling.json` says of the images beside it; those from `num_images` on are of a call that has not ended.
+    """What `sampling.json` says of the images beside it; those from `num_images` on are of a call that has not ended,
+    or of one that wanted more.
 
     Attributes:
-        num_images: so many are finished.
+        num_images: so many were asked for last, and are finished.
         labels: of these; None where they are not made by class.
         class_names: of the classes, by their numbers, where they have names.
         prompts: of these; None where they are not made from prompts.
@@ -125,8 +126,8 @@ def _generate(
     if not computed:
         begin()
     state.wait_for_everyone()
-    if state.is_main_process and (computed or summary.num_images < config.num_images):
-        finished = max(config.num_images, summary.num_images)
+    if state.is_main_process and (computed or summary.num_images != config.num_images):
+        finished = config.num_images
         summary = Summary(
             num_images=finished,
             **sampler.told(finished),

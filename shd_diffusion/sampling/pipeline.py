@@ -57,7 +57,11 @@ class ClassConditionalPipeline(DiffusionPipeline):
         self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
         shape = None if sample_shape is None else list(sample_shape)
         self.register_to_config(sample_shape=shape, id2label=id2label)
-        self.labels = {name: int(number) for number, name in (id2label or {}).items()}
+        named = [(name, int(number)) for number, name in (id2label or {}).items()]
+        parts = {part.strip(): number for name, number in named for part in name.split(",")}
+        self.labels = parts | dict(
+            named
+        )  # each of several names of a class, as in DiTPipeline, and all together
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
         """The numbers of classes by their names.
@@ -187,9 +191,9 @@ def save_pipeline(
 ) -> None:
     """Save a model in the kind of pipeline that it was trained for.
 
-    A DiT of 1,000 classes on latents is saved as diffusers' DiTPipeline, which takes 1,000 for the null class; any other
-    model by class with the code of its pipeline beside it, so that diffusers alone can sample it, where it has the
-    denoiser's class.
+    A DiT of 1,000 classes on latents is saved as diffusers' DiTPipeline, which takes 1,000 for the null class; any
+    other model by class with the code of its pipeline beside it, so that diffusers alone can sample it, where it has
+    the denoiser's class.
 
     Args:
         within: that pipeline; one by prompts is saved with the model in it, and its own scheduler and VAE.

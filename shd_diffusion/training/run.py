@@ -86,7 +86,7 @@ def train(
             _finish_attention_maps(folder, config, source)
         announce(f"{folder.path}: complete, nothing to do")
         return
-    run = _open(config, folder, source)
+    run = open_run(config, folder, source)
     if finish and not _checkpoints(run).latest(config.train.max_steps):
         raise UserError(f"{output}: --finish: has no checkpoint yet, so nothing can be saved; leave it out")
     with locked(folder.path, run.accelerator):
@@ -121,8 +121,8 @@ def _train(run: Run, finish: bool) -> None:
         loss.shd.take_plans(_known_plans(folder, config))
     with loss:
         trained, steps = _fit(run, loss, finish)
-    _save(run, trained, loss, steps)  # first of all: nothing that follows can lose it
-    _try_attention_maps(folder, parts, trained, loss.shd)
+    _save(run, trained, steps)  # first of all: nothing that follows can lose it
+    try_attention_maps(folder, parts, trained, loss.shd)
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -144,8 +144,12 @@ def _checkpoints(run: Run) -> CheckpointFolder:
 # --- before the first step ----------------------------------------------------------------------------------------
 
 
-def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source: str) -> Run:
-    """Build and check everything; nothing is written."""
+def open_run(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source: str) -> Run:
+    """Build and check everything; nothing is written.
+
+    Raises:
+        UserError: something is missing, does not fit, or is not what the run began with.
+    """
     try:
         accelerator = make_accelerator(config.train, folder.path)
         data = build_source(config.trained_on)
@@ -260,18 +264,22 @@ def _validation_loss(run: Run, loss: TrainingLoss) -> Validation | None:
 # --- after the last step ------------------------------------------------------------------------------------------
 
 
-def _save(run: Run, trained: ModelMixin, loss: TrainingLoss, steps: int) -> None:
+def _save(run: Run, trained: ModelMixin, steps: int) -> None:
     """Save the pipeline, then the summary: a run that has one for all its steps is complete."""
-    if not run.accelerator.is_main_process:
-        return
+    if run.accelerator.is_main_process:
+        write_pipeline(run, run.folder, run.folder.path.name, trained, steps)
+        write_card(run.folder)
+
+
+def write_pipeline(run: Run, folder: RunFolder, name: str, model: ModelMixin, steps: int) -> None:
+    """Save a model in its pipeline, then the summary, into the run's folder or another."""
     parts = run.parts
-    with replacing_folder(run.folder.pipeline) as temporary:
+    with replacing_folder(folder.pipeline) as temporary:
         names = parts.data.class_names
-        save_pipeline(trained, parts.pipeline, run.sampler, run.vae, parts.data.shape, temporary, names)
-    summary = summarize(run.folder.path.name, parts, trained, steps)
-    extra = {"extra_parameters": sum(parameter.numel() for parameter in loss.parameters())}
-    write_json(run.folder.summary_file, summary | extra)
-    write_card(run.folder)
+        save_pipeline(model, parts.pipeline, run.sampler, run.vae, parts.data.shape, temporary, names)
+    beside = (parameter for term in parts.terms.values() for parameter in term.parameters())
+    extra = {"extra_parameters": sum(parameter.numel() for parameter in beside)}
+    write_json(folder.summary_file, summarize(name, parts, model, steps) | extra)
 
 
 def summarize(name: str, parts: Parts, model: ModelMixin, steps: int) -> dict[str, Any]:
@@ -298,10 +306,10 @@ def _finish_attention_maps(folder: RunFolder, config: RunConfig, source: str) ->
     if folder.attention_file.exists() or not isinstance(config, DistillConfig):
         return
     parts = build(config, source, build_source(config.trained_on))
-    _try_attention_maps(folder, parts, load_model(str(folder.path)).eval(), None)
+    try_attention_maps(folder, parts, load_model(str(folder.path)).eval(), None)
 
 
-def _try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, shd: SHD | None) -> None:
+def try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, shd: SHD | None) -> None:
     """Write what the report shows of teacher's and student's attention, be it trained by SHD or not; if it fails,
     say so and go on."""
     if parts.teacher is None or parts.teacher_trace is None:
