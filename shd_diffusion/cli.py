@@ -161,6 +161,25 @@ def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -
 
 @app.command()
 @stage
+def show(
+    config: ConfigFile,
+    set_: Overrides = None,
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The picture to write.")] = Path(
+        "sheet.png"
+    ),
+) -> None:
+    """Show what the models will see, as one picture: a row a class, after framing; of a cache, decoded latents."""
+    from shd_diffusion.config import read_data_config
+    from shd_diffusion.reporting.contact_sheet import write_sheet
+
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise UserError(f"--output {output}: give a .png file")
+    write_sheet(read_data_config(config, set_ or []), output)
+    typer.echo(f"sheet: {printable(str(output))}")
+
+
+@app.command()
+@stage
 def inspect(
     model: Annotated[
         str, typer.Argument(metavar="MODEL", help="A run, a model folder, a config, or a hub name.")

@@ -2,11 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 OF_THE_MODEL = frozenset({"steps_trained", "steps_planned", "ema_decay", "pipeline_sha256"})
 """Protocol keys that say what was measured, not how: metrics that differ in them are meant to be compared."""
+
+
+SPELLED = {"reference": "reference_sha256", "clip_model.name": "clip_model.sha256"}
+"""Protocol keys that name what a hash beside them tells: where the hashes are equal, other names are the same thing."""
+
+
+def are_alike(key: str, protocols: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether flat protocols agree in a key, as far as measurements go."""
+    if key in OF_THE_MODEL:
+        return True
+    hashes = {protocol.get(SPELLED.get(key, "")) for protocol in protocols}
+    return len({protocol.get(key) for protocol in protocols}) == 1 or (
+        len(hashes) == 1 and None not in hashes
+    )
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -26,5 +40,5 @@ def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {left.get(key, '–')} | {right.get(key, '–')}"
         for key in dict.fromkeys([*left, *right])
-        if key not in OF_THE_MODEL and left.get(key) != right.get(key)
+        if not are_alike(key, [left, right])
     ]

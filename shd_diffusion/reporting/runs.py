@@ -42,7 +42,9 @@ class Summary(Result):
     stage: str
     parameters: int
     heads: int
+    steps: int = 0
     teacher_heads: int | None = None
+    class_names: list[str] | None = None
     extra_parameters: int = 0
 
 
@@ -59,6 +61,7 @@ class Samples(Result):
 
     num_images: int
     labels: list[int] | None = None
+    class_names: dict[int, str] | None = None
     prompts: list[str] | None = None
     seconds_per_image: float
     protocol: dict[str, Any] = {}
@@ -202,6 +205,7 @@ class Log:
     """The logged steps of a run: L steps, NaN where a term was not computed."""
 
     steps: Array  # (L,), optimiser steps
+    seconds: Array  # (L,), a step, since the logged one before
     values: dict[str, Array]  # by term, (L,)
     shares: dict[str, Array]  # by term, (L,)
     divergences: dict[str, Array]  # by student block, the SHD term of this block alone: (L,)
@@ -300,6 +304,24 @@ class Run:
         recorded = self.environment and self.environment.command
         return recorded or f"shd-diffusion {self.summary.stage} {self.path / 'config.yaml'}"
 
+    @property
+    def max_steps(self) -> int:
+        """The steps that its config wants; those that it has, where that says nothing."""
+        return int(flatten(self.config).get("train.max_steps", self.summary.steps))
+
+    @property
+    def training_seconds(self) -> float | None:
+        """How long its steps took, by the log."""
+        if self.log is None or not len(self.log.steps):
+            return None
+        return float((self.log.seconds * np.diff(self.log.steps, prepend=0)).sum()) or None
+
+    def class_name(self, label: int) -> str:
+        """What to call a class: its name where it has one."""
+        names = dict(enumerate(self.summary.class_names or ()))
+        names |= (self.samples.class_names if self.samples else None) or {}
+        return printable(names.get(label, str(label)))
+
     def metric(self, name: str) -> float | None:
         """A metric by its name in metrics.json; None where it was not computed or is no finite number."""
         return self.metrics.values.get(name) if self.metrics else None
@@ -391,6 +413,7 @@ def read_log(path: Path) -> Log:
 
     return Log(
         steps=column("step"),
+        seconds=column("seconds_per_step"),
         values={term: column(f"terms.{term}.value") for term in terms},
         shares={term: column(f"terms.{term}.share") for term in terms},
         divergences={block: column(f"shd_by_block.{block}") for block in blocks},

@@ -51,7 +51,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: nn.Module | None = None,
         sample_shape: list[int] | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
@@ -203,7 +203,7 @@ def save_pipeline(
     if within is not None and within.takes_prompts:
         within.save_with(model, to)
         return
-    named = None if class_names is None else dict(enumerate(class_names))
+    named = numbered(class_names)
     if named is None and within is not None:
         named = within.index.get("id2label")
     if named is not None and len(named) != num_classes(model):
@@ -217,6 +217,11 @@ def save_pipeline(
     pipeline.save_pretrained(to, safe_serialization=True)
     if vae is None or _is_scaled_by_factors(vae):
         shutil.copyfile(Path(standalone_pipeline.__file__), to / "pipeline.py")
+
+
+def numbered(class_names: Sequence[str] | None) -> dict[str, str] | None:
+    """The names of classes by their numbers, as JSON and `id2label` have them."""
+    return None if class_names is None else {str(number): name for number, name in enumerate(class_names)}
 
 
 def _fits_dit_pipeline(model: ModelMixin, vae: ModelMixin, shape: Sequence[int]) -> bool:

@@ -40,7 +40,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: nn.Module | None = None,
         sample_shape: list[int] | None = None,
-        id2label: dict[int, str] | None = None,
+        id2label: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)

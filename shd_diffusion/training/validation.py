@@ -23,6 +23,7 @@ from shd_diffusion.processes import processes
 from shd_diffusion.sampling import ClassConditionalPipeline, sample_images
 from shd_diffusion.sampling.batching import deal_passes
 from shd_diffusion.sampling.by_class import ByClass
+from shd_diffusion.sampling.pipeline import numbered
 from shd_diffusion.training.loop import Validation
 
 ROWS, COLUMNS = 5, 10
@@ -68,7 +69,7 @@ def make_validation(
     def validate(model: ModelMixin) -> tuple[dict[str, Any], Tensor]:
         state = processes()
         together = config.train.shard  # each of them holds a part of the weights only
-        names = None if data.class_names is None else dict(enumerate(data.class_names))
+        names = numbered(data.class_names)
         pipeline = ClassConditionalPipeline(model, sampler, vae, list(data.shape), names)
         pipeline.set_progress_bar_config(disable=True)
         resolved = ByClass(pipeline, sample).config
