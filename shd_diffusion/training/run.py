@@ -33,7 +33,7 @@ from shd_diffusion.training.batches import BatchLayout, noise_settings
 from shd_diffusion.training.build import Parts, build, model_section, read_plans, squeezed_by
 from shd_diffusion.training.checkpoints import CheckpointFolder
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
-from shd_diffusion.training.launch import make_accelerator, start_trackers
+from shd_diffusion.training.launch import describe_launch, make_accelerator, start_trackers
 from shd_diffusion.training.loop import Validation, fit
 from shd_diffusion.training.objectives import TrainingLoss
 from shd_diffusion.training.squeeze_student import squeeze_student
@@ -100,6 +100,7 @@ def _train(run: Run, finish: bool) -> None:
     accelerator.wait_for_everyone()  # everyone has seen the folder as it was
     if accelerator.is_main_process:
         folder.create(config, run.inputs)
+        announce(describe_launch(accelerator, config.train))
     start_trackers(accelerator, config)
     accelerator.wait_for_everyone()
     teacher = None if parts.teacher is None else parts.teacher.model
