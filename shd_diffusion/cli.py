@@ -5,11 +5,13 @@ What takes seconds to import is imported where it is used, inside the guard agai
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib.metadata
 import io
 import json
 import math
+import os
 import shlex
 import sys
 from collections.abc import Callable
@@ -60,6 +62,9 @@ Checkpoint = Annotated[
 Arguments = ParamSpec("Arguments")
 
 
+LIGHT = ("compare",)
+"""Commands that import nothing that takes seconds."""
+
 LOWER = {
     "prepare": "prepare.batch_size",
     "train_teacher": "train.micro_batch_size",
@@ -96,6 +101,24 @@ def _next(command: str, *arguments: object) -> None:
         announce(f"done; next: shd-diffusion {command} {shlex.join(map(str, arguments))}")
 
 
+def _refuse_missing(given: dict[str, Any]) -> None:
+    """Refuse a config or a run that is not there before anything is imported that takes seconds."""
+    config = given.get("config")
+    if isinstance(config, Path) and not config.exists():
+        raise UserError(
+            f"{config}: cannot be read ({os.strerror(errno.ENOENT)}); give the path of a config file"
+        )
+    for run in given.get("runs") or ():
+        if not run.exists():
+            raise UserError(f"{run}: no such folder, so it is not a run folder; give the folder of a run")
+
+
+def _tell_loading() -> None:
+    """Say to a person what is waited for."""
+    if "torch" not in sys.modules and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        typer.echo("loading torch and diffusers ...", err=True)
+
+
 def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """Errors that a person can fix, and what the machine refuses, end a command with one line and their exit code,
     Ctrl-C with 130. What is left is a fault of this project, and says so below its traceback."""
@@ -106,6 +129,9 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII only
         try:
+            _refuse_missing(kwargs)
+            if function.__name__ not in LIGHT:
+                _tell_loading()
             function(*args, **kwargs)
         except UserError as error:
             typer.echo(f"error: {printable(str(error))}", err=True)
@@ -455,7 +481,7 @@ def compare(
     anyway: Annotated[bool, typer.Option("--anyway", help="Though the protocols differ.")] = False,
 ) -> None:
     """Compare two evaluations, if their protocols allow it."""
-    from shd_diffusion.evaluation import compare_metrics
+    from shd_diffusion.evaluation.compare import compare_metrics
     from shd_diffusion.files import read_json
 
     typer.echo(json.dumps(compare_metrics(read_json(first), read_json(second), anyway), indent=2))

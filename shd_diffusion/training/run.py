@@ -15,7 +15,8 @@ from torch._dynamo.exc import BackendCompilerFailed
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig
 from shd_diffusion.data import LatentSource, Source, build_source
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.evaluation import check_settings
+from shd_diffusion.evaluation import check_settings, extractor_name
+from shd_diffusion.evaluation.extractors import check_image_size
 from shd_diffusion.files import check_outside, json_sha256, locked, replacing_folder, write_json, write_text
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses.shd import SHD
@@ -178,6 +179,7 @@ def open_run(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, sour
             vae = _load_vae(data)
             validation = make_validation(config, sampler, vae, data, accelerator.device)
         check_settings(config.evaluate, config.data.name)
+        check_image_size(extractor_name(config.evaluate.extractor, config.data.name), data.image_size)
     except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
     parts.model.to(accelerator.device)  # where captures and terms look for it
