@@ -86,7 +86,7 @@ def unequal_lengths(runs: Sequence[Run]) -> str | None:
     students = [run for run in trained if not run.is_teacher]
     differ = len({run.summary.steps for run in students}) > 1
     told = [
-        f"{run.name} {run.summary.steps:,}" + (f" of {run.max_steps:,}" if run.name in short else "")
+        f"{run.name}: {run.summary.steps:,}" + (f" of {run.max_steps:,}" if run.name in short else "")
         for run in trained
         if run.name in short or (differ and not run.is_teacher)
     ]

@@ -39,15 +39,17 @@ def export_checkpoint(run: RunFolder, checkpoint: str) -> RunFolder:
     step = steps[-1] if wanted is None else wanted
     if run.at_step(step).summary_file.exists():
         return run.at_step(step)
+    if step not in steps:
+        raise UserError(
+            f"{run.path}: --checkpoint {checkpoint}: there is no such checkpoint; there are those of steps "
+            f"{', '.join(map(str, steps))}"
+        )
     opened = open_run(_to_look_at(config), run, str(run.config_file))
     present = CheckpointFolder(run.checkpoints, run.identity(config), opened.accelerator, keep_last=1)
     if wanted is None:
         step = present.latest(config.train.max_steps)
-    if not step or step not in steps:
-        raise UserError(
-            f"{run.path}: --checkpoint {checkpoint}: no whole checkpoint of it; there are those of "
-            f"{', '.join(map(str, steps))}"
-        )
+    if not step:
+        raise UserError(f"{run.path}: --checkpoint latest: all of its checkpoints are damaged")
     if damage := present.find_damage(checkpoint_path(run.checkpoints, step), config.train.max_steps):
         raise UserError(f"{checkpoint_path(run.checkpoints, step)}: {damage}; choose another --checkpoint")
     model, place = opened.parts.model, run.at_step(step)

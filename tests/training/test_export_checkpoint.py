@@ -30,7 +30,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def stopped(trained: Path, tmp_path: Path) -> Path:
     """The same run, stopped after step 10."""
     run = tmp_path / "run"
-    shutil.copytree(trained, run)
+    shutil.copytree(trained, run, ignore=shutil.ignore_patterns("steps", "samples"))
     shutil.rmtree(run / "pipeline")
     shutil.rmtree(run / "checkpoints" / "step-00000015")
     (run / "summary.json").unlink()
@@ -62,7 +62,7 @@ def test_a_stopped_run_is_sampled_evaluated_and_reported(stopped: Path) -> None:
     assert command("evaluate", stopped, "--checkpoint", "10")[0] == 0
     assert step.evaluation_file.exists() and "fid" in (step.pipeline / "README.md").read_text()
     code, output, _ = command("report", stopped, "--checkpoint", "latest")
-    assert code == 0 and "unequal length, in steps: run at step 10 10 of 15" in output
+    assert code == 0 and "unequal length, in steps: run at step 10: 10 of 15" in output
     page = (step.path / "report.html").read_text()
     assert "run at step 10" in page and f"shd-diffusion sample {stopped} --checkpoint 10" in page
     assert files(stopped) == before
@@ -85,7 +85,7 @@ def test_each_step_has_images_of_its_own(trained: Path) -> None:
     [
         (
             ["sample", "{run}", "--checkpoint", "7"],
-            "--checkpoint 7: no whole checkpoint of it; there are those of 5,",
+            "--checkpoint 7: there is no such checkpoint; there are those of steps 5, 10",
         ),
         (["sample", "{run}", "--checkpoint", "-1"], "--checkpoint -1: give a step, or latest"),
         (
