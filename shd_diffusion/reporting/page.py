@@ -80,6 +80,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         "cost": cost_lines(runs),
         "cost_note": cost_note(runs),
         "unequal": unequal_lengths(runs),
+        "warnings": warnings(runs),
         "memory": next((run.benchmark.benchmark.get("memory") for run in runs if run.benchmark), None),
         "outcomes": outcomes(runs),
         "plots": plots,
@@ -217,6 +218,18 @@ def _outcome(runs: Sequence[Run]) -> tuple[str, Run | None]:
     rest = [*(f"{other} has {text_of(metric, order * value)}" for value, other in others), *reference]
     outcome = f"{first}, {text_of(metric, order * best)}" + (f"; {', '.join(rest)}." if rest else ".")
     return outcome, by_name[name]
+
+
+def warnings(runs: Sequence[Run]) -> list[str]:
+    """What evaluations warn of, once each, with the runs whose it is where it is not of all."""
+    evaluated = [(run.name, run.metrics.warnings) for run in runs if run.metrics]
+    found = dict.fromkeys(warning for _, each in evaluated for warning in each)
+    whose = {warning: [name for name, each in evaluated if warning in each] for warning in found}
+    alone = len(evaluated) == 1
+    return [
+        warning if len(names) == len(evaluated) and not alone else f"{', '.join(names)}: {warning}"
+        for warning, names in whose.items()
+    ]
 
 
 def outcomes(runs: Sequence[Run]) -> dict[str, str]:
