@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoModel, ModelMixin
@@ -147,7 +148,7 @@ def load_vae(path: str) -> ModelMixin:
     return vae.eval().requires_grad_(False)
 
 
-def _vae_class(path: str) -> type:
+def _vae_class(path: str) -> Any:
     """Of diffusers whatever the config says, but for the one class that diffusers has not."""
     config = Path(path) / (_subfolder(path) or "") / "config.json"
     own = config.is_file() and read_json(config).get("_class_name") == PooledAutoencoderTiny.__name__

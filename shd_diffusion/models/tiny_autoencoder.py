@@ -35,12 +35,16 @@ class PooledBlock(AutoencoderTinyBlock):
         return super().forward(x + self.pool(x))
 
 
+# The signature tells diffusers what a config may hold.
+_SIGNED_AS_STOCK: Any = functools.wraps(AutoencoderTiny.__init__)
+
+
 class PooledAutoencoderTiny(AutoencoderTiny):
     """TAEF2, the tiny autoencoder of Flux.2's latents: an AutoencoderTiny whose blocks at the lowest resolution are
     `PooledBlock`s. Arguments are those of AutoencoderTiny.
     """
 
-    @functools.wraps(AutoencoderTiny.__init__)  # whose signature tells diffusers what a config may hold
+    @_SIGNED_AS_STOCK
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
         encoder, decoder = self.encoder.layers, self.decoder.layers
@@ -81,7 +85,8 @@ def _blocks(layers: nn.Sequential) -> list[int]:
 
 def _pool(layers: nn.Sequential, indices: list[int]) -> None:
     for index in indices:
-        layers[index] = PooledBlock(layers[index].conv[0].in_channels)
+        block: Any = layers[index]
+        layers[index] = PooledBlock(block.conv[0].in_channels)
 
 
 def _shift(name: str, by: int) -> str:
