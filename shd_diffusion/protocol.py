@@ -17,10 +17,11 @@ def are_alike(key: str, protocols: Sequence[Mapping[str, Any]]) -> bool:
     """Whether flat protocols agree in a key, as far as measurements go."""
     if key in OF_THE_MODEL:
         return True
-    hashes = {protocol.get(SPELLED.get(key, "")) for protocol in protocols}
-    return len({protocol.get(key) for protocol in protocols}) == 1 or (
-        len(hashes) == 1 and None not in hashes
-    )
+    for each in (key, SPELLED.get(key)):
+        values = [] if each is None else [protocol.get(each) for protocol in protocols]
+        if values and all(value == values[0] for value in values) and (each == key or values[0] is not None):
+            return True
+    return not protocols
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

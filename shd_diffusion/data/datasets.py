@@ -51,7 +51,8 @@ class DataConfig(Section):
 
     Image files are turned `upright` as their EXIF orientation says (ADM and DiT did not do so: false gives images equal
     to theirs); transparent pixels show the `background`, a name or `#rrggbb`; an image whose shorter side is below
-    `least_size` is refused in training, and left out by `prepare`.
+    `least_size` is refused in training, and left out by `prepare`. One that cannot be read is left out by both, up to a
+    share; in training the next one stands in for it.
 
     `buckets` keeps the shape of images about: a number of pixels, of which the sides of the buckets are multiples (64
     at 1024 px gives those of SDXL), or a list of them, each [height, width]. Each image is cut to the nearest one.

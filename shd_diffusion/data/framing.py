@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Size = tuple[int, int]  # height, width
 
@@ -29,7 +29,7 @@ class Geometry:
     original_size: Size
     crop: tuple[int, int]
     size: Size
-    turned: bool = False
+    turned: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

@@ -108,7 +108,7 @@ class LatentSource(Source):
         self.dataset: LatentCache = LatentCache(folder, copies=2 if horizontal_flip else 1, verify=verify)
         manifest = self.dataset.manifest
         self.shape, self.num_classes = tuple(manifest["shape"]), manifest["num_classes"]
-        self.class_names = manifest["class_names"]
+        self.class_names = manifest.get("class_names")
         self.image_size = tuple(manifest["identity"]["image_shape"][-2:])
         self.condition_names = list(manifest["conditions"])
         self.null = load_file(folder / manifest["null"]) if manifest["null"] else {}

@@ -67,7 +67,7 @@ class AttentionView:
     def class_name(self) -> str:
         """Of the image, where it has a class."""
         label = self.attention.label
-        return "" if label is None else self.runs[0].class_name(label)
+        return "" if label is None else self.runs[0].label_text(label)
 
     @property
     def plots(self) -> list[Plot]:

@@ -64,19 +64,16 @@ def _peak(run: Run) -> float | None:
 
 
 def saving(run: Run, runs: Sequence[Run]) -> str | None:
-    """What a student saves beside its teacher, and how long it trained: `0.21 times the teacher's parameters, ...`."""
-    _, *timed = measured_costs(runs) or [SAMPLING_TIME, SAMPLING_TIME]
-    named = [
-        (PARAMETERS, "parameters"),
-        *((cost, f"{cost.title.lower()}") for cost in timed),
-        (MEMORY, "memory"),
-    ]
-    shares = [(share(run, cost, runs), what) for cost, what in named]
+    """What a student saves beside its teacher, and how long it trained: `has 0.21 times the parameters of the teacher,
+    and was trained in 60 s`; None where neither is known."""
+    timed = measured_costs(runs)
+    costs = [(PARAMETERS, "parameters"), *((cost, cost.title.lower()) for cost in timed), (MEMORY, "memory")]
+    shares = [(share(run, cost, runs), what) for cost, what in costs]
     told = [f"{times:.2f} times the {what}" for times, what in shares if times is not None]
     seconds = TRAINING_TIME.of(run)
-    trained = [] if seconds is None else [f"trained in {duration(seconds)}"]
-    compared = [f"{', '.join(told)} of the teacher"] if told else []
-    return ", ".join([*compared, *trained]) or None
+    parts = [f"has {', '.join(told)} of the teacher"] if told else []
+    parts += [] if seconds is None else [f"was trained in {duration(seconds)}"]
+    return ", and ".join(parts) or None
 
 
 def unequal_lengths(runs: Sequence[Run]) -> str | None:

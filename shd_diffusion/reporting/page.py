@@ -188,7 +188,7 @@ def lead(runs: Sequence[Run]) -> str:
         return warning
     outcome, best = _outcome(runs)
     saved = None if best is None else saving(best, runs)
-    return outcome if saved is None or best is None else f"{outcome} {best.name} has {saved}."
+    return outcome if saved is None or best is None else f"{outcome} {best.name} {saved}."
 
 
 def _outcome(runs: Sequence[Run]) -> tuple[str, Run | None]:

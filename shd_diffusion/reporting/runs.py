@@ -318,9 +318,17 @@ class Run:
 
     def class_name(self, label: int) -> str:
         """What to call a class: its name where it has one."""
-        names = dict(enumerate(self.summary.class_names or ()))
-        names |= (self.samples.class_names if self.samples else None) or {}
-        return printable(names.get(label, str(label)))
+        return self._class_names.get(label, str(label))
+
+    def label_text(self, label: int) -> str:
+        """The same where nothing else says that it is a class."""
+        return self._class_names.get(label, f"label {label}")
+
+    @property
+    def _class_names(self) -> dict[int, str]:
+        told = self.samples.class_names if self.samples else None
+        names = dict(enumerate(self.summary.class_names or ())) | (told or {})
+        return {number: printable(name) for number, name in names.items()}
 
     def metric(self, name: str) -> float | None:
         """A metric by its name in metrics.json; None where it was not computed or is no finite number."""
