@@ -23,6 +23,7 @@ from shd_diffusion.losses import LossesConfig, TeacherLossesConfig
 from shd_diffusion.models.factory import ModelConfig, StudentConfig, TeacherConfig
 from shd_diffusion.models.forward_process import DiffusionConfig
 from shd_diffusion.section import MOST_AT_ONCE, MOST_IMAGES, Arguments, Section
+from shd_diffusion.shipped import find_config
 
 
 class ValidationConfig(Section):
@@ -358,6 +359,7 @@ def dump_config(config: BaseModel) -> str:
 
 def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's tree of plain values, on top of that of the file that its `base` names, beside it."""
+    path = find_config(path)
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
