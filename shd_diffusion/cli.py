@@ -112,9 +112,10 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
         except Exception as error:
             refused = refusal(error)
             if refused is None:
-                error.add_note(
-                    "This is a fault of shd-diffusion itself; please report it, with all of the above."
-                )
+                if not hasattr(error, "__notes__"):  # by a command that this one carries out
+                    error.add_note(
+                        "This is a fault of shd-diffusion itself; please report it, with all of the above."
+                    )
                 raise
             if "out of memory" in refused:
                 refused += f"; lower {LOWER.get(function.__name__, 'what is asked for')}"
