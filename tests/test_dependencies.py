@@ -1,4 +1,4 @@
-"""What is imported as a file is, is a dependency of the package itself; libraries of its extras are where they are used."""
+"""Files import at their top what the package itself depends on, and libraries of its extras where they are used."""
 
 from __future__ import annotations
 
@@ -21,11 +21,12 @@ def test_a_bare_installation_can_import_every_file() -> None:
     known = {IMPORTED_AS.get(name, name) for name in names} | set(sys.stdlib_module_names) | {"shd_diffusion"}
     for file in sorted((ROOT / "shd_diffusion").rglob("*.py")):
         inside = file.relative_to(ROOT / "shd_diffusion").as_posix()
-        imported = {name for name in _top_level(ast.parse(file.read_text(encoding="utf-8")))}
-        assert imported - known == LATER.get(inside, set()), inside
+        modules = set(_modules(ast.parse(file.read_text(encoding="utf-8"))))
+        libraries = {module.partition(".")[0] for module in modules}
+        assert libraries - known == LATER.get(inside, set()), inside
         for later in LATER:
             module = f"shd_diffusion.{later.removesuffix('.py').replace('/', '.')}"
-            assert module not in _modules(ast.parse(file.read_text(encoding="utf-8"))), inside
+            assert module not in modules, inside
 
 
 def _modules(tree: ast.Module) -> Iterator[str]:
@@ -35,7 +36,3 @@ def _modules(tree: ast.Module) -> Iterator[str]:
             yield from (alias.name for alias in statement.names)
         elif isinstance(statement, ast.ImportFrom) and statement.module:
             yield statement.module
-
-
-def _top_level(tree: ast.Module) -> Iterator[str]:
-    return (module.partition(".")[0] for module in _modules(tree))
