@@ -10,7 +10,7 @@ DISTIL_EMOJI = $(SHD) distill configs/emoji/distill.yaml --set teacher.path=$(EM
 	--set student.pretrained=$(EMOJI)/squeezed
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-.PHONY: demo demo-text test lint clean
+.PHONY: demo demo-text test lint docs clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -59,7 +59,15 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -rs
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'docs: build/site/index.html'
 
 clean:
 	rm -rf $(VENV) runs
