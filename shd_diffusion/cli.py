@@ -231,14 +231,20 @@ def inspect(
 @app.command()
 @stage
 def convert(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A published checkpoint.")],
-    kind: Annotated[Literal["mdtv2", "dit"], typer.Option("--from", help="Whose checkpoint it is.")],
+    file: Annotated[
+        Path,
+        typer.Argument(metavar="FILE", help="A published checkpoint; of taef2 the folder of its two files."),
+    ],
+    kind: Annotated[Literal["mdtv2", "dit", "taef2"], typer.Option("--from", help="Whose checkpoint it is.")],
     to: Annotated[Path, typer.Option("--to", metavar="DIR", help="The model folder to write.")],
     heads: Annotated[int | None, typer.Option(help="Only for a DiT of an unpublished width.")] = None,
 ) -> None:
-    """Turn a checkpoint of sail-sg/MDT or facebookresearch/DiT into a diffusers model folder."""
+    """Turn a checkpoint of sail-sg/MDT, facebookresearch/DiT or TAEF2 into a diffusers model folder."""
     from shd_diffusion.models.convert import convert_checkpoint
+    from shd_diffusion.models.tiny_autoencoder import convert_taef2
 
+    if kind == "taef2":
+        return convert_taef2(file, to)
     convert_checkpoint(kind, file, to, num_attention_heads=heads)
 
 

@@ -11,7 +11,7 @@ import re
 import reprlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
@@ -141,12 +141,14 @@ class EvaluateConfig(Section):
 
     Without an `extractor` the data set decides; without `metrics` all usual ones are computed that can be. The
     `clip_model`, a folder or hub name, is what images are compared with their prompts by, and the extractor `clip`.
+    `classes` says which of the extractor's logits are the data set's classes 0, 1, ...: ten of ImageNet's thousand.
     So many images as `against_teacher` says are compared with the teacher's of the same noise and prompt; 0 is none.
     """
 
     extractor: str | None = None
     extractor_weights: str | None = None
     clip_model: str | None = None
+    classes: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=2)
     reference: str | None = None
     metrics: list[str] | None = None
     resize: Literal["none", "box", "bilinear", "bicubic", "lanczos"] = "none"

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from shd_diffusion.config import RunConfig, TrainTeacherConfig, read_config
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import read_as
+from shd_diffusion.files import read_as, read_json, write_json
 from shd_diffusion.progress import announce
 from shd_diffusion.reporting.runs import Samples
 from shd_diffusion.run_folder import RunFolder
@@ -137,10 +137,21 @@ def is_complete(run: RunFolder) -> bool:
 
 
 def _compression(study: StudyConfig, teacher: str, name: str, output: Path) -> Job:
-    """A model to be made of the teacher, unless it is there."""
-    folder = compressed_folder(output, name)
+    """A model to be made of the teacher, unless it is there.
+
+    Raises:
+        UserError: it is, but made by other options.
+    """
+    folder, asked = compressed_folder(output, name), study.compressed[name]
+    note = folder.with_name(f"{name}.json")  # what it was made by, for the next command
+    if not folder.exists():
+        write_json(note, asked)
+    elif note.exists() and (before := read_json(note)) != asked:
+        raise UserError(
+            f"compressed.{name}: {folder} was made with {before}, not {asked}; name it otherwise, or delete it"
+        )
     command = ["compress", teacher, "--output", str(folder)]
-    for key, value in study.compressed[name].items():
+    for key, value in asked.items():
         command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
     log = output / "logs" / f"compress-{name}.log"
     return Job(f"compress {name}", [] if folder.exists() else [command], log)

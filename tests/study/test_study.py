@@ -118,6 +118,9 @@ def test_models_are_made_of_the_teacher_before_the_runs(
         assert made["method"] == method
         run = yaml.safe_load((tmp_path / f"study/runs/{name}/seed-0/config.yaml").read_text())
         assert run["student"]["pretrained"] == str(tmp_path / "study/compressed" / name)
+    study.write_text(study.read_text().replace("method: drop", "method: magnitude"))
+    code, said, errors = command("study", study)
+    assert code == 2 and "compressed.dropped" in errors and "'method': 'magnitude'" in errors
 
 
 def test_the_budget_ends_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
