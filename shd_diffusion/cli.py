@@ -5,6 +5,7 @@ What takes seconds to import is imported where it is used, inside the guard agai
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import importlib.metadata
@@ -22,6 +23,7 @@ import typer
 
 from shd_diffusion.errors import UserError, refusal
 from shd_diffusion.progress import printable
+from shd_diffusion.shipped import find_config
 
 app = typer.Typer(
     name="shd-diffusion",
@@ -30,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see `configs`.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")]
 Overrides = Annotated[
     list[str] | None,
@@ -83,7 +85,7 @@ def _tell_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Begin with `make demo` in a checkout, or with README.md: your own pictures and models.")
+@app.callback(epilog="Begin with `shd-diffusion demo`, or with README.md: your own pictures and models.")
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version.")
@@ -104,7 +106,7 @@ def _next(command: str, *arguments: object) -> None:
 def _refuse_missing(given: dict[str, Any]) -> None:
     """Refuse a config or a run that is not there before anything is imported that takes seconds."""
     config = given.get("config")
-    if isinstance(config, Path) and not config.exists():
+    if isinstance(config, Path) and not find_config(config).exists():
         raise UserError(
             f"{config}: cannot be read ({os.strerror(errno.ENOENT)}); give the path of a config file"
         )
@@ -149,9 +151,10 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
         except Exception as error:
             refused = refusal(error)
             if refused is None:
-                error.add_note(
-                    "This is a fault of shd-diffusion itself; please report it, with all of the above."
-                )
+                if not hasattr(error, "__notes__"):  # by a command that this one carries out
+                    error.add_note(
+                        "This is a fault of shd-diffusion itself; please report it, with all of the above."
+                    )
                 raise
             if "out of memory" in refused:
                 refused += f"; lower {LOWER.get(function.__name__, 'what is asked for')}"
@@ -159,6 +162,52 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
             raise typer.Exit(UserError.exit_code) from None
 
     return guarded
+
+
+# --- to begin with -------------------------------------------------------------------------------------------
+
+
+@app.command()
+@stage
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="For the runs and the page.")
+    ] = Path("runs/digits"),
+    set_: Overrides = None,
+) -> None:
+    """The whole way on handwritten digits in minutes: train, distil, squeeze, sample, evaluate, report."""
+    from shd_diffusion.demo import steps
+
+    planned = steps(output, set_ or [])
+    for number, step in enumerate(planned, 1):
+        typer.echo(f"[{number}/{len(planned)}] {step.title}")
+        sys.stdout.flush()  # in a log file, before what the step itself says
+        if step.made is None or not step.made.exists():
+            with contextlib.redirect_stdout(io.StringIO()) if step.quiet else contextlib.nullcontext():
+                _run(step.command)
+    typer.echo(
+        f"done; open {output / 'report.html'}; next, your own pictures and models: shd-diffusion configs, "
+        "and docs/usage.md"
+    )
+
+
+def _run(command: list[str]) -> None:
+    """Carry out another command in this process, so that libraries are imported once."""
+    sys.argv = ["shd-diffusion", *command]  # what environment.json records
+    if code := app(command, standalone_mode=False):
+        raise typer.Exit(code)
+
+
+@app.command()
+@stage
+def configs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")] = Path("configs"),
+) -> None:
+    """Copy the configs that come with the package, to start your own from."""
+    from shd_diffusion.shipped import copy_configs
+
+    copy_configs(folder)
+    typer.echo(f"configs: {folder}")
 
 
 # --- before training -----------------------------------------------------------------------------------------
@@ -655,7 +704,7 @@ def push(
 @app.command()
 @stage
 def study(
-    config: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, see configs/studies/.")],
+    config: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, see `configs`.")],
     set_: Overrides = None,
     output: Annotated[
         Path | None,

@@ -25,6 +25,7 @@ from shd_diffusion.models.factory import ModelConfig, StudentConfig, TeacherConf
 from shd_diffusion.models.forward_process import DiffusionConfig
 from shd_diffusion.protocol import flatten
 from shd_diffusion.section import MOST_AT_ONCE, MOST_IMAGES, Arguments, Section
+from shd_diffusion.shipped import find_config
 
 READS = (
     "data.path",
@@ -378,6 +379,7 @@ def dump_config(config: BaseModel) -> str:
 
 def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's tree of plain values, on top of that of the file that its `base` names, beside it."""
+    path = find_config(path)
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
