@@ -3,8 +3,9 @@
     python eval/kill_and_resume.py --output docs/results/kills.json
 
 Each of SIGKILL, SIGTERM and SIGINT hits each command: training a teacher, distilling with dropout and projectors,
-preparing, sampling, evaluating, compressing, reporting. A trial has a folder of its own, a copy of what the command
-reads, so that paths in files are the same. Times of day and durations are left out of the comparison.
+preparing, sampling, evaluating, squeezing, compressing, benchmarking, reporting. A trial has a folder of its own, a
+copy of what the command reads, so that paths in files are the same. Times of day and durations are left out of the
+comparison.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from shd_diffusion.files import write_json
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
 OF_THE_MOMENT = {"seconds_per_step", "seconds_per_image", "environment", "started", "commit"}
+OF_THE_MOMENT |= {"seconds", "per_second", "ratio"}  # of a benchmark
 
 STEPS = (
     "train.max_steps=40",
@@ -64,7 +66,30 @@ COMMANDS: dict[str, list[str]] = {
         *sets("sample.num_images=64", "sample.pass_size=4"),
     ],
     "evaluate": ["evaluate", "teacher"],
+    "squeeze": [
+        "squeeze",
+        "teacher",
+        "--heads",
+        "2",
+        "--samples",
+        "8",
+        "--timesteps",
+        "2",
+        "--output",
+        "new",
+    ],
     "compress": ["compress", "teacher", "--heads", "2", "--output", "new", "--images", "512"],
+    "benchmark": [
+        "benchmark",
+        "teacher",
+        "student",
+        "--rounds",
+        "2",
+        "--batch-size",
+        "1",
+        "--output",
+        "new.json",
+    ],
     "report": ["report", "teacher", "student", "--output", "new/report.html"],
 }
 
@@ -97,6 +122,8 @@ SERVER.set_forkserver_preload(
     [
         f"shd_diffusion.{name}"
         for name in (
+            "analysis.measure_teacher",
+            "benchmark.run_benchmark",
             "compress_run",
             "data.prepare",
             "evaluation.evaluate_run",

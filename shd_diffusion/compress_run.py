@@ -32,6 +32,7 @@ from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import save_pipeline
 from shd_diffusion.squeezing.plan import PLANS_FILE, plan_groups, plans_to_json
+from shd_diffusion.summary import Summary
 from shd_diffusion.training.build import conditions_of
 from shd_diffusion.training.calibration import calibration_batches
 
@@ -71,13 +72,16 @@ def calibrate(
         timestep_weights: see `calibration_batches`.
 
     Raises:
-        UserError: there is no such model, or the data are missing.
+        UserError: there is no such model, the data are missing, or they are not for it.
     """
     teacher = load_teacher(TeacherConfig(path=path))
     model, source = teacher.model.to(processes().device), build_source(config.trained_on)
-    source.condition_names = conditions_of(model, source)
-    scheduler = scheduler_for(config.diffusion, teacher.scheduler, False)
-    process = ForwardProcess.from_scheduler(scheduler)
+    try:
+        source.condition_names = conditions_of(model, source)
+        scheduler = scheduler_for(config.diffusion, teacher.scheduler, False)
+        process = ForwardProcess.from_scheduler(scheduler)
+    except ValueError as error:
+        raise UserError(f"{path}: cannot be compressed by this config's data ({error})") from error
     batches = calibration_batches(config, model, source, process, images, timestep_weights=timestep_weights)
     return Calibration(path, config, teacher, model, source, scheduler, batches)
 
@@ -159,7 +163,8 @@ def compress_run(
         own = cost_of(found.model, plan.budget.unit, partial(predict, found.model, *one))
         results["plan"] = {**asdict(plan), "lost": plan.lost, "measured_after": own}
     with replacing_folder(output) as temporary:
-        save_pipeline(found.model, teacher.pipeline, calibration.scheduler, vae, source.shape, temporary)
+        scheduler, names = calibration.scheduler, source.class_names
+        save_pipeline(found.model, teacher.pipeline, scheduler, vae, source.shape, temporary, names)
         write_json(temporary / "compression.json", results)
         if method == "merge":
             plans = {name: plan_groups(groups) for name, groups in found.groups.items()}
@@ -173,22 +178,22 @@ def _describe_run(folder: RunFolder, name: str, calibration: Calibration, model:
     """Make a pipeline's folder a run of no steps, to be sampled, evaluated and reported like any other."""
     folder.write_config(calibration.config)
     write_json(folder.path / "environment.json", describe_environment())
-    heads, before = (
-        [block.heads for block in attention_blocks(each).values()] for each in (model, calibration.model)
+    blocks, before = (attention_blocks(each).values() for each in (model, calibration.model))
+    summary = Summary(
+        name=name,
+        stage="compress",
+        class_name=type(model).__name__,
+        parameters=count_parameters(model),
+        heads=max((block.heads for block in blocks), default=0),
+        head_dim=max((block.head_dim for block in blocks), default=0),
+        blocks=len(blocks),
+        steps=0,
+        images=0,
+        class_names=calibration.source.class_names,
+        teacher=calibration.path,
+        teacher_heads=max((block.heads for block in before), default=0),
     )
-    summary = {
-        "name": name,
-        "stage": "compress",
-        "class": type(model).__name__,
-        "parameters": count_parameters(model),
-        "heads": max(heads, default=0),
-        "blocks": len(heads),
-        "steps": 0,
-        "images": 0,
-        "teacher": calibration.path,
-        "teacher_heads": max(before, default=0),
-    }
-    write_json(folder.summary_file, summary)
+    folder.write_summary(summary)
 
 
 def _tell(part: Part) -> None:

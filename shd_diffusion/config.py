@@ -11,18 +11,33 @@ import re
 import reprlib
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from shd_diffusion.data.datasets import DataConfig
+from shd_diffusion.data.latents import MANIFEST
 from shd_diffusion.data.prepare import EncodeConfig, PrepareConfig
 from shd_diffusion.errors import UserError, did_you_mean, one_line
 from shd_diffusion.losses import LossesConfig, TeacherLossesConfig
 from shd_diffusion.models.factory import ModelConfig, StudentConfig, TeacherConfig
 from shd_diffusion.models.forward_process import DiffusionConfig
+from shd_diffusion.protocol import flatten
 from shd_diffusion.section import MOST_AT_ONCE, MOST_IMAGES, Arguments, Section
+from shd_diffusion.shipped import find_config
+
+READS = (
+    "data.path",
+    "prepare.output",
+    "prepare.vae",
+    "pipeline",
+    "model.pretrained",
+    "teacher.path",
+    "student.pretrained",
+    "evaluate.reference",
+)
+"""The keys of a run's config that may name a folder which is read, and which nothing is to be written into."""
 
 
 class ValidationConfig(Section):
@@ -95,7 +110,8 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
-    """Sampling by a diffusers pipeline. Image j follows from (seed, j), and so does its label, if `random`.
+    """Sampling by a diffusers pipeline. Image j follows from (seed, j), and so does its label, if `random`; or `labels`
+    lists classes by name or number, which the images go round, as they go round all of them if `balanced`.
 
     `pass_size` images go through the model at once: a library's rounding depends on it, so it is part of the
     protocol. `batch_size`, how many images a process takes on at a time, in whole passes, changes no image.
@@ -108,7 +124,7 @@ class SampleConfig(Section):
     """
 
     num_images: int = Field(1000, ge=1, le=MOST_IMAGES)
-    labels: Literal["balanced", "random"] = "balanced"
+    labels: Literal["balanced", "random"] | list[int | str] = "balanced"
     prompts: str | None = None
     images_per_prompt: int = Field(1, ge=1, le=MOST_IMAGES)
     negative_prompt: str | None = None
@@ -140,12 +156,14 @@ class EvaluateConfig(Section):
 
     Without an `extractor` the data set decides; without `metrics` all usual ones are computed that can be. The
     `clip_model`, a folder or hub name, is what images are compared with their prompts by, and the extractor `clip`.
+    `classes` says which of the extractor's logits are the data set's classes 0, 1, ...: ten of ImageNet's thousand.
     So many images as `against_teacher` says are compared with the teacher's of the same noise and prompt; 0 is none.
     """
 
     extractor: str | None = None
     extractor_weights: str | None = None
     clip_model: str | None = None
+    classes: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=2)
     reference: str | None = None
     metrics: list[str] | None = None
     resize: Literal["none", "box", "bilinear", "bicubic", "lanczos"] = "none"
@@ -179,15 +197,15 @@ class RunConfig(Section):
         return self
 
     @property
+    def reads(self) -> dict[str, str | None]:
+        """What is read, by the keys of `READS`."""
+        flat = flatten(self.model_dump(mode="json", by_alias=True))
+        return {key: flat.get(key) for key in READS}
+
+    @property
     def within(self) -> str | None:
         """The pipeline that the model is to stand in; None where the run makes one."""
         return None
-
-    @property
-    def reads(self) -> dict[str, str | None]:
-        """What is read, by its key, where no run may be written into."""
-        cache = None if self.prepare is None else self.prepare.output
-        return {"data.path": self.data.path, "prepare.output": cache}
 
     @property
     def trained_on(self) -> DataConfig:
@@ -206,10 +224,6 @@ class TrainTeacherConfig(RunConfig):
     losses: TeacherLossesConfig = TeacherLossesConfig()
 
     @property
-    def reads(self) -> dict[str, str | None]:
-        return {**super().reads, "pipeline": self.pipeline, "model.pretrained": self.model.pretrained}
-
-    @property
     def within(self) -> str | None:
         return self.pipeline
 
@@ -220,11 +234,6 @@ class DistillConfig(RunConfig):
     teacher: TeacherConfig
     student: StudentConfig
     losses: LossesConfig = LossesConfig()
-
-    @property
-    def reads(self) -> dict[str, str | None]:
-        models = {"teacher.path": self.teacher.path, "student.pretrained": self.student.pretrained}
-        return {**super().reads, **models}
 
     @property
     def within(self) -> str | None:
@@ -335,6 +344,18 @@ def read_prepare_config(path: Path, overrides: Iterable[str] = ()) -> PrepareCon
     )
 
 
+def read_data_config(path: Path, overrides: Iterable[str] = ()) -> DataConfig:
+    """What the models of a training's config will see: its data, or its cache where that is there; or the data of a
+    config of `prepare`. Errors as for `read_config`."""
+    tree = _read_tree(path)
+    if "student" not in tree and "model" not in tree:
+        return read_config(path, PrepareConfig, overrides).data
+    kind: Any = DistillConfig if "student" in tree else TrainTeacherConfig
+    config: RunConfig = read_config(path, kind, overrides)
+    cached = config.prepare is not None and Path(config.prepare.output or "", MANIFEST).is_file()
+    return config.trained_on if cached else config.data
+
+
 def override_config(config: AnyConfig, overrides: Iterable[str], source: str) -> AnyConfig:
     """The same config with `dotted.key=value` overrides; errors as for `read_config`."""
     tree = config.model_dump(mode="json", by_alias=True)
@@ -358,6 +379,7 @@ def dump_config(config: BaseModel) -> str:
 
 def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's tree of plain values, on top of that of the file that its `base` names, beside it."""
+    path = find_config(path)
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:

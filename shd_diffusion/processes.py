@@ -5,11 +5,13 @@ from __future__ import annotations
 import atexit
 import os
 from datetime import timedelta
+from functools import cache
 
 import torch
 from accelerate import PartialState
 
 from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.progress import announce
 
 
 def processes() -> PartialState:
@@ -37,4 +39,21 @@ def processes() -> PartialState:
         )
     atexit.unregister(state.destroy_process_group)
     atexit.register(state.destroy_process_group)  # once, however often this is called
+    if state.is_main_process:
+        tell_launch(state.num_processes, state.device.type)
     return state
+
+
+@cache
+def tell_launch(count: int, device: str) -> None:
+    """Say once how many processes a launcher has started, which need not be as many as it was told."""
+    by_accelerate = any(name.startswith("ACCELERATE_") for name in os.environ)
+    if count > 1:
+        announce(f"{count} processes ({device})")
+    elif by_accelerate and device == "cpu":
+        announce(
+            "1 process (cpu): `accelerate launch --cpu` starts one whatever it is told; `torchrun --nproc_per_node N` "
+            "starts N"
+        )
+    elif by_accelerate:
+        announce(f"1 process ({device})")

@@ -7,14 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel
-
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, dump_config, read_run_config
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import check_ours, json_sha256, naming, read_as, write_json, write_text
 from shd_diffusion.protocol import flatten
 from shd_diffusion.squeezing.plan import PLANS_FILE
+from shd_diffusion.summary import Summary
 
 # What a run may be given anew without becoming another run, since its weights do not follow from it: where it is, how
 # its work is shared and watched, and what happens after training.
@@ -40,11 +39,27 @@ FREE = (
 )
 
 
-class Trained(BaseModel):
-    """What later stages read of `summary.json`."""
+STEPS = "steps"
+"""Where checkpoints that were looked at are, in a run's folder."""
 
-    steps: int
-    teacher: str | None = None
+
+def as_step(checkpoint: str) -> int:
+    """The step of a checkpoint.
+
+    Raises:
+        UserError: it is no number.
+    """
+    if not (checkpoint.isdecimal() and checkpoint.isascii()):
+        raise UserError(f"--checkpoint {checkpoint}: give a step, or latest")
+    return int(checkpoint)
+
+
+def run_name(path: Path) -> str:
+    """What to call the run in a folder: a checkpoint of it by its step."""
+    path = path.resolve()
+    if path.parent.name != STEPS:
+        return path.name
+    return f"{path.parent.parent.name} at step {int(path.name.removeprefix('step-'))}"
 
 
 @dataclass(frozen=True)
@@ -72,6 +87,14 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def at_step(self, step: int) -> RunFolder:
+        """A run of its own: what this one had after so many steps."""
+        return RunFolder(self.steps / f"step-{step:08d}")
+
+    @property
+    def steps(self) -> Path:
+        return self.path / STEPS
 
     @property
     def pipeline(self) -> Path:
@@ -101,6 +124,21 @@ class RunFolder:
     def validation_picture(self, step: int) -> Path:
         """The picture of samples that was taken while training, after so many steps."""
         return self.path / "validation" / f"step-{step:08d}.png"
+
+    def find_step(self, checkpoint: str) -> RunFolder:
+        """What was sampled of a checkpoint, by its step; of `latest` the last one of these.
+
+        Raises:
+            UserError: nothing.
+        """
+        steps = sorted(int(path.name[5:]) for path in self.steps.glob("step-*"))
+        step = (steps or [0])[-1] if checkpoint == "latest" else as_step(checkpoint)
+        if step not in steps:
+            raise UserError(
+                f"{self.path}: --checkpoint {checkpoint}: was not sampled; run `shd-diffusion sample {self.path} "
+                f"--checkpoint {checkpoint}` first"
+            )
+        return self.at_step(step)
 
     def check(self, config: RunConfig) -> None:
         """See that the folder is free or holds a run of this config; nothing is written.
@@ -155,13 +193,23 @@ class RunFolder:
         return json_sha256(_training_keys(config))
 
     def create(self, config: RunConfig, inputs: dict[str, str]) -> None:
-        """Write the config, what identifies the inputs, and the environment, before a training."""
+        """Write the config, what identifies the inputs, and the environment, before a training or what is left of it.
+
+        The environments of all sessions are kept: that of the first, and those that went on under `resumed`.
+
+        Raises:
+            UserError: the environment that is there is damaged.
+        """
+        file, environment = self.path / "environment.json", describe_environment()
+        if file.exists():
+            first = read_as(file, dict[str, Any], "delete it; it is made anew")
+            resumed = first.get("resumed")
+            environment = {**first, "resumed": [*(resumed if isinstance(resumed, list) else []), environment]}
         self.write_config(config)
         if not self.inputs_file.exists():
             write_json(self.inputs_file, inputs)
         self.summary_file.unlink(missing_ok=True)  # of a run that was complete, and is extended
-        if not (self.path / "environment.json").exists():
-            write_json(self.path / "environment.json", describe_environment())
+        write_json(file, environment)
         self.checkpoints.mkdir(exist_ok=True)
 
     def write_config(self, config: RunConfig) -> None:
@@ -200,18 +248,22 @@ class RunFolder:
             )
         return read_run_config(self.config_file)
 
-    def read_summary(self) -> Trained:
+    def write_summary(self, summary: Summary) -> None:
+        """Say that a run has ended, and with what."""
+        write_json(self.summary_file, summary.model_dump(by_alias=True))
+
+    def read_summary(self) -> Summary:
         """What training left behind.
 
         Raises:
-            UserError: the training has not ended yet.
+            UserError: the training has not ended yet, or the file is damaged.
         """
         if not self.summary_file.exists():
             raise UserError(
                 f"{self.path}: its training has not ended; run its command again to continue it, with --finish to save "
-                "what its last checkpoint has"
+                "what its last checkpoint has, or give --checkpoint latest"
             )
-        return read_as(self.summary_file, Trained)
+        return read_as(self.summary_file, Summary)
 
 
 def _training_keys(config: RunConfig) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import torch
 from commands import TEACHER_CONFIG
@@ -10,8 +11,10 @@ from diffusers import DDPMScheduler
 from small_models import small_dit
 
 from shd_diffusion.config import TrainTeacherConfig, dump_config, read_config
-from shd_diffusion.files import write_json, write_text
+from shd_diffusion.files import write_text
+from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline, make_scheduler
+from shd_diffusion.summary import Summary
 
 
 def random_dit_pipeline(
@@ -31,9 +34,24 @@ def random_dit_pipeline(
     return pipeline
 
 
+def write_summary(folder: Path, stage: Literal["train-teacher", "distill"], steps: int) -> None:
+    """As a training of so many steps; of its model it says nothing true."""
+    summary = Summary(
+        name=folder.name,
+        stage=stage,
+        class_name="Any",
+        parameters=5,
+        heads=2,
+        blocks=1,
+        steps=steps,
+        images=steps,
+    )
+    RunFolder(folder).write_summary(summary)
+
+
 def finished_run(folder: Path, seed: int = 0, heads: int = 2) -> Path:
     """A run folder with a pipeline of random weights."""
     random_dit_pipeline(seed=seed, heads=heads).save_pretrained(folder / "pipeline")
     write_text(folder / "config.yaml", dump_config(read_config(TEACHER_CONFIG, TrainTeacherConfig)))
-    write_json(folder / "summary.json", {"steps": 20})
+    write_summary(folder, "train-teacher", 20)
     return folder

@@ -174,6 +174,24 @@ REFUSED: dict[str, tuple[str, Spoil, Change, list[str]]] = {
         lambda c: c["train"].update(guidance_range=[1, 4]),
         ["config.yaml", "`train.guidance_range`", "remove it"],
     ),
+    "more steps than the scheduler has": (
+        "distill",
+        NOTHING,
+        lambda c: c.update(sample={"scheduler": "DDIMScheduler", "num_inference_steps": 5000}),
+        ["config.yaml", "`sample.num_inference_steps` is 5000: `DDIMScheduler` cannot"],
+    ),
+    "sampling with what the call does not take": (
+        "distill",
+        NOTHING,
+        lambda c: c.update(sample={"pipeline_arguments": {"max_lenght": 3}}),
+        ["config.yaml", "`sample.pipeline_arguments.max_lenght`", "PixArtSigmaPipeline"],
+    ),
+    "sampling by prompt as by class": (
+        "distill",
+        NOTHING,
+        lambda c: c.update(sample={"guidance_power": 2}),
+        ["config.yaml", "`sample.guidance_power`", "by class"],
+    ),
     "captions without a pipeline": (
         "train-teacher",
         NOTHING,

@@ -15,7 +15,7 @@ from shd_diffusion.attention import attention_blocks
 from shd_diffusion.data import build_source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import check_ours, locked, replacing_file, write_text
+from shd_diffusion.files import check_ours, check_outside, locked, replacing_file, write_text
 from shd_diffusion.models.factory import TeacherConfig
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.teacher import load_teacher, scheduler_for
@@ -37,10 +37,12 @@ def squeeze_teacher(run: RunFolder, heads: list[int], output: Path, plan: Measur
         What stands in the JSON file.
 
     Raises:
-        UserError: there is no such run, its data are missing, or its heads cannot be squeezed so.
+        UserError: there is no such run, its data are missing, its heads cannot be squeezed so, or the folder is not for
+            this.
     """
     check_ours(output, RESULTS)
     config = run.read_config()
+    check_outside(output, config.reads)
     teacher = load_teacher(TeacherConfig(path=str(run.path)))
     model = teacher.model.to(processes().device)
     most = max((block.heads for block in attention_blocks(model).values() if block.capturable), default=0)

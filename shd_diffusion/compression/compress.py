@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -27,7 +26,15 @@ from shd_diffusion.compression.depth import (
     remove_blocks,
 )
 from shd_diffusion.compression.feed_forward import squeeze_feed_forward
-from shd_diffusion.compression.walk import Batch, Predict, passes, relative_change, walk_beside
+from shd_diffusion.compression.walk import (
+    Batch,
+    Predict,
+    copy_sharing,
+    have_apart,
+    passes,
+    relative_change,
+    walk_beside,
+)
 from shd_diffusion.models.layouts import feed_forwards
 from shd_diffusion.models.squeezed import declare_shape, shape, squeezed_class
 from shd_diffusion.squeezing.blocks import blocks_to_remove
@@ -123,7 +130,7 @@ def compress(
         kind: Any = type(teacher)
         squeezed_class(kind)  # refuses a class that cannot be saved, before anything is computed
     teacher.eval()
-    student = copy.deepcopy(teacher)
+    student = copy_sharing(teacher)  # what is squeezed has its own parameters when its turn comes
     parts: list[Part] = []
     groups: dict[str, Round] = {}
 
@@ -150,6 +157,7 @@ def compress(
         for name, calls, targets in walk:
             if shape(student)[name] == wanted[name]:
                 continue  # a module that runs twice
+            have_apart(student, teacher, name)
             what: Literal["heads", "neurons"]
             if name in feed_forwards(student):
                 (target,) = targets.values()
@@ -160,6 +168,7 @@ def compress(
                 )
                 what, fit = "heads", (of_heads[0], of_heads[1])
             tell(Part(of_teacher[name], what, stock[name], wanted[name], *fit))
+    have_apart(student, teacher)
     if plain_shape:
         if idle := [name for name, count in wanted.items() if shape(student)[name] != count]:
             raise ValueError(

@@ -7,13 +7,17 @@ is walked through block after block in the time of one pass, whatever its class 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Note: TypeAlias = Callable[..., Tensor]
+"""What is kept of a module's arguments."""
 
 
 @dataclass(slots=True)
@@ -38,16 +42,24 @@ class Lockstep:
         model: the model that all passes run.
         modules: paths of the modules before which they pause.
         passes: functions that run the model on a batch each.
+        watched: by any key, the path of a module, and what is noted of its arguments whenever it runs, see `noted`.
     """
 
     def __init__(
-        self, model: nn.Module, modules: Iterable[str], passes: Iterable[Callable[[], object]]
+        self,
+        model: nn.Module,
+        modules: Iterable[str],
+        passes: Iterable[Callable[[], object]],
+        watched: Mapping[Hashable, tuple[str, Note]] | None = None,
     ) -> None:
-        self._model, self._modules = model, tuple(modules)
+        self._model, self._modules, self._watched = model, tuple(modules), watched or {}
         self._passes = [_Pass(run) for run in passes]
         self._hooks: list[Any] = []
 
     def __enter__(self) -> Lockstep:
+        for key, (name, note) in self._watched.items():
+            module = self._model.get_submodule(name)
+            self._hooks.append(module.register_forward_pre_hook(_Watch(key, note)))
         for name in self._modules:
             module = self._model.get_submodule(name)
             self._hooks.append(module.register_forward_pre_hook(_Pause(name), with_kwargs=True))
@@ -73,39 +85,18 @@ class Lockstep:
             raise RuntimeError("the model runs other modules for some batches than for others")
         return calls
 
-
-class Follower:
-    """The calls of a walk for readers that each want those of some modules, in step with another walk.
-
-    The calls of a module are kept until all its readers have had them.
-
-    Args:
-        walk: through a model, with those modules.
-        readers: of each module.
-    """
-
-    def __init__(self, walk: Lockstep, readers: Mapping[str, Iterable[str]]) -> None:
-        self._walk, self._readers = walk, {module: frozenset(names) for module, names in readers.items()}
-        self._held: dict[str, tuple[Sequence[Call], set[str]]] = {}
-
-    def calls(self, reader: str, modules: Sequence[str]) -> list[Sequence[Call]]:
-        """The calls of each of these modules that this reader has not had yet.
+    def noted(self, key: Hashable) -> list[Tensor]:
+        """The next that each pass has noted at a key; the passes go on until they have.
 
         Raises:
-            RuntimeError: the walk ends before.
+            RuntimeError: they end before.
         """
-        while missing := [name for name in modules if reader not in self._held.get(name, ((), set()))[1]]:
-            calls = self._walk.advance()
-            if not calls:
-                raise RuntimeError(f"`{missing[0]}` does not run where it is looked for")
-            self._held[calls[0].name] = calls, set(self._readers[calls[0].name])
-        found = [self._held[name][0] for name in modules]
-        for name in modules:
-            waiting = self._held[name][1]
-            waiting.remove(reader)
-            if not waiting:
-                del self._held[name]
-        return found
+        goes_on = True
+        while not all(each.notes[key] for each in self._passes):
+            if not goes_on:
+                raise RuntimeError(f"`{self._watched[key][0]}` does not run where it is looked for")
+            goes_on = bool(self.advance())
+        return [each.notes[key].popleft() for each in self._passes]
 
 
 class _Abandoned(BaseException):
@@ -120,11 +111,15 @@ class _Pass:
     call: Call | None = None
     error: BaseException | None = None
     abandoned: bool = False
+    ended: bool = False
+    notes: defaultdict[Hashable, deque[Tensor]] = field(default_factory=lambda: defaultdict(deque))
     go: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     paused: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     thread: threading.Thread | None = None
 
     def advance(self) -> Call | None:
+        if self.ended:
+            return None
         if self.thread is None:
             self.thread = _Thread(self)
             self.thread.start()
@@ -164,7 +159,7 @@ class _Thread(threading.Thread):
         except BaseException as error:
             self.of.error = error
         finally:
-            self.of.call = None
+            self.of.call, self.of.ended = None, True
             self.of.paused.release()
 
 
@@ -183,3 +178,15 @@ class _Pause:
         call = Call(self.name, args, kwargs)
         thread.of.pause(call)
         return call.args, call.kwargs
+
+
+class _Watch:
+    """Hook before a module: notes something of the arguments in a pass."""
+
+    def __init__(self, key: Hashable, note: Note) -> None:
+        self.key, self.note = key, note
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        thread = threading.current_thread()
+        if isinstance(thread, _Thread):
+            thread.of.notes[self.key].append(self.note(*args))

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
 
 from shd_diffusion.compression.feed_forward import channels_last
-from shd_diffusion.compression.lockstep import Call, Follower, Lockstep
+from shd_diffusion.compression.lockstep import Call, Lockstep, Note
 from shd_diffusion.models.layouts import Slice, feed_forwards, head_layout
 
 Batch: TypeAlias = tuple[Tensor, Tensor, Any]
@@ -63,6 +63,9 @@ def walk_beside(
 ) -> Generator[tuple[str, Sequence[Call], dict[str, list[Tensor]]]]:
     """Run both models on the same batches together, up to each of some modules in turn.
 
+    The student stands before the module; of the teacher, which stands at the entry of one further on, only what the
+    module put out is kept.
+
     Args:
         teacher: what says what modules should put out.
         student: its modules may be changed when their turn comes.
@@ -76,25 +79,25 @@ def walk_beside(
         runs several times comes as often.
     """
     sites = {_site(student, name): name for name in origins}
-    sources = {name: _outputs(teacher, origin) for name, origin in origins.items()}
-    readers: dict[str, list[str]] = {}
-    for name, parts in sources.items():
-        for part in parts:
-            readers.setdefault(part.layer, []).append(name)
+    outputs = {name: _outputs(teacher, origin) for name, origin in origins.items()}
+    watched: dict[Hashable, tuple[str, Note]] = {
+        (name, part.layer): (part.layer, functools.partial(_put_out, teacher, part))
+        for name, parts in outputs.items()
+        for part in parts
+    }
+    entries = {_entry(teacher, origin) for origin in origins.values()}
     with (
-        Lockstep(teacher, readers, teacher_passes) as teacher_walk,
+        Lockstep(teacher, entries, teacher_passes, watched) as teacher_walk,
         Lockstep(student, sites, student_passes) as walk,
     ):
-        teacher_calls = Follower(teacher_walk, readers)
         while calls := walk.advance():
             name = sites[calls[0].name]
-            found = teacher_calls.calls(name, [part.layer for part in sources[name]])
             own = [part.layer for part in _outputs(student, name)]
-            put_out = (
-                _put_out(teacher, part, of_layer) for part, of_layer in zip(sources[name], found, strict=True)
-            )
+            put_out = [teacher_walk.noted((name, part.layer)) for part in outputs[name]]
             yield name, calls, dict(zip(own, put_out, strict=True))
-        teacher_walk.advance()
+            del put_out
+        while teacher_walk.advance():
+            pass
 
 
 def copy_sharing(model: Model, apart_from: str | None = None) -> Model:
@@ -103,10 +106,36 @@ def copy_sharing(model: Model, apart_from: str | None = None) -> Model:
     return copy.deepcopy(model, {id(p): p for p in model.parameters() if id(p) not in own})
 
 
+def have_apart(model: nn.Module, other: nn.Module, name: str = "") -> None:
+    """Give a model its own copies of the parameters that an attention block or feed-forward layer has in common with
+    another model, or of all of them; those that it ties stay tied."""
+    paths = [name]
+    if (layer := feed_forwards(model).get(name)) is not None:
+        paths = [part.layer for part in (*layer.inputs, layer.output)]
+    elif name:
+        layout = head_layout(model, name)
+        paths += [part.layer for part in (*layout.inputs, *layout.outputs)]
+    common = {id(parameter) for parameter in other.parameters()}
+    copies: dict[int, nn.Parameter] = {}
+    for path in paths:
+        for parameter in model.get_submodule(path).parameters():
+            if id(parameter) in common and id(parameter) not in copies:
+                copies[id(parameter)] = copy.deepcopy(parameter)
+    for module in model.modules():
+        for key, own in module._parameters.items():
+            module._parameters[key] = copies.get(id(own), own)
+
+
 def _site(model: nn.Module, name: str) -> str:
     """Where a walk stops to squeeze a module: before an attention block, before a feed-forward's output layer."""
     layer = feed_forwards(model).get(name)
     return name if layer is None else layer.output.layer
+
+
+def _entry(model: nn.Module, name: str) -> str:
+    """The first module that runs of an attention block or a feed-forward layer, before which little is held."""
+    layer = feed_forwards(model).get(name)
+    return name if layer is None else layer.inputs[0].layer
 
 
 def _outputs(model: nn.Module, name: str) -> tuple[Slice, ...]:
@@ -117,9 +146,8 @@ def _outputs(model: nn.Module, name: str) -> tuple[Slice, ...]:
     return (Slice(layer.output.layer, 0, layer.output.start + layer.output.length),)
 
 
-def _put_out(model: nn.Module, part: Slice, calls: Sequence[Call]) -> list[Tensor]:
-    """What a layer puts out in each call by these columns and its bias, channels last."""
+def _put_out(model: nn.Module, part: Slice, x: Tensor) -> Tensor:
+    """What a layer puts out for an input by these columns and its bias, channels last."""
     layer: Any = model.get_submodule(part.layer)
     weight = layer.weight.flatten(1)[:, part.indices]
-    inputs = (channels_last(layer, call.args[0])[..., part.indices] for call in calls)
-    return [nn.functional.linear(x, weight, layer.bias) for x in inputs]
+    return nn.functional.linear(channels_last(layer, x)[..., part.indices], weight, layer.bias)

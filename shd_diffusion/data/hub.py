@@ -14,7 +14,7 @@ from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.framing import Framing
 from shd_diffusion.data.image_sets import ImageFiles
 from shd_diffusion.errors import UserError, did_you_mean, one_line
-from shd_diffusion.models.hub import go_offline_without_hub, is_hub_name
+from shd_diffusion.models.hub import go_offline_without_hub, try_hub
 
 
 class HubImages(ImageFiles):
@@ -98,7 +98,7 @@ def load_table(path: str, split: str) -> Any:
         ) from None
     try:
         if not Path(path).exists():
-            if "/" in path and not is_hub_name(path):
+            if "/" in path and not try_hub(path):
                 raise ValueError("no such folder here")
             go_offline_without_hub()
         table: Any = datasets.load_dataset(path, split=split)

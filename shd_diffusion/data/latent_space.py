@@ -6,15 +6,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoModel, ModelMixin
 from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.files import read_json
 from shd_diffusion.models.factory import check_weights
-from shd_diffusion.models.hub import is_hub_name
+from shd_diffusion.models.hub import try_hub
 from shd_diffusion.models.pipeline_folder import find_pipeline
+from shd_diffusion.models.tiny_autoencoder import PooledAutoencoderTiny
 
 
 @dataclass(frozen=True)
@@ -130,9 +133,9 @@ def load_vae(path: str) -> ModelMixin:
         UserError: there is none.
     """
     try:
-        if not (Path(path).exists() or is_hub_name(path)):
+        if not (Path(path).exists() or try_hub(path)):
             raise ValueError("no such folder here")
-        vae = AutoModel.from_pretrained(path, subfolder=_subfolder(path), use_safetensors=True)
+        vae = _vae_class(path).from_pretrained(path, subfolder=_subfolder(path), use_safetensors=True)
         check_weights(vae)
     except Exception as error:  # diffusers raises errors of any kind on damaged files
         raise UserError(
@@ -143,6 +146,13 @@ def load_vae(path: str) -> ModelMixin:
             f"{path}: a {type(vae).__name__} is no VAE; give one of diffusers, such as an AutoencoderKL"
         )
     return vae.eval().requires_grad_(False)
+
+
+def _vae_class(path: str) -> Any:
+    """Of diffusers whatever the config says, but for the one class that diffusers has not."""
+    config = Path(path) / (_subfolder(path) or "") / "config.json"
+    own = config.is_file() and read_json(config).get("_class_name") == PooledAutoencoderTiny.__name__
+    return PooledAutoencoderTiny if own else AutoModel
 
 
 def _subfolder(path: str) -> str | None:

@@ -20,7 +20,7 @@ from shd_diffusion.evaluation.image_prompts import image_prompts
 from shd_diffusion.evaluation.image_text import ImageTextEncoder, encode_texts
 from shd_diffusion.evaluation.images import FolderImages, ImageSet, open_image_files, tensor_images
 from shd_diffusion.evaluation.metric import OF_THE_IMAGES, ImageText, Metric, MetricInputs, Need
-from shd_diffusion.evaluation.metrics import check_settings, choose_metrics, without_reference
+from shd_diffusion.evaluation.metrics import check_settings, choose_metrics, provided, without_reference
 from shd_diffusion.evaluation.nearest import write_nearest
 from shd_diffusion.evaluation.references import FEWEST_IMAGES, NO_REFERENCE, Reference, open_reference
 from shd_diffusion.processes import processes
@@ -73,9 +73,17 @@ def compute_metrics(
     if source is not None:
         real = open_reference(source, extractor, config.batch_size, config.resize, min(height, width))
     classes = torch.tensor(labels) if labels is not None else generated.labels
-    possible = _possible_needs(extractor, clip, real, classes, prompts)
+    if config.classes is not None and classes is not None and classes.max() >= len(config.classes):
+        raise UserError(
+            f"evaluate.classes: {len(config.classes)} logits, but images are of class {classes.max()}; name one a class"
+        )
+    possible = _possible_needs(config, extractor, clip, real, classes, prompts)
     metrics = choose_metrics(config.metrics, possible)
     roles = extract_features(generated, extractor, config.batch_size, "images")
+    if config.classes is not None and max(config.classes) >= (logits := roles["logits"].shape[1]):
+        raise UserError(
+            f"evaluate.classes: {max(config.classes)} is no logit of `{extractor.name}`, whose last is {logits - 1}"
+        )
     if nearest is not None and processes().is_main_process:
         write_nearest(nearest, generated, roles["features"], classes, real)
 
@@ -83,10 +91,14 @@ def compute_metrics(
     if clip is not None and any(Need.IMAGE_TEXT in metric.needs for metric in metrics):
         known = roles["features"] if clip is extractor else None
         image_text = _image_text(generated, prompts or [], clip, config.batch_size, known)
-    inputs = MetricInputs(roles, classes, real.statistics, real.features, real.labels, image_text)
+    inputs = MetricInputs(
+        roles, classes, real.statistics, real.features, real.labels, image_text, config.classes
+    )
     depends_on: dict[str, Any] = {
         metric.name: metric.protocol(inputs) for metric in metrics if metric.protocol
     }
+    if config.classes is not None:
+        depends_on["classes"] = config.classes
     if clip is not None and (image_text is not None or clip is extractor):
         depends_on["clip_model"] = _encoder(clip).protocol()
     entries: dict[str, Any] = {}
@@ -141,6 +153,7 @@ def _open(images: Path | Tensor | ImageSet) -> ImageSet:
 
 
 def _possible_needs(
+    config: EvaluateConfig,
     extractor: Extractor,
     clip: Extractor | None,
     reference: Reference,
@@ -158,7 +171,7 @@ def _possible_needs(
         Need.REFERENCE_IMAGES: reference.features is not None,
         Need.REFERENCE_LABELS: reference.labels is not None,
     }
-    wanted = OF_THE_IMAGES.union(extractor.spec.provides, {Need.IMAGE_TEXT})
+    wanted = OF_THE_IMAGES.union(provided(config, extractor.spec), {Need.IMAGE_TEXT})
     return {need for need in wanted if met.get(need, True)}
 
 
@@ -180,8 +193,8 @@ def _protocol(
     """All that the metrics depend on beside the images themselves."""
     count, width = inputs.features.shape
     return {
-        "name": f"FID on {extractor.name} features",
-        "features": extractor.name,
+        "name": f"FID on {extractor.reported} features",
+        "features": extractor.reported,
         "feature_width": width,
         "extractor_sha256": extractor.sha256,
         "extractor_accuracy": extractor.accuracy,

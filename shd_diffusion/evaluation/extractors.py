@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -65,6 +66,7 @@ class Extractor(nn.Module):
     Attributes:
         sha256: of the file that its weights come from, or of the CLIP model.
         accuracy: of a classifier trained on the spot, on held-out images.
+        reported: its name in a protocol: weights that are not those published under a name have another.
     """
 
     def __init__(self, name: str, weights: Path) -> None:
@@ -81,6 +83,7 @@ class Extractor(nn.Module):
             ) from None
         network = self.network
         self.sha256 = network.sha256 if isinstance(network, ImageTextEncoder) else sha256(weights)
+        self.reported = name if is_published(self.spec.url, self.sha256) else f"{name}:{self.sha256[:8]}"
         self._spatial: Tensor | None = None
         if Need.SPATIAL in self.spec.provides:
             self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
@@ -100,6 +103,13 @@ class Extractor(nn.Module):
         self._spatial = output[:, :SPATIAL_CHANNELS].clone()
 
 
+def is_published(url: str | None, sha256: str) -> bool:
+    """Whether weights are those of an address that ends in the first digits of their hash, as torch hub's do; also
+    where there is nothing to tell."""
+    published = re.search(r"-([0-9a-f]{8,})\.", Path(url or "").name)
+    return published is None or sha256.startswith(published[1])
+
+
 def extractor_name(name: str | None, data: str | None) -> str:
     """The extractor of `evaluate.extractor`; without one, that of a data set by its name, else Inception."""
     return name or OF_DATA.get(data or "", "inception-v3-compat")
@@ -114,6 +124,19 @@ def distance_title(name: str) -> str:
 def image_size_of(name: str) -> int | None:
     """Width and height of the only images that an extractor takes; None where it resizes them itself."""
     return RECIPES[name].size if name in RECIPES else None
+
+
+def check_image_size(name: str, size: tuple[int, int]) -> None:
+    """See that an extractor takes images (H, W).
+
+    Raises:
+        UserError: it does not.
+    """
+    only = image_size_of(name)
+    if only is not None and size != (only, only):
+        raise UserError(
+            f"key `evaluate.extractor`: `{name}` takes {only}×{only} images only, not {size[1]}×{size[0]}; set another"
+        )
 
 
 def find_extractor(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.hashing import hash_model
-from shd_diffusion.models.hub import is_hub_name
+from shd_diffusion.models.hub import is_hub_name, try_hub
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
 
@@ -123,6 +123,7 @@ def load_image_text_encoder(source: str) -> ImageTextEncoder:
         UserError: there is none, it cannot be downloaded, or weights of it are missing.
     """
     check_image_text_encoder(source)
+    try_hub(source)  # which transformers asks next
     from transformers import AutoConfig, CLIPModel, CLIPProcessor
 
     try:

@@ -14,7 +14,7 @@ def label_accuracy(logits: Tensor, labels: Tensor) -> float:
 
 LABEL_ACCURACY = Metric(
     "accuracy",
-    lambda inputs: label_accuracy(inputs.roles["logits"], inputs.labels),
+    lambda inputs: label_accuracy(inputs.class_logits, inputs.labels),
     (Column("label_accuracy", "Class accuracy", "Acc", "higher", ".1%"),),
     needs=(Need.OWN_CLASSES, Need.LABELS),
     usual=True,

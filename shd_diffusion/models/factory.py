@@ -20,7 +20,7 @@ from shd_diffusion.files import read_json
 from shd_diffusion.models import squeezed
 from shd_diffusion.models.denoiser import prepare
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
-from shd_diffusion.models.hub import is_hub_name
+from shd_diffusion.models.hub import try_hub
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.section import Arguments, Section
 
@@ -139,7 +139,7 @@ def fill_in(config: ModelConfig, path: str | None) -> ModelConfig:
     try:
         if folder is not None:
             settings = read_json(folder / "config.json")
-        elif is_hub_name(path):
+        elif try_hub(path):
             kind, part = _denoiser_on_hub(path)
             settings = kind.load_config(path, subfolder=part)
         else:
@@ -191,7 +191,7 @@ def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
         UserError: there is no such model, its class is unknown, or its weights are missing or damaged.
     """
     folder = find_model_folder(Path(path))
-    if folder is None and not is_hub_name(path):
+    if folder is None and not try_hub(path):
         raise UserError(
             f"{path}: no model here; give a run, a diffusers pipeline or model folder, or a hub name"
         )

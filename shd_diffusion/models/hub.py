@@ -16,19 +16,21 @@ PATIENCE = 10.0  # seconds
 
 
 def is_hub_name(name: str) -> bool:
-    """Whether this may be asked of the hub: `owner/name`, and not a path into a folder that is here.
-
-    Before the first such name the hub is tried, see `go_offline_without_hub`.
-    """
+    """Whether this may be asked of the hub: `owner/name`, and not a path into a folder that is here. Asks nothing."""
     parent = Path(name).parent
-    found = (
+    return (
         re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
         and not parent.is_dir()
         and str(parent) not in (".", "..")
     )
-    if found:
-        go_offline_without_hub()
-    return found
+
+
+def try_hub(name: str) -> bool:
+    """As `is_hub_name`, for who asks the hub next: of such a name it is tried first, see `go_offline_without_hub`."""
+    if not is_hub_name(name):
+        return False
+    go_offline_without_hub()
+    return True
 
 
 @cache

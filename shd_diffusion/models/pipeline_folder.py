@@ -19,7 +19,7 @@ from huggingface_hub import snapshot_download
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json, sha256, write_json
 from shd_diffusion.models.factory import DENOISERS, denoiser_part, find_model_folder
-from shd_diffusion.models.hub import is_hub_name
+from shd_diffusion.models.hub import try_hub
 
 INDEX = "model_index.json"
 READ = (".json", ".safetensors", ".txt", ".model", ".jinja")
@@ -143,12 +143,13 @@ def find_pipeline(name: str) -> PipelineFolder | None:
         if not file.is_file():
             return None
         index = read_json(file)
+        parts = ("vae", "scheduler", *DENOISERS)
         if not isinstance(index, dict) or not all(
-            isinstance(v, list) for k, v in index.items() if k == "vae"
+            isinstance(index[part], list) and len(index[part]) == 2 for part in parts if part in index
         ):
             raise UserError(f"{file}: not the index of a pipeline; save the pipeline anew")
         return PipelineFolder(str(folder.parent), index, folder.name)
-    if Path(name).is_dir() or not is_hub_name(name):
+    if Path(name).is_dir() or not try_hub(name):
         return None
     try:
         index = dict(DiffusionPipeline.load_config(name))

@@ -20,6 +20,34 @@ from shd_diffusion.sampling.execution import matmul_precision
 OF_CLASSES = {"labels", "guidance_power", "guidance_interval", "guidance_channels"}
 
 
+def call_arguments(
+    kind: type[DiffusionPipeline], config: SampleConfig, size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """What the call of a pipeline class is given, beside prompts and noise.
+
+    Args:
+        size: height and width in pixels; None: the pipeline's default.
+
+    Raises:
+        UserError: it takes no such argument, or the config sets what is for pipelines by class.
+    """
+    given: dict[str, Any] = {"guidance_scale": config.guidance_scale}
+    given |= {"height": size[0], "width": size[1]} if size is not None else {}
+    arguments: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
+    arguments |= {"num_inference_steps": config.num_inference_steps, **config.pipeline_arguments}
+    known = inspect.signature(kind.__call__).parameters
+    for key in (*arguments, *(("negative_prompt",) if config.negative_prompt is not None else ())):
+        if key not in known:
+            where = key if key in ("guidance_scale", "negative_prompt") else f"pipeline_arguments.{key}"
+            raise UserError(f"key `sample.{where}`: the call of {kind.__name__} takes no `{key}`; remove it")
+    for key in sorted(OF_CLASSES - {"labels"}):
+        if getattr(config, key) is not None:
+            raise UserError(
+                f"key `sample.{key}`: is for pipelines by class, which {kind.__name__} is not; remove it"
+            )
+    return arguments
+
+
 class ByPrompt:
     """An `ImageSampler` of a text-to-image pipeline; its scheduler is the one to sample with.
 
@@ -40,21 +68,7 @@ class ByPrompt:
         size: tuple[int, int] | None = None,
     ) -> None:
         self.pipeline, self.config, self.prompts = pipeline, config, list(prompts)
-        self.parameters = inspect.signature(type(pipeline).__call__).parameters
-        given: dict[str, Any] = {"guidance_scale": config.guidance_scale}
-        given |= {"height": size[0], "width": size[1]} if size is not None else {}
-        self.arguments: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-        self.arguments |= {"num_inference_steps": config.num_inference_steps, **config.pipeline_arguments}
-        name = type(pipeline).__name__
-        for key in (*self.arguments, *self.inputs([0])):
-            if key not in self.parameters:
-                where = key if key in ("guidance_scale", "negative_prompt") else f"pipeline_arguments.{key}"
-                raise UserError(f"key `sample.{where}`: the call of {name} takes no `{key}`; remove it")
-        for key in sorted(OF_CLASSES - {"labels"}):
-            if getattr(config, key) is not None:
-                raise UserError(
-                    f"key `sample.{key}`: is for pipelines by class, which {name} is not; remove it"
-                )
+        self.arguments = call_arguments(type(pipeline), config, size)
 
     def images(self, indices: Sequence[int]) -> Tensor:
         with matmul_precision(self.config):
@@ -96,7 +110,7 @@ class ByPrompt:
 
     def settings(self) -> dict[str, Any]:
         settings = self.config.protocol(without=NOT_IN_A_PROTOCOL | OF_CLASSES | {"prompts"})
-        scale = self.parameters.get("guidance_scale")
+        scale = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")
         return settings | {
             "pipeline": type(self.pipeline).__name__,
             "scheduler": type(self.pipeline.scheduler).__name__,

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Generator, Iterable
+from contextlib import closing
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from PIL import Image
@@ -25,11 +28,13 @@ SUMMARY, METADATA = "sampling.json", "metadata.jsonl"
 
 
 class Summary(BaseModel):
-    """What `sampling.json` says of the images beside it; those from `num_images` on are of a call that has not ended.
+    """What `sampling.json` says of the images beside it; those from `num_images` on are of a call that has not ended,
+    or of one that wanted more.
 
     Attributes:
-        num_images: so many are finished.
+        num_images: so many were asked for last, and are finished.
         labels: of these; None where they are not made by class.
+        class_names: of the classes, by their numbers, where they have names.
         prompts: of these; None where they are not made from prompts.
         seconds_per_image: of the last call, in one process.
         protocol: what they depend on.
@@ -37,6 +42,7 @@ class Summary(BaseModel):
 
     num_images: int = Field(0, ge=0)
     labels: list[int] | None = None
+    class_names: dict[int, str] | None = None
     prompts: list[str] | None = None
     seconds_per_image: float = 0.0
     protocol: dict[str, Any] = {}
@@ -77,32 +83,27 @@ def generate_images(
         UserError: the folder holds images of another protocol, or of another origin; or an image is not of numbers.
     """
     protocol = {**protocol, **sampler.settings()}
-    _open(folder, protocol)  # before anything is written there
+    _open(folder, protocol)  # before anything is computed
     state = processes()
-    with locked(folder, state):
-        return _generate(sampler, config, folder, protocol, name, state)
+    with closing(_make_missing(sampler, config, folder, name, state)) as made:
+        first = list(islice(made, 1))  # whatever a pipeline refuses, it refuses before there is a folder
+        with locked(folder, state):
+            return _write(chain(first, made), sampler, config, folder, protocol, state)
 
 
-def _generate(
-    sampler: ImageSampler,
-    config: SampleConfig,
-    folder: Path,
-    protocol: dict[str, Any],
-    name: str,
-    state: PartialState,
-) -> dict[str, Any]:
-    """All of `generate_images` that writes."""
-    summary = _open(folder, protocol) or Summary(**sampler.told(0), protocol=protocol)
+class Made(NamedTuple):
+    """Images of one pass that the folder lacks, by their index; so many were computed for them, in so many seconds."""
 
-    def begin() -> None:
-        """The folder's first file, once all have seen it as it was, and no pipeline has refused its arguments."""
-        state.wait_for_everyone()
-        if state.is_main_process and not summary.num_images:
-            write_json(folder / SUMMARY, summary.model_dump())
-        state.wait_for_everyone()
+    images: dict[int, Tensor]
+    computed: int
+    seconds: float
 
+
+def _make_missing(
+    sampler: ImageSampler, config: SampleConfig, folder: Path, name: str, state: PartialState
+) -> Generator[Made, None, None]:
+    """The images of this process that the folder lacks, pass by pass; nothing is written."""
     sampler.pipeline.set_progress_bar_config(disable=True)
-    computed, seconds = 0, 0.0
     with progress_bar(config.num_images, f"sample {name}", "image", visible=state.is_main_process) as bar:
         for indices in deal_passes(config, state.process_index, state.num_processes):
             wanted = [index for index in indices if index < config.num_images]
@@ -113,18 +114,35 @@ def _generate(
                     pixels = sampler.images(indices).cpu()
                 except (ValueError, TypeError, IndexError) as error:
                     raise UserError(f"{name}: cannot be sampled ({one_line(error)})") from error
-                if not computed:
-                    begin()
-                seconds, computed = seconds + time.perf_counter() - began, computed + len(indices)
-                for index, image in zip(indices, pixels, strict=True):
-                    if index in missing:
-                        _write_png(image_path(folder, index), image)
+                images = {
+                    index: image for index, image in zip(indices, pixels, strict=True) if index in missing
+                }
+                yield Made(images, len(indices), time.perf_counter() - began)
             bar.update(min(len(wanted) * state.num_processes, config.num_images - bar.n))
-    if not computed:
-        begin()
+
+
+def _write(
+    made: Iterable[Made],
+    sampler: ImageSampler,
+    config: SampleConfig,
+    folder: Path,
+    protocol: dict[str, Any],
+    state: PartialState,
+) -> dict[str, Any]:
+    """All of `generate_images` that writes."""
+    summary = _open(folder, protocol) or Summary(**sampler.told(0), protocol=protocol)
+    state.wait_for_everyone()  # all have seen the folder as it was
+    if state.is_main_process and not summary.num_images:
+        write_json(folder / SUMMARY, summary.model_dump())
     state.wait_for_everyone()
-    if state.is_main_process and (computed or summary.num_images < config.num_images):
-        finished = max(config.num_images, summary.num_images)
+    computed, seconds = 0, 0.0
+    for each in made:
+        computed, seconds = computed + each.computed, seconds + each.seconds
+        for index, image in each.images.items():
+            _write_png(image_path(folder, index), image)
+    state.wait_for_everyone()
+    if state.is_main_process and (computed or summary.num_images != config.num_images):
+        finished = config.num_images
         summary = Summary(
             num_images=finished,
             **sampler.told(finished),

@@ -17,7 +17,7 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.models.denoiser import num_classes
 from shd_diffusion.models.factory import DENOISERS, check_weights
-from shd_diffusion.models.hub import is_hub_name
+from shd_diffusion.models.hub import try_hub
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 
 # Pipelines of diffusers that are sampled as a run's, by what they call their denoiser.
@@ -33,7 +33,7 @@ def open_pipeline(name: str, precision: str = "float32") -> DiffusionPipeline:
     Raises:
         UserError: there is none, the hub cannot be reached, its images are made from something else, or it is damaged.
     """
-    if not (Path(name).exists() or is_hub_name(name)):
+    if not (Path(name).exists() or try_hub(name)):
         raise UserError(f"{name}: no such run, pipeline, folder of images or .npz here")
     try:
         kind = DiffusionPipeline.load_config(name)["_class_name"]
@@ -50,7 +50,8 @@ def open_pipeline(name: str, precision: str = "float32") -> DiffusionPipeline:
         elif kind in BY_CLASS:
             loaded = getattr(diffusers, kind).from_pretrained(name, dtype=dtype)
             parts = getattr(loaded, BY_CLASS[kind]), loaded.scheduler, getattr(loaded, "vae", None)
-            pipeline = ClassConditionalPipeline(*parts)
+            names = DiffusionPipeline.load_config(name).get("id2label")
+            pipeline = ClassConditionalPipeline(*parts, id2label=names)
         else:
             if "prompt" not in inspect.signature(getattr(diffusers, kind).__call__).parameters:
                 known = ", ".join([ClassConditionalPipeline.__name__, *BY_CLASS])

@@ -25,7 +25,7 @@ from shd_diffusion.sampling.layouts import check_layout, write_layout
 from shd_diffusion.sampling.open_pipeline import hash_pipeline, open_pipeline
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
 from shd_diffusion.sampling.prompts import Prompt, read_prompts
-from shd_diffusion.sampling.schedulers import check_sampling, own_scheduler
+from shd_diffusion.sampling.schedulers import check_sampling, check_sampling_by_prompt, own_scheduler
 
 
 def sample_run(
@@ -50,8 +50,13 @@ def sample_run(
         prompts = _prompts_of_layout(layout, config.sample)
         count = len(prompts) * config.sample.images_per_prompt
         config = config.model_copy(update={"sample": config.sample.model_copy(update={"num_images": count})})
-    check_outside(folder, {"data.path": config.data.path})
-    trained = {"steps_trained": run.read_summary().steps, "ema_decay": run.read_config().train.ema_decay}
+    check_outside(folder, config.reads)
+    train, summary = run.read_config().train, run.read_summary()
+    trained: dict[str, Any] = {"steps_trained": summary.steps, "ema_decay": train.ema_decay}
+    if (
+        summary.steps != train.max_steps and summary.stage != "compress"
+    ):  # a checkpoint, or a run that was stopped
+        trained["steps_planned"] = train.max_steps
     pipeline = open_pipeline(str(run.pipeline), config.sample.dtype)
     name, source = str(run.path), str(run.config_file)
     sampled = sample_pipeline(pipeline, config.sample, folder, trained, name, source, run_config=config)
@@ -111,13 +116,12 @@ def set_scheduler(pipeline: DiffusionPipeline, config: SampleConfig) -> None:
     """Give a pipeline the scheduler of the config, if that names one, and see that it can sample.
 
     Raises:
-        UserError: it cannot.
-        ValueError: diffusers has no such scheduler.
+        UserError: it cannot, or diffusers has no such scheduler.
     """
     if isinstance(pipeline, ClassConditionalPipeline):
         pipeline.scheduler = check_sampling(config, pipeline.scheduler, own_scheduler)
     else:
-        pipeline.scheduler = own_scheduler(config, pipeline.scheduler)
+        pipeline.scheduler = check_sampling_by_prompt(config, pipeline.scheduler)
 
 
 def make_sampler(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -89,24 +90,49 @@ def check_sampling(
             f"key `sample.guidance_interval` is {interval}, the first timestep after the last; "
             f"write {interval[::-1]}"
         )
-    try:
-        chosen = choose(config, present)
-    except ValueError as error:
-        raise UserError(f"key `sample.scheduler`: {error}") from error
-    scheduler = type(chosen).from_config(chosen.config)  # one that keeps no state of this trial
-    try:
+    with _trying(config, present, choose) as (chosen, scheduler):
         scheduler.set_timesteps(config.num_inference_steps)
         sample = torch.zeros(1, 1, 1, 1)
         prediction = sample.repeat(1, 2 if uses_predicted_variance(scheduler) else 1, 1, 1)
         for timestep in scheduler.timesteps:
             sample = scheduler.step(prediction, timestep, sample).prev_sample
-    except Exception as error:  # schedulers check little, and fail where an argument is used
-        name = type(chosen).__name__
-        raise UserError(
-            f"key `sample.num_inference_steps` is {config.num_inference_steps}: `{name}` cannot sample so "
-            f"({one_line(error)}); set another number, `sample.scheduler` or `sample.scheduler_arguments`"
-        ) from error
     return chosen
+
+
+def check_sampling_by_prompt(config: SampleConfig, present: SchedulerMixin) -> SchedulerMixin:
+    """As `check_sampling` by `own_scheduler`, for a pipeline by prompt: the loop is its call's own, so that here the
+    timesteps alone are asked for, as it asks for them.
+
+    Raises:
+        UserError: they cannot; the message begins with the key.
+    """
+    given = {key: config.pipeline_arguments.get(key) for key in ("timesteps", "sigmas")}
+    arguments = {key: value for key, value in given.items() if value is not None}
+    with _trying(config, present, own_scheduler) as (chosen, scheduler):
+        if scheduler.config.get("use_dynamic_shifting"):
+            arguments["mu"] = 1.0  # which the call finds from the number of tokens
+        scheduler.set_timesteps(None if arguments.keys() & given else config.num_inference_steps, **arguments)
+    return chosen
+
+
+@contextmanager
+def _trying(
+    config: SampleConfig,
+    present: SchedulerMixin,
+    choose: Callable[[SampleConfig, SchedulerMixin], SchedulerMixin],
+) -> Iterator[tuple[SchedulerMixin, SchedulerMixin]]:
+    """The scheduler that is chosen, and a copy to try, so that it keeps no state of the trial; errors name the key."""
+    try:
+        chosen = choose(config, present)
+    except ValueError as error:
+        raise UserError(f"key `sample.scheduler`: {error}") from error
+    try:
+        yield chosen, type(chosen).from_config(chosen.config)
+    except Exception as error:  # schedulers check little, and fail where an argument is used
+        raise UserError(
+            f"key `sample.num_inference_steps` is {config.num_inference_steps}: `{type(chosen).__name__}` cannot "
+            f"sample so ({one_line(error)}); set another number, `sample.scheduler` or `sample.scheduler_arguments`"
+        ) from error
 
 
 def uses_predicted_variance(scheduler: SchedulerMixin) -> bool:

@@ -14,7 +14,7 @@ from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_as, write_json, write_text
 from shd_diffusion.protocol import flatten
-from shd_diffusion.reporting.runs import Environment, Metrics, Summary, read_entries
+from shd_diffusion.reporting.runs import Environment, Metrics, read_entries
 from shd_diffusion.reporting.tables import csv_text
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.statistics import Estimate, Paired, estimate, holm, paired
@@ -140,7 +140,7 @@ def read_outcome(planned: Planned, study: StudyConfig) -> Outcome:
         metrics[validation_after(after)] = fid_after(validation, after)
     if lacking := [metric for metric in study.metrics if metric not in metrics]:
         raise UserError(f"{run.evaluation_file}: has no `{lacking[0]}`; take it out of `metrics`")
-    summary = read_as(run.summary_file, Summary)
+    summary = run.read_summary()
     return Outcome(
         condition=planned.condition,
         variant=planned.variant,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import check_ours
+from shd_diffusion.files import check_ours, check_outside
 from shd_diffusion.study.config import StudyConfig, plan_runs
 from shd_diffusion.study.page import write_study
 from shd_diffusion.study.results import collect, write_results
@@ -27,6 +27,8 @@ def run_study(study: StudyConfig, output: Path, command_line: str) -> Path:
     """
     check_ours(output, "study.json", "logs")
     planned = plan_runs(study, output)
+    for each in planned:
+        check_outside(output, each.config.reads)
     failed = carry_out(study, planned, output, command_line)
     results = collect(study, planned)
     write_results(results, output)

@@ -19,7 +19,7 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_json
 from shd_diffusion.models.denoiser import num_classes, sample_shape
 from shd_diffusion.models.families import TEXT_MASK, family_of
-from shd_diffusion.models.hub import is_hub_name
+from shd_diffusion.models.hub import try_hub
 from shd_diffusion.models.pipeline_folder import find_pipeline
 
 CLIP_TOKENS = 77
@@ -216,7 +216,7 @@ def vae_stride(path: str | None) -> int:
         try:
             if folder is not None:
                 config = read_json(folder / "config.json")
-            elif is_hub_name(path):
+            elif try_hub(path):
                 config = AutoencoderKL.load_config(path, subfolder="vae")
         except OSError as error:
             raise UserError(f"{path}: its VAE's config cannot be had ({one_line(error)})") from error

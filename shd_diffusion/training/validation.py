@@ -21,6 +21,8 @@ from shd_diffusion.evaluation.references import open_reference
 from shd_diffusion.processes import processes
 from shd_diffusion.sampling import ClassConditionalPipeline, sample_images
 from shd_diffusion.sampling.batching import deal_passes
+from shd_diffusion.sampling.by_class import ByClass
+from shd_diffusion.sampling.pipeline import numbered
 from shd_diffusion.training.loop import Validation
 
 ROWS, COLUMNS = 5, 10
@@ -73,15 +75,17 @@ def make_validation(
     @torch.no_grad()
     def validate(model: ModelMixin) -> tuple[dict[str, Any], Tensor]:
         state = processes()
-        pipeline = ClassConditionalPipeline(model, sampler, vae, sample_shape=list(data.shape))
+        names = numbered(data.class_names)
+        pipeline = ClassConditionalPipeline(model, sampler, vae, list(data.shape), names)
         pipeline.set_progress_bar_config(disable=True)
+        resolved = ByClass(pipeline, sample).config
         mine = (
             deal_passes(sample) if together else deal_passes(sample, state.process_index, state.num_processes)
         )
         distance.reset()
         found: list[tuple[int, Tensor]] = []  # index of the first, images
         for indices in mine:
-            images = to_rgb_bytes(sample_images(pipeline, indices, sample))[
+            images = to_rgb_bytes(sample_images(pipeline, indices, resolved))[
                 : wanted.num_images - indices.start
             ]
             distance.update(images.to(device), real=False)

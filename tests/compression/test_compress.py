@@ -59,6 +59,7 @@ def test_fewer_heads_and_neurons_lose_little_and_load_again(name, tmp_path):
     assert all(part.lost <= part.lost_before + 1e-6 for part in found.parts if part.what == "heads")
     assert found.lost < 0.1  # far from the 1 of a model that predicts 0
     torch.testing.assert_close(dict(teacher.state_dict()), before, rtol=0, atol=0)
+    assert not {*map(id, teacher.parameters())} & {*map(id, found.model.parameters())}
 
     found.model.save_pretrained(tmp_path)
     kind = squeezed_class(type(teacher))

@@ -136,6 +136,31 @@ def pipeline_of_two_blocks(tmp_path: Path) -> Path:
     return tmp_path / "teacher"
 
 
+@pytest.mark.parametrize(
+    ("file", "key", "value", "says"),
+    [
+        (
+            "scheduler/scheduler_config.json",
+            "prediction_type",
+            "v_prediction",
+            "`diffusion.objective` is 'epsilon'",
+        ),
+        ("model_index.json", "scheduler", "x", "not the index of a pipeline"),
+        ("model_index.json", "denoiser", ["x"], "not the index of a pipeline"),
+    ],
+)
+def test_a_pipeline_that_the_data_are_not_for_is_one_line(
+    file: str, key: str, value: object, says: str, pipeline_of_two_blocks: Path, tmp_path: Path
+) -> None:
+    path = pipeline_of_two_blocks / file
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    config = tmp_path / "config.yaml"
+    config.write_text(f"base: {TEACHER_CONFIG}\ndiffusion: {{objective: epsilon}}\n")
+    options = "--data", config, "--heads", 2, "--output", tmp_path / "no"
+    code, _, errors = command("compress", pipeline_of_two_blocks, *options)
+    assert code == 2 and says in errors.splitlines()[-1] and not (tmp_path / "no").exists(), errors
+
+
 def test_a_dry_run_shows_the_plan_and_writes_nothing(pipeline_of_two_blocks: Path, tmp_path: Path) -> None:
     options = "--budget", "macs=0.6", "--dry-run", "--images", 64, "--output", tmp_path / "no"
     code, output, errors = command("compress", pipeline_of_two_blocks, "--data", TEACHER_CONFIG, *options)

@@ -56,3 +56,20 @@ def test_passes_that_run_different_modules_are_refused():
     passes = [lambda: model[1](model[0](torch.zeros(1, 1))), lambda: model[2](torch.zeros(1, 1))]
     with pytest.raises(RuntimeError, match="other modules"), Lockstep(model, ["0", "2"], passes) as walk:
         walk.advance()
+
+
+def test_what_is_noted_of_a_module_is_had_in_order_as_far_as_the_passes_have_to_go():
+    model = chain()
+    passes = [lambda x=x: model(model(torch.full((1, 1), x))) for x in (0.0, 10.0)]
+    watched = {"inputs": ("1", lambda x: 2 * x)}
+    with Lockstep(model, ["2"], passes, watched) as walk:
+        assert [note.item() for note in walk.noted("inputs")] == [2, 22]
+        assert [call.args[0].item() for call in walk.advance()] == [
+            9,
+            19,
+        ]  # further on than the notes asked for
+        assert [note.item() for note in walk.noted("inputs")] == [14, 34]
+        assert not walk.advance() and not walk.advance()  # at their end they stay there
+        with pytest.raises(RuntimeError, match="`1` does not run"):
+            walk.noted("inputs")
+    assert not model[1]._forward_pre_hooks

@@ -231,3 +231,18 @@ def test_two_processes_extract_what_one_does(digits, tmp_path):
     assert torch.equal(first, second)
     with torch.no_grad():
         torch.testing.assert_close(first, load_extractor("digits-classifier")(digits[0][:101]))
+
+
+def test_classes_are_named_among_the_logits(digits):
+    """The ten logits in their own order give the accuracy that they give unnamed; others and too few are refused."""
+    images, labels = digits
+    named = DIGITS.model_copy(update={"classes": list(range(10)), "metrics": ["accuracy"]})
+    found = compute_metrics(images[:60], None, named, labels[:60].tolist())
+    assert found["protocol"]["classes"] == list(range(10)) and found["label_accuracy"] > 0.9
+    for classes, message in (
+        ([0, 1], "2 logits, but images are of class 9"),
+        ([*range(9), 10], "10 is no logit"),
+    ):
+        wrong = named.model_copy(update={"classes": classes})
+        with pytest.raises(UserError, match=message):
+            compute_metrics(images[:60], None, wrong, labels[:60].tolist())

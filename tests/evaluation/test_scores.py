@@ -10,6 +10,8 @@ from shd_diffusion.evaluation import cmmd as cmmd_module
 from shd_diffusion.evaluation.cmmd import cmmd
 from shd_diffusion.evaluation.inception_score import inception_score
 from shd_diffusion.evaluation.kid import kernel_distance, subset_size
+from shd_diffusion.evaluation.label_accuracy import LABEL_ACCURACY
+from shd_diffusion.evaluation.metric import MetricInputs
 
 
 def test_inception_score_of_one_split_is_its_definition():
@@ -71,3 +73,11 @@ def test_cmmd_is_its_definition(monkeypatch):
     assert cmmd(sides[0], sides[0]) == pytest.approx(0, abs=1e-10)
     monkeypatch.setattr(cmmd_module, "BLOCK", 5)
     assert cmmd(*sides) == pytest.approx(expected, abs=1e-10)
+
+
+def test_own_classes_among_an_extractors_logits():
+    """Logits 1 and 0 are classes 0 and 1: the same accuracy as of the labels exchanged among two logits."""
+    logits = torch.tensor([[0.0, 3.0, 9.0], [2.0, 1.0, 9.0], [1.0, 2.0, 9.0]])
+    labels = torch.tensor([0, 1, 1])
+    inputs = MetricInputs({"features": logits, "logits": logits}, labels, {}, None, None, classes=[1, 0])
+    assert LABEL_ACCURACY.entries(inputs)["label_accuracy"] == 2 / 3

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from commands import command, sets
 from PIL import Image
+from random_runs import write_summary
 from tiny_pipelines import PIPELINES, SIZE
 
 from shd_diffusion.config import DistillConfig, dump_config
-from shd_diffusion.files import write_json, write_text
+from shd_diffusion.files import write_text
 
 PROMPTS = ["a red heart", "b", "the sea at night"]
 FEW = ["sample.images_per_prompt=4", "sample.num_inference_steps=2", "sample.pass_size=4"]
@@ -36,7 +37,7 @@ def run(captioned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         }
     )
     write_text(folder / "config.yaml", dump_config(config))
-    write_json(folder / "summary.json", {"steps": 1})
+    write_summary(folder, "distill", 1)
     return folder
 
 

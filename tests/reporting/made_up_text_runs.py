@@ -42,6 +42,7 @@ def make_text_run(folder: Path, noise: float, prompts: list[str] | None = None, 
         config["losses"] = {"shd": {"weight": 1.0}}
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     summary = {
+        "name": folder.name, "class": "PixArtTransformer2DModel", "blocks": 3, "steps": 600, "images": 76_800,
         "stage": "train-teacher" if teacher else "distill", "parameters": 900_000 if teacher else 400_000,
         "heads": 12 if teacher else 5, "teacher_heads": None if teacher else 12,
     }  # fmt: skip

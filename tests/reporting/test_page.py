@@ -16,6 +16,7 @@ from pathlib import Path
 
 import matplotlib as mpl
 import pytest
+import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
@@ -88,7 +89,8 @@ def test_the_page_says_what_came_out(report: Path) -> None:
     for part in (
         "3 students: 12 heads squeezed into 5",
         "kd-shd has the lowest FID (digits-classifier) of the students, 104.30; kd has 389.70, none has 440.10, "
-        "the teacher has 38.20.",
+        "the teacher has 38.20. kd-shd has 0.21 times the parameters, 0.25 times the multiply-adds an image, "
+        "0.25 times the time an image, 0.25 times the memory of the teacher, and was trained in 60 s.",
         "no image was picked by hand. Each begins from the same noise in every run.",
         "label 3, noised to timestep 250",
         "The best student's value is underlined.",
@@ -222,7 +224,11 @@ def test_bad_input_writes_nothing(runs: dict[str, Path], tmp_path: Path) -> None
     ("names", "is_titled", "leads"),
     [
         (["teacher"], "Teacher teacher", "By FID (digits-classifier) the teacher has 38.20."),
-        (["kd"], "1 student: 12 heads squeezed into 5", "kd has FID (digits-classifier), 389.70."),
+        (
+            ["kd"],
+            "1 student: 12 heads squeezed into 5",
+            "kd has FID (digits-classifier), 389.70. kd was trained in 60 s.",
+        ),
     ],
 )
 def test_headline_of_one_run(runs: dict[str, Path], names: list[str], is_titled: str, leads: str) -> None:
@@ -259,6 +265,23 @@ def test_a_page_of_somebody_else_is_left_alone(runs: dict[str, Path], tmp_path: 
             write_report([runs["kd"]], tmp_path / "my.html")
         assert (tmp_path / "my.html").read_bytes() == content
     assert (tmp_path / "my-figures" / "photo.png").read_bytes() == b"mine"
+
+
+@pytest.mark.parametrize("key", ["data.path", "prepare.vae", "teacher.path", "evaluate.reference"])
+def test_no_page_is_written_among_what_a_run_reads(
+    key: str, fresh_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    run, read = fresh_run("kd"), tmp_path / "read"
+    (read / "class").mkdir(parents=True)
+    section, name = key.split(".")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config.setdefault(section, {})[name] = str(read)
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    for page in (read / "report.html", read / "class" / "page.html"):
+        with pytest.raises(UserError, match=rf"{page}: lies in {read}, which is read \(`{key}`\)"):
+            write_report([run], page)
+    assert [path.name for path in read.rglob("*")] == ["class"]
+    assert write_report([run], tmp_path / "read-too" / "report.html").exists()
 
 
 def test_what_else_lies_among_the_plots_is_left_alone(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -306,12 +329,22 @@ def test_the_users_settings_of_matplotlib_do_not_matter(
     assert page.read_text() == report.read_text()
 
 
+def test_a_page_tells_when_a_run_went_on(fresh_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = fresh_run("kd", blocks=1)
+    first = json.loads((run / "environment.json").read_text())
+    sessions = [{**first, "started": f"2026-02-0{day}T00:00:00+00:00"} for day in (1, 2)]
+    (run / "environment.json").write_text(json.dumps({**first, "resumed": sessions}))
+    page = write_report([run], tmp_path / "report.html").read_text()
+    assert "2026-02-01" in page and "2026-02-02" in page and page.count("resumed") == 1
+
+
 def test_a_terminal_that_knows_ascii_alone_gets_no_escape_sequences(
     fresh_run: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Whatever the backend of Matplotlib is to be, which is imported in a fresh interpreter."""
     run = without(fresh_run("é\x1b[31m"), "attention.safetensors", "metrics.jsonl")
     command = [sys.executable, "-m", "shd_diffusion.cli", "report", run]
-    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii", "MPLBACKEND": "none of these"}
     done = subprocess.run(command, env=ascii_alone, capture_output=True, check=False)
     said = done.stdout + done.stderr
     assert done.returncode == 0 and b"Traceback" not in said

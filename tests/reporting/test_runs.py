@@ -99,7 +99,7 @@ def test_no_run_at_all() -> None:
         ),
         (
             "summary.json",
-            '{"stage": "distill", "heads": 5}',
+            '{"name": "a", "stage": "distill", "class": "b", "heads": 5}',
             "summary.json: key `parameters`: Field required",
         ),
         ("config.yaml", "a: [", "config.yaml: not a YAML mapping"),
@@ -113,10 +113,10 @@ def test_no_run_at_all() -> None:
         ("metrics.jsonl", '[1]\n{"step": 1}\n', "metrics.jsonl: line 1 is not a logged step"),
         ("evaluation/metrics.json", "NaN", "metrics.json: Input should be .*"),
         ("attention.safetensors", "not tensors", "attention.safetensors: damaged"),
-        ("summary.json", "{}", "summary.json: key `stage`: Field required"),
+        ("summary.json", "{}", "summary.json: key `name`: Field required"),
         (
             "summary.json",
-            '{"stage": "distill", "parameters": [], "heads": 5}',
+            '{"name": "a", "stage": "distill", "class": "b", "parameters": [], "heads": 5}',
             "summary.json: key `parameters`",
         ),
         ("environment.json", '{"command": 5}', "environment.json: key `command`"),

@@ -13,6 +13,7 @@ import pytest
 import torch
 from commands import ROOT, command, sets
 from PIL import Image
+from tiny_pipelines import PIPELINES, SIZE
 
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError
@@ -20,6 +21,7 @@ from shd_diffusion.randomness import generator
 from shd_diffusion.sampling import ClassConditionalPipeline, generate_images, sample_images
 from shd_diffusion.sampling.batching import deal_passes
 from shd_diffusion.sampling.by_class import ByClass, labels_of
+from shd_diffusion.sampling.by_prompt import ByPrompt
 from shd_diffusion.sampling.generate import read_summary
 
 CONFIG = SampleConfig(num_images=7, num_inference_steps=4, pass_size=3)
@@ -111,11 +113,12 @@ def test_an_interrupted_extension_leaves_what_was_finished(
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
-def test_fewer_images_forget_none_that_are_there(pipeline: ClassConditionalPipeline, tmp_path: Path) -> None:
+def test_fewer_images_are_told_and_none_goes(pipeline: ClassConditionalPipeline, tmp_path: Path) -> None:
     generate(pipeline, tmp_path)
     (tmp_path / "000001.png").unlink()
     fewer = generate(pipeline, tmp_path, num_images=3)
-    assert fewer["num_images"] == len(fewer["labels"]) == len(files(tmp_path)) == 7
+    assert fewer["num_images"] == len(fewer["labels"]) == 3 and len(files(tmp_path)) == 7
+    assert generate(pipeline, tmp_path)["num_images"] == 7
 
 
 @pytest.mark.parametrize("batch_size", [1, 50, 64, 1000])
@@ -200,4 +203,14 @@ def test_images_that_are_no_numbers_are_not_written(
         pipeline.denoiser.proj_out_2.bias[0] = torch.nan
     with pytest.raises(UserError, match=r"runs/test: cannot be sampled \(its images are not finite"):
         generate(pipeline, tmp_path)
-    assert not files(tmp_path) and not (tmp_path / "sampling.json").exists()
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_pipeline_refuses_is_refused_before_there_is_a_folder(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    pipeline = PIPELINES["flux-schnell"]()
+    config = CONFIG.model_copy(update={"pipeline_arguments": {"max_sequence_length": 513}})
+    sampler = ByPrompt(pipeline, config, ["owl"], SIZE)
+    with pytest.raises(UserError, match=r"runs/test: cannot be sampled \(.*max_sequence_length"):
+        generate_images(sampler, config, tmp_path / "new", {}, "runs/test")
+    assert not list(tmp_path.iterdir())

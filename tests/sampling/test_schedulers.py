@@ -14,6 +14,7 @@ from small_models import small_dit
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling, make_scheduler, sample_images
+from shd_diffusion.sampling.schedulers import check_sampling_by_prompt
 
 DIFFUSION, FLOW = DDPMScheduler(clip_sample=False), FlowMatchEulerDiscreteScheduler()
 
@@ -78,6 +79,39 @@ def test_what_would_fail_after_training_is_refused_before(options: dict[str, Any
     with pytest.raises(UserError, match=message) as refused:
         check_sampling(SampleConfig(**options), DIFFUSION)
     assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "trained_with", "message"),
+    [
+        ({"num_inference_steps": 5000}, DIFFUSION, "is 5000: `DDPMScheduler` cannot sample so"),
+        ({"scheduler": "DDIMScheduler"}, FLOW, "key `sample.scheduler`: the model predicts `flow`"),
+        ({"pipeline_arguments": {"sigmas": [1.0, 0.5]}}, DIFFUSION, "`DDPMScheduler` cannot .*sigmas"),
+        ({"pipeline_arguments": {"timesteps": [3, 5]}}, DIFFUSION, "cannot sample so .*descending"),
+    ],
+)
+def test_what_a_pipeline_by_prompt_would_refuse(
+    options: dict[str, Any], trained_with: Any, message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as refused:
+        check_sampling_by_prompt(SampleConfig(**options), trained_with)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "trained_with"),
+    [
+        ({}, DIFFUSION),
+        ({"pipeline_arguments": {"timesteps": [5, 3]}}, DIFFUSION),
+        ({"pipeline_arguments": {"sigmas": [1.0, 0.5]}}, FLOW),
+        ({}, FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True)),
+    ],
+)
+def test_what_a_pipeline_by_prompt_can_sample_with_passes(options: dict[str, Any], trained_with: Any) -> None:
+    """As `set_timesteps` is called by pipelines of diffusers; the scheduler keeps nothing of the trial."""
+    before = trained_with.timesteps.clone()
+    assert check_sampling_by_prompt(SampleConfig(**options), trained_with) is trained_with
+    assert torch.equal(trained_with.timesteps, before)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from commands import DISTILL_CONFIG
+from random_runs import write_summary
 
 from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.errors import UserError
@@ -147,7 +148,7 @@ def test_steps_that_were_left_out_count_as_time(study: StudyConfig, tmp_path: Pa
         {"step": 20, "seconds_per_step": 3.0, "validation": {"fid": 7.0}},
     ]
     run.metrics_file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    run.summary_file.write_text('{"stage": "distill", "parameters": 5, "heads": 2}')
+    write_summary(run.path, "distill", 20)
     run.evaluation_file.parent.mkdir()
     run.evaluation_file.write_text('{"fid": 6.0}')
     config = read_config(DISTILL_CONFIG, DistillConfig)

@@ -34,6 +34,8 @@ HALVES = {
     ],
 }
 
+SQUEEZED = ["train.batch_size=8", "train.max_steps=2", "student.init=squeeze"]
+
 # What each of the launched processes does: the runs in turn, the last of them interrupted after its first half.
 TOGETHER = """
 import json, shutil, sys
@@ -73,13 +75,15 @@ def dealt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command("train-teacher", TEACHER_CONFIG, "--output", folder / "teacher", *sets(*STEPS, *TEACHER))[0]
         == 0
     )
-    alone = {"alone": ALONE, **{name: HALVES[name] for name in ("accumulated", "in threes")}}
+    alone = {"alone": ALONE, "squeezed alone": [*ALONE, *SQUEEZED]}
+    alone |= {name: HALVES[name] for name in ("accumulated", "in threes")}
     for name, overrides in alone.items():
         run = folder / name
         assert command("distill", DISTILL_CONFIG, "--output", run, *sets(*common, *overrides))[0] == 0
     script = folder / "together.py"
     script.write_text(TOGETHER)
-    runs = {str(folder / name): [*common, *HALVES[name]] for name in ("two", "maps alone", "sharded")}
+    runs = {str(folder / "squeezed"): [*common, *SQUEEZED]}
+    runs |= {str(folder / name): [*common, *HALVES[name]] for name in ("two", "maps alone", "sharded")}
     launch(2, script, DISTILL_CONFIG, json.dumps(runs))
     return folder
 
@@ -109,6 +113,14 @@ def test_halves_of_a_batch_make_the_same_run(name: str, dealt: Path) -> None:
             "to_k.bias"
         ):  # cancels in the softmax: Adam takes steps along mere rounding errors
             torch.testing.assert_close(ours[key], value, rtol=0, atol=1e-6)
+
+
+def test_a_student_is_squeezed_once_for_all_processes(dealt: Path) -> None:
+    """From the same squeezed weights, and so the same run; of other weights the first loss would be another."""
+    whole, halves = log(dealt / "squeezed alone"), log(dealt / "squeezed")
+    for ours, theirs in zip(halves, whole, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+    assert halves[0]["loss"] != pytest.approx(log(dealt / "alone")[0]["loss"], rel=1e-2)
 
 
 def test_a_run_changes_over_to_another_number_of_processes(dealt: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import shutil
 import signal
@@ -19,6 +20,7 @@ from huggingface_hub import constants
 from safetensors.torch import load_file, save_file
 
 from shd_diffusion.models import hub
+from shd_diffusion.processes import tell_launch
 from shd_diffusion.training.loop import take_step
 from shd_diffusion.training.train_state import TrainState
 
@@ -54,6 +56,18 @@ def test_a_run_does_not_go_on_in_another_process_of_its_teacher(teacher: Path, t
     file.write_text(json.dumps(json.loads(file.read_text()) | {"beta_end": 0.03}))
     code, _, errors = command(*arguments, *sets("train.max_steps=2"))
     assert "what `diffusion` names has changed" in one_error(code, errors)
+
+
+def test_every_session_of_a_run_is_told(teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "run")
+    first = json.loads((teacher / "environment.json").read_text())
+    assert "resumed" not in first
+    for steps in (2, 2, 3):  # the second time there is nothing to do
+        assert command(*TEACHER, "--output", tmp_path / "run", *sets(f"train.max_steps={steps}"))[0] == 0
+    environment = json.loads((tmp_path / "run" / "environment.json").read_text())
+    resumed = environment.pop("resumed")
+    assert environment == first and len(resumed) == 2
+    assert all(each.keys() == first.keys() and each["started"] >= first["started"] for each in resumed)
 
 
 def test_a_run_does_not_go_on_from_other_pretrained_weights(teacher: Path, tmp_path: Path) -> None:
@@ -166,13 +180,61 @@ def test_a_hub_that_never_answers_is_given_up(
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "ENDPOINT", address)
         monkeypatch.setattr(hub, "PATIENCE", 0.1)
-        assert hub.is_hub_name("nobody/nothing")
+        assert hub.try_hub("nobody/nothing")
         assert (
             constants.HF_HUB_OFFLINE and f"{address}: does not answer (timed out)" in capsys.readouterr().err
         )
         code, _, errors = command("inspect", "nobody/nothing")
         assert "nobody/nothing" in one_error(code, errors)
     hub.go_offline_without_hub.cache_clear()
+
+
+def test_a_local_path_is_never_asked_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ask(*_: object, **__: object) -> None:
+        raise AssertionError("asked")
+
+    monkeypatch.setattr(hub, "go_offline_without_hub", ask)
+    monkeypatch.setattr("urllib.request.urlopen", ask)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    for name in ("runs/x", "./x", "../x", "x", "a/b/c", "/a/b", str(tmp_path / "x"), "x y/z"):
+        assert not hub.try_hub(name)
+    assert hub.is_hub_name("owner/name")  # a question to nobody
+    with pytest.raises(AssertionError, match="asked"):
+        hub.try_hub("owner/name")
+
+
+@pytest.mark.parametrize(
+    ("count", "device", "environment", "told"),
+    [
+        (1, "cpu", {}, ""),
+        (
+            1,
+            "cpu",
+            {"ACCELERATE_MIXED_PRECISION": "no"},
+            "1 process (cpu): `accelerate launch --cpu` starts one",
+        ),
+        (1, "cuda", {"ACCELERATE_MIXED_PRECISION": "no"}, "1 process (cuda)\n"),
+        (2, "cuda", {}, "2 processes (cuda)\n"),
+    ],
+)
+def test_it_is_told_how_many_processes_a_launcher_has_started(
+    count: int,
+    device: str,
+    environment: dict[str, str],
+    told: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+) -> None:
+    for name in [name for name in os.environ if name.startswith("ACCELERATE_")]:
+        monkeypatch.delenv(name)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    tell_launch.cache_clear()
+    tell_launch(count, device)
+    tell_launch(count, device)
+    said = capsys.readouterr().err
+    assert said.startswith(told) and said.count("process (") + said.count("processes (") == bool(told)
 
 
 def test_a_launcher_that_is_none_is_one_line(tmp_path: Path) -> None:
