@@ -34,13 +34,13 @@ def forward_kl(target: Tensor, log_student: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def forward_kl_of_logits(target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """The same from the student's finite logits s, with one exponential an entry: Σ p (log p - s) + log Σ exp s.
+    """The same from the student's finite logits, which are overwritten, with one exponential an entry.
 
-    The last is had where q is largest, as s - log q there.
+    With s the logits less their largest, KL = Σ p (log p - s) + log Σ exp s, and q is 1 / Σ exp s where s is 0.
     """
     student = logits.softmax(-1)
-    normaliser = logits.amax(-1).sub_(student.amax(-1).log_())
-    value = safe_log(target).sub_(logits).mul_(target).sum(-1).add_(normaliser)
+    shifted = logits.sub_(logits.amax(-1, keepdim=True))
+    value = safe_log(target).sub_(shifted).mul_(target).sum(-1).sub_(student.amax(-1).log_())
     return value, student.sub_(target)
 
 
