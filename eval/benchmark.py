@@ -409,11 +409,8 @@ def lengths(
             "megabytes above the weights": peaks,
         }
         print(length, json.dumps(by_length[length]), flush=True)
-    publish(
-        "lengths",
-        {"clock": clock, "threads": threads, "rounds": rounds, "blocks": blocks} | by_length,
-        output,
-    )  # type: ignore[arg-type]
+    settled = {"clock": clock, "threads": threads, "rounds": rounds, "blocks": blocks}
+    publish("lengths", settled | {f"{length} tokens": found for length, found in by_length.items()}, output)
 
 
 # --- features ------------------------------------------------------------------------------------------------
