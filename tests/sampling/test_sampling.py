@@ -176,6 +176,17 @@ def test_samples_of_other_weights_are_not_mixed(
     )  # the run's own
 
 
+def test_a_place_that_cannot_be_is_told_on_a_line_of_its_own(run: Path, tmp_path: Path) -> None:
+    """Not behind the bar, which has begun by then."""
+    (tmp_path / "file").write_text("mine")
+    options = sets("sample.num_images=1", "sample.num_inference_steps=1")
+    code, _, said = command("sample", run, "--output", tmp_path / "file" / "x", *options)
+    assert code == 2 and said.splitlines()[-1].startswith(
+        f"error: {tmp_path / 'file' / 'x'}: Not a directory"
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
 def test_images_of_another_origin_are_left_alone(pipeline: ClassConditionalPipeline, tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "000000.png")
     with pytest.raises(UserError, match=r"holds files but no sampling\.json; give another"):
