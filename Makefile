@@ -4,15 +4,13 @@ VENV   ?= .venv
 RUNS   ?= runs/digits
 BIN    := $(VENV)/bin
 SHD    := $(BIN)/shd-diffusion
-DIGITS = $(addprefix $(RUNS)/,teacher none kd kd-shd squeezed)
-STUDENT = $(SHD) distill configs/digits/distill.yaml --set teacher.path=$(RUNS)/teacher
 
 EMOJI  ?= runs/emoji
 DISTIL_EMOJI = $(SHD) distill configs/emoji/distill.yaml --set teacher.path=$(EMOJI)/teacher --set prepare.output=$(EMOJI)/cache \
 	--set student.pretrained=$(EMOJI)/squeezed
 FONT   := /usr/share/fonts/truetype/noto/NotoColorEmoji.ttf
 
-.PHONY: demo demo-text test lint clean
+.PHONY: demo demo-text test lint docs clean
 
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -21,24 +19,7 @@ $(VENV)/installed: pyproject.toml
 	touch $@
 
 demo: $(VENV)/installed
-	@echo '[1/9] a teacher with 12 heads'
-	$(SHD) train-teacher configs/digits/teacher.yaml --output $(RUNS)/teacher
-	@echo '[2/9] a student with 5 heads: denoising loss alone'
-	$(STUDENT) --set losses.output.weight=0 --set losses.shd.weight=0 --output $(RUNS)/none
-	@echo '[3/9] the same student: with output KD'
-	$(STUDENT) --set losses.shd.weight=0 --output $(RUNS)/kd
-	@echo '[4/9] the same student: with output KD and SHD'
-	$(STUDENT) --output $(RUNS)/kd-shd
-	@echo '[5/9] the teacher itself with 5 heads, by least squares, without training'
-	test -e $(RUNS)/squeezed/summary.json || $(SHD) compress $(RUNS)/teacher --heads 5 --output $(RUNS)/squeezed
-	@echo '[6/9] images from each'
-	$(SHD) sample $(DIGITS)
-	@echo '[7/9] figures'
-	$(SHD) evaluate $(DIGITS) >/dev/null
-	@echo '[8/9] what they cost'
-	$(SHD) benchmark $(DIGITS) --batch-size 16 --rounds 3 >/dev/null
-	@echo '[9/9] report'
-	$(SHD) report $(DIGITS) --output $(RUNS)/report.html
+	$(SHD) demo --output $(RUNS)
 
 $(VENV)/installed-text: $(VENV)/installed
 	$(BIN)/pip install --progress-bar on -e '.[text-demo]'
@@ -78,7 +59,15 @@ lint: $(VENV)/installed
 	$(BIN)/mypy
 
 test: lint
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -rs
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(BIN)/pip install --quiet -e '.[docs]'
+	touch $@
+
+docs: $(VENV)/installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo 'docs: build/site/index.html'
 
 clean:
 	rm -rf $(VENV) runs

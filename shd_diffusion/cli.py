@@ -5,6 +5,8 @@ What takes seconds to import is imported where it is used, inside the guard agai
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import importlib.metadata
 import io
@@ -21,6 +23,7 @@ import typer
 
 from shd_diffusion.errors import UserError, refusal
 from shd_diffusion.progress import printable
+from shd_diffusion.shipped import find_config
 
 app = typer.Typer(
     name="shd-diffusion",
@@ -29,7 +32,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see configs/.")]
+ConfigFile = Annotated[Path, typer.Argument(metavar="CONFIG", help="A YAML file, see `configs`.")]
 Runs = Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of finished runs.")]
 Overrides = Annotated[
     list[str] | None,
@@ -49,8 +52,20 @@ Finish = Annotated[
     ),
 ]
 
+Checkpoint = Annotated[
+    str | None,
+    typer.Option(
+        "--checkpoint",
+        metavar="STEP",
+        help="A step of the run, or `latest`: also of one that was stopped, or trains.",
+    ),
+]
+
 Arguments = ParamSpec("Arguments")
 
+
+LIGHT = ("compare",)
+"""Commands that import nothing that takes seconds."""
 
 LOWER = {
     "prepare": "prepare.batch_size",
@@ -70,7 +85,7 @@ def _tell_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog="Begin with `make demo` in a checkout, or with README.md: your own pictures and models.")
+@app.callback(epilog="Begin with `shd-diffusion demo`, or with README.md: your own pictures and models.")
 def options(
     version: Annotated[
         bool, typer.Option("--version", callback=_tell_version, is_eager=True, help="Tell the version.")
@@ -88,6 +103,24 @@ def _next(command: str, *arguments: object) -> None:
         announce(f"done; next: shd-diffusion {command} {shlex.join(map(str, arguments))}")
 
 
+def _refuse_missing(given: dict[str, Any]) -> None:
+    """Refuse a config or a run that is not there before anything is imported that takes seconds."""
+    config = given.get("config")
+    if isinstance(config, Path) and not find_config(config).exists():
+        raise UserError(
+            f"{config}: cannot be read ({os.strerror(errno.ENOENT)}); give the path of a config file"
+        )
+    for run in given.get("runs") or ():
+        if not run.exists():
+            raise UserError(f"{run}: no such folder, so it is not a run folder; give the folder of a run")
+
+
+def _tell_loading() -> None:
+    """Say to a person what is waited for."""
+    if "torch" not in sys.modules and sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":
+        typer.echo("loading torch and diffusers ...", err=True)
+
+
 def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
     """Errors that a person can fix, and what the machine refuses, end a command with one line and their exit code,
     Ctrl-C with 130. What is left is a fault of this project, and says so below its traceback."""
@@ -101,6 +134,9 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
             "MPLBACKEND", None
         )  # no plot needs it, and of a wrong one Matplotlib cannot be imported
         try:
+            _refuse_missing(kwargs)
+            if function.__name__ not in LIGHT:
+                _tell_loading()
             function(*args, **kwargs)
         except UserError as error:
             typer.echo(f"error: {printable(str(error))}", err=True)
@@ -115,9 +151,10 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
         except Exception as error:
             refused = refusal(error)
             if refused is None:
-                error.add_note(
-                    "This is a fault of shd-diffusion itself; please report it, with all of the above."
-                )
+                if not hasattr(error, "__notes__"):  # by a command that this one carries out
+                    error.add_note(
+                        "This is a fault of shd-diffusion itself; please report it, with all of the above."
+                    )
                 raise
             if "out of memory" in refused:
                 refused += f"; lower {LOWER.get(function.__name__, 'what is asked for')}"
@@ -125,6 +162,52 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
             raise typer.Exit(UserError.exit_code) from None
 
     return guarded
+
+
+# --- to begin with -------------------------------------------------------------------------------------------
+
+
+@app.command()
+@stage
+def demo(
+    output: Annotated[
+        Path, typer.Option("--output", metavar="DIR", help="For the runs and the page.")
+    ] = Path("runs/digits"),
+    set_: Overrides = None,
+) -> None:
+    """The whole way on handwritten digits in minutes: train, distil, squeeze, sample, evaluate, report."""
+    from shd_diffusion.demo import steps
+
+    planned = steps(output, set_ or [])
+    for number, step in enumerate(planned, 1):
+        typer.echo(f"[{number}/{len(planned)}] {step.title}")
+        sys.stdout.flush()  # in a log file, before what the step itself says
+        if step.made is None or not step.made.exists():
+            with contextlib.redirect_stdout(io.StringIO()) if step.quiet else contextlib.nullcontext():
+                _run(step.command)
+    typer.echo(
+        f"done; open {output / 'report.html'}; next, your own pictures and models: shd-diffusion configs, "
+        "and docs/usage.md"
+    )
+
+
+def _run(command: list[str]) -> None:
+    """Carry out another command in this process, so that libraries are imported once."""
+    sys.argv = ["shd-diffusion", *command]  # what environment.json records
+    if code := app(command, standalone_mode=False):
+        raise typer.Exit(code)
+
+
+@app.command()
+@stage
+def configs(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A new folder.")] = Path("configs"),
+) -> None:
+    """Copy the configs that come with the package, to start your own from."""
+    from shd_diffusion.shipped import copy_configs
+
+    copy_configs(folder)
+    typer.echo(f"configs: {folder}")
 
 
 # --- before training -----------------------------------------------------------------------------------------
@@ -152,6 +235,25 @@ def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -
 
     parsed = read_prepare_config(config, set_ or [])
     run_stage(parsed, _output(parsed, output, config), str(config))
+
+
+@app.command()
+@stage
+def show(
+    config: ConfigFile,
+    set_: Overrides = None,
+    output: Annotated[Path, typer.Option("--output", metavar="FILE", help="The picture to write.")] = Path(
+        "sheet.png"
+    ),
+) -> None:
+    """Show what the models will see, as one picture: a row a class, after framing; of a cache, decoded latents."""
+    from shd_diffusion.config import read_data_config
+    from shd_diffusion.reporting.contact_sheet import write_sheet
+
+    if output.suffix.lower() != ".png" or output.is_dir():
+        raise UserError(f"--output {output}: give a .png file")
+    write_sheet(read_data_config(config, set_ or []), output)
+    typer.echo(f"sheet: {printable(str(output))}")
 
 
 @app.command()
@@ -280,8 +382,9 @@ def sample(
         Literal["geneval", "dpg_bench"] | None,
         typer.Option(help="Sample all prompts of a benchmark, and write them as its scorer takes them."),
     ] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
-    """Sample images from finished runs into their `samples/`."""
+    """Sample images from finished runs into their `samples/`, or from checkpoints into `steps/STEP/samples/`."""
     from shd_diffusion.config import override_config
     from shd_diffusion.run_folder import RunFolder
     from shd_diffusion.sampling.prompts import read_prompts
@@ -291,7 +394,12 @@ def sample(
         raise UserError(
             f"--output {output}: takes the images of one run, not of {len(runs)}; sample them one by one"
         )
-    for run in map(RunFolder, runs):
+    for path in runs:
+        run = RunFolder(path)
+        if checkpoint is not None:
+            from shd_diffusion.training.export_checkpoint import export_checkpoint
+
+            run = export_checkpoint(run, checkpoint)
         config = override_config(run.read_config(), set_ or [], str(run.config_file))
         if prompts is not None:
             told: dict[str, Any] = {"prompts": str(prompts)}
@@ -299,7 +407,8 @@ def sample(
                 told["num_images"] = len(read_prompts(prompts)) * config.sample.images_per_prompt
             config = config.model_copy(update={"sample": config.sample.model_copy(update=told)})
         sample_run(run, config, output or run.samples, npz, layout)
-    _next("evaluate", *(runs if output is None else [output]))
+    of_step = [] if checkpoint is None else ["--checkpoint", checkpoint]
+    _next("evaluate", *([*runs, *of_step] if output is None else [output]))
 
 
 @app.command()
@@ -327,6 +436,7 @@ def evaluate(
             "--output", metavar="DIR", help="For one pipeline's samples and metrics; default: beside it."
         ),
     ] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Compute metrics; JSON on standard output, and for a run or pipeline also in `evaluation/metrics.json`."""
     from shd_diffusion.config import override_config
@@ -347,6 +457,8 @@ def evaluate(
     found = {}
     for target in targets:
         run = RunFolder(target)
+        if checkpoint is not None:
+            run = run.find_step(checkpoint)
         if run.config_file.exists():
             config = override_config(run.read_config(), overrides, str(run.config_file))
             found[str(target)] = evaluate_run(run, config)
@@ -357,7 +469,7 @@ def evaluate(
     if processes().is_main_process:
         typer.echo(json.dumps(found if len(targets) > 1 else found[str(targets[0])], indent=2))
     if evaluated := [target for target in targets if RunFolder(target).config_file.exists()]:
-        _next("report", *evaluated)
+        _next("report", *evaluated, *([] if checkpoint is None else ["--checkpoint", checkpoint]))
 
 
 @app.command()
@@ -423,7 +535,7 @@ def compare(
     anyway: Annotated[bool, typer.Option("--anyway", help="Though the protocols differ.")] = False,
 ) -> None:
     """Compare two evaluations, if their protocols allow it."""
-    from shd_diffusion.evaluation import compare_metrics
+    from shd_diffusion.evaluation.compare import compare_metrics
     from shd_diffusion.files import read_json
 
     typer.echo(json.dumps(compare_metrics(read_json(first), read_json(second), anyway), indent=2))
@@ -437,11 +549,21 @@ def report(
         Path | None,
         typer.Option("--output", metavar="DIR", help="The page's folder, or the page itself if .html."),
     ] = None,
+    checkpoint: Checkpoint = None,
 ) -> None:
     """Write one page that shows and compares runs."""
     from shd_diffusion.reporting import print_table, write_report
+    from shd_diffusion.run_folder import RunFolder
 
-    place = output or (runs[0] if len(runs) == 1 else runs[0].parent)
+    beside = runs[0].parent
+    if checkpoint is not None:  # beside them finished runs, such as the teacher
+        runs = [
+            run
+            if not RunFolder(run).steps.is_dir() and RunFolder(run).summary_file.exists()
+            else RunFolder(run).find_step(checkpoint).path
+            for run in runs
+        ]
+    place = output or (runs[0] if len(runs) == 1 else beside)
     page = write_report(runs, place if place.suffix == ".html" else place / "report.html")
     typer.echo(f"report: {printable(str(page))}")
     print_table(runs)
@@ -582,7 +704,7 @@ def push(
 @app.command()
 @stage
 def study(
-    config: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, see configs/studies/.")],
+    config: Annotated[Path, typer.Argument(metavar="STUDY", help="A YAML file, see `configs`.")],
     set_: Overrides = None,
     output: Annotated[
         Path | None,

@@ -163,7 +163,8 @@ def compress_run(
         own = cost_of(found.model, plan.budget.unit, partial(predict, found.model, *one))
         results["plan"] = {**asdict(plan), "lost": plan.lost, "measured_after": own}
     with replacing_folder(output) as temporary:
-        save_pipeline(found.model, teacher.pipeline, calibration.scheduler, vae, source.shape, temporary)
+        scheduler, names = calibration.scheduler, source.class_names
+        save_pipeline(found.model, teacher.pipeline, scheduler, vae, source.shape, temporary, names)
         write_json(temporary / "compression.json", results)
         if method == "merge":
             plans = {name: plan_groups(groups) for name, groups in found.groups.items()}
@@ -188,6 +189,7 @@ def _describe_run(folder: RunFolder, name: str, calibration: Calibration, model:
         blocks=len(blocks),
         steps=0,
         images=0,
+        class_names=calibration.source.class_names,
         teacher=calibration.path,
         teacher_heads=max((block.heads for block in before), default=0),
     )

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
 
 from shd_diffusion.data.datasets import DataConfig
+from shd_diffusion.data.latents import MANIFEST
 from shd_diffusion.data.prepare import EncodeConfig, PrepareConfig
 from shd_diffusion.errors import UserError, did_you_mean, one_line
 from shd_diffusion.losses import LossesConfig, TeacherLossesConfig
@@ -24,6 +25,7 @@ from shd_diffusion.models.factory import ModelConfig, StudentConfig, TeacherConf
 from shd_diffusion.models.forward_process import DiffusionConfig
 from shd_diffusion.protocol import flatten
 from shd_diffusion.section import MOST_AT_ONCE, MOST_IMAGES, Arguments, Section
+from shd_diffusion.shipped import find_config
 
 READS = (
     "data.path",
@@ -108,7 +110,8 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
-    """Sampling by a diffusers pipeline. Image j follows from (seed, j), and so does its label, if `random`.
+    """Sampling by a diffusers pipeline. Image j follows from (seed, j), and so does its label, if `random`; or `labels`
+    lists classes by name or number, which the images go round, as they go round all of them if `balanced`.
 
     `pass_size` images go through the model at once: a library's rounding depends on it, so it is part of the
     protocol. `batch_size`, how many images a process takes on at a time, in whole passes, changes no image.
@@ -121,7 +124,7 @@ class SampleConfig(Section):
     """
 
     num_images: int = Field(1000, ge=1, le=MOST_IMAGES)
-    labels: Literal["balanced", "random"] = "balanced"
+    labels: Literal["balanced", "random"] | list[int | str] = "balanced"
     prompts: str | None = None
     images_per_prompt: int = Field(1, ge=1, le=MOST_IMAGES)
     negative_prompt: str | None = None
@@ -341,6 +344,18 @@ def read_prepare_config(path: Path, overrides: Iterable[str] = ()) -> PrepareCon
     )
 
 
+def read_data_config(path: Path, overrides: Iterable[str] = ()) -> DataConfig:
+    """What the models of a training's config will see: its data, or its cache where that is there; or the data of a
+    config of `prepare`. Errors as for `read_config`."""
+    tree = _read_tree(path)
+    if "student" not in tree and "model" not in tree:
+        return read_config(path, PrepareConfig, overrides).data
+    kind: Any = DistillConfig if "student" in tree else TrainTeacherConfig
+    config: RunConfig = read_config(path, kind, overrides)
+    cached = config.prepare is not None and Path(config.prepare.output or "", MANIFEST).is_file()
+    return config.trained_on if cached else config.data
+
+
 def override_config(config: AnyConfig, overrides: Iterable[str], source: str) -> AnyConfig:
     """The same config with `dotted.key=value` overrides; errors as for `read_config`."""
     tree = config.model_dump(mode="json", by_alias=True)
@@ -364,6 +379,7 @@ def dump_config(config: BaseModel) -> str:
 
 def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A file's tree of plain values, on top of that of the file that its `base` names, beside it."""
+    path = find_config(path)
     try:
         tree = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:

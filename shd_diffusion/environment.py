@@ -38,10 +38,13 @@ def describe_environment() -> dict[str, Any]:
 def _commit() -> str | None:
     """The commit of the source tree, with `-dirty` behind it where files differ; None outside of a checkout.
 
-    A package that is installed below another repository is no file of that one.
+    A package that is installed below another repository is no file of that one, or, where its environments are
+    committed, a file elsewhere.
     """
+    here = Path(__file__)
     try:
-        _git("ls-files", "--error-unmatch", Path(__file__).name)
+        if _git("ls-files", "--full-name", here.name) != f"{here.parent.name}/{here.name}":
+            return None
         return _git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -12,15 +12,16 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from shd_diffusion.errors import UserError, one_line, printable_path
 from shd_diffusion.progress import announce
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 Kind = TypeVar("Kind")
 
@@ -187,6 +188,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
 
     It may be read by whom the umask says, as any other file; safetensors itself lets its owner alone.
     """
+    from safetensors.torch import save_file  # brings torch
+
     with replacing_file(path) as temporary:
         temporary.touch()
         mode = temporary.stat().st_mode

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import diffusers
 
 from shd_diffusion.config import DistillConfig, RunConfig, dump_config
 from shd_diffusion.files import read_as, write_text
+from shd_diffusion.models.factory import denoiser_part
 from shd_diffusion.protocol import flatten
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.settings_table import protocol_line
@@ -51,14 +53,20 @@ tags:
 
 {licence}
 """
-BY_CLASS = """{imports}from shd_diffusion.sampling import ClassConditionalPipeline
+BY_CLASS = """from diffusers import DiffusionPipeline
+{imports}
+pipeline = DiffusionPipeline.from_pretrained("{path}"{code})
+images = pipeline({asked}, num_inference_steps=25).images"""
+OWN_CODE = ', custom_pipeline="pipeline", trust_remote_code=True'  # the pipeline.py in the folder
+BY_OWN_CLASS = """{imports}from shd_diffusion.sampling import ClassConditionalPipeline
 
 pipeline = ClassConditionalPipeline.from_pretrained("{path}")
-images = pipeline(class_labels=[0, 1], num_inference_steps=25).images"""
+images = pipeline({asked}, num_inference_steps=25).images"""
 BY_PROMPT = """from diffusers import DiffusionPipeline
 {imports}
 pipeline = DiffusionPipeline.from_pretrained("{path}")
 image = pipeline("a cat").images[0]"""
+OF_CLASSES = ("num_embeds_ada_norm", "num_classes", "num_class_embeds")
 OWN_CLASSES = "import shd_diffusion.models  # pip install shd-diffusion: the class of its denoiser\n"
 UNKNOWN = "Not evaluated yet: `shd-diffusion sample {run}`, then `shd-diffusion evaluate {run}`."
 LICENCE = "That of the {teacher}data it was trained on; shd-diffusion does not know them."
@@ -104,8 +112,25 @@ def _what(summary: Summary, teacher: str | None) -> str:
 def _use(run: RunFolder, model_class: str) -> str:
     index = read_as(run.pipeline / "model_index.json", dict[str, Any])
     imports = "" if hasattr(diffusers, model_class) else OWN_CLASSES
-    by_class = index.get("_class_name") == "ClassConditionalPipeline"
-    return (BY_CLASS if by_class else BY_PROMPT).format(imports=imports, path=run.pipeline)
+    if index.get("_class_name") not in ("ClassConditionalPipeline", "DiTPipeline"):
+        return BY_PROMPT.format(imports=imports, path=run.pipeline)
+    ours = index["_class_name"] == "ClassConditionalPipeline"
+    alone = not ours or (run.pipeline / "pipeline.py").exists()
+    return (BY_CLASS if alone else BY_OWN_CLASS).format(
+        imports=imports, path=run.pipeline, code=OWN_CODE if ours else "", asked=_asked(run, index)
+    )
+
+
+def _asked(run: RunFolder, index: dict[str, Any]) -> str:
+    """The arguments for two images: of the first classes, by their names where they have some, or of none."""
+    if names := list((index.get("id2label") or {}).values())[:2]:
+        return f"pipeline.get_label_ids({json.dumps([name.split(',')[0].strip() for name in names])})"
+    part = run.pipeline / str(denoiser_part(index)) / "config.json"
+    config = read_as(part, dict[str, Any])
+    by_class = (
+        any(config.get(key) for key in OF_CLASSES) or config.get("encoder_hid_dim_type") == "image_proj"
+    )
+    return "class_labels=[0, 1]" if by_class else "num_images=2"
 
 
 def _made(config: RunConfig, summary: Summary) -> str:

@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-OF_THE_MODEL = frozenset({"steps_trained", "ema_decay", "pipeline_sha256"})
+OF_THE_MODEL = frozenset({"steps_trained", "steps_planned", "ema_decay", "pipeline_sha256"})
 """Protocol keys that say what was measured, not how: metrics that differ in them are meant to be compared."""
+
+
+SPELLED = {"reference": "reference_sha256", "clip_model.name": "clip_model.sha256"}
+"""Protocol keys that name what a hash beside them tells: where the hashes are equal, other names are the same thing."""
+
+
+def are_alike(key: str, protocols: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether flat protocols agree in a key, as far as measurements go."""
+    if key in OF_THE_MODEL:
+        return True
+    for each in (key, SPELLED.get(key)):
+        values = [] if each is None else [protocol.get(each) for protocol in protocols]
+        if values and all(value == values[0] for value in values) and (each == key or values[0] is not None):
+            return True
+    return not protocols
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -26,5 +41,5 @@ def differing(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[str]:
     return [
         f"{key}: {left.get(key, '–')} | {right.get(key, '–')}"
         for key in dict.fromkeys([*left, *right])
-        if key not in OF_THE_MODEL and left.get(key) != right.get(key)
+        if not are_alike(key, [left, right])
     ]

@@ -39,6 +39,29 @@ FREE = (
 )
 
 
+STEPS = "steps"
+"""Where checkpoints that were looked at are, in a run's folder."""
+
+
+def as_step(checkpoint: str) -> int:
+    """The step of a checkpoint.
+
+    Raises:
+        UserError: it is no number.
+    """
+    if not (checkpoint.isdecimal() and checkpoint.isascii()):
+        raise UserError(f"--checkpoint {checkpoint}: give a step, or latest")
+    return int(checkpoint)
+
+
+def run_name(path: Path) -> str:
+    """What to call the run in a folder: a checkpoint of it by its step."""
+    path = path.resolve()
+    if path.parent.name != STEPS:
+        return path.name
+    return f"{path.parent.parent.name} at step {int(path.name.removeprefix('step-'))}"
+
+
 @dataclass(frozen=True)
 class RunFolder:
     """The paths inside a run folder."""
@@ -64,6 +87,14 @@ class RunFolder:
     @property
     def checkpoints(self) -> Path:
         return self.path / "checkpoints"
+
+    def at_step(self, step: int) -> RunFolder:
+        """A run of its own: what this one had after so many steps."""
+        return RunFolder(self.steps / f"step-{step:08d}")
+
+    @property
+    def steps(self) -> Path:
+        return self.path / STEPS
 
     @property
     def pipeline(self) -> Path:
@@ -93,6 +124,21 @@ class RunFolder:
     def validation_picture(self, step: int) -> Path:
         """The picture of samples that was taken while training, after so many steps."""
         return self.path / "validation" / f"step-{step:08d}.png"
+
+    def find_step(self, checkpoint: str) -> RunFolder:
+        """What was sampled of a checkpoint, by its step; of `latest` the last one of these.
+
+        Raises:
+            UserError: nothing.
+        """
+        steps = sorted(int(path.name[5:]) for path in self.steps.glob("step-*"))
+        step = (steps or [0])[-1] if checkpoint == "latest" else as_step(checkpoint)
+        if step not in steps:
+            raise UserError(
+                f"{self.path}: --checkpoint {checkpoint}: was not sampled; run `shd-diffusion sample {self.path} "
+                f"--checkpoint {checkpoint}` first"
+            )
+        return self.at_step(step)
 
     def check(self, config: RunConfig) -> None:
         """See that the folder is free or holds a run of this config; nothing is written.
@@ -215,7 +261,7 @@ class RunFolder:
         if not self.summary_file.exists():
             raise UserError(
                 f"{self.path}: its training has not ended; run its command again to continue it, with --finish to save "
-                "what its last checkpoint has"
+                "what its last checkpoint has, or give --checkpoint latest"
             )
         return read_as(self.summary_file, Summary)
 

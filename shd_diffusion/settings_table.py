@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from shd_diffusion.protocol import OF_THE_MODEL, flatten
+from shd_diffusion.protocol import OF_THE_MODEL, are_alike, flatten
 
 Trees = Sequence[Mapping[str, Any] | None]
 
@@ -41,7 +41,10 @@ def settings_table(trees: Trees) -> list[Setting]:
 
 def protocol_warning(protocols: Trees) -> str | None:
     """Why the metrics of these runs do not compare; None if they do."""
-    differing = [s.key for s in settings_table(protocols) if s.differs and s.key not in OF_THE_MODEL]
+    evaluated = [
+        {key: str(value) for key, value in flatten(protocol).items()} for protocol in protocols if protocol
+    ]
+    differing = [s.key for s in settings_table(protocols) if not are_alike(s.key, evaluated)]
     if not differing:
         return None
     return f"These metrics do not compare: the protocols differ in {', '.join(differing)}."

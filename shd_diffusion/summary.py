@@ -17,6 +17,7 @@ class Summary(BaseModel):
         head_dim: the widest.
         blocks: its attention blocks.
         images: that it was trained on, with repetitions.
+        class_names: of the classes that its model is told; None where it is told none, or they have no names.
         teacher: its folder or hub name; None where it was trained without.
         teacher_heads: as `heads`.
         extra_parameters: trained beside the model and left behind, such as projectors.
@@ -33,6 +34,7 @@ class Summary(BaseModel):
     blocks: int = Field(ge=0)
     steps: int = Field(ge=0)
     images: int = Field(ge=0)
+    class_names: list[str] | None = None
     teacher: str | None = None
     teacher_heads: int | None = Field(None, ge=0)
     extra_parameters: int = Field(0, ge=0)

@@ -20,14 +20,17 @@ from shd_diffusion.data.emoji import Emoji
 from shd_diffusion.data.folder import ImageFolder
 from shd_diffusion.data.framing import Framing, buckets_of
 from shd_diffusion.data.hub import HubImages
-from shd_diffusion.data.image_sets import ImageFiles, Images, ReferenceImages
+from shd_diffusion.data.image_sets import Images, ReferenceImages
 from shd_diffusion.data.latents import LatentSource, caption_number, read_manifest
 from shd_diffusion.data.prompts import Prompts, no_images
 from shd_diffusion.data.published import cifar10, fashion_mnist
 from shd_diffusion.data.source import ImageSource, Source
 from shd_diffusion.data.tar_images import ShardedImages
+from shd_diffusion.data.tell import announce_images, describe_classes
+from shd_diffusion.data.unreadable import find_unreadable
 from shd_diffusion.errors import UserError, did_you_mean
 from shd_diffusion.processes import processes
+from shd_diffusion.progress import announce
 from shd_diffusion.section import Section
 
 OF_IMAGE_FILES = ("upright", "background", "least_size")
@@ -48,7 +51,8 @@ class DataConfig(Section):
 
     Image files are turned `upright` as their EXIF orientation says (ADM and DiT did not do so: false gives images equal
     to theirs); transparent pixels show the `background`, a name or `#rrggbb`; an image whose shorter side is below
-    `least_size` is refused in training, and left out by `prepare`.
+    `least_size` is refused in training, and left out by `prepare`. One that cannot be read is left out by both, up to a
+    share; in training the next one stands in for it.
 
     `buckets` keeps the shape of images about: a number of pixels, of which the sides of the buckets are multiples (64
     at 1024 px gives those of SDXL), or a list of them, each [height, width]. Each image is cut to the nearest one.
@@ -213,12 +217,6 @@ def open_dataset(config: DataConfig) -> Images:
     return DATASETS[config.name].open(config)
 
 
-def announce_enlarged(images: Images) -> None:
-    """Tell, once a launch, of images that are enlarged."""
-    if isinstance(images, ImageFiles) and processes().is_main_process:
-        images.announce_enlarged()
-
-
 def build_source(config: DataConfig) -> Source:
     """What to train on.
 
@@ -227,7 +225,11 @@ def build_source(config: DataConfig) -> Source:
     """
     if config.name == "latents":
         folder = Path(config.path or "")
-        return LatentSource(folder, config.horizontal_flip, config.num_workers, config.verify)
+        cached = LatentSource(folder, config.horizontal_flip, config.num_workers, config.verify)
+        if processes().is_main_process:
+            classes = describe_classes(cached.num_classes, cached.class_names)
+            announce(f"{config.name} {folder}: {len(cached):,} images{classes}")
+        return cached
     if config.name == "prompts":
         raise no_images(config.path)
     if config.buckets is not None:
@@ -236,7 +238,7 @@ def build_source(config: DataConfig) -> Source:
             "run it, or remove the key"
         )
     images = open_dataset(config)
-    announce_enlarged(images)
+    announce_images(images, name_of(config))
     return ImageSource(images, config.horizontal_flip, config.num_workers)
 
 
@@ -254,10 +256,15 @@ def reference_images(config: DataConfig) -> ReferenceImages:
     if config.name == "prompts":
         raise no_images(config.path)
     config = config.model_copy(update={"buckets": None})
-    parts = (config.name, config.path, config.split, config.image_size and f"{config.image_size} px")
     images = open_dataset(config)
-    announce_enlarged(images)
-    return ReferenceImages(images, " ".join(str(part) for part in parts if part), left_out)
+    announce_images(images, name_of(config))
+    return ReferenceImages(images, name_of(config), left_out or find_unreadable(images))
+
+
+def name_of(config: DataConfig) -> str:
+    """What to call a data set in a message or a report."""
+    parts = (config.name, config.path, config.split, config.image_size and f"{config.image_size} px")
+    return " ".join(str(part) for part in parts if part)
 
 
 def caption_of(source: LatentSource, index: int, epoch: int) -> str:

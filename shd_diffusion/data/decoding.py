@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -56,9 +57,10 @@ def read_geometry(file: Path | bytes, name: str, framing: Framing) -> Geometry:
     with _opened(file, name) as image:
         _check_size(image, name, framing)
         width, height = image.size
-        if framing.upright and _orientation(image) in SIDEWAYS:
+        orientation = _orientation(image) if framing.upright else 1
+        if orientation in SIDEWAYS:
             width, height = height, width
-        return framing.geometry(width, height)
+        return replace(framing.geometry(width, height), turned=orientation != 1)
 
 
 def to_rgb(image: Image.Image, background: str = "white") -> Image.Image:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 Size = tuple[int, int]  # height, width
 
@@ -23,11 +23,13 @@ class Geometry:
         original_size: (H, W) of the image before anything was done to it, upright.
         crop: (top, left) of what is kept, in the image as it was resized.
         size: (H, W) of what is kept.
+        turned: its file says by EXIF how it is upright, and it was turned so.
     """
 
     original_size: Size
     crop: tuple[int, int]
     size: Size
+    turned: bool = field(default=False, compare=False)
 
 
 @dataclass(frozen=True)

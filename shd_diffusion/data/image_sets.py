@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shd_diffusion.data.decoding import UnreadableImage, decode, read_geometry
+from shd_diffusion.data.decoding import decode, read_geometry
 from shd_diffusion.data.framing import Framing, Geometry, Size
 from shd_diffusion.data.images import to_rgb
 from shd_diffusion.files import json_sha256
-from shd_diffusion.progress import announce
 
 
 class Images(Dataset[dict[str, Tensor]]):
@@ -113,22 +112,6 @@ class ImageFiles(Images):
         if len(self.buckets) == 1:  # the size of all, which `shape` tells
             del framing["image_size"], framing["buckets"]
         return json_sha256([self.content(), framing])
-
-    def announce_enlarged(self, most: int = 1000) -> None:
-        """Tell a person how many images are smaller than what they are brought to, of at most so many."""
-        count = min(len(self), most)
-        small = 0
-        for index in range(0, len(self), -(-len(self) // count)):
-            try:
-                geometry = self.geometry(index)
-            except UnreadableImage:
-                continue
-            small += any(a < b for a, b in zip(geometry.original_size, geometry.size, strict=True))
-        if small:
-            announce(
-                f"{self.name(0)} and its like: {small} of {count} images looked at are smaller than they are wanted, "
-                "and enlarged; set `data.least_size` to leave small ones out"
-            )
 
 
 class ImagesInMemory(Images):

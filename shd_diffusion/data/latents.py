@@ -27,6 +27,7 @@ from torch.utils.data import Dataset
 
 from shd_diffusion.data.latent_space import LatentScaling, load_vae, sample_latents
 from shd_diffusion.data.source import Source, mirrored_where
+from shd_diffusion.data.unreadable import Unreadable
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import json_sha256, read_json, sha256
 from shd_diffusion.hashing import hash_model
@@ -107,6 +108,7 @@ class LatentSource(Source):
         self.dataset: LatentCache = LatentCache(folder, copies=2 if horizontal_flip else 1, verify=verify)
         manifest = self.dataset.manifest
         self.shape, self.num_classes = tuple(manifest["shape"]), manifest["num_classes"]
+        self.class_names = manifest.get("class_names")
         self.image_size = tuple(manifest["identity"]["image_shape"][-2:])
         self.condition_names = list(manifest["conditions"])
         self.null = load_file(folder / manifest["null"]) if manifest["null"] else {}
@@ -136,8 +138,8 @@ class LatentSource(Source):
         moments = mirrored_where(flipped, both[:, 0], both[:, 1]) if self.horizontal_flip else both[:, 0]
         return self.scaling.normalise(sample_latents(moments, noise))
 
-    def item(self, index: int, epoch: int) -> dict[str, Tensor]:
-        return self.dataset.item(index, epoch)
+    def attempt(self, index: int, epoch: int) -> tuple[dict[str, Tensor], Unreadable]:
+        return self.dataset.item(index, epoch), {}
 
     def condition(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Embeddings may be kept in half precision; the models' own is theirs to choose."""

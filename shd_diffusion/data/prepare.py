@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from shd_diffusion.data.cache_shards import Shard, plan_shards
 from shd_diffusion.data.conditions import CaptionEncoder, LabelEncoder
-from shd_diffusion.data.datasets import DataConfig, announce_enlarged, open_dataset
+from shd_diffusion.data.datasets import DataConfig, name_of, open_dataset
 from shd_diffusion.data.decoding import SmallImage, UnreadableImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes, to_rgb
@@ -29,6 +29,7 @@ from shd_diffusion.data.latent_space import LatentSpace, load_vae
 from shd_diffusion.data.latents import MANIFEST, checksum, read_manifest
 from shd_diffusion.data.prompts import Prompts
 from shd_diffusion.data.sampled_latents import LatentSampler, TeacherSamplingConfig
+from shd_diffusion.data.tell import announce_images
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import (
     check_ours,
@@ -111,7 +112,7 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
         {"data.path": config.data.path, "prepare.vae": config.prepare.vae, "pipeline": config.pipeline},
     )
     images = open_dataset(config.data)
-    announce_enlarged(images)
+    announce_images(images, name_of(config.data))
     encoder = open_encoder(config, images, source)
     space = open_space(config, source)
     manifest = describe(config, images, space, encoder, source)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from shd_diffusion.data.decoding import UnreadableImage
+from shd_diffusion.data.decoding import SmallImage
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes
+from shd_diffusion.data.unreadable import CorruptImages, Unreadable, read_or_next
 from shd_diffusion.errors import UserError
 from shd_diffusion.models.denoiser import pad
 
@@ -27,6 +28,7 @@ class Source(ABC):
         shape: of what the model sees, (C, H, W), or (C, F, H, W) of videos.
         image_size: (H, W) of the images in pixels.
         num_classes: labels go from 0 to `num_classes` - 1; None without classes.
+        class_names: of all classes, where they have names.
         condition_names: which entries of an item are the condition.
         null: the condition that stands for none, (1, ...) by argument, as far as the data know it.
         needs_noise: `clean` samples, and so needs standard normal noise of `shape`.
@@ -37,6 +39,7 @@ class Source(ABC):
     shape: tuple[int, ...]
     image_size: tuple[int, int]
     num_classes: int | None
+    class_names: list[str] | None = None
     condition_names: list[str]
     null: dict[str, Tensor]
     needs_noise: bool
@@ -73,7 +76,11 @@ class Source(ABC):
 
     def item(self, index: int, epoch: int) -> dict[str, Tensor]:
         """A raw item; of several captions an image has, each epoch takes the next one."""
-        return self.dataset[index]
+        return self.attempt(index, epoch)[0]
+
+    def attempt(self, index: int, epoch: int) -> tuple[dict[str, Tensor], Unreadable]:
+        """As `item`, and which images could not be read for it; see `read_or_next`."""
+        return self.dataset[index], {}
 
     def condition(self, items: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """What the model is told of raw items, by argument of the denoiser; empty without a condition."""
@@ -101,19 +108,22 @@ class Source(ABC):
         loader: DataLoader[Any] = DataLoader(
             _Epochs(self),
             batch_sampler=sampler,
-            collate_fn=pad,
+            collate_fn=_collate,
             num_workers=self.num_workers,
             pin_memory=torch.cuda.is_available(),
             # Without one the loader draws from torch's own generator, and dropout after it is another.
             generator=torch.Generator(),
         )
+        corrupt = CorruptImages(len(self))
         try:
-            yield from loader
+            for items, unreadable in loader:
+                corrupt.add(unreadable)
+                yield items
             return
         except UserError as error:
             # Without its traceback nothing holds the workers any longer, so that they end at once.
             message = _last_line(error.with_traceback(None))
-            if isinstance(error, UnreadableImage):
+            if isinstance(error, SmallImage):
                 message += "; remove it, or train on what `shd-diffusion prepare` writes, which leaves it out"
         raise UserError(message)
 
@@ -126,7 +136,7 @@ class ImageSource(Source):
     def __init__(self, images: Images, horizontal_flip: bool = False, num_workers: int = 0) -> None:
         self.dataset: Images = images
         self.shape, self.image_size = images.shape, images.shape[1:]
-        self.num_classes, self.null = images.num_classes, images.null
+        self.num_classes, self.class_names, self.null = images.num_classes, images.class_names, images.null
         self.condition_names = list(images.condition(0))
         self.horizontal_flip, self.num_workers = horizontal_flip, num_workers
 
@@ -134,19 +144,29 @@ class ImageSource(Source):
         images = from_bytes(items["image"])
         return mirrored_where(flipped, images, images.flip(-1)) if self.horizontal_flip else images
 
+    def attempt(self, index: int, epoch: int) -> tuple[dict[str, Tensor], Unreadable]:
+        return read_or_next(self.dataset, index)
+
     def fingerprint(self) -> str:
         return self.dataset.fingerprint()
 
 
-class _Epochs(Dataset[dict[str, Tensor]]):
-    """Item e·N + i of a source of N items is its item i in epoch e."""
+class _Epochs(Dataset[tuple[dict[str, Tensor], Unreadable]]):
+    """Item e·N + i of a source of N items is its item i in epoch e, with what could not be read for it."""
 
     def __init__(self, source: Source) -> None:
         self.source = source
 
-    def __getitem__(self, number: int) -> dict[str, Tensor]:
+    def __getitem__(self, number: int) -> tuple[dict[str, Tensor], Unreadable]:
         epoch, index = divmod(number, len(self.source))
-        return self.source.item(index, epoch)
+        return self.source.attempt(index, epoch)
+
+
+def _collate(
+    attempts: Sequence[tuple[dict[str, Tensor], Unreadable]],
+) -> tuple[dict[str, Tensor], list[Unreadable]]:
+    """Items stacked by name, and what could not be read for them."""
+    return pad([item for item, _ in attempts]), [unreadable for _, unreadable in attempts]
 
 
 def mirrored_where(flipped: Tensor, straight: Tensor, mirrored: Tensor) -> Tensor:

@@ -108,18 +108,3 @@ def measure(
 def summarise(measures: Mapping[str, Sequence[float]], seed: int = 0) -> dict[str, Estimate]:
     """The mean of each measure with its 95 % interval by the bootstrap over the images."""
     return {name: bootstrap(values, seed) for name, values in measures.items()}
-
-
-def paired_difference(
-    first: Mapping[str, Sequence[float]], second: Mapping[str, Sequence[float]], seed: int = 0
-) -> dict[str, Estimate]:
-    """Second student minus first, by each measure that both have, with its 95 % interval by the bootstrap over pairs.
-
-    Raises:
-        ValueError: they are of different numbers of images.
-    """
-    return {
-        name: bootstrap([b - a for a, b in zip(values, second[name], strict=True)], seed)
-        for name, values in first.items()
-        if name in second
-    }

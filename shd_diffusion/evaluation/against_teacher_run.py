@@ -67,7 +67,7 @@ def compare_with_teacher(
     protocol = {key: value for key, value in sampled.protocol.items() if key not in OF_THE_MODEL} | {
         "teacher_sha256": hash_model(denoiser_of(teacher.pipeline)),
         "images_sha256": json_sha256([(index, _made_from(sampled, index)) for index in indices]),
-        "features": extractor.name,
+        "features": extractor.reported,
         "extractor_sha256": extractor.sha256,
         "lpips": None if lpips is None else lpips.protocol(),
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "diffusers")},

@@ -193,8 +193,8 @@ def _protocol(
     """All that the metrics depend on beside the images themselves."""
     count, width = inputs.features.shape
     return {
-        "name": f"FID on {extractor.name} features",
-        "features": extractor.name,
+        "name": f"FID on {extractor.reported} features",
+        "features": extractor.reported,
         "feature_width": width,
         "extractor_sha256": extractor.sha256,
         "extractor_accuracy": extractor.accuracy,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,8 @@ OF_DATA = {
 class ExtractorSpec:
     """An extractor: the roles of its outputs, how a file of weights is read, where one is published, what it allows.
 
-    `packaged`: where a package has put its weights.
+    `packaged`: where a package has put its weights. `distance`: what reports call the Fréchet distance on its features,
+    where that is not FID.
     """
 
     roles: tuple[str, ...]
@@ -51,6 +53,7 @@ class ExtractorSpec:
     url: str | None = None
     packaged: Callable[[], Path] | None = None
     provides: tuple[Need, ...] = ()
+    distance: str | None = None
 
 
 class Extractor(nn.Module):
@@ -63,6 +66,7 @@ class Extractor(nn.Module):
     Attributes:
         sha256: of the file that its weights come from, or of the CLIP model.
         accuracy: of a classifier trained on the spot, on held-out images.
+        reported: its name in a protocol: weights that are not those published under a name have another.
     """
 
     def __init__(self, name: str, weights: Path) -> None:
@@ -79,6 +83,7 @@ class Extractor(nn.Module):
             ) from None
         network = self.network
         self.sha256 = network.sha256 if isinstance(network, ImageTextEncoder) else sha256(weights)
+        self.reported = name if is_published(self.spec.url, self.sha256) else f"{name}:{self.sha256[:8]}"
         self._spatial: Tensor | None = None
         if Need.SPATIAL in self.spec.provides:
             self.network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(self._keep_spatial)
@@ -98,14 +103,40 @@ class Extractor(nn.Module):
         self._spatial = output[:, :SPATIAL_CHANNELS].clone()
 
 
+def is_published(url: str | None, sha256: str) -> bool:
+    """Whether weights are those of an address that ends in the first digits of their hash, as torch hub's do; also
+    where there is nothing to tell."""
+    published = re.search(r"-([0-9a-f]{8,})\.", Path(url or "").name)
+    return published is None or sha256.startswith(published[1])
+
+
 def extractor_name(name: str | None, data: str | None) -> str:
     """The extractor of `evaluate.extractor`; without one, that of a data set by its name, else Inception."""
     return name or OF_DATA.get(data or "", "inception-v3-compat")
 
 
+def distance_title(name: str) -> str:
+    """What reports call the Fréchet distance on the features of an extractor, known here or not."""
+    spec = EXTRACTORS.get(name)
+    return spec.distance if spec and spec.distance else f"FID ({name})"
+
+
 def image_size_of(name: str) -> int | None:
     """Width and height of the only images that an extractor takes; None where it resizes them itself."""
     return RECIPES[name].size if name in RECIPES else None
+
+
+def check_image_size(name: str, size: tuple[int, int]) -> None:
+    """See that an extractor takes images (H, W).
+
+    Raises:
+        UserError: it does not.
+    """
+    only = image_size_of(name)
+    if only is not None and size != (only, only):
+        raise UserError(
+            f"key `evaluate.extractor`: `{name}` takes {only}×{only} images only, not {size[1]}×{size[0]}; set another"
+        )
 
 
 def find_extractor(
@@ -211,10 +242,14 @@ EXTRACTORS[efficientnet.NAME] = ExtractorSpec(
     lambda _, weights: efficientnet.EfficientNetExtractor(weights),
     packaged=efficientnet.packaged_weights,
     provides=(Need.LOGITS,),
+    distance="FD (EfficientNet-Lite0)",
 )
 for _name, _url in DINOV2_URLS.items():
     EXTRACTORS[_name] = ExtractorSpec(
-        ("features",), lambda name, weights: DinoV2Extractor(name, _state_dict(weights)), _url
+        ("features",),
+        lambda name, weights: DinoV2Extractor(name, _state_dict(weights)),
+        _url,
+        distance=f"FD (DINOv2 {_name.removeprefix('dinov2-')})",
     )
 for _name, _url in CLIP_URLS.items():
     EXTRACTORS[_name] = ExtractorSpec(

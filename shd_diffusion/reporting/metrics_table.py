@@ -9,9 +9,18 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from shd_diffusion.evaluation.extractors import distance_title
 from shd_diffusion.evaluation.metric import Column
 from shd_diffusion.evaluation.metrics import columns, higher_is_better
-from shd_diffusion.reporting.cost import PARAMETERS, SAMPLING_TIME, Cost, measured_costs, share
+from shd_diffusion.reporting.cost import (
+    PARAMETERS,
+    SAMPLING_TIME,
+    TRAINING_TIME,
+    Cost,
+    measured_costs,
+    share,
+    unequal_lengths,
+)
 from shd_diffusion.reporting.runs import AgainstTeacher, Run, read_runs
 from shd_diffusion.reporting.tables import significant, terminal
 from shd_diffusion.settings_table import protocol_line, protocol_warning
@@ -62,6 +71,7 @@ def metrics_table(runs: Sequence[Run]) -> MetricsTable:
     )
 
     costs = measured_costs(runs) or [SAMPLING_TIME]
+    costs += [TRAINING_TIME] if any(run.training_seconds for run in runs) else []
 
     def row(run: Run) -> list[Cell]:
         metrics = [_cell(run, column, None if run.is_teacher else best.get(column.key)) for column in shown]
@@ -117,7 +127,7 @@ def title_of(column: Column, runs: Sequence[Run]) -> str:
     """A metric's title; FID is named for the features that it is computed on."""
     features = {run.metrics.features for run in runs if run.metrics}
     name = features.pop() if len(features) == 1 else None
-    return f"FID ({name})" if name and column.key == "fid" else column.title
+    return distance_title(name) if name and column.key == "fid" else column.title
 
 
 # --- student against teacher ----------------------------------------------------------------------------------------
@@ -172,6 +182,8 @@ def print_table(paths: Sequence[Path], console: Console | None = None) -> None:
     against = against_teacher_table(runs)
     for table in (metrics_table(runs), *([against] if against else [])):
         _print(table, "Run" if table is not against else "Against the teacher", console)
+    if unequal := unequal_lengths(runs):
+        console.print(Text(unequal, "yellow"))
 
 
 def _print(table: MetricsTable, first: str, console: Console) -> None:

@@ -55,7 +55,7 @@ def _neighbourhood(run: Run, nearest: Nearest) -> Neighbourhood:
     pixels = _cells(run, nearest)
     rows, known = [], []
     for sample, images in zip(nearest.samples, pixels, strict=True):
-        label = "" if sample.label is None else f"label {sample.label}"
+        label = "" if sample.label is None else run.label_text(sample.label)
         texts = [(f"sample {sample.index}", f"#{sample.index}", label)]
         for each in sample.nearest:
             relative = f"{each.distance / sample.spacing:.2f}" if sample.spacing else "–"

@@ -19,7 +19,7 @@ from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
 from shd_diffusion.reporting.attention import attention_views
 from shd_diffusion.reporting.compression import compression_plots, compression_rows
-from shd_diffusion.reporting.cost import cost_lines, cost_note
+from shd_diffusion.reporting.cost import cost_lines, cost_note, saving, unequal_lengths
 from shd_diffusion.reporting.metrics_table import (
     against_teacher_table,
     headline,
@@ -83,6 +83,8 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         "against_teacher": against_teacher_table(runs),
         "cost": cost_lines(runs),
         "cost_note": cost_note(runs),
+        "unequal": unequal_lengths(runs),
+        "warnings": warnings(runs),
         "memory": next((run.benchmark.benchmark.get("memory") for run in runs if run.benchmark), None),
         "outcomes": outcomes(runs),
         "plots": plots,
@@ -185,12 +187,22 @@ def title(runs: Sequence[Run]) -> str:
 
 
 def lead(runs: Sequence[Run]) -> str:
-    """The outcome by FID where it is known, else by the first metric that is."""
+    """The outcome by FID where it is known, else by the first metric that is; and what the best student saves."""
     if warning := metrics_table(runs).warning:
         return warning
+    outcome, best = _outcome(runs)
+    saved = None if best is None else saving(best, runs)
+    return outcome if saved is None or best is None else f"{outcome} {best.name} {saved}."
+
+
+def _outcome(runs: Sequence[Run]) -> tuple[str, Run | None]:
+    """The outcome, and the best student."""
+    by_name = {run.name: run for run in runs}
+    students_only = [run for run in runs if not run.is_teacher]
+    alone = students_only[0] if len(students_only) == 1 else None
     metric = headline(runs)
     if metric is None:
-        return "Not evaluated yet."
+        return "Not evaluated yet.", alone
     teachers, students = _by_role(runs)
     title = title_of(metric, runs)
     order = -1 if metric.better == "higher" else 1
@@ -203,12 +215,25 @@ def lead(runs: Sequence[Run]) -> str:
         if (value := run.metric(metric.key)) is not None
     ]
     if not ranked:
-        return f"By {title} {', '.join(reference)}."
+        return f"By {title} {', '.join(reference)}.", alone
     (best, name), *others = ranked
     extreme = "highest" if metric.better == "higher" else "lowest"
     first = f"{name} has the {extreme} {title} of the students" if others else f"{name} has {title}"
     rest = [*(f"{other} has {text_of(metric, order * value)}" for value, other in others), *reference]
-    return f"{first}, {text_of(metric, order * best)}" + (f"; {', '.join(rest)}." if rest else ".")
+    outcome = f"{first}, {text_of(metric, order * best)}" + (f"; {', '.join(rest)}." if rest else ".")
+    return outcome, by_name[name]
+
+
+def warnings(runs: Sequence[Run]) -> list[str]:
+    """What evaluations warn of, once each, with the runs whose it is where it is not of all."""
+    evaluated = [(run.name, run.metrics.warnings) for run in runs if run.metrics]
+    found = dict.fromkeys(warning for _, each in evaluated for warning in each)
+    whose = {warning: [name for name, each in evaluated if warning in each] for warning in found}
+    alone = len(evaluated) == 1
+    return [
+        warning if len(names) == len(evaluated) and not alone else f"{', '.join(names)}: {warning}"
+        for warning, names in whose.items()
+    ]
 
 
 def outcomes(runs: Sequence[Run]) -> dict[str, str]:

@@ -77,5 +77,6 @@ def per_class_fid(runs: Sequence[Run], styles: Styles) -> list[Plot]:
         Line(run.name, styles[run.name], [labels.index(label) for label in values], list(values.values()))
         for run, values in known
     ]
-    names, ticks = ("class", "FID of the class"), labels if len(labels) <= 20 else []
+    named = [known[0][0].class_name(int(label)) for label in labels]
+    names, ticks = ("class", "FID of the class"), named if len(labels) <= 20 else []
     return [line_plot("fid-per-class", "FID by class", names, lines, ticks, join="none")] if lines else []

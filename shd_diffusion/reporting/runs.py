@@ -18,6 +18,7 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_as
 from shd_diffusion.progress import printable
 from shd_diffusion.protocol import flatten
+from shd_diffusion.run_folder import run_name
 from shd_diffusion.summary import Summary
 
 VALIDATION = "validation"
@@ -51,6 +52,7 @@ class Samples(Result):
 
     num_images: int
     labels: list[int] | None = None
+    class_names: dict[int, str] | None = None
     prompts: list[str] | None = None
     seconds_per_image: float
     protocol: dict[str, Any] = {}
@@ -166,10 +168,12 @@ class Term(Result):
 
 
 class Validation(Result):
-    """While training: the Fréchet distance on a few samples, and the terms of the loss on a few fixed items."""
+    """While training: the Fréchet distance on a few samples, and the terms of the loss on a few fixed items, those that
+    the teacher has of its own too."""
 
     fid: float | None = None
     terms: dict[str, float] | None = None
+    teacher: dict[str, float] = {}
 
     @model_validator(mode="after")
     def _is_one(self) -> Validation:
@@ -194,11 +198,13 @@ class Log:
     """The logged steps of a run: L steps, NaN where a term was not computed."""
 
     steps: Array  # (L,), optimiser steps
+    seconds: Array  # (L,), a step, since the logged one before
     values: dict[str, Array]  # by term, (L,)
     shares: dict[str, Array]  # by term, (L,)
     divergences: dict[str, Array]  # by student block, the SHD term of this block alone: (L,)
     validation: Array  # (V, 2), step and Fréchet distance
     validation_terms: dict[str, Array]  # by term, (V, 2), step and its value on fixed items
+    teacher_terms: dict[str, Array]  # the same of the teacher, which does not change
 
 
 class Word(Result):
@@ -292,6 +298,32 @@ class Run:
         recorded = self.environment and self.environment.command
         return recorded or f"shd-diffusion {self.summary.stage} {self.path / 'config.yaml'}"
 
+    @property
+    def max_steps(self) -> int:
+        """The steps that its config wants; those that it has, where that says nothing."""
+        return int(flatten(self.config).get("train.max_steps", self.summary.steps))
+
+    @property
+    def training_seconds(self) -> float | None:
+        """How long its steps took, by the log."""
+        if self.log is None or not len(self.log.steps):
+            return None
+        return float((self.log.seconds * np.diff(self.log.steps, prepend=0)).sum()) or None
+
+    def class_name(self, label: int) -> str:
+        """What to call a class: its name where it has one."""
+        return self._class_names.get(label, str(label))
+
+    def label_text(self, label: int) -> str:
+        """The same where nothing else says that it is a class."""
+        return self._class_names.get(label, f"label {label}")
+
+    @property
+    def _class_names(self) -> dict[int, str]:
+        told = self.samples.class_names if self.samples else None
+        names = dict(enumerate(self.summary.class_names or ())) | (told or {})
+        return {number: printable(name) for number, name in names.items()}
+
     def metric(self, name: str) -> float | None:
         """A metric by its name in metrics.json; None where it was not computed or is no finite number."""
         return self.metrics.values.get(name) if self.metrics else None
@@ -310,7 +342,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if not paths:
         raise UserError("report: give at least one run folder, e.g. shd-diffusion report runs/digits/*")
     unique = list(dict.fromkeys(Path(path) for path in paths))
-    names = [path.resolve().name for path in unique]
+    names = [run_name(path) for path in unique]
     if len(set(names)) < len(names):
         names = [str(path) for path in unique]
     runs = [read_run(path, printable(name)) for path, name in zip(unique, names, strict=True)]
@@ -327,7 +359,8 @@ def read_run(path: Path, name: str) -> Run:
         if not (path / required).is_file():
             raise UserError(
                 f"{path / required}: missing, so {path} is not a finished run; "
-                "give the folder that train-teacher or distill wrote, or let that command finish"
+                "give the folder that train-teacher or distill wrote, or let that command finish, "
+                "or give --checkpoint latest"
             )
 
     def part(file: str, read: Callable[[Path], PartT]) -> PartT | None:
@@ -382,15 +415,23 @@ def read_log(path: Path) -> Log:
 
     return Log(
         steps=column("step"),
+        seconds=column("seconds_per_step"),
         values={term: column(f"terms.{term}.value") for term in terms},
         shares={term: column(f"terms.{term}.share") for term in terms},
         divergences={block: column(f"shd_by_block.{block}") for block in blocks},
         validation=_points((e.step, e.validation.fid) for e in entries if e.validation),
-        validation_terms={
-            term: _points((e.step, (e.validation.terms or {}).get(term)) for e in entries if e.validation)
-            for term in dict.fromkeys(t for e in entries if e.validation for t in e.validation.terms or {})
-        },
+        validation_terms=_by_term((e.step, e.validation.terms or {}) for e in entries if e.validation),
+        teacher_terms=_by_term((e.step, e.validation.teacher) for e in entries if e.validation),
     )
+
+
+def _by_term(found: Iterable[tuple[int, dict[str, float]]]) -> dict[str, Array]:
+    """Steps and values of each term, where there is one."""
+    entries = list(found)
+    return {
+        term: _points((step, terms.get(term)) for step, terms in entries)
+        for term in dict.fromkeys(term for _, terms in entries for term in terms)
+    }
 
 
 def _points(found: Iterable[tuple[int, float | None]]) -> Array:

@@ -106,12 +106,14 @@ def _gallery(kind: Kind, members: Sequence[tuple[Run, Samples]]) -> Gallery:
         chosen = present[: layout.rows]
     common = min(len(each) for each in titles)
     seeds = [samples.protocol.get("seed") for _, samples in members]
+    named = members[0][0].class_name
+    shown = {title: named(int(title)) if kind == "labels" else title for title in chosen}
     return Gallery(
         kind,
         [run for run, _ in members],
         [
             Row(
-                title if kind != "neither" else "",
+                shown[title] if kind != "neither" else "",
                 [
                     _strip(run, own.get(title, [])[: layout.images], layout)
                     for (run, _), own in zip(members, places, strict=True)

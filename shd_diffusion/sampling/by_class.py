@@ -10,6 +10,7 @@ from torch import Tensor
 
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.data.images import to_rgb_bytes
+from shd_diffusion.errors import UserError
 from shd_diffusion.models.denoiser import num_classes
 from shd_diffusion.randomness import generator
 from shd_diffusion.sampling.execution import matmul_precision
@@ -23,7 +24,8 @@ class ByClass:
     """An `ImageSampler` of a `ClassConditionalPipeline`; its scheduler is the one to sample with."""
 
     def __init__(self, pipeline: ClassConditionalPipeline, config: SampleConfig) -> None:
-        self.pipeline, self.config = pipeline, config
+        labels = config.labels if isinstance(config.labels, str) else find_labels(pipeline, config.labels)
+        self.pipeline, self.config = pipeline, config.model_copy(update={"labels": labels})
 
     def images(self, indices: Sequence[int]) -> Tensor:
         with matmul_precision(self.config):
@@ -33,7 +35,8 @@ class ByClass:
         return to_rgb_bytes(images)
 
     def told(self, count: int) -> dict[str, Any]:
-        return {"labels": labels_of(range(count), num_classes(self.pipeline.denoiser), self.config)}
+        labels = labels_of(range(count), num_classes(self.pipeline.denoiser), self.config)
+        return {"labels": labels, "class_names": self.pipeline.config["id2label"]}
 
     def lines(self, count: int) -> list[dict[str, Any]]:
         return []
@@ -47,13 +50,39 @@ class ByClass:
         }
 
 
-def labels_of(indices: Sequence[int], num_classes: int | None, config: SampleConfig) -> list[int] | None:
-    """The labels of these images: round the classes, so that every prefix is as balanced as it can be, or random.
+def find_labels(pipeline: ClassConditionalPipeline, labels: Sequence[int | str]) -> list[int]:
+    """Classes by number or name as numbers. A name may look like a number: then it goes before that.
 
-    None where there are no classes.
+    Raises:
+        UserError: there is no such class.
+    """
+    classes = num_classes(pipeline.denoiser)
+    if classes is None:
+        raise UserError("key `sample.labels`: the model knows no classes; set it to balanced")
+    found = []
+    for label in labels:
+        if str(label) in pipeline.labels or isinstance(label, str):
+            try:
+                found += pipeline.get_label_ids(str(label))
+            except ValueError as error:
+                raise UserError(f"key `sample.labels`: {error}") from None
+        elif not 0 <= label < classes:
+            raise UserError(f"key `sample.labels`: no class {label}; they go from 0 to {classes - 1}")
+        else:
+            found.append(label)
+    if not found:
+        raise UserError("key `sample.labels`: lists no class; name some, or set it to balanced")
+    return found
+
+
+def labels_of(indices: Sequence[int], num_classes: int | None, config: SampleConfig) -> list[int] | None:
+    """The labels of these images: round the classes, or those that are listed, so that every prefix is as balanced as
+    it can be; or random. None where there are no classes.
     """
     if num_classes is None:
         return None
+    if isinstance(config.labels, list):
+        return [int(config.labels[index % len(config.labels)]) for index in indices]
     if config.labels == "balanced":
         return [index % num_classes for index in indices]
     drawn = (generator(config.seed, "label", index) for index in indices)

@@ -28,11 +28,13 @@ SUMMARY, METADATA = "sampling.json", "metadata.jsonl"
 
 
 class Summary(BaseModel):
-    """What `sampling.json` says of the images beside it; those from `num_images` on are of a call that has not ended.
+    """What `sampling.json` says of the images beside it; those from `num_images` on are of a call that has not ended,
+    or of one that wanted more.
 
     Attributes:
-        num_images: so many are finished.
+        num_images: so many were asked for last, and are finished.
         labels: of these; None where they are not made by class.
+        class_names: of the classes, by their numbers, where they have names.
         prompts: of these; None where they are not made from prompts.
         seconds_per_image: of the last call, in one process.
         protocol: what they depend on.
@@ -40,6 +42,7 @@ class Summary(BaseModel):
 
     num_images: int = Field(0, ge=0)
     labels: list[int] | None = None
+    class_names: dict[int, str] | None = None
     prompts: list[str] | None = None
     seconds_per_image: float = 0.0
     protocol: dict[str, Any] = {}
@@ -138,8 +141,8 @@ def _write(
         for index, image in each.images.items():
             _write_png(image_path(folder, index), image)
     state.wait_for_everyone()
-    if state.is_main_process and (computed or summary.num_images < config.num_images):
-        finished = max(config.num_images, summary.num_images)
+    if state.is_main_process and (computed or summary.num_images != config.num_images):
+        finished = config.num_images
         summary = Summary(
             num_images=finished,
             **sampler.told(finished),

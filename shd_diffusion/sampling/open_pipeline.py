@@ -50,7 +50,8 @@ def open_pipeline(name: str, precision: str = "float32") -> DiffusionPipeline:
         elif kind in BY_CLASS:
             loaded = getattr(diffusers, kind).from_pretrained(name, dtype=dtype)
             parts = getattr(loaded, BY_CLASS[kind]), loaded.scheduler, getattr(loaded, "vae", None)
-            pipeline = ClassConditionalPipeline(*parts)
+            names = DiffusionPipeline.load_config(name).get("id2label")
+            pipeline = ClassConditionalPipeline(*parts, id2label=names)
         else:
             if "prompt" not in inspect.signature(getattr(diffusers, kind).__call__).parameters:
                 known = ", ".join([ClassConditionalPipeline.__name__, *BY_CLASS])

@@ -3,19 +3,30 @@
 from __future__ import annotations
 
 import inspect
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline, ImagePipelineOutput, ModelMixin
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    ImagePipelineOutput,
+    ModelMixin,
+)
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from diffusers.utils.torch_utils import randn_tensor
 from torch import Tensor, nn
 
-from shd_diffusion.data.latent_space import LatentSpace
+from shd_diffusion.data.latent_space import LatentScaling, LatentSpace
+from shd_diffusion.errors import did_you_mean
+from shd_diffusion.files import read_json, write_json
 from shd_diffusion.models.denoiser import null_condition, num_classes
 from shd_diffusion.models.denoiser import sample_shape as shape_in_config
-from shd_diffusion.models.pipeline_folder import PipelineFolder
+from shd_diffusion.models.pipeline_folder import INDEX, PipelineFolder
+from shd_diffusion.sampling import standalone_pipeline
 from shd_diffusion.sampling.guidance import power_cosine_scale, predict_guided
 from shd_diffusion.sampling.schedulers import uses_predicted_variance
 
@@ -28,6 +39,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: any diffusers scheduler of the denoiser's objective.
         vae: decodes latents to images; None where the denoiser works on pixels.
         sample_shape: (C, H, W) of what the denoiser was trained on; None: what its config is made for.
+        id2label: the names of the classes by their numbers, as in `DiTPipeline`.
     """
 
     model_cpu_offload_seq = "denoiser->vae"
@@ -39,10 +51,31 @@ class ClassConditionalPipeline(DiffusionPipeline):
         scheduler: SchedulerMixin,
         vae: nn.Module | None = None,
         sample_shape: list[int] | None = None,
+        id2label: dict[str, str] | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
-        self.register_to_config(sample_shape=None if sample_shape is None else list(sample_shape))
+        shape = None if sample_shape is None else list(sample_shape)
+        self.register_to_config(sample_shape=shape, id2label=id2label)
+        named = [(name, int(number)) for number, name in (id2label or {}).items()]
+        parts = {part.strip(): number for name, number in named for part in name.split(",")}
+        self.labels = parts | dict(
+            named
+        )  # each of several names of a class, as in DiTPipeline, and all together
+
+    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
+        """The numbers of classes by their names.
+
+        Raises:
+            ValueError: there is no such class, or classes have no names.
+        """
+        names = [label] if isinstance(label, str) else list(label)
+        if unknown := [name for name in names if name not in self.labels]:
+            known = (
+                did_you_mean(unknown[0], self.labels) if self.labels else "they have no names, give numbers"
+            )
+            raise ValueError(f"no class `{unknown[0]}`; {known}")
+        return [self.labels[name] for name in names]
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -154,15 +187,55 @@ def save_pipeline(
     vae: ModelMixin | None,
     shape: Sequence[int],
     to: Path,
+    class_names: Sequence[str] | None = None,
 ) -> None:
     """Save a model in the kind of pipeline that it was trained for.
+
+    A DiT of 1,000 classes on latents is saved as diffusers' DiTPipeline, which takes 1,000 for the null class; any
+    other model by class with the code of its pipeline beside it, so that diffusers alone can sample it, where it has
+    the denoiser's class.
 
     Args:
         within: that pipeline; one by prompts is saved with the model in it, and its own scheduler and VAE.
         scheduler: of a pipeline by class, as are the VAE and the shape of its samples.
+        class_names: of all classes; without them those of `within`.
     """
     if within is not None and within.takes_prompts:
         within.save_with(model, to)
-    else:
-        pipeline = ClassConditionalPipeline(model, scheduler, vae, sample_shape=list(shape))
-        pipeline.save_pretrained(to, safe_serialization=True)
+        return
+    named = numbered(class_names)
+    if named is None and within is not None:
+        named = within.index.get("id2label")
+    if named is not None and len(named) != num_classes(model):
+        named = None
+    if vae is not None and _fits_dit_pipeline(model, vae, shape):
+        DiTPipeline(model, vae, scheduler).save_pretrained(to, safe_serialization=True)
+        if named is not None:  # an argument of its constructor, which it does not keep
+            write_json(to / INDEX, {**read_json(to / INDEX), "id2label": named})
+        return
+    pipeline = ClassConditionalPipeline(model, scheduler, vae, list(shape), named)
+    pipeline.save_pretrained(to, safe_serialization=True)
+    if vae is None or _is_scaled_by_factors(vae):
+        shutil.copyfile(Path(standalone_pipeline.__file__), to / "pipeline.py")
+
+
+def numbered(class_names: Sequence[str] | None) -> dict[str, str] | None:
+    """The names of classes by their numbers, as JSON and `id2label` have them."""
+    return None if class_names is None else {str(number): name for number, name in enumerate(class_names)}
+
+
+def _fits_dit_pipeline(model: ModelMixin, vae: ModelMixin, shape: Sequence[int]) -> bool:
+    """Whether DiTPipeline samples a model as `ClassConditionalPipeline` does."""
+    return (
+        type(model) is DiTTransformer2DModel
+        and num_classes(model) == 1000
+        and tuple(shape) == shape_in_config(model)
+        and type(vae) is AutoencoderKL
+        and LatentScaling.of(vae).shift == (0.0,)
+    )
+
+
+def _is_scaled_by_factors(vae: ModelMixin) -> bool:
+    """Whether a VAE of images has one factor and one shift for all of its channels."""
+    space = LatentSpace(vae)
+    return len(space.scaling.scale) == 1 and space.patch_size == 1 and not space.is_for_videos

@@ -51,7 +51,12 @@ def sample_run(
         count = len(prompts) * config.sample.images_per_prompt
         config = config.model_copy(update={"sample": config.sample.model_copy(update={"num_images": count})})
     check_outside(folder, config.reads)
-    trained = {"steps_trained": run.read_summary().steps, "ema_decay": run.read_config().train.ema_decay}
+    train, summary = run.read_config().train, run.read_summary()
+    trained: dict[str, Any] = {"steps_trained": summary.steps, "ema_decay": train.ema_decay}
+    if (
+        summary.steps != train.max_steps and summary.stage != "compress"
+    ):  # a checkpoint, or a run that was stopped
+        trained["steps_planned"] = train.max_steps
     pipeline = open_pipeline(str(run.pipeline), config.sample.dtype)
     name, source = str(run.path), str(run.config_file)
     sampled = sample_pipeline(pipeline, config.sample, folder, trained, name, source, run_config=config)

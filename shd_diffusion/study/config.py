@@ -50,6 +50,8 @@ class StudyConfig(Section):
         targets: Fréchet distances; the table tells when the validation's falls to them.
         after_seconds: times; the validation's distance after so many seconds of training is compared like a metric.
         processes: runs at a time.
+        submitit: without it runs are processes of this machine, with it jobs of a cluster: the parameters of submitit's
+            executor, such as `{cluster: slurm, timeout_min: 240, slurm_partition: gpu, gpus_per_node: 1}`.
     """
 
     title: str
@@ -67,6 +69,7 @@ class StudyConfig(Section):
     after_seconds: list[float] = Field(default_factory=list)
     budget: Budget = Budget()
     processes: int = Field(1, ge=1)
+    submitit: dict[str, Any] | None = None
 
     @field_validator("variants", "conditions", mode="before")
     @classmethod

@@ -1,4 +1,4 @@
-"""Carry out what is missing of a study: some runs at a time, each in a process of its own."""
+"""Carry out what is missing of a study: some runs at a time, each in a process of its own, here or on a cluster."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 from shd_diffusion.config import RunConfig, TrainTeacherConfig, read_config
 from shd_diffusion.errors import UserError
@@ -19,9 +20,25 @@ from shd_diffusion.files import read_as, read_json, write_json
 from shd_diffusion.progress import announce
 from shd_diffusion.reporting.runs import Samples
 from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.study.cluster import Submitted, Work, make_executor
 from shd_diffusion.study.config import Budget, Planned, StudyConfig, compressed_folder
 
 WORKER = (sys.executable, "-m", "shd_diffusion.study.worker")
+
+
+class Process(Protocol):
+    """What carries out a job: a process of this machine, or a job of a cluster."""
+
+    @property
+    def returncode(self) -> int | None: ...
+
+    def poll(self) -> int | None: ...
+
+    def send_signal(self, signum: int, /) -> None: ...
+
+    def wait(self, timeout: float) -> int: ...
+
+    def kill(self) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -36,12 +53,17 @@ class Job:
     log: Path
     after: str | None = None
 
-    def start(self, command_line: str, threads: int) -> subprocess.Popen[bytes]:
-        """Carry it out in a process that appends to the log."""
+    def worker(self, command_line: str) -> list[str]:
+        """The command of a process that carries it out; its log can be written then."""
         self.log.parent.mkdir(parents=True, exist_ok=True)
+        return [*WORKER, command_line, json.dumps(self.commands)]
+
+    def start(self, command_line: str, threads: int) -> Process:
+        """Carry it out in a process that appends to the log."""
+        worker = self.worker(command_line)
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [*WORKER, command_line, json.dumps(self.commands)],
+                worker,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -72,9 +94,9 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, comm
         The names of the runs that failed.
 
     Raises:
-        UserError: a run says that a person must fix something, or the teacher failed.
+        UserError: a run says that a person must fix something, the teacher failed, or there is no such cluster.
     """
-    threads = max(1, (os.cpu_count() or 1) // study.processes)
+    start = _starter(study, output, command_line)
 
     def job(name: str, run: RunFolder, config: RunConfig, train: list[str]) -> Job:
         log = output / "logs" / f"{name.replace(' ', '-')}.log"
@@ -85,11 +107,11 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, comm
         run = RunFolder(Path(planned[0].config.teacher.path))
         run.check(config)
         teacher = job("teacher", run, config, ["train-teacher", study.teacher])
-        if _run_all([teacher], Budget(), 1, command_line, threads):
+        if _run_all([teacher], Budget(), 1, start):
             raise UserError(f"{teacher.log}: the teacher's training failed; the log says why")
     path = planned[0].config.teacher.path
     made = [_compression(study, path, name, output) for name in study.compressed]
-    if failed := _run_all(made, Budget(), 1, command_line, threads):
+    if failed := _run_all(made, Budget(), 1, start):
         raise UserError(
             f"{output / 'logs'}: models could not be made ({', '.join(failed)}); their logs say why"
         )
@@ -97,7 +119,16 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, comm
         replace(job(p.name, p.run, p.config, ["distill", study.distill, *_sets(p.overrides)]), after=p.after)
         for p in planned
     ]
-    return _run_all(jobs, study.budget, study.processes, command_line, threads)
+    return _run_all(jobs, study.budget, study.processes, start)
+
+
+def _starter(study: StudyConfig, output: Path, command_line: str) -> Callable[[Job], Process]:
+    """How jobs are begun: as processes of this machine, or on the cluster that the study names."""
+    if study.submitit is None:
+        threads = max(1, (os.cpu_count() or 1) // study.processes)
+        return lambda job: job.start(command_line, threads)
+    executor = make_executor(study.submitit, output / "logs" / "submitit")
+    return lambda job: Submitted(executor.submit(Work(job.worker(command_line), job.log)))
 
 
 def is_complete(run: RunFolder) -> bool:
@@ -147,12 +178,12 @@ def _missing(run: RunFolder, config: RunConfig, train: list[str]) -> list[list[s
 
 
 def _run_all(
-    jobs: Iterable[Job], budget: Budget, processes: int, command_line: str, threads: int
+    jobs: Iterable[Job], budget: Budget, processes: int, start: Callable[[Job], Process]
 ) -> list[str]:
     """Run jobs until all are done or the budget is spent; the names of those that failed."""
     waiting = deque(job for job in jobs if job.commands)
     total, done, started = len(waiting), 0, time.monotonic()
-    active: list[tuple[Job, subprocess.Popen[bytes]]] = []
+    active: list[tuple[Job, Process]] = []
     failed: list[str] = []
 
     def affordable() -> bool:
@@ -176,15 +207,16 @@ def _run_all(
             while len(active) < processes and affordable() and (ready := next_ready()) is not None:
                 job = ready
                 waiting.remove(job)
-                active.append((job, job.start(command_line, threads)))
+                active.append((job, start(job)))
                 announce(f"{job.name}: begun, {total - len(waiting)} of {total}")
             time.sleep(0.1)
             for job, process in [each for each in active if each[1].poll() is not None]:
                 active.remove((job, process))
-                job.check(process.returncode)
+                code = process.returncode or 0
+                job.check(code)
                 done += 1
                 outcome = "done"
-                if process.returncode:
+                if code:
                     outcome = "failed"
                     failed.append(job.name)
                 left = (time.monotonic() - started) / done * (total - done)
@@ -197,7 +229,7 @@ def _run_all(
     return failed
 
 
-def _interrupt(processes: Sequence[subprocess.Popen[bytes]]) -> None:
+def _interrupt(processes: Sequence[Process]) -> None:
     """End processes as Ctrl-C would: each run keeps its last checkpoint."""
     for process in processes:
         process.send_signal(signal.SIGINT)

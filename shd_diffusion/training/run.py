@@ -14,12 +14,13 @@ from torch._dynamo.exc import BackendCompilerFailed
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig
 from shd_diffusion.data import LatentSource, Source, build_source
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.evaluation import check_settings
+from shd_diffusion.evaluation import check_settings, extractor_name
+from shd_diffusion.evaluation.extractors import check_image_size
 from shd_diffusion.files import check_outside, json_sha256, locked, replacing_folder, write_text
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.model_card import write_card
-from shd_diffusion.models.denoiser import count_parameters
+from shd_diffusion.models.denoiser import count_parameters, num_classes
 from shd_diffusion.models.factory import load_model
 from shd_diffusion.models.forward_process import settings_of
 from shd_diffusion.processes import processes
@@ -34,7 +35,7 @@ from shd_diffusion.training.batches import BatchLayout, noise_settings
 from shd_diffusion.training.build import Parts, build, model_section, read_plans, squeezed_by
 from shd_diffusion.training.checkpoints import CheckpointFolder
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
-from shd_diffusion.training.launch import make_accelerator, start_trackers
+from shd_diffusion.training.launch import describe_launch, make_accelerator, start_trackers
 from shd_diffusion.training.loop import Validation, fit
 from shd_diffusion.training.objectives import TrainingLoss
 from shd_diffusion.training.squeeze_student import squeeze_student
@@ -87,7 +88,7 @@ def train(
             _finish_attention_maps(folder, config, source)
         announce(f"{folder.path}: complete, nothing to do")
         return
-    run = _open(config, folder, source)
+    run = open_run(config, folder, source)
     if finish and not _checkpoints(run).latest(config.train.max_steps):
         raise UserError(f"{output}: --finish: has no checkpoint yet, so nothing can be saved; leave it out")
     with locked(folder.path, run.accelerator):
@@ -101,6 +102,7 @@ def _train(run: Run, finish: bool) -> None:
     accelerator.wait_for_everyone()  # everyone has seen the folder as it was
     if accelerator.is_main_process:
         folder.create(config, run.inputs)
+        announce(describe_launch(accelerator, config.train))
     start_trackers(accelerator, config)
     accelerator.wait_for_everyone()
     teacher = None if parts.teacher is None else parts.teacher.model
@@ -122,8 +124,8 @@ def _train(run: Run, finish: bool) -> None:
         loss.shd.take_plans(_known_plans(folder, config))
     with loss:
         trained, steps = _fit(run, loss, finish)
-    _save(run, trained, loss, steps)  # first of all: nothing that follows can lose it
-    _try_attention_maps(folder, parts, trained, loss.shd)
+    _save(run, trained, steps)  # first of all: nothing that follows can lose it
+    try_attention_maps(folder, parts, trained, loss.shd)
     for tracker in accelerator.trackers:
         tracker.finish()
 
@@ -145,8 +147,12 @@ def _checkpoints(run: Run) -> CheckpointFolder:
 # --- before the first step ----------------------------------------------------------------------------------------
 
 
-def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source: str) -> Run:
-    """Build and check everything; nothing is written."""
+def open_run(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source: str) -> Run:
+    """Build and check everything; nothing is written.
+
+    Raises:
+        UserError: something is missing, does not fit, or is not what the run began with.
+    """
     try:
         accelerator = make_accelerator(config.train, folder.path)
         data = build_source(config.trained_on)
@@ -176,6 +182,7 @@ def _open(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, source:
             vae = _load_vae(data)
             validation = make_validation(config, sampler, vae, data, accelerator.device)
         check_settings(config.evaluate, config.data.name)
+        check_image_size(extractor_name(config.evaluate.extractor, config.data.name), data.image_size)
     except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
     parts.model.to(accelerator.device)  # where captures and terms look for it
@@ -263,22 +270,28 @@ def _validation_loss(run: Run, loss: TrainingLoss) -> Validation | None:
 # --- after the last step ------------------------------------------------------------------------------------------
 
 
-def _save(run: Run, trained: ModelMixin, loss: TrainingLoss, steps: int) -> None:
+def _save(run: Run, trained: ModelMixin, steps: int) -> None:
     """Save the pipeline, then the summary: a run that has one for all its steps is complete."""
-    if not run.accelerator.is_main_process:
-        return
+    if run.accelerator.is_main_process:
+        write_pipeline(run, run.folder, run.folder.path.name, trained, steps)
+        write_card(run.folder)
+
+
+def write_pipeline(run: Run, folder: RunFolder, name: str, model: ModelMixin, steps: int) -> None:
+    """Save a model in its pipeline, then the summary, into the run's folder or another."""
     parts = run.parts
-    with replacing_folder(run.folder.pipeline) as temporary:
-        save_pipeline(trained, parts.pipeline, run.sampler, run.vae, parts.data.shape, temporary)
-    run.folder.write_summary(_summarize(run, trained, loss, steps))
-    write_card(run.folder)
+    with replacing_folder(folder.pipeline) as temporary:
+        names = parts.data.class_names
+        save_pipeline(model, parts.pipeline, run.sampler, run.vae, parts.data.shape, temporary, names)
+    folder.write_summary(summarize(name, parts, model, steps))
 
 
-def _summarize(run: Run, model: ModelMixin, loss: TrainingLoss, steps: int) -> Summary:
-    parts, config = run.parts, run.parts.config
-    records = parts.student_trace.records.values()
+def summarize(name: str, parts: Parts, model: ModelMixin, steps: int) -> Summary:
+    """What the run has come to."""
+    config, records = parts.config, parts.student_trace.records.values()
+    beside = (parameter for term in parts.terms.values() for parameter in term.parameters())
     return Summary(
-        name=run.folder.path.name,
+        name=name,
         stage="distill" if isinstance(config, DistillConfig) else "train-teacher",
         class_name=type(model).__name__,
         parameters=count_parameters(model),
@@ -287,9 +300,10 @@ def _summarize(run: Run, model: ModelMixin, loss: TrainingLoss, steps: int) -> S
         blocks=len(records),
         steps=steps,
         images=steps * config.train.batch_size,
+        class_names=parts.data.class_names if num_classes(model) is not None else None,
         teacher=config.teacher.path if isinstance(config, DistillConfig) else None,
         teacher_heads=None if parts.teacher_trace is None else parts.teacher_trace.heads,
-        extra_parameters=sum(parameter.numel() for parameter in loss.parameters()),
+        extra_parameters=sum(parameter.numel() for parameter in beside),
     )
 
 
@@ -298,10 +312,10 @@ def _finish_attention_maps(folder: RunFolder, config: RunConfig, source: str) ->
     if folder.attention_file.exists() or not isinstance(config, DistillConfig):
         return
     parts = build(config, source, build_source(config.trained_on))
-    _try_attention_maps(folder, parts, load_model(str(folder.path)).eval(), None)
+    try_attention_maps(folder, parts, load_model(str(folder.path)).eval(), None)
 
 
-def _try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, shd: SHD | None) -> None:
+def try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, shd: SHD | None) -> None:
     """Write what the report shows of teacher's and student's attention, be it trained by SHD or not; if it fails,
     say so and go on."""
     if parts.teacher is None or parts.teacher_trace is None:

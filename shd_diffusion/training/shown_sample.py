@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,10 @@ from shd_diffusion.data.datasets import caption_of
 from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.models.denoiser import Condition
-from shd_diffusion.models.prompt_words import Word, prompt_words
 from shd_diffusion.progress import announce
+
+if TYPE_CHECKING:
+    from shd_diffusion.models.prompt_words import Word
 
 MAX_SIDE = 256
 """Pixels of the picture."""
@@ -80,6 +82,8 @@ def shown_prompt(
     epoch, index = divmod(number, len(source))
     prompt = None
     try:
+        from shd_diffusion.models.prompt_words import prompt_words  # which needs transformers
+
         prompt = caption_of(source, index, epoch)
         arguments = source.dataset.manifest["identity"]["prompts"]["arguments"]
         by_argument = prompt_words(str(pipeline), prompt, source.image_size, arguments)

@@ -342,7 +342,8 @@ def test_enlarged_images_are_told_and_small_ones_can_be_refused(
     Image.new("RGB", (SIZE // 2, SIZE // 2)).save(images / "cat" / "small.png")
     config = DataConfig(name="image_folder", path=str(images), image_size=SIZE)
     build_source(config)
-    assert f"1 of {NUM_IMAGES + 1} images looked at are smaller" in capsys.readouterr().err
+    told = capsys.readouterr().err
+    assert f"{NUM_IMAGES + 1} images, 2 classes: cat, dog; 1 enlarged; `data.least_size` leaves" in told
     bounded = config.model_copy(update={"least_size": SIZE - 1})
     with pytest.raises(
         UnreadableImage, match=r"small\.png: is \d+×\d+, below the \d+ pixels of `data\.least_size`"

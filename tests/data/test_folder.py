@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from image_files import BROKEN, NUM_IMAGES, SIZE
+from image_files import NUM_IMAGES, SIZE
 from PIL import Image
 from torchvision.datasets import ImageFolder as TorchvisionFolder
 
@@ -62,22 +62,6 @@ def test_flips_are_the_drawn_ones(images: Path):
     flipped = flipping.clean(items, drawn, None)
     for index in range(4):
         assert torch.equal(flipped[index], straight[index].flip(-1) if drawn[index] else straight[index])
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-def test_a_broken_image_ends_training_with_its_name(broken_images: Path, workers: int):
-    source = build_source(folder_config(broken_images, num_workers=workers))
-    batches = source.batches([[0, 1], [BROKEN, 6]])
-    items = next(batches)
-    assert items["image"].shape == (2, 3, SIZE, SIZE) and items["class_labels"].tolist() == [0, 0]
-    with pytest.raises(UserError) as error:
-        next(batches)
-    message = str(error.value)
-    assert (
-        message.startswith(f"{broken_images / 'cat' / '05.png'}: not a readable image")
-        and "\n" not in message
-    )
-    assert "prepare" in message
 
 
 def test_folders_that_are_none(tmp_path: Path, images: Path):

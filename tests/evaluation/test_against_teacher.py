@@ -20,8 +20,9 @@ from torchmetrics.functional.image import learned_perceptual_image_patch_similar
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.evaluation import compare_metrics, load_extractor
 from shd_diffusion.evaluation import lpips as lpips_module
-from shd_diffusion.evaluation.against_teacher import against_teacher, generate, paired_difference, summarise
+from shd_diffusion.evaluation.against_teacher import against_teacher, generate, summarise
 from shd_diffusion.evaluation.against_teacher_run import chosen_images, with_denoiser_of
+from shd_diffusion.evaluation.compare import paired_difference
 from shd_diffusion.evaluation.extractors import Extractor
 from shd_diffusion.evaluation.lpips import LPIPS, lpips_is_missing
 from shd_diffusion.randomness import generator

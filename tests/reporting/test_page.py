@@ -89,7 +89,8 @@ def test_the_page_says_what_came_out(report: Path) -> None:
     for part in (
         "3 students: 12 heads squeezed into 5",
         "kd-shd has the lowest FID (digits-classifier) of the students, 104.30; kd has 389.70, none has 440.10, "
-        "the teacher has 38.20.",
+        "the teacher has 38.20. kd-shd has 0.21 times the parameters, 0.25 times the multiply-adds an image, "
+        "0.25 times the time an image, 0.25 times the memory of the teacher, and was trained in 60 s.",
         "no image was picked by hand. Each begins from the same noise in every run.",
         "label 3, noised to timestep 250",
         "The best student's value is underlined.",
@@ -223,7 +224,11 @@ def test_bad_input_writes_nothing(runs: dict[str, Path], tmp_path: Path) -> None
     ("names", "is_titled", "leads"),
     [
         (["teacher"], "Teacher teacher", "By FID (digits-classifier) the teacher has 38.20."),
-        (["kd"], "1 student: 12 heads squeezed into 5", "kd has FID (digits-classifier), 389.70."),
+        (
+            ["kd"],
+            "1 student: 12 heads squeezed into 5",
+            "kd has FID (digits-classifier), 389.70. kd was trained in 60 s.",
+        ),
     ],
 )
 def test_headline_of_one_run(runs: dict[str, Path], names: list[str], is_titled: str, leads: str) -> None:

@@ -42,7 +42,7 @@ def test_the_table_holds_the_metrics_and_marks_the_best_student(runs: dict[str, 
     assert columns[:3] == ["Parameters", "Heads", "FID (digits-classifier) ↓"]
     assert rows["kd-shd"] == [
         "261 k (0.21x)", "5", "**104.30**", "**7.96 ± 0.11**", "**2.61 ± 0.200**", "**0.796**", "**0.734**",
-        "**85.4%**", "68.8 M (0.25x)", "50 ms (0.25x)",
+        "**85.4%**", "68.8 M (0.25x)", "50 ms (0.25x)", "60 s",
     ]  # fmt: skip
     for name, run in runs.items():
         written = json.loads((run / "evaluation" / "metrics.json").read_text())
@@ -82,9 +82,27 @@ def test_a_missing_metric_is_a_dash_and_never_the_best(
     fid, precision = (rows["Run"].index(title) for title in ("FID (digits-classifier) ↓", "Precision ↑"))
     assert rows["none"][fid] == rows["none"][precision] == "–"
     assert "**" not in rows["kd"][fid]  # nothing to choose from
-    assert rows["none"][-3] == "–" and rows["Run"][-3] == "Class accuracy ↑"
+    assert rows["none"][-4] == "–" and rows["Run"][-4] == "Class accuracy ↑"
     edit_metrics(fresh := fresh_run("kd"), label_accuracy=None)
     assert "Class accuracy ↑" not in cells(table_of(fresh, other))["Run"]
+
+
+@pytest.mark.parametrize(
+    ("features", "title"),
+    [
+        ("inception-v3-compat", "FID (inception-v3-compat) ↓"),
+        ("dinov2-vit-l-14", "FD (DINOv2 vit-l-14) ↓"),
+        ("efficientnet-lite0", "FD (EfficientNet-Lite0) ↓"),
+        ("of another version", "FID (of another version) ↓"),
+    ],
+)
+def test_a_frechet_distance_is_named_for_its_features(
+    features: str, title: str, fresh_run: Callable[[str], Path]
+) -> None:
+    run = fresh_run("kd")
+    protocol = json.loads((run / "evaluation/metrics.json").read_text())["protocol"]
+    edit_metrics(run, protocol=protocol | {"features": features})
+    assert table_of(run).titles[2] == title
 
 
 def test_a_metric_has_a_column_where_a_run_has_it(fresh_run: Callable[[str], Path]) -> None:

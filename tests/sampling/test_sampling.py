@@ -113,11 +113,12 @@ def test_an_interrupted_extension_leaves_what_was_finished(
     assert files(tmp_path / "parts") == files(tmp_path / "whole")
 
 
-def test_fewer_images_forget_none_that_are_there(pipeline: ClassConditionalPipeline, tmp_path: Path) -> None:
+def test_fewer_images_are_told_and_none_goes(pipeline: ClassConditionalPipeline, tmp_path: Path) -> None:
     generate(pipeline, tmp_path)
     (tmp_path / "000001.png").unlink()
     fewer = generate(pipeline, tmp_path, num_images=3)
-    assert fewer["num_images"] == len(fewer["labels"]) == len(files(tmp_path)) == 7
+    assert fewer["num_images"] == len(fewer["labels"]) == 3 and len(files(tmp_path)) == 7
+    assert generate(pipeline, tmp_path)["num_images"] == 7
 
 
 @pytest.mark.parametrize("batch_size", [1, 50, 64, 1000])

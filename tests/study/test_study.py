@@ -15,32 +15,10 @@ import yaml
 from commands import DISTILL_CONFIG, command, sets
 from forks import Fork
 from safetensors.torch import load_file
+from studies import STEPS, stand_in, study_file
 
 from shd_diffusion.errors import DivergedError
 from shd_diffusion.study import runner
-
-STEPS = {
-    "train.max_steps": 10, "train.batch_size": 8, "train.checkpoint_every": 5, "train.log_every": 5,
-    "train.validation.every": 5, "train.validation.num_images": 24, "train.validation.num_inference_steps": 2,
-    "sample.num_images": 24, "sample.num_inference_steps": 2,
-}  # fmt: skip
-
-
-def study_file(folder: Path, teacher: Path, **changes: object) -> Path:
-    path = folder / "study.yaml"
-    tree = {
-        "title": "Two variants, two seeds",
-        "distill": str(DISTILL_CONFIG),
-        "output": str(folder / "study"),
-        "overrides": {**STEPS, "teacher.path": str(teacher)},
-        "variants": {"kd": {"losses.shd.weight": 0}, "vkd": {"losses.shd.weight": 0, "losses.vkd.weight": 1}},
-        "reference": "kd",
-        "seeds": [0, 1],
-        "targets": [1e6, 0],
-        "after_seconds": [1e6],
-    }
-    path.write_text(yaml.safe_dump(tree | changes))
-    return path
 
 
 def start_fork(job: runner.Job, command_line: str, threads: int) -> Fork:
@@ -143,11 +121,6 @@ def test_models_are_made_of_the_teacher_before_the_runs(
     study.write_text(study.read_text().replace("method: drop", "method: magnitude"))
     code, said, errors = command("study", study)
     assert code == 2 and "compressed.dropped" in errors and "'method': 'magnitude'" in errors
-
-
-def stand_in(code: int, says: str = "") -> tuple[str, ...]:
-    """A worker that does nothing but end with this exit code."""
-    return sys.executable, "-c", f"print({says!r}); raise SystemExit({code})"
 
 
 def test_the_budget_ends_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

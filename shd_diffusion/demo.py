@@ -1,0 +1,64 @@
+"""The demo: on handwritten digits, the whole way from a teacher to a page that compares its students."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command of the command line.
+
+    Attributes:
+        quiet: what it writes to standard output also stands in files.
+        made: what it leaves, where it would begin anew though that is there; each other command goes on by itself.
+    """
+
+    title: str
+    command: list[str]
+    quiet: bool = False
+    made: Path | None = None
+
+
+def steps(folder: Path, overrides: Sequence[str] = ()) -> list[Step]:
+    """What the demo does, one after the other.
+
+    Args:
+        folder: of the runs.
+        overrides: of the trainings' configs, as `train.max_steps=20`; the stages behind them follow the runs' configs.
+    """
+    teacher, squeezed = folder / "teacher", folder / "squeezed"
+    runs = [str(folder / name) for name in ("teacher", "none", "kd", "kd-shd", "squeezed")]
+
+    def student(name: str, *switched_off: str) -> list[str]:
+        settings = [
+            f"teacher.path={teacher}",
+            *(f"losses.{term}.weight=0" for term in switched_off),
+            *overrides,
+        ]
+        return ["distill", "configs/digits/distill.yaml", *_sets(settings), "--output", str(folder / name)]
+
+    return [
+        Step(
+            "a teacher with 12 heads",
+            ["train-teacher", "configs/digits/teacher.yaml", *_sets(overrides), "--output", str(teacher)],
+        ),
+        Step("a student with 5 heads: denoising loss alone", student("none", "output", "shd")),
+        Step("the same student: with output KD", student("kd", "shd")),
+        Step("the same student: with output KD and SHD", student("kd-shd")),
+        Step(
+            "the teacher itself with 5 heads, by least squares, without training",
+            ["compress", str(teacher), "--heads", "5", "--output", str(squeezed)],
+            made=squeezed / "summary.json",
+        ),
+        Step("images from each", ["sample", *runs]),
+        Step("figures", ["evaluate", *runs], quiet=True),
+        Step("what they cost", ["benchmark", *runs, "--batch-size", "16", "--rounds", "3"], quiet=True),
+        Step("report", ["report", *runs, "--output", str(folder / "report.html")]),
+    ]
+
+
+def _sets(overrides: Sequence[str]) -> list[str]:
+    return [part for override in overrides for part in ("--set", override)]
