@@ -3,6 +3,7 @@
 
     python eval/benchmark.py squeeze --threads 2 --output docs/results/benchmark-squeeze.json
     python eval/benchmark.py step --threads 2 --output docs/results/benchmark-step.json
+    python eval/benchmark.py lengths --output docs/results/benchmark-lengths.json
     python eval/benchmark.py features --threads 2 --output docs/results/benchmark-features.json
     python eval/benchmark.py loop --threads 2 --output docs/results/benchmark-loop.json
     python eval/benchmark.py text-step --threads 2 --output docs/results/benchmark-text-step.json
@@ -15,10 +16,13 @@ so that whatever else the machine does weighs on both alike.
 from __future__ import annotations
 
 import json
+import math
 import resource
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
@@ -188,14 +192,14 @@ def squeeze(
 # --- step ----------------------------------------------------------------------------------------------------
 
 
-def dit(heads: int) -> DiTTransformer2DModel:
-    """A DiT of 12 blocks and patch 2 on 32x32 latents (256 tokens), no parameter left at zero."""
+def dit(heads: int, blocks: int = 12, tokens: int = 256) -> DiTTransformer2DModel:
+    """A DiT of patch 2 on square latents of so many tokens, no parameter left at zero."""
     model = DiTTransformer2DModel(
         num_attention_heads=heads,
         attention_head_dim=64,
         in_channels=4,
-        num_layers=12,
-        sample_size=32,
+        num_layers=blocks,
+        sample_size=2 * math.isqrt(tokens),
         patch_size=2,
     )
     for parameter in model.parameters():
@@ -338,6 +342,78 @@ def step(
         "SHD by operation": shares(loss_and_gradient(SHDLoss(), batch, 256)),
     }
     publish("step", {"clock": clock, "threads": threads} | figures, output)
+
+
+def one_step(
+    teacher: DiTTransformer2DModel,
+    student: DiTTransformer2DModel,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    conditions: dict[str, Tensor],
+    shd: SHDLoss | None,
+) -> None:
+    """Output KD, and SHD where it is given."""
+    with ExitStack() as stack:
+        captures = [stack.enter_context(AttentionCapture(model)) for model in (teacher, student) if shd]
+        with torch.no_grad():
+            taught = teacher(inputs, **conditions).sample
+        loss = F.mse_loss(student(inputs, **conditions).sample, taught)
+        if shd is not None:
+            loss = loss + shd(*(capture.records for capture in captures))
+        loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@app.command()
+def lengths(
+    threads: Threads = 1,
+    rounds: Rounds = 21,
+    blocks: Annotated[int, typer.Option(min=2, help="Blocks of both models.")] = 2,
+    tokens: Annotated[list[int], typer.Option(help="Tokens of an image, once for each length.")] = [  # noqa: B006
+        256,
+        1024,
+        4096,
+    ],
+    clock: ClockOption = "cpu",
+    output: Output = None,
+) -> None:
+    """A training step of the same width with output KD, alone and with SHD, by number of tokens; batch 1."""
+    torch.set_num_threads(threads)
+    settings = {
+        "SHD, all rows": SHDConfig(),
+        "SHD, half of the rows of the later half of the blocks": SHDConfig(rows=0.5, after=0.5),
+    }
+    by_length: dict[int, Any] = {}
+    for length in tokens:
+        torch.manual_seed(0)
+        teacher, student = dit(12, blocks, length).requires_grad_(False).eval(), dit(6, blocks, length)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+        inputs = torch.randn(1, 4, *[2 * math.isqrt(length)] * 2)
+        conditions = {"timestep": torch.tensor([500]), "class_labels": torch.tensor([1])}
+
+        train = partial(one_step, teacher, student, optimizer, inputs, conditions)
+        candidates: dict[str, Callable[[], object]] = {"output KD": partial(train, None)}
+        candidates |= {name: partial(train, SHDLoss(config)) for name, config in settings.items()}
+        peaks = {}
+        for name, run in candidates.items():
+            run()
+            states = [state for states in optimizer.state.values() for state in states.values()]
+            with Meter([*teacher.parameters(), *student.parameters(), *states]) as seen:
+                run()
+            peaks[name] = round(seen.peak / 2**20, 1)
+        seconds = take_turns(candidates, rounds, clock)
+        by_length[length] = {
+            "milliseconds": {name: round(1e3 * median(taken), 1) for name, taken in seconds.items()},
+            "against output KD alone": {name: compare(seconds, name, "output KD") for name in settings},
+            "megabytes above the weights": peaks,
+        }
+        print(length, json.dumps(by_length[length]), flush=True)
+    publish(
+        "lengths",
+        {"clock": clock, "threads": threads, "rounds": rounds, "blocks": blocks} | by_length,
+        output,
+    )  # type: ignore[arg-type]
 
 
 # --- features ------------------------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ SERVER.set_forkserver_preload(
         for name in (
             "data.prepare",
             "evaluation.evaluate_run",
+            "evaluation.torch_metrics",
             "sampling.sample_run",
             "study.run_study",
             "training.run",

@@ -44,7 +44,8 @@ OF_DATA = {
 class ExtractorSpec:
     """An extractor: the roles of its outputs, how a file of weights is read, where one is published, what it allows.
 
-    `packaged`: where a package has put its weights.
+    `packaged`: where a package has put its weights. `distance`: what reports call the Fréchet distance on its features,
+    where that is not FID.
     """
 
     roles: tuple[str, ...]
@@ -52,6 +53,7 @@ class ExtractorSpec:
     url: str | None = None
     packaged: Callable[[], Path] | None = None
     provides: tuple[Need, ...] = ()
+    distance: str | None = None
 
 
 class Extractor(nn.Module):
@@ -111,6 +113,12 @@ def is_published(url: str | None, sha256: str) -> bool:
 def extractor_name(name: str | None, data: str | None) -> str:
     """The extractor of `evaluate.extractor`; without one, that of a data set by its name, else Inception."""
     return name or OF_DATA.get(data or "", "inception-v3-compat")
+
+
+def distance_title(name: str) -> str:
+    """What reports call the Fréchet distance on the features of an extractor, known here or not."""
+    spec = EXTRACTORS.get(name)
+    return spec.distance if spec and spec.distance else f"FID ({name})"
 
 
 def image_size_of(name: str) -> int | None:
@@ -234,10 +242,14 @@ EXTRACTORS[efficientnet.NAME] = ExtractorSpec(
     lambda _, weights: efficientnet.EfficientNetExtractor(weights),
     packaged=efficientnet.packaged_weights,
     provides=(Need.LOGITS,),
+    distance="FD (EfficientNet-Lite0)",
 )
 for _name, _url in DINOV2_URLS.items():
     EXTRACTORS[_name] = ExtractorSpec(
-        ("features",), lambda name, weights: DinoV2Extractor(name, _state_dict(weights)), _url
+        ("features",),
+        lambda name, weights: DinoV2Extractor(name, _state_dict(weights)),
+        _url,
+        distance=f"FD (DINOv2 {_name.removeprefix('dinov2-')})",
     )
 for _name, _url in CLIP_URLS.items():
     EXTRACTORS[_name] = ExtractorSpec(

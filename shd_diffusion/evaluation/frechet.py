@@ -36,10 +36,39 @@ def feature_statistics(features: Tensor) -> Statistics:
     Raises:
         ValueError: fewer than 2 samples, which have no covariance.
     """
-    if len(features) < 2:
-        raise ValueError(f"a covariance needs 2 samples or more, not {len(features)}")
+    _check_count(len(features))
     exact = features.double()
     return Statistics(exact.mean(dim=0), torch.cov(exact.T).reshape(exact.shape[1], exact.shape[1]))
+
+
+def _check_count(count: int) -> None:
+    if count < 2:
+        raise ValueError(f"a covariance needs 2 samples or more, not {count}")
+
+
+@dataclass(frozen=True)
+class Sums:
+    """What statistics follow from, added up over parts of a set: all in float64, and of different parts summed."""
+
+    count: Tensor
+    total: Tensor
+    products: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Sums:
+        """Of features (N, D): N, the sum (D,), and the sum of x xᵀ (D, D)."""
+        exact = features.double()
+        return cls(torch.tensor(len(exact), device=exact.device), exact.sum(dim=0), exact.T @ exact)
+
+    def statistics(self) -> Statistics:
+        """Those of `feature_statistics` but for rounding, by Σ (x - μ)(x - μ)ᵀ = Σ x xᵀ - N μ μᵀ.
+
+        Raises:
+            ValueError: fewer than 2 samples, which have no covariance.
+        """
+        _check_count(int(self.count))
+        mean = self.total / self.count
+        return Statistics(mean, (self.products - torch.outer(self.total, mean)) / (self.count - 1))
 
 
 def frechet_distance(first: Statistics, second: Statistics) -> float:

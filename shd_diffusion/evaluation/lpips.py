@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +25,6 @@ def lpips_is_missing(height: int, width: int) -> str | None:
     """Why there is no LPIPS of images of this size on this machine, where nothing is downloaded; None if there is."""
     if min(height, width) < SMALLEST:
         return f"images of {width}×{height} are too small; it takes {SMALLEST} pixels or more"
-    if importlib.util.find_spec("torchmetrics") is None:
-        return "it needs the library `torchmetrics`; pip install 'shd-diffusion[text]'"
     if not weights_file().is_file():
         return f"its weights are not on this machine; fetch {URL} into {weights_file().parent}"
     return None

@@ -33,6 +33,17 @@ def forward_kl(target: Tensor, log_student: Tensor) -> tuple[Tensor, Tensor]:
     return value, log_student.exp_().sub_(target)
 
 
+def forward_kl_of_logits(target: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from the student's finite logits s, with one exponential an entry: Σ p (log p - s) + log Σ exp s.
+
+    The last is had where q is largest, as s - log q there.
+    """
+    student = logits.softmax(-1)
+    normaliser = logits.amax(-1).sub_(student.amax(-1).log_())
+    value = safe_log(target).sub_(logits).mul_(target).sum(-1).add_(normaliser)
+    return value, student.sub_(target)
+
+
 def reverse_kl(target: Tensor, log_student: Tensor) -> tuple[Tensor, Tensor]:
     """KL(q || p)."""
     student = log_student.exp()

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.function import once_differentiable
 
 from shd_diffusion.attention.records import AttentionRecord
-from shd_diffusion.losses.divergence import DivergenceFunction, safe_log
+from shd_diffusion.losses.divergence import DivergenceFunction, forward_kl, forward_kl_of_logits, safe_log
 from shd_diffusion.losses.padding import comparable_logits, row_share
 from shd_diffusion.losses.token_grid import Pool
 from shd_diffusion.operations import is_readable
@@ -164,6 +164,11 @@ def _chunk(
     pool: Pool,
 ) -> tuple[Tensor, Tensor]:
     """Divergence of each target row (samples, H, rows) and its gradient by the student's logits."""
+    if pool == (1, 1) and divergence is forward_kl:
+        logits = comparable_logits(student, temperature, *part)
+        if student.mask is not None:  # 0 · -∞
+            logits = logits.clamp_min_(torch.finfo(logits.dtype).min)
+        return forward_kl_of_logits(target, logits)
     if pool == (1, 1):
         return divergence(target, log_maps(student, part, temperature))
     maps = comparable_logits(student, temperature, *part).softmax(-1)

@@ -9,6 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from shd_diffusion.evaluation.extractors import distance_title
 from shd_diffusion.evaluation.metric import Column
 from shd_diffusion.evaluation.metrics import columns, higher_is_better
 from shd_diffusion.reporting.cost import (
@@ -126,7 +127,7 @@ def title_of(column: Column, runs: Sequence[Run]) -> str:
     """A metric's title; FID is named for the features that it is computed on."""
     features = {run.metrics.features for run in runs if run.metrics}
     name = features.pop() if len(features) == 1 else None
-    return f"FID ({name})" if name and column.key == "fid" else column.title
+    return distance_title(name) if name and column.key == "fid" else column.title
 
 
 # --- student against teacher ----------------------------------------------------------------------------------------

@@ -168,10 +168,12 @@ class Term(Result):
 
 
 class Validation(Result):
-    """While training: the Fréchet distance on a few samples, and the terms of the loss on a few fixed items."""
+    """While training: the Fréchet distance on a few samples, and the terms of the loss on a few fixed items, those that
+    the teacher has of its own too."""
 
     fid: float | None = None
     terms: dict[str, float] | None = None
+    teacher: dict[str, float] = {}
 
     @model_validator(mode="after")
     def _is_one(self) -> Validation:
@@ -202,6 +204,7 @@ class Log:
     divergences: dict[str, Array]  # by student block, the SHD term of this block alone: (L,)
     validation: Array  # (V, 2), step and Fréchet distance
     validation_terms: dict[str, Array]  # by term, (V, 2), step and its value on fixed items
+    teacher_terms: dict[str, Array]  # the same of the teacher, which does not change
 
 
 class Word(Result):
@@ -417,11 +420,18 @@ def read_log(path: Path) -> Log:
         shares={term: column(f"terms.{term}.share") for term in terms},
         divergences={block: column(f"shd_by_block.{block}") for block in blocks},
         validation=_points((e.step, e.validation.fid) for e in entries if e.validation),
-        validation_terms={
-            term: _points((e.step, (e.validation.terms or {}).get(term)) for e in entries if e.validation)
-            for term in dict.fromkeys(t for e in entries if e.validation for t in e.validation.terms or {})
-        },
+        validation_terms=_by_term((e.step, e.validation.terms or {}) for e in entries if e.validation),
+        teacher_terms=_by_term((e.step, e.validation.teacher) for e in entries if e.validation),
     )
+
+
+def _by_term(found: Iterable[tuple[int, dict[str, float]]]) -> dict[str, Array]:
+    """Steps and values of each term, where there is one."""
+    entries = list(found)
+    return {
+        term: _points((step, terms.get(term)) for step, terms in entries)
+        for term in dict.fromkeys(term for _, terms in entries for term in terms)
+    }
 
 
 def _points(found: Iterable[tuple[int, float | None]]) -> Array:

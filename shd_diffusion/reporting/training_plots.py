@@ -30,7 +30,7 @@ TERM_COLOURS = {"denoise": LIGHT["muted"], "output": LIGHT["run-4"], "shd": LIGH
 
 def loss_curves(runs: Sequence[Run], styles: Styles) -> list[Plot]:
     """One panel a term: unweighted values on a logarithmic scale, the mean in front of the raw steps; points are the
-    validation's, on fixed items."""
+    validation's, on fixed items, and dots its teacher's on the same."""
     by_term: dict[str, list[tuple[Run, Log]]] = {}
     for run in runs:
         if run.log:
@@ -58,6 +58,8 @@ def _term_panel(term: str, logs: Sequence[tuple[Run, Log]], styles: Styles) -> P
                     linewidth=0.8,
                     label=f"{run.name}, validation",
                 )
+            if term in log.teacher_terms:
+                axes.plot(*log.teacher_terms[term].T, ":", color=colour, label=f"{run.name}, its teacher")
         axes.set(xlabel="step", ylabel=f"{term}, unweighted", yscale="log")
         logarithmic_ticks(axes.yaxis)
         legend_above(figure, axes)

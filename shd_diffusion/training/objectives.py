@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.attention.outputs import OutputCapture
+from shd_diffusion.losses.denoise import Denoise
 from shd_diffusion.losses.padding import with_text_mask
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.losses.term import Batch, Captured, NonFiniteError, StepOutputs, Term
@@ -85,6 +86,18 @@ class TrainingLoss:
     def plain(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         """The unweighted terms of the first step on a batch, all tokens seen; nothing is kept of them."""
         return self._pass(model, batch, 0)
+
+    def of_teacher(self, batch: Batch) -> dict[str, Tensor]:
+        """The unweighted regression of the first step, of the teacher's prediction in place of the student's.
+
+        Empty where nobody teaches or nothing is regressed.
+        """
+        active = {n: t for n, t in self._all() if isinstance(t, Denoise) and t.weight(0, self.max_steps)}
+        if self.teacher is None or not active:
+            return {}
+        prediction = predict_frozen(self.teacher, batch.noised, batch.timesteps, batch.condition)
+        outputs = StepOutputs(self.process, batch, prediction)
+        return {name: term(outputs) for name, term in active.items()}
 
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step."""

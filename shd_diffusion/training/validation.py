@@ -17,7 +17,6 @@ from shd_diffusion.data.images import to_rgb_bytes
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import extractor_name, load_extractor
 from shd_diffusion.evaluation.extractors import image_size_of
-from shd_diffusion.evaluation.frechet import feature_statistics, frechet_distance
 from shd_diffusion.evaluation.references import open_reference
 from shd_diffusion.processes import processes
 from shd_diffusion.sampling import ClassConditionalPipeline, sample_images
@@ -44,6 +43,10 @@ def make_validation(
     wanted, evaluate = config.train.validation, config.evaluate
     if not wanted.every or not wanted.num_images:
         return None
+    from shd_diffusion.evaluation.torch_metrics import (
+        FrechetDistance,
+    )  # torchmetrics takes a second to import
+
     name = extractor_name(evaluate.extractor, config.data.name)
     only = image_size_of(name)
     reference = evaluate.reference or reference_images(
@@ -59,6 +62,10 @@ def make_validation(
     statistics = open_reference(
         reference, extractor, evaluate.batch_size, evaluate.resize, min(height, width)
     ).statistics["features"]
+    together = (
+        config.train.shard
+    )  # each process holds a part of the weights only, and all make the same images
+    distance = FrechetDistance(extractor, reference=statistics, sync_on_compute=not together).to(device)
     sample = config.sample.model_copy(
         update={"num_inference_steps": wanted.num_inference_steps, "num_images": wanted.num_images}
     )
@@ -68,7 +75,6 @@ def make_validation(
     @torch.no_grad()
     def validate(model: ModelMixin) -> tuple[dict[str, Any], Tensor]:
         state = processes()
-        together = config.train.shard  # each of them holds a part of the weights only
         names = numbered(data.class_names)
         pipeline = ClassConditionalPipeline(model, sampler, vae, list(data.shape), names)
         pipeline.set_progress_bar_config(disable=True)
@@ -76,15 +82,17 @@ def make_validation(
         mine = (
             deal_passes(sample) if together else deal_passes(sample, state.process_index, state.num_processes)
         )
-        found: list[tuple[int, Tensor, Tensor]] = []  # index of the first, images, features
+        distance.reset()
+        found: list[tuple[int, Tensor]] = []  # index of the first, images
         for indices in mine:
-            images = to_rgb_bytes(sample_images(pipeline, indices, resolved))
-            found.append((indices.start, images.cpu(), extractor(images.to(device)).cpu()))
+            images = to_rgb_bytes(sample_images(pipeline, indices, resolved))[
+                : wanted.num_images - indices.start
+            ]
+            distance.update(images.to(device), real=False)
+            found.append((indices.start, images.cpu()))
         if not together and state.num_processes > 1:
             found = sorted(gather_object(found), key=lambda part: part[0])
-        images = torch.cat([part[1] for part in found])[: wanted.num_images]
-        features = torch.cat([part[2] for part in found])[: wanted.num_images]
-        return {"fid": frechet_distance(feature_statistics(features), statistics)}, sample_grid(images)
+        return {"fid": distance.compute().item()}, sample_grid(torch.cat([images for _, images in found]))
 
     return validate
 

@@ -6,8 +6,9 @@ nothing is flipped. So the numbers of two steps, and of two runs, differ by the 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache, partial
 
 import torch
 from accelerate import Accelerator
@@ -87,7 +88,8 @@ def make_validation_loss(
 ) -> Validation:
     """Every term of the loss of a model in evaluation mode, on fixed samples that the processes share.
 
-    Terms and their weights are those of the first step, whatever decays. As sampling does, it computes in float32.
+    The first call finds the teacher's own `denoise` on them too, which the student's is to be compared with. Terms and
+    their weights are those of the first step, whatever decays. As sampling does, it computes in float32.
 
     Args:
         loss: of the run; open when the validation is called.
@@ -100,16 +102,26 @@ def make_validation_loss(
     dealt = deal(passes, accelerator.process_index, accelerator.num_processes)
 
     @torch.no_grad()
-    def validate(model: ModelMixin) -> tuple[dict[str, object], None]:
+    def means(terms_of: Callable[[Batch], Mapping[str, Tensor]]) -> dict[str, float]:
         numbers = [number for number, _ in dealt]
         batches = fixed_batches(source, loss.process, settings, seed, accelerator.device, passes, numbers)
         sums = sum_terms(
-            (loss.plain(model, batch), len(batch.clean) * counts)
+            (terms_of(batch), len(batch.clean) * counts)
             for batch, (_, counts) in zip(batches, dealt, strict=True)
         )
-        means = accelerator.reduce(torch.stack([*sums.values()]), "sum") / total
-        terms = dict(zip(sums, means.tolist(), strict=True))
-        weights = loss.weights(0)
-        return {"loss": sum(weights[name] * value for name, value in terms.items()), "terms": terms}, None
+        if not sums:
+            return {}
+        mean = accelerator.reduce(torch.stack([*sums.values()]), "sum") / total
+        return dict(zip(sums, mean.tolist(), strict=True))
+
+    @cache
+    def of_teacher() -> dict[str, float]:
+        return means(loss.of_teacher)
+
+    def validate(model: ModelMixin) -> tuple[dict[str, object], None]:
+        terms, weights = means(partial(loss.plain, model)), loss.weights(0)
+        total_loss = sum(weights[name] * value for name, value in terms.items())
+        teacher = {"teacher": of_teacher()} if of_teacher() else {}
+        return {"loss": total_loss, "terms": terms, **teacher}, None
 
     return validate

@@ -10,7 +10,7 @@ import torch
 from blocks_of_records import literal_divergence, pair, record, shd, softmax, squeezed
 
 from shd_diffusion.losses import token_grid
-from shd_diffusion.losses.divergence import DIVERGENCES
+from shd_diffusion.losses.divergence import DIVERGENCES, forward_kl, forward_kl_of_logits
 from shd_diffusion.losses.map_divergence import map_divergence
 from shd_diffusion.squeezing import map_stream
 
@@ -310,3 +310,17 @@ def test_heads_that_cannot_be_squeezed_name_both_counts():
     teacher, student = pair(teacher_heads=2, student_heads=3)
     with pytest.raises(ValueError, match=r"2 .* 3"):
         shd()(teacher, student)
+
+
+@pytest.mark.parametrize("offset", [0.0, 80.0])
+def test_forward_kl_has_the_same_from_logits(offset):
+    """In float32 against the log of the maps in float64; logits of any offset and spread."""
+    generator = torch.Generator().manual_seed(5)
+    logits = 8 * torch.randn(2, 3, 5, 33, generator=generator) + offset
+    target = (4 * torch.randn(2, 3, 5, 33, generator=generator)).softmax(-1)
+    value, gradient = forward_kl(target.double(), logits.double().log_softmax(-1))
+    found, slope = forward_kl_of_logits(target, logits.clone())
+    torch.testing.assert_close(found.double(), value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(slope.double(), gradient, rtol=1e-5, atol=1e-6)
+    exact, _ = forward_kl_of_logits(target.double(), logits.double())
+    torch.testing.assert_close(exact, value, rtol=1e-12, atol=1e-12)

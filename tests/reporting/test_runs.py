@@ -48,7 +48,7 @@ def test_a_log_has_one_value_a_step_and_nan_where_a_term_was_not_computed(tmp_pa
             "terms": {"denoise": {"value": 0.5, "share": 1.0}},
             "validation": {"fid": 7.0, "loss": 0.4, "terms": {"denoise": 0.3, "shd": 0.2}},
         },
-        {"step": 4, "validation": {"loss": 0.2, "terms": {"denoise": 0.2}}},
+        {"step": 4, "validation": {"loss": 0.2, "terms": {"denoise": 0.2}, "teacher": {"denoise": 0.1}}},
     ]
     path = tmp_path / "metrics.jsonl"
     path.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "ter')  # cut off by an interruption
@@ -63,6 +63,7 @@ def test_a_log_has_one_value_a_step_and_nan_where_a_term_was_not_computed(tmp_pa
     np.testing.assert_array_equal(log.validation, [[3, 7]])
     np.testing.assert_array_equal(log.validation_terms["denoise"], [[3, 0.3], [4, 0.2]])
     np.testing.assert_array_equal(log.validation_terms["shd"], [[3, 0.2]])
+    np.testing.assert_array_equal(log.teacher_terms["denoise"], [[4, 0.1]])
 
 
 def test_runs_come_teachers_first_once_each_under_names_that_differ(

@@ -87,6 +87,24 @@ def test_a_missing_metric_is_a_dash_and_never_the_best(
     assert "Class accuracy ↑" not in cells(table_of(fresh, other))["Run"]
 
 
+@pytest.mark.parametrize(
+    ("features", "title"),
+    [
+        ("inception-v3-compat", "FID (inception-v3-compat) ↓"),
+        ("dinov2-vit-l-14", "FD (DINOv2 vit-l-14) ↓"),
+        ("efficientnet-lite0", "FD (EfficientNet-Lite0) ↓"),
+        ("of another version", "FID (of another version) ↓"),
+    ],
+)
+def test_a_frechet_distance_is_named_for_its_features(
+    features: str, title: str, fresh_run: Callable[[str], Path]
+) -> None:
+    run = fresh_run("kd")
+    protocol = json.loads((run / "evaluation/metrics.json").read_text())["protocol"]
+    edit_metrics(run, protocol=protocol | {"features": features})
+    assert table_of(run).titles[2] == title
+
+
 def test_a_metric_has_a_column_where_a_run_has_it(fresh_run: Callable[[str], Path]) -> None:
     run = fresh_run("kd")
     assert "FID∞ ↓" not in cells(table_of(run))["Run"]

@@ -97,7 +97,7 @@ def test_it_is_the_mean_over_the_samples(models: tuple[ModelMixin, ModelMixin]) 
     both = [type(model).from_config(model.config).double().eval() for model in models]
     for copy, model in zip(both, models, strict=True):
         copy.load_state_dict(model.state_dict())
-    errors: dict[str, list[float]] = {"denoise": [], "output": []}
+    errors: dict[str, list[float]] = {"denoise": [], "output": [], "teacher": []}
     images = digits()
     for place in range(7):
         item = place * len(images) // 7
@@ -112,6 +112,8 @@ def test_it_is_the_mean_over_the_samples(models: tuple[ModelMixin, ModelMixin]) 
             target, prediction = (predict(m, noised[None], torch.tensor([timestep]), label)[0] for m in both)
         errors["denoise"].append((prediction - noise).square().mean().item())
         errors["output"].append((prediction - target).square().mean().item())
+        errors["teacher"].append((target - noise).square().mean().item())
+    assert found["teacher"] == {"denoise": pytest.approx(np.mean(errors.pop("teacher")), rel=1e-5)}
     terms = found["terms"]
     assert isinstance(terms, dict) and list(terms) == ["denoise", "output", "shd"]
     for name, values in errors.items():
@@ -165,6 +167,8 @@ def test_neither_dropout_nor_the_step_nor_the_size_of_passes_matters(
         for step in (1, 8):
             loss(models[1], batch, step)  # as training does between two validations
     assert validated(loss, models[1]) == found
+    alone = TrainingLoss(PROCESS, {"denoise": loss.terms["denoise"]}, models[1], None, 10)
+    assert "teacher" not in validated(alone, models[1])
     sizes = [validated(loss, models[1], size=size)["terms"] for size in (1, 7)]
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-5)
 
@@ -195,6 +199,8 @@ def test_a_teacher_and_a_student_are_validated_without_a_trace(tmp_path: Path) -
         log = entries(watched)
         found = {entry["step"]: entry.pop("validation") for entry in log if "validation" in entry}
         assert list(found) == [2, 4] and all(each["terms"].keys() == terms for each in found.values())
+        assert [each.get("teacher") for each in found.values()] == 2 * [found[2].get("teacher")]
+        assert ("teacher" in found[2]) == (stage == "distill")
         assert log == entries(plain) and not (watched / "validation").exists()
         weights = "pipeline/denoiser/diffusion_pytorch_model.safetensors"
         ours, theirs = load_file(watched / weights), load_file(plain / weights)
