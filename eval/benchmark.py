@@ -409,11 +409,9 @@ def lengths(
             "megabytes above the weights": peaks,
         }
         print(length, json.dumps(by_length[length]), flush=True)
-    publish(
-        "lengths",
-        {"clock": clock, "threads": threads, "rounds": rounds, "blocks": blocks} | by_length,
-        output,
-    )  # type: ignore[arg-type]
+    measured = {str(length): found for length, found in by_length.items()}
+    about = {"clock": clock, "threads": threads, "rounds": rounds, "blocks": blocks}
+    publish("lengths", about | measured, output)
 
 
 # --- features ------------------------------------------------------------------------------------------------
