@@ -409,8 +409,9 @@ def lengths(
             "megabytes above the weights": peaks,
         }
         print(length, json.dumps(by_length[length]), flush=True)
-    settled = {"clock": clock, "threads": threads, "rounds": rounds, "blocks": blocks}
-    publish("lengths", settled | {f"{length} tokens": found for length, found in by_length.items()}, output)
+    measured = {str(length): found for length, found in by_length.items()}
+    about = {"clock": clock, "threads": threads, "rounds": rounds, "blocks": blocks}
+    publish("lengths", about | measured, output)
 
 
 # --- features ------------------------------------------------------------------------------------------------

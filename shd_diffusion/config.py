@@ -118,9 +118,11 @@ class SampleConfig(Section):
     Text-to-image: the prompts of a file, or the captions of the data, have `images_per_prompt` images each, round and
     round; `pipeline_arguments` are given to the pipeline's call as they are. Without a `guidance_scale` it is the
     call's default there, and 1 by class. Without a `scheduler` it is the pipeline's own; a pipeline that a run makes
-    gets DDIM, or Euler for a flow. How the model is executed changes images by rounding alone, and is part of the
-    protocol too: `dtype` is that of the weights, `attention` one of diffusers' attention backends, `compile` has
-    `torch.compile` compile the denoiser, `allow_tf32` lets float32 matrix products use TF32.
+    gets DDIM, or Euler for a flow. `clip` keeps the image that is predicted at each step in [-1, 1], by schedulers
+    that can; without it that of pixels is clipped, that of latents not. How the model is executed changes images by
+    rounding alone, and is part of the protocol too: `dtype` is that of the weights, `attention` one of diffusers'
+    attention backends, `compile` has `torch.compile` compile the denoiser, `allow_tf32` lets float32 matrix products
+    use TF32.
     """
 
     num_images: int = Field(1000, ge=1, le=MOST_IMAGES)
@@ -132,6 +134,7 @@ class SampleConfig(Section):
     num_inference_steps: int = Field(25, ge=1)
     scheduler: str | None = None
     scheduler_arguments: Arguments = Field(default_factory=dict)
+    clip: bool | None = None
     guidance_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
     guidance_power: float | None = Field(None, gt=0, allow_inf_nan=False)
     guidance_interval: list[int] | None = Field(None, min_length=2, max_length=2)
@@ -148,7 +151,7 @@ class SampleConfig(Section):
         """The keys that images depend on, but for some. A usual attention, no compilation and no TF32 are not told:
         they are what images of earlier protocols were made with."""
         usual = {key for key in ("attention", "compile", "allow_tf32") if not getattr(self, key)}
-        return self.model_dump(exclude={*without, *usual})
+        return self.model_dump(exclude={*without, *usual, "clip"})  # the scheduler tells whether it clips
 
 
 class EvaluateConfig(Section):

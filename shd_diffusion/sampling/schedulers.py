@@ -52,18 +52,42 @@ def make_scheduler(name: str, arguments: dict[str, Any], trained_with: Scheduler
     return scheduler
 
 
-def usual_scheduler(config: SampleConfig, trained_with: SchedulerMixin) -> SchedulerMixin:
-    """The scheduler that a pipeline is made with: the config's, else DDIM, or Euler for a flow; as `make_scheduler`."""
+def usual_scheduler(
+    config: SampleConfig, trained_with: SchedulerMixin, in_pixels: bool = False
+) -> SchedulerMixin:
+    """The scheduler that a pipeline is made with: the config's, else DDIM, or Euler for a flow; as `make_scheduler`.
+
+    Args:
+        in_pixels: what it predicts at each step is an image in [-1, 1], and clipped unless the config says otherwise.
+    """
     is_flow = settings_of(trained_with)["objective"] == "flow"
     usual = "FlowMatchEulerDiscreteScheduler" if is_flow else "DDIMScheduler"
-    return make_scheduler(config.scheduler or usual, config.scheduler_arguments, trained_with)
+    name = config.scheduler or usual
+    clip = config.clip if config.clip is not None or not in_pixels else True
+    return make_scheduler(name, _clipping(name, clip) | config.scheduler_arguments, trained_with)
 
 
 def own_scheduler(config: SampleConfig, present: SchedulerMixin) -> SchedulerMixin:
     """The scheduler that a pipeline is sampled with: its own, unless the config says otherwise; as `make_scheduler`."""
-    if config.scheduler is None and not config.scheduler_arguments:
+    if config.scheduler is None and not config.scheduler_arguments and config.clip is None:
         return present
-    return make_scheduler(config.scheduler or type(present).__name__, config.scheduler_arguments, present)
+    name = config.scheduler or type(present).__name__
+    return make_scheduler(name, _clipping(name, config.clip) | config.scheduler_arguments, present)
+
+
+def scheduler_protocol(scheduler: SchedulerMixin) -> dict[str, Any]:
+    """What a protocol tells of a scheduler beside the config; that it does not clip is not told, as it never was."""
+    clips = _can_clip(type(scheduler)) and scheduler.config["clip_sample"]
+    return {"scheduler": type(scheduler).__name__, **({"clip": True} if clips else {})}
+
+
+def _clipping(name: str, clip: bool | None) -> dict[str, Any]:
+    """What a scheduler that can clip is told; nothing where nobody says, or by one that cannot."""
+    return {} if clip is None or not _can_clip(getattr(diffusers, name, None)) else {"clip_sample": clip}
+
+
+def _can_clip(kind: Any) -> bool:
+    return isinstance(kind, type) and "clip_sample" in inspect.signature(kind).parameters
 
 
 def check_sampling(

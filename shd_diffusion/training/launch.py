@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shlex
-import sys
 from pathlib import Path
 
 import torch
@@ -70,17 +67,9 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
 
 
 def describe_launch(accelerator: Accelerator, config: TrainConfig) -> str:
-    """How many processes train, where, and on how many images a step; what to type where accelerate has started one
-    alone."""
+    """How many processes train, where, and on how many images a step; `tell_launch` says what a launcher did."""
     count, device = accelerator.num_processes, accelerator.device.type
-    told = f"{count} process{'es' if count > 1 else ''} on {device}, {config.batch_size} images a step"
-    alone = count == 1 and device == "cpu" and "ACCELERATE_MIXED_PRECISION" in os.environ
-    if not alone:
-        return told
-    return (
-        f"{told}; `accelerate launch --cpu` starts one whatever it is told, so for N of them type: torchrun "
-        f"--nproc_per_node N {shlex.join(sys.argv)}"
-    )
+    return f"{count} process{'es' if count > 1 else ''} on {device}, {config.batch_size} images a step"
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from accelerate import Accelerator
@@ -28,7 +29,7 @@ from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import check_sampling, save_pipeline
 from shd_diffusion.sampling.by_prompt import call_arguments
-from shd_diffusion.sampling.schedulers import check_sampling_by_prompt
+from shd_diffusion.sampling.schedulers import check_sampling_by_prompt, usual_scheduler
 from shd_diffusion.squeezing.plan import Plan, plans_to_json
 from shd_diffusion.summary import Summary
 from shd_diffusion.training.batches import BatchLayout, noise_settings
@@ -178,7 +179,8 @@ def open_run(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, sour
                     "`train.validation.loss_images`, or this to 0"
                 )
         else:
-            sampler = check_sampling(config.sample, parts.process.scheduler)
+            usual = partial(usual_scheduler, in_pixels=not isinstance(data, LatentSource))
+            sampler = check_sampling(config.sample, parts.process.scheduler, usual)
             vae = _load_vae(data)
             validation = make_validation(config, sampler, vae, data, accelerator.device)
         check_settings(config.evaluate, config.data.name)

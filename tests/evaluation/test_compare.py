@@ -40,3 +40,13 @@ def test_another_protocol_is_refused_with_the_differing_lines():
         "guidance_scale: – | 1.5",
     ]
     assert compare_metrics(METRICS, other, anyway=True)["fid"]["difference"] == 0
+
+
+def test_the_same_data_elsewhere_compare():
+    def of(reference: str, sha256: str | None) -> dict:
+        return METRICS | {"protocol": {"reference": reference, "reference_sha256": sha256, "other": {}}}
+
+    assert compare_metrics(of("a", "1f"), of("b", "1f"))["fid"]["difference"] == 0
+    for other in (of("b", "2f"), of("b", None)):
+        with pytest.raises(UserError, match="their protocols differ; reference: a"):
+            compare_metrics(of("a", other["protocol"]["reference_sha256"] and "1f"), other)

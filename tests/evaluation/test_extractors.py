@@ -17,6 +17,7 @@ from shd_diffusion.data.image_sets import ImagesInMemory
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import classifiers, load_extractor
 from shd_diffusion.evaluation.dinov2 import convert, resize_positions
+from shd_diffusion.evaluation.extractors import is_published
 
 
 def test_the_digits_classifier_is_good_and_says_how_good(digits):
@@ -247,3 +248,9 @@ def test_dinov2_without_transformers_says_what_to_install(tmp_path, monkeypatch)
         UserError, match=r"needs the library `transformers`; pip install 'shd-diffusion\[dino\]'"
     ):
         load_extractor("dinov2-vit-s-14", tmp_path / "dinov2.safetensors")
+
+
+def test_weights_that_are_not_the_published_ones_have_another_name() -> None:
+    url = "https://host/weights-inception-2015-12-05-6726825d.pth"
+    assert is_published(url, "6726825d" + "0" * 56) and not is_published(url, "0" * 64)
+    assert is_published(None, "0" * 64) and is_published("https://host/dinov2_vits14_pretrain.pth", "0" * 64)

@@ -2,13 +2,17 @@
 
 import torch
 import torch.nn.functional as F
+from diffusers import FlowMatchEulerDiscreteScheduler
 from pytest import raises
 from safetensors.torch import save_file
+from small_models import small_dit
 from torch import nn
 
 from shd_diffusion.data.latent_space import LatentSpace, load_vae
 from shd_diffusion.errors import UserError
-from shd_diffusion.models.tiny_autoencoder import convert_taef2
+from shd_diffusion.models.tiny_autoencoder import PooledAutoencoderTiny, convert_taef2
+from shd_diffusion.sampling import ClassConditionalPipeline
+from shd_diffusion.sampling.pipeline import save_pipeline
 
 ENCODER = [
     "conv",
@@ -110,3 +114,11 @@ def test_other_weights_are_refused_in_one_line(tmp_path):
     with raises(UserError, match="not the weights of TAEF2") as refusal:
         convert_taef2(tmp_path, tmp_path / "vae")
     assert "\n" not in str(refusal.value) and not (tmp_path / "vae").exists()
+
+
+def test_it_is_part_of_a_pipeline(tmp_path):
+    vae = PooledAutoencoderTiny(latent_channels=1)
+    save_pipeline(small_dit(heads=2), None, FlowMatchEulerDiscreteScheduler(), vae, (1, 8, 8), tmp_path)
+    pipeline = ClassConditionalPipeline.from_pretrained(tmp_path)
+    assert type(pipeline.vae) is PooledAutoencoderTiny
+    assert all((pipeline.vae.state_dict()[name] == value).all() for name, value in vae.state_dict().items())

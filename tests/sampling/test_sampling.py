@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from commands import ROOT, command, sets
+from forks import launch
 from PIL import Image
 from tiny_pipelines import PIPELINES, SIZE
 
@@ -135,12 +134,11 @@ def test_every_image_has_its_place_in_a_pass_of_one_size(batch_size: int, num_pr
 def test_any_batch_size_number_of_processes_and_interruption_gives_the_same_files(
     run: Path, tmp_path: Path
 ) -> None:
-    """One process, two under `torchrun` through the launch file, and three parts, all on this machine."""
+    """One process, two by the launch file, and three parts, all on this machine."""
     options = sets("sample.num_inference_steps=3", "sample.num_images=150")
     one, two, parts = (tmp_path / name for name in ("one", "two", "parts"))
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    launch += [str(ROOT / "pipelines" / "sample.py"), str(run), "--output", str(two), *options]
-    subprocess.run([*launch, *sets("sample.batch_size=50")], check=True, capture_output=True, timeout=300)
+    arguments = [run, "--output", two, *options, *sets("sample.batch_size=50")]
+    launch(2, ROOT / "pipelines" / "sample.py", *arguments)
     assert command("sample", run, "--output", one, *options, *sets("sample.batch_size=64"))[0] == 0
     for override in ("sample.num_images=37", "sample.num_images=101", "sample.batch_size=7"):
         assert command("sample", run, "--output", parts, *options, *sets(override))[0] == 0
@@ -175,6 +173,17 @@ def test_samples_of_other_weights_are_not_mixed(
     assert (
         json.loads((images / "sampling.json").read_text())["protocol"]["ema_decay"] == 0.995
     )  # the run's own
+
+
+def test_a_place_that_cannot_be_is_told_on_a_line_of_its_own(run: Path, tmp_path: Path) -> None:
+    """Not behind the bar, which has begun by then."""
+    (tmp_path / "file").write_text("mine")
+    options = sets("sample.num_images=1", "sample.num_inference_steps=1")
+    code, _, said = command("sample", run, "--output", tmp_path / "file" / "x", *options)
+    assert code == 2 and said.splitlines()[-1].startswith(
+        f"error: {tmp_path / 'file' / 'x'}: Not a directory"
+    )
+    assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_images_of_another_origin_are_left_alone(pipeline: ClassConditionalPipeline, tmp_path: Path) -> None:

@@ -14,7 +14,12 @@ from small_models import small_dit
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.sampling import ClassConditionalPipeline, check_sampling, make_scheduler, sample_images
-from shd_diffusion.sampling.schedulers import check_sampling_by_prompt
+from shd_diffusion.sampling.schedulers import (
+    check_sampling_by_prompt,
+    own_scheduler,
+    scheduler_protocol,
+    usual_scheduler,
+)
 
 DIFFUSION, FLOW = DDPMScheduler(clip_sample=False), FlowMatchEulerDiscreteScheduler()
 
@@ -148,3 +153,40 @@ def test_a_learned_variance_is_left_out_where_a_scheduler_has_no_use_for_it(sche
         pipeline.set_progress_bar_config(disable=True)
         images.append(sample_images(pipeline, range(3), SampleConfig(num_inference_steps=4)))
     assert torch.equal(*images)
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "clip", "in_pixels", "clips"),
+    [
+        (None, None, True, True),
+        (None, None, False, False),
+        (None, False, True, False),
+        ("DDPMScheduler", True, False, True),
+        ("DPMSolverMultistepScheduler", None, True, False),
+        ("DPMSolverMultistepScheduler", False, True, False),
+    ],
+)
+def test_pixels_are_clipped_unless_the_config_says_otherwise(
+    scheduler: str | None, clip: bool | None, in_pixels: bool, clips: bool
+) -> None:
+    config = SampleConfig(scheduler=scheduler, clip=clip)
+    made = usual_scheduler(config, DIFFUSION, in_pixels)
+    assert scheduler_protocol(made).get("clip", False) is clips
+    assert own_scheduler(SampleConfig(), made) is made
+    if scheduler is None:
+        asked = own_scheduler(SampleConfig(clip=not clips), made)
+        assert asked.config["clip_sample"] is (not clips) and made.config["clip_sample"] is clips
+        other = make_scheduler("DPMSolverMultistepScheduler", {}, made)  # keeps what it has no use for
+        assert "clip" not in scheduler_protocol(other)
+
+
+def test_a_clipped_step_never_predicts_an_image_beyond_its_range() -> None:
+    """The image behind each of DDIM's last steps is the prediction: 3 without clipping, 1 with it."""
+    ends = {}
+    for clip in (True, False):
+        scheduler = usual_scheduler(SampleConfig(clip=clip), DIFFUSION)
+        scheduler.set_timesteps(2)
+        image, noise = torch.full((1, 1, 1, 1), 3.0), torch.zeros(1, 1, 1, 1)
+        alpha = scheduler.alphas_cumprod[scheduler.timesteps[-1]].sqrt()
+        ends[clip] = scheduler.step(noise, scheduler.timesteps[-1], alpha * image).prev_sample.item()
+    assert ends == {True: pytest.approx(1, rel=1e-5), False: pytest.approx(3, rel=1e-5)}
