@@ -516,7 +516,11 @@ def benchmark(
     if output is not None and output.is_dir():
         raise UserError(f"--output {output}: is a folder; give a file")
     plan = Plan(
-        tuple(sorted(_numbers("--batch-size", batch_size))), rounds, device, image_size, not denoiser_only
+        tuple(sorted(_numbers("--batch-size", batch_size, "1,16"))),
+        rounds,
+        device,
+        image_size,
+        not denoiser_only,
     )
     found = run_stage(models, plan, overrides)
     if output is not None:
@@ -589,7 +593,7 @@ def squeeze(
     from shd_diffusion.analysis.measure_teacher import squeeze_teacher, table
     from shd_diffusion.run_folder import RunFolder
 
-    counts = _numbers("--heads", heads)
+    counts = _numbers("--heads", heads, "6,5")
     place = output or run / "squeezing"
     plan = MeasurementPlan(samples=samples, timesteps=timesteps)
     Console().print(table(squeeze_teacher(RunFolder(run), counts, place, plan)))
@@ -722,14 +726,14 @@ def study(
     typer.echo(f"study: {page}")
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def _numbers(option: str, text: str, example: str) -> list[int]:
     """Positive numbers with commas between them, each once, in their order."""
     try:
         numbers = list(dict.fromkeys(int(number) for number in text.split(",")))
     except ValueError:
         numbers = [0]
     if min(numbers) < 1:
-        raise UserError(f"{option} {text}: give one or more numbers from 1 on, such as 6,5")
+        raise UserError(f"{option} {text}: give one or more numbers from 1 on, such as {example}")
     return numbers
 
 

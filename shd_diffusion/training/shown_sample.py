@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -94,6 +94,6 @@ def shown_prompt(
         return ShownPrompt(prompt)
     words, length = [], 0
     for name, own in by_argument.items():
-        words += [Word(word.text, word.encoder, [length + key for key in word.keys]) for word in own]
+        words += [replace(word, keys=[length + key for key in word.keys]) for word in own]
         length += condition[name].shape[1]
     return ShownPrompt(prompt, words, length)

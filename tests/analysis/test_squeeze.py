@@ -129,7 +129,8 @@ def test_the_command_writes_metrics_and_a_picture(run: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("heads", "said"), [("5", "from 1 to 4"), ("0", "from 1 to 4"), ("two", "give numbers of heads")]
+    ("heads", "said"),
+    [("5", "from 1 to 4"), ("0", "from 1 on, such as 6,5"), ("two", "from 1 on, such as 6,5")],
 )
 def test_heads_that_cannot_be(run: Path, heads: str, said: str) -> None:
     code, _, err = command("squeeze", run, "--heads", heads)

@@ -60,15 +60,14 @@ class Process:
 def test_nothing_begins_before_what_it_waits_for(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
-    def start(job: runner.Job, command_line: str, threads: int) -> Process:
+    def start(job: runner.Job) -> Process:
         return Process(int(fails and job.name == "a"))
 
-    monkeypatch.setattr(runner.Job, "start", start)
     monkeypatch.setattr(runner, "announce", events.append)
     monkeypatch.setattr(runner.time, "sleep", lambda _: None)
     after = {"a": None, "b": "a", "c": "b", "d": None}
     jobs = [runner.Job(name, [["x"]], Path("x"), needed) for name, needed in after.items()]
-    failed = runner._run_all(jobs, Budget(), 2, "x", 1)
+    failed = runner._run_all(jobs, Budget(), 2, start)
     begun = [event.partition(":")[0] for event in events if ": begun," in event]
     assert begun == (["a", "d"] if fails else ["a", "d", "b", "c"])
     assert failed == (["a", "b", "c"] if fails else [])

@@ -22,7 +22,7 @@ LOCAL = {"cluster": "local", "timeout_min": 5}
 
 def test_a_study_runs_as_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "WORKER", stand_in(0, "was here"))
-    study = study_file(tmp_path, tmp_path, processes=2, seeds=[0], submitit=LOCAL)
+    study = study_file(tmp_path, tmp_path / "teacher", processes=2, seeds=[0], submitit=LOCAL)
     code, said, errors = command("study", study)
     assert code == 0 and "0 of 2 runs are complete" in said, errors
     assert errors.count("begun") == errors.count("done") == 2
@@ -32,7 +32,7 @@ def test_a_study_runs_as_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_job_says_what_a_person_must_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "WORKER", stand_in(2, "error: mend this"))
-    code, _, errors = command("study", study_file(tmp_path, tmp_path, submitit=LOCAL))
+    code, _, errors = command("study", study_file(tmp_path, tmp_path / "teacher", submitit=LOCAL))
     assert code == 2 and errors.endswith("error: mend this\n") and errors.count("begun") == 1
 
 
@@ -44,7 +44,7 @@ def test_a_cluster_that_is_not_there(
     settings: dict[str, Any], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    code, _, errors = command("study", study_file(tmp_path, tmp_path, submitit=settings))
+    code, _, errors = command("study", study_file(tmp_path, tmp_path / "teacher", submitit=settings))
     assert code == 2 and errors.startswith("error: key `submitit`: ") and errors.count("\n") == 1
     assert says in errors and not (tmp_path / "study").exists()
 

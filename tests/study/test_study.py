@@ -125,7 +125,7 @@ def test_models_are_made_of_the_teacher_before_the_runs(
 
 def test_the_budget_ends_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "WORKER", stand_in(0))
-    study = study_file(tmp_path, tmp_path, budget={"runs": 3}, processes=2)
+    study = study_file(tmp_path, tmp_path / "teacher", budget={"runs": 3}, processes=2)
     code, said, errors = command("study", study)
     assert code == 0 and "0 of 4 runs are complete" in said
     assert errors.count("begun") == errors.count("done") == 3 and "runs left: 1" in errors
@@ -133,7 +133,7 @@ def test_the_budget_ends_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 def test_what_a_person_must_mend_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "WORKER", stand_in(2, "error: mend this"))
-    study = study_file(tmp_path, tmp_path)
+    study = study_file(tmp_path, tmp_path / "teacher")
     code, _, errors = command("study", study)
     assert code == 2 and errors.endswith("error: mend this\n") and errors.count("begun") == 1
 
@@ -143,7 +143,7 @@ def test_runs_that_fail_are_named_after_the_others_ran(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "WORKER", stand_in(code, "error: diverged"))
-    code, _, errors = command("study", study_file(tmp_path, tmp_path))
+    code, _, errors = command("study", study_file(tmp_path, tmp_path / "teacher"))
     assert code == 2 and errors.count("failed,") == 4 and "kd seed 0, vkd seed 0, kd seed 1" in errors
     assert (tmp_path / "study" / "study.json").exists()
 
@@ -152,7 +152,9 @@ def test_a_study_of_conditions_without_a_run_is_written_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(runner, "WORKER", stand_in(1))
-    code, _, errors = command("study", study_file(tmp_path, tmp_path, conditions={"a": {}, "b": {}}))
+    code, _, errors = command(
+        "study", study_file(tmp_path, tmp_path / "teacher", conditions={"a": {}, "b": {}})
+    )
     assert code == 2 and "a kd seed 0, a vkd seed 0, b kd seed 0" in errors
     assert "0 of 8 runs are complete" in (tmp_path / "study" / "study.md").read_text()
 
@@ -166,6 +168,6 @@ def test_a_folder_of_another_config_is_left_alone(runs: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize(("key", "says"), [("losses.nothing.weight", "nothing"), ("seed.x", "seed")])
 def test_a_wrong_override_stops_before_anything_runs(key: str, says: str, tmp_path: Path) -> None:
-    study = study_file(tmp_path, tmp_path, variants={"kd": {}, "odd": {key: 1}})
+    study = study_file(tmp_path, tmp_path / "teacher", variants={"kd": {}, "odd": {key: 1}})
     code, _, errors = command("study", study)
     assert code == 2 and says in errors and not (tmp_path / "study").exists()

@@ -54,6 +54,6 @@ def test_a_run_is_set_up_on_the_accelerator(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(run, "make_accelerator", lambda *_: accelerator)
     monkeypatch.setattr(build, "load_teacher", lambda _: Teacher(freeze(small_dit(12, layers=6))))
     config = read_config(DISTILL_CONFIG, DistillConfig, ["losses.features.weight=1"])
-    opened = run._open(config, run.RunFolder(tmp_path / "run"), "distill.yaml")
+    opened = run.open_run(config, run.RunFolder(tmp_path / "run"), "distill.yaml")
     assert {parameter.device for parameter in opened.parts.model.parameters()} == {device}
     assert not (tmp_path / "run").exists()
