@@ -75,6 +75,9 @@ def test_a_job_that_is_ended_early_is_queued_again(tmp_path: Path) -> None:
 
 def test_a_job_that_is_taken_off_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("submitit.Job._results_timeout_s", 0)  # for a file that will not come
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # which children of a shell's background job ignore
     job = training(tmp_path, "taken off")
     _wait_for(lambda: (tmp_path / "log").exists() and "\n" in (tmp_path / "log").read_text())
     assert job.poll() is None

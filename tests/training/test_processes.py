@@ -66,7 +66,7 @@ def log(run: Path) -> list[dict]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")  # once a worker, whatever tests of other files come between
 def dealt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one config: alone, accumulated, in two processes, sharded, and sharded with an interruption."""
     folder = tmp_path_factory.mktemp("dealt")
