@@ -20,7 +20,6 @@ import math
 import resource
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from copy import deepcopy
 from functools import partial
 from pathlib import Path
@@ -271,6 +270,37 @@ class FeatureDistillation:
         return torch.stack(terms).mean()
 
 
+def train_step(
+    teacher: DiTTransformer2DModel,
+    student: DiTTransformer2DModel,
+    optimizer: torch.optim.Optimizer,
+    inputs: Tensor,
+    conditions: dict[str, Tensor],
+    term: Callable[[], Tensor] | None = None,
+) -> None:
+    """A step of output KD, and of another term where there is one."""
+    with torch.no_grad():
+        taught = teacher(inputs, **conditions).sample
+    loss = F.mse_loss(student(inputs, **conditions).sample, taught)
+    if term is not None:
+        loss = loss + term()
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def shd_step(
+    train: Callable[[Callable[[], Tensor]], None], teacher: nn.Module, student: nn.Module, shd: SHDLoss
+) -> Callable[[], None]:
+    """The same step with SHD."""
+
+    def run() -> None:
+        with AttentionCapture(teacher) as of_teacher, AttentionCapture(student) as of_student:
+            train(lambda: shd(of_teacher.records, of_student.records))
+
+    return run
+
+
 @app.command()
 def step(
     threads: Threads = 2,
@@ -288,22 +318,8 @@ def step(
     distiller = FeatureDistillation(teacher, student, (6 * 64, 12 * 64))
     optimizer = torch.optim.AdamW([*student.parameters(), *distiller.projectors.parameters()], lr=1e-5)
 
-    def train(term: Callable[[], Tensor] | None) -> None:
-        with torch.no_grad():
-            taught = teacher(inputs, **conditions).sample
-        loss = F.mse_loss(student(inputs, **conditions).sample, taught)
-        if term is not None:
-            loss = loss + term()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-
-    def with_shd(shd: SHDLoss) -> Callable[[], None]:
-        def run() -> None:
-            with AttentionCapture(teacher) as of_teacher, AttentionCapture(student) as of_student:
-                train(lambda: shd(of_teacher.records, of_student.records))
-
-        return run
+    train = partial(train_step, teacher, student, optimizer, inputs, conditions)
+    with_shd = partial(shd_step, train, teacher, student)
 
     def with_features() -> None:
         with distiller:
@@ -319,7 +335,7 @@ def step(
 
         return lambda: train(term)
 
-    candidates = {
+    candidates: dict[str, Callable[[], None]] = {
         "SHD, all rows": with_shd(SHDLoss()),
         "SHD, all rows, compiled": with_shd(SHDLoss(SHDConfig(compile=True))),
         "SHD, all rows, products and softmaxes alone": with_least_work(256),
@@ -334,7 +350,7 @@ def step(
         ),
         "FD": with_features,
     }
-    seconds = take_turns({"output KD": lambda: train(None)} | candidates, rounds, clock)
+    seconds = take_turns({"output KD": train, **candidates}, rounds, clock)
     figures = {
         "milliseconds": {name: round(1e3 * median(taken), 1) for name, taken in seconds.items()},
         "against output KD alone": {name: compare(seconds, name, "output KD") for name in candidates},
@@ -342,27 +358,6 @@ def step(
         "SHD by operation": shares(loss_and_gradient(SHDLoss(), batch, 256)),
     }
     publish("step", {"clock": clock, "threads": threads} | figures, output)
-
-
-def one_step(
-    teacher: DiTTransformer2DModel,
-    student: DiTTransformer2DModel,
-    optimizer: torch.optim.Optimizer,
-    inputs: Tensor,
-    conditions: dict[str, Tensor],
-    shd: SHDLoss | None,
-) -> None:
-    """Output KD, and SHD where it is given."""
-    with ExitStack() as stack:
-        captures = [stack.enter_context(AttentionCapture(model)) for model in (teacher, student) if shd]
-        with torch.no_grad():
-            taught = teacher(inputs, **conditions).sample
-        loss = F.mse_loss(student(inputs, **conditions).sample, taught)
-        if shd is not None:
-            loss = loss + shd(*(capture.records for capture in captures))
-        loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
 
 
 @app.command()
@@ -392,9 +387,9 @@ def lengths(
         inputs = torch.randn(1, 4, *[2 * math.isqrt(length)] * 2)
         conditions = {"timestep": torch.tensor([500]), "class_labels": torch.tensor([1])}
 
-        train = partial(one_step, teacher, student, optimizer, inputs, conditions)
-        candidates: dict[str, Callable[[], object]] = {"output KD": partial(train, None)}
-        candidates |= {name: partial(train, SHDLoss(config)) for name, config in settings.items()}
+        train = partial(train_step, teacher, student, optimizer, inputs, conditions)
+        candidates: dict[str, Callable[[], object]] = {"output KD": train}
+        candidates |= {name: shd_step(train, teacher, student, SHDLoss(c)) for name, c in settings.items()}
         peaks = {}
         for name, run in candidates.items():
             run()

@@ -6,8 +6,9 @@ maps into as many as the student has, `AttentionCapture` records what the blocks
 torchmetrics, for any training loop: `FrechetDistance(extractor)` and its like.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shd_diffusion.lazy import lazy
 
 if TYPE_CHECKING:
     from shd_diffusion.attention import AttentionCapture
@@ -48,11 +49,7 @@ _ROOMS = dict.fromkeys(__all__, "evaluation.torch_metrics") | {
 }
 
 
-def __getattr__(name: str) -> Any:
-    """Imported when they are asked for: torch and diffusers take seconds, and the command line has a guard to set."""
-    if name not in _ROOMS:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+__getattr__ = lazy(__name__, _ROOMS)  # the command line has a guard to set before
 
 
 def __dir__() -> list[str]:

@@ -130,9 +130,8 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
         for stream in (sys.stdout, sys.stderr):
             if isinstance(stream, io.TextIOWrapper):
                 stream.reconfigure(errors="backslashreplace")  # a terminal may know ASCII only
-        os.environ.pop(
-            "MPLBACKEND", None
-        )  # no plot needs it, and of a wrong one Matplotlib cannot be imported
+        # No plot needs it, and of a wrong one Matplotlib cannot be imported.
+        os.environ.pop("MPLBACKEND", None)
         try:
             _refuse_missing(kwargs)
             if function.__name__ not in LIGHT:
@@ -298,8 +297,7 @@ def convert(
     heads: Annotated[int | None, typer.Option(help="Only for a DiT of an unpublished width.")] = None,
 ) -> None:
     """Turn a checkpoint of sail-sg/MDT, facebookresearch/DiT or TAEF2 into a diffusers model folder."""
-    from shd_diffusion.models.convert import convert_checkpoint
-    from shd_diffusion.models.tiny_autoencoder import convert_taef2
+    from shd_diffusion.models.convert import convert_checkpoint, convert_taef2
 
     if kind == "taef2":
         return convert_taef2(file, to)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -38,6 +38,12 @@ READS = (
     "evaluate.reference",
 )
 """The keys of a run's config that may name a folder which is read, and which nothing is to be written into."""
+
+
+def paths_read(tree: Mapping[str, Any]) -> dict[str, str | None]:
+    """What a run reads by its config, a tree of plain values: by the keys of `READS`, None where nothing is named."""
+    flat = flatten(tree)
+    return {key: None if flat.get(key) is None else str(flat[key]) for key in READS}
 
 
 class ValidationConfig(Section):
@@ -202,8 +208,7 @@ class RunConfig(Section):
     @property
     def reads(self) -> dict[str, str | None]:
         """What is read, by the keys of `READS`."""
-        flat = flatten(self.model_dump(mode="json", by_alias=True))
-        return {key: flat.get(key) for key in READS}
+        return paths_read(self.model_dump(mode="json", by_alias=True))
 
     @property
     def within(self) -> str | None:

@@ -15,13 +15,14 @@ SPELLED = {"reference": "reference_sha256", "clip_model.name": "clip_model.sha25
 
 def are_alike(key: str, protocols: Sequence[Mapping[str, Any]]) -> bool:
     """Whether flat protocols agree in a key, as far as measurements go."""
-    if key in OF_THE_MODEL:
+
+    def equal(name: str) -> bool:
+        return all(protocol.get(name) == protocols[0].get(name) for protocol in protocols)
+
+    if key in OF_THE_MODEL or equal(key):
         return True
-    for each in (key, SPELLED.get(key)):
-        values = [] if each is None else [protocol.get(each) for protocol in protocols]
-        if values and all(value == values[0] for value in values) and (each == key or values[0] is not None):
-            return True
-    return not protocols
+    told = SPELLED.get(key)
+    return told is not None and protocols[0].get(told) is not None and equal(told)
 
 
 def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

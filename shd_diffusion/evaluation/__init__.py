@@ -1,7 +1,8 @@
 """Metrics of generated images: features, then statistics, then a metric."""
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from shd_diffusion.lazy import lazy
 
 if TYPE_CHECKING:
     from shd_diffusion.evaluation.compare import compare_metrics
@@ -19,9 +20,4 @@ _FILES = {
     "load_extractor": "extractors",
 }
 
-
-def __getattr__(name: str) -> Any:
-    """Imported when they are asked for: `compare` needs no torch."""
-    if name not in _FILES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_FILES[name]}"), name)
+__getattr__ = lazy(__name__, _FILES)  # `compare` needs no torch

@@ -46,9 +46,8 @@ def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         extractor, _ = load_models(settings, None)
         found["against_teacher"] = compare_with_teacher(run, config, sampled, extractor)
     metrics = _evaluate_and_keep(run, reference, settings, found)
-    has_card = (
-        run.pipeline / "README.md"
-    ).exists() and run.pipeline != run.path  # compress writes other words
+    # compress writes other words
+    has_card = (run.pipeline / "README.md").exists() and run.pipeline != run.path
     if processes().is_main_process and has_card:
         write_card(run)
     return metrics

@@ -1,4 +1,4 @@
-"""Checkpoints as the authors of MDTv2 and DiT publish them, to diffusers model folders."""
+"""Checkpoints as the authors of MDTv2, DiT and TAEF2 publish them, to diffusers model folders."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import replacing_folder
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
+from shd_diffusion.models.tiny_autoencoder import PooledAutoencoderTiny
 
 StateDict = dict[str, Tensor]
 
@@ -80,8 +81,7 @@ def convert_checkpoint(
         UserError: `output` exists, `file` cannot be read or is no such checkpoint, or keys are missing,
             unexpected or misshapen: those are listed.
     """
-    if output.exists():
-        raise UserError(f"{output}: exists already; give another --to, or delete it")
+    _check_new(output)
     state = _read(file)
     try:
         with torch.device("meta"):
@@ -94,6 +94,38 @@ def convert_checkpoint(
     model.load_state_dict({name: _take(state, name) for name in model.state_dict()}, assign=True)
     with replacing_folder(output) as folder:
         model.save_pretrained(folder)
+
+
+def convert_taef2(folder: Path, output: Path) -> None:
+    """Write TAEF2's published weights as a diffusers model folder that `prepare.vae` takes, in float32.
+
+    Args:
+        folder: holds encoder.safetensors and decoder.safetensors.
+        output: the new folder.
+
+    Raises:
+        UserError: `output` exists, or a file is missing, damaged, or holds other weights.
+    """
+    _check_new(output)
+    vae = PooledAutoencoderTiny(latent_channels=32)
+    # The published decoder counts its clamping of latents as layer 0.
+    for part, offset in (("encoder", 0), ("decoder", 1)):
+        file = folder / f"{part}.safetensors"
+        state = _read(file)
+        try:
+            getattr(vae, part).layers.load_state_dict(
+                {_shift(name, -offset): value for name, value in state.items()}
+            )
+        except (RuntimeError, ValueError) as error:  # other names or shapes
+            raise UserError(f"{file}: not the weights of TAEF2 ({one_line(error)})") from None
+    with replacing_folder(output) as new:
+        vae.save_pretrained(new)
+
+
+def _check_new(output: Path) -> None:
+    """Raise UserError if there is something where a model is to be written."""
+    if output.exists():
+        raise UserError(f"{output}: exists already; give another --to, or delete it")
 
 
 def _read(file: Path) -> StateDict:
@@ -220,3 +252,9 @@ def _sincos(model: ModelMixin) -> Tensor:
 def _listed(keys: Iterable[str], limit: int = 20) -> str:
     names = sorted(keys)
     return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+
+
+def _shift(name: str, by: int) -> str:
+    """The name of a parameter whose layer is so many further on."""
+    index, rest = name.split(".", 1)
+    return f"{int(index) + by}.{rest}"

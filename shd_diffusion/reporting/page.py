@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from PIL import Image
 
-from shd_diffusion.config import READS
+from shd_diffusion.config import paths_read
 from shd_diffusion.errors import UserError, printable_path
 from shd_diffusion.files import check_outside, replacing_folder, write_text
 from shd_diffusion.progress import printable
@@ -56,8 +56,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
     runs = read_runs(paths)
     _check_place(output)  # before the plots take their time
     for run in runs:
-        flat = flatten(run.config)
-        check_outside(output, {key: str(flat[key]) for key in READS if flat.get(key) is not None})
+        check_outside(output, paths_read(run.config))
     styles = run_styles(runs)
     galleries, neighbours, attention = (
         sample_galleries(runs),

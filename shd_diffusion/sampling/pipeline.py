@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,15 +9,13 @@ from pathlib import Path
 import torch
 from diffusers import (
     AutoencoderKL,
-    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     ImagePipelineOutput,
     ModelMixin,
 )
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
-from diffusers.utils.torch_utils import randn_tensor
-from torch import Tensor, nn
+from torch import Tensor
 
 from shd_diffusion.data.latent_space import LatentScaling, LatentSpace
 from shd_diffusion.errors import did_you_mean
@@ -31,7 +28,7 @@ from shd_diffusion.sampling.guidance import power_cosine_scale, predict_guided
 from shd_diffusion.sampling.schedulers import uses_predicted_variance
 
 
-class ClassConditionalPipeline(DiffusionPipeline):
+class ClassConditionalPipeline(standalone_pipeline.ClassConditionalPipeline):
     """Images by class or by no condition, with classifier-free guidance, in pixels or a VAE's latents.
 
     Args:
@@ -41,41 +38,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
         sample_shape: (C, H, W) of what the denoiser was trained on; None: what its config is made for.
         id2label: the names of the classes by their numbers, as in `DiTPipeline`.
     """
-
-    model_cpu_offload_seq = "denoiser->vae"
-    _optional_components: list[str] = ["vae"]  # noqa: RUF012 -- the name and type that diffusers looks for
-
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        scheduler: SchedulerMixin,
-        vae: nn.Module | None = None,
-        sample_shape: list[int] | None = None,
-        id2label: dict[str, str] | None = None,
-    ) -> None:
-        super().__init__()
-        self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
-        shape = None if sample_shape is None else list(sample_shape)
-        self.register_to_config(sample_shape=shape, id2label=id2label)
-        named = [(name, int(number)) for number, name in (id2label or {}).items()]
-        parts = {part.strip(): number for name, number in named for part in name.split(",")}
-        self.labels = parts | dict(
-            named
-        )  # each of several names of a class, as in DiTPipeline, and all together
-
-    def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """The numbers of classes by their names.
-
-        Raises:
-            ValueError: there is no such class, or classes have no names.
-        """
-        names = [label] if isinstance(label, str) else list(label)
-        if unknown := [name for name in names if name not in self.labels]:
-            known = (
-                did_you_mean(unknown[0], self.labels) if self.labels else "they have no names, give numbers"
-            )
-            raise ValueError(f"no class `{unknown[0]}`; {known}")
-        return [self.labels[name] for name in names]
 
     @property
     def noise_shape(self) -> tuple[int, ...]:
@@ -92,7 +54,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         return tuple(int(size) for size in shape)
 
     @torch.no_grad()
-    def __call__(
+    def __call__(  # type: ignore[override]  # guidance has more arguments here, and they stand together
         self,
         class_labels: Sequence[int] | None = None,
         num_inference_steps: int = 50,
@@ -126,21 +88,12 @@ class ClassConditionalPipeline(DiffusionPipeline):
         Raises:
             ValueError: a label is none of the model's classes, or `latents` has the wrong shape.
         """
-        device = self._execution_device
-        # a scheduler's steps add up what half precision rounds off, so latents are kept in float32 or better
-        dtype = torch.promote_types(self.denoiser.dtype, torch.float32)
         count = num_images if class_labels is None else len(class_labels)
         shape = (count, *self.noise_shape)
         if latents is not None and tuple(latents.shape) != shape:
             raise ValueError(f"latents have shape {tuple(latents.shape)}, expected {shape}")
         condition, null = self._conditions(class_labels, count)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
+        latents = self._first_latents(shape, num_inference_steps, generator, latents)
         for timestep in self.progress_bar(self.scheduler.timesteps):
             scale = guidance_scale
             if guidance_interval is not None and not guidance_interval[0] <= timestep <= guidance_interval[1]:
@@ -148,22 +101,20 @@ class ClassConditionalPipeline(DiffusionPipeline):
             elif guidance_power is not None:
                 steps = self.scheduler.config.num_train_timesteps
                 scale = float(power_cosine_scale(timestep, scale, guidance_power, steps))
-            noised = latents
-            if hasattr(self.scheduler, "scale_model_input"):
-                noised = self.scheduler.scale_model_input(latents, timestep)
+            noised = self._scaled(latents, timestep)
             prediction = predict_guided(
                 self.denoiser, noised, timestep.expand(count), condition, null, scale, guidance_channels
             )
             if not uses_predicted_variance(self.scheduler):
                 prediction = prediction[:, : shape[1]]
-            latents = self.scheduler.step(prediction, timestep, latents, **extra).prev_sample
+            latents = self._step(prediction, timestep, latents, generator)
+        return self._images(latents, output_type, return_dict)
 
-        decoded = latents if self.vae is None else LatentSpace(self.vae).decode(latents.to(self.vae.dtype))
-        images = (decoded.float() / 2 + 0.5).clamp(0, 1)
-        result = images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()
-        if output_type == "pil":
-            result = self.numpy_to_pil(result)
-        return ImagePipelineOutput(images=result) if return_dict else (result,)
+    def _known_labels(self, unknown: str) -> str:
+        return did_you_mean(unknown, self.labels) if self.labels else "they have no names, give numbers"
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        return LatentSpace(self.vae).decode(latents)
 
     def _conditions(
         self, labels: Sequence[int] | None, count: int

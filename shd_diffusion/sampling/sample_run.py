@@ -53,9 +53,8 @@ def sample_run(
     check_outside(folder, config.reads)
     train, summary = run.read_config().train, run.read_summary()
     trained: dict[str, Any] = {"steps_trained": summary.steps, "ema_decay": train.ema_decay}
-    if (
-        summary.steps != train.max_steps and summary.stage != "compress"
-    ):  # a checkpoint, or a run that was stopped
+    # a checkpoint, or a run that was stopped
+    if summary.steps != train.max_steps and summary.stage != "compress":
         trained["steps_planned"] = train.max_steps
     pipeline = open_pipeline(str(run.pipeline), config.sample.dtype)
     name, source = str(run.path), str(run.config_file)

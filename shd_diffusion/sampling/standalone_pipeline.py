@@ -44,19 +44,26 @@ class ClassConditionalPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         self.register_modules(denoiser=denoiser, scheduler=scheduler, vae=vae)
-        self.register_to_config(sample_shape=sample_shape, id2label=id2label)
+        shape = None if sample_shape is None else list(sample_shape)
+        self.register_to_config(sample_shape=shape, id2label=id2label)
         named = [(name, int(number)) for number, name in (id2label or {}).items()]
         parts = {part.strip(): number for name, number in named for part in name.split(",")}
-        self.labels = parts | dict(
-            named
-        )  # each of several names of a class, as in DiTPipeline, and all together
+        # each of several names of a class, as in DiTPipeline, and all together
+        self.labels = parts | dict(named)
 
     def get_label_ids(self, label: str | Sequence[str]) -> list[int]:
-        """The numbers of classes by their names."""
+        """The numbers of classes by their names.
+
+        Raises:
+            ValueError: there is no such class, or classes have no names.
+        """
         names = [label] if isinstance(label, str) else list(label)
         if unknown := [name for name in names if name not in self.labels]:
-            raise ValueError(f"no class `{unknown[0]}`; there are {', '.join(self.labels) or 'no names'}")
+            raise ValueError(f"no class `{unknown[0]}`; {self._known_labels(unknown[0])}")
         return [self.labels[name] for name in names]
+
+    def _known_labels(self, unknown: str) -> str:
+        return f"there are {', '.join(self.labels) or 'no names'}"
 
     @torch.no_grad()
     def __call__(
@@ -82,7 +89,6 @@ class ClassConditionalPipeline(DiffusionPipeline):
             output_type: `pil`, `np` (B, H, W, C) in [0, 1], or `pt` (B, C, H, W) in [0, 1].
             return_dict: False returns a tuple instead of an `ImagePipelineOutput`.
         """
-        device, dtype = self._execution_device, torch.promote_types(self.denoiser.dtype, torch.float32)
         count = num_images if class_labels is None else len(class_labels)
         shape = (count, *self._noise_shape())
         null = self._num_classes()
@@ -92,18 +98,10 @@ class ClassConditionalPipeline(DiffusionPipeline):
         ):
             raise ValueError("no such class labels, or the model takes none")
         labels = [*(class_labels or ()), *([null] * count if guided or class_labels is None else [])]
-        told = None if null is None else torch.tensor(labels, device=device)
-        self.scheduler.set_timesteps(num_inference_steps, device=device)
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents = latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
-
-        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
-        extra = {"generator": generator} if takes_generator else {}
+        told = None if null is None else torch.tensor(labels, device=self._execution_device)
+        latents = self._first_latents(shape, num_inference_steps, generator, latents)
         for timestep in self.progress_bar(self.scheduler.timesteps):
-            noised = latents
-            if hasattr(self.scheduler, "scale_model_input"):
-                noised = self.scheduler.scale_model_input(latents, timestep)
+            noised = self._scaled(latents, timestep)
             both = torch.cat([noised, noised]) if guided else noised
             prediction = self._predict(both, timestep.expand(len(both)), told)
             if guided:
@@ -112,8 +110,40 @@ class ClassConditionalPipeline(DiffusionPipeline):
                 prediction = torch.cat([first[:, : shape[1]], conditional[:, shape[1] :]], dim=1)
             if not self._uses_predicted_variance():
                 prediction = prediction[:, : shape[1]]
-            latents = self.scheduler.step(prediction, timestep, latents, **extra).prev_sample
+            latents = self._step(prediction, timestep, latents, generator)
+        return self._images(latents, output_type, return_dict)
 
+    def _first_latents(
+        self,
+        shape: tuple[int, ...],
+        num_inference_steps: int,
+        generator: torch.Generator | list[torch.Generator] | None,
+        latents: Tensor | None,
+    ) -> Tensor:
+        """The noise to start from, given or drawn, as the scheduler wants it for so many steps.
+
+        A scheduler's steps add up what half precision rounds off, so latents are kept in float32 or better.
+        """
+        device, dtype = self._execution_device, torch.promote_types(self.denoiser.dtype, torch.float32)
+        self.scheduler.set_timesteps(num_inference_steps, device=device)
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return latents.to(device, dtype) * getattr(self.scheduler, "init_noise_sigma", 1.0)
+
+    def _scaled(self, latents: Tensor, timestep: Tensor) -> Tensor:
+        """As the denoiser sees them."""
+        if hasattr(self.scheduler, "scale_model_input"):
+            return self.scheduler.scale_model_input(latents, timestep)
+        return latents
+
+    def _step(self, prediction: Tensor, timestep: Tensor, latents: Tensor, generator: Any) -> Tensor:
+        """One step of the scheduler."""
+        takes_generator = "generator" in inspect.signature(self.scheduler.step).parameters
+        extra = {"generator": generator} if takes_generator else {}
+        return self.scheduler.step(prediction, timestep, latents, **extra).prev_sample
+
+    def _images(self, latents: Tensor, output_type: str, return_dict: bool) -> ImagePipelineOutput | tuple:
+        """What a call returns for the last latents."""
         decoded = latents if self.vae is None else self._decode(latents.to(self.vae.dtype))
         images = (decoded.float() / 2 + 0.5).clamp(0, 1)
         result: Any = images if output_type == "pt" else images.permute(0, 2, 3, 1).cpu().numpy()

@@ -43,9 +43,8 @@ def make_validation(
     wanted, evaluate = config.train.validation, config.evaluate
     if not wanted.every or not wanted.num_images:
         return None
-    from shd_diffusion.evaluation.torch_metrics import (
-        FrechetDistance,
-    )  # torchmetrics takes a second to import
+    # torchmetrics takes a second to import
+    from shd_diffusion.evaluation.torch_metrics import FrechetDistance
 
     name = extractor_name(evaluate.extractor, config.data.name)
     only = image_size_of(name)
@@ -62,9 +61,8 @@ def make_validation(
     statistics = open_reference(
         reference, extractor, evaluate.batch_size, evaluate.resize, min(height, width)
     ).statistics["features"]
-    together = (
-        config.train.shard
-    )  # each process holds a part of the weights only, and all make the same images
+    # Sharded, each process holds a part of the weights only, and all make the same images.
+    together = config.train.shard
     distance = FrechetDistance(extractor, reference=statistics, sync_on_compute=not together).to(device)
     sample = config.sample.model_copy(
         update={"num_inference_steps": wanted.num_inference_steps, "num_images": wanted.num_images}

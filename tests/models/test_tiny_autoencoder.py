@@ -10,7 +10,8 @@ from torch import nn
 
 from shd_diffusion.data.latent_space import LatentSpace, load_vae
 from shd_diffusion.errors import UserError
-from shd_diffusion.models.tiny_autoencoder import PooledAutoencoderTiny, convert_taef2
+from shd_diffusion.models.convert import convert_taef2
+from shd_diffusion.models.tiny_autoencoder import PooledAutoencoderTiny
 from shd_diffusion.sampling import ClassConditionalPipeline
 from shd_diffusion.sampling.pipeline import save_pipeline
 
