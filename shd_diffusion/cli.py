@@ -229,11 +229,13 @@ def make_pipeline(config: ConfigFile, set_: Overrides = None, output: Output = N
 @stage
 def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
     """Encode images, and their captions, into a cache that models are trained on."""
-    from shd_diffusion.config import read_prepare_config
+    from shd_diffusion.config import read_prepare_config, training_of
     from shd_diffusion.data.prepare import prepare as run_stage
 
     parsed = read_prepare_config(config, set_ or [])
     run_stage(parsed, _output(parsed, output, config), str(config))
+    if command := training_of(config):
+        _next(command, config)
 
 
 @app.command()
@@ -383,7 +385,7 @@ def sample(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Sample images from finished runs into their `samples/`, or from checkpoints into `steps/STEP/samples/`."""
-    from shd_diffusion.config import override_config
+    from shd_diffusion.config import check_read, override_config
     from shd_diffusion.run_folder import RunFolder
     from shd_diffusion.sampling.prompts import read_prompts
     from shd_diffusion.sampling.sample_run import sample_run
@@ -399,6 +401,7 @@ def sample(
 
             run = export_checkpoint(run, checkpoint)
         config = override_config(run.read_config(), set_ or [], str(run.config_file))
+        check_read(set_ or [], ("data", "prepare", "sample"), "images are sampled of a finished training")
         if prompts is not None:
             told: dict[str, Any] = {"prompts": str(prompts)}
             if not any(key.startswith("sample.num_images=") for key in set_ or []):
@@ -437,7 +440,7 @@ def evaluate(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Compute metrics; JSON on standard output, and for a run or pipeline also in `evaluation/metrics.json`."""
-    from shd_diffusion.config import override_config
+    from shd_diffusion.config import check_read, override_config
     from shd_diffusion.evaluation.evaluate_run import (
         evaluate_images,
         evaluate_pipeline,
@@ -459,6 +462,11 @@ def evaluate(
             run = run.find_step(checkpoint)
         if run.config_file.exists():
             config = override_config(run.read_config(), overrides, str(run.config_file))
+            check_read(
+                overrides,
+                ("data", "evaluate", "prepare", "teacher"),
+                f"the images are there; make others by `shd-diffusion sample {shlex.quote(str(target))} --set ...`",
+            )
             found[str(target)] = evaluate_run(run, config)
         elif is_pipeline(str(target)):
             found[str(target)] = evaluate_pipeline(str(target), overrides, output)

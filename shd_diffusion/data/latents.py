@@ -195,7 +195,8 @@ def read_manifest(folder: Path, complete: bool = True) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"data.path: {folder}: no {MANIFEST} in it; give the output of `shd-diffusion prepare`"
+            f"{folder}: no cache of latents (no {MANIFEST} in it); run `shd-diffusion prepare CONFIG` first, or give "
+            "its output"
         )
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("checksum") != checksum(manifest):
