@@ -170,14 +170,23 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 @stage
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="For the runs and the page.")
-    ] = Path("runs/digits"),
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            help="For the runs and the page; default: `runs/digits`, or `runs/emoji`.",
+        ),
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="From text to image, on emoji and their names.")
+    ] = False,
     set_: Overrides = None,
 ) -> None:
     """The whole way on handwritten digits in minutes: train, distil, squeeze, sample, evaluate, report."""
-    from shd_diffusion.demo import steps
+    from shd_diffusion.demo import steps, text_steps
 
-    planned = steps(output, set_ or [])
+    output = output or Path("runs", "emoji" if text else "digits")
+    planned = (text_steps if text else steps)(output, set_ or [])
     for number, step in enumerate(planned, 1):
         typer.echo(f"[{number}/{len(planned)}] {step.title}")
         sys.stdout.flush()  # in a log file, before what the step itself says

@@ -59,7 +59,7 @@ def _reference_of(config: RunConfig) -> ReferenceImages | None:
         return None
     if config.evaluate.metrics is not None and not needs_reference(config.evaluate):
         return None
-    return reference_images(config.trained_on)
+    return reference_images(config.trained_on, config.data)
 
 
 def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:

@@ -46,9 +46,8 @@ def make_validation(
     from shd_diffusion.evaluation.torch_metrics import FrechetDistance
 
     name = extractor_name(evaluate.extractor, config.data.name)
-    reference = evaluate.reference or reference_images(
-        config.trained_on
-    )  # a file of statistics needs no images
+    # a file of statistics needs no images
+    reference = evaluate.reference or reference_images(config.trained_on, config.data)
     height, width = data.image_size
     check_image_size(name, (height, width))
     extractor = load_extractor(name, evaluate.extractor_weights, evaluate.clip_model).to(device)
