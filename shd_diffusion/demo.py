@@ -70,6 +70,7 @@ def text_steps(folder: Path, overrides: Sequence[str] = ()) -> list[Step]:
     parts = [f"teacher.path={teacher}", f"prepare.output={cache}", f"student.pretrained={squeezed}"]
     distill = ["distill", "configs/emoji/distill.yaml", *_sets([*parts, *overrides])]
     kd, kd_shd = students
+    half = ["--heads", "3", "--neurons", "0.5", "--images", "512"]
 
     return [
         Step(
@@ -86,8 +87,7 @@ def text_steps(folder: Path, overrides: Sequence[str] = ()) -> list[Step]:
         ),
         Step(
             "3 heads and half of the neurons by least squares, without training",
-            ["compress", str(teacher), "--heads", "3", "--neurons", "0.5", "--images", "512"]
-            + ["--output", str(squeezed)],
+            ["compress", str(teacher), *half, "--output", str(squeezed)],
             made=squeezed / "model_index.json",
         ),
         Step(

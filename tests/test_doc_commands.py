@@ -63,7 +63,7 @@ def check_command(words: list[str]) -> None:
 
 def test_the_table_of_commands_is_taken() -> None:
     text = (ROOT / "README.md").read_text("utf-8")
-    rows = [cell for cell in re.findall(r"^\| (`.+?`) \|", text, re.MULTILINE)]
+    rows = re.findall(r"^\| (`.+?`) \|", text, re.MULTILINE)
     told = [command.split() for row in rows for command in re.findall(r"`([^`]+)`", row)]
     assert {"inspect", "distill", "sample", "report"} < {words[0] for words in told}
     for words in told:
