@@ -336,7 +336,9 @@ def read_run_config(path: Path) -> TrainTeacherConfig | DistillConfig:
 def training_of(path: Path) -> Literal["distill", "train-teacher"] | None:
     """The command that trains by a config; None for one of `prepare` alone. Errors as for `read_config`."""
     kind = _kind_of(_read_tree(path))
-    return kind and ("distill" if kind is DistillConfig else "train-teacher")
+    if kind is None:
+        return None
+    return "distill" if kind is DistillConfig else "train-teacher"
 
 
 def _kind_of(tree: Mapping[str, Any]) -> type[TrainTeacherConfig] | type[DistillConfig] | None:
