@@ -418,7 +418,7 @@ def sample(
             config = config.model_copy(update={"sample": config.sample.model_copy(update=told)})
         sample_run(run, config, output or run.samples, npz, layout)
     of_step = [] if checkpoint is None else ["--checkpoint", checkpoint]
-    _next("evaluate", *([*runs, *of_step] if output is None else [output]))
+    _next("evaluate", *([*runs, *of_step] if output is None else [output, "--reference", "REF"]))
 
 
 @app.command()

@@ -19,7 +19,6 @@ from typing import Any
 import diffusers
 import torch
 import torch.nn.functional as F
-import transformers
 from accelerate import init_empty_weights
 from diffusers import DiffusionPipeline
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
@@ -50,6 +49,8 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
 @contextmanager
 def _without_warnings() -> Iterator[None]:
     """Context in which diffusers and transformers do not warn: of prompts that nobody has written."""
+    import transformers  # which pipelines that take prompts need
+
     libraries = diffusers.utils.logging, transformers.utils.logging
     before = [library.get_verbosity() for library in libraries]
     for library in libraries:
