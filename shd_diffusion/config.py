@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -330,18 +330,27 @@ def read_config(path: Path, kind: type[AnyConfig], overrides: Iterable[str] = ()
 def read_run_config(path: Path) -> TrainTeacherConfig | DistillConfig:
     """Read the config of a training, which is a distillation if it names a student; errors as for `read_config`."""
     tree = _read_tree(path)
-    kind: type[TrainTeacherConfig] | type[DistillConfig] = (
-        DistillConfig if "student" in tree else TrainTeacherConfig
-    )
-    return parse_config(tree, kind, source=str(path))
+    return parse_config(tree, _kind_of(tree) or TrainTeacherConfig, source=str(path))
+
+
+def training_of(path: Path) -> Literal["distill", "train-teacher"] | None:
+    """The command that trains by a config; None for one of `prepare` alone. Errors as for `read_config`."""
+    kind = _kind_of(_read_tree(path))
+    if kind is None:
+        return None
+    return "distill" if kind is DistillConfig else "train-teacher"
+
+
+def _kind_of(tree: Mapping[str, Any]) -> type[TrainTeacherConfig] | type[DistillConfig] | None:
+    """What a config of a training is; None where it names no model, so that it is none."""
+    return DistillConfig if "student" in tree else TrainTeacherConfig if "model" in tree else None
 
 
 def read_prepare_config(path: Path, overrides: Iterable[str] = ()) -> PrepareConfig:
     """The config of `prepare`: a file of its own, or a section of a training's; errors as for `read_config`."""
-    tree = _read_tree(path)
-    if "student" not in tree and "model" not in tree:
+    kind: Any = _kind_of(_read_tree(path))
+    if kind is None:
         return read_config(path, PrepareConfig, overrides)
-    kind: Any = DistillConfig if "student" in tree else TrainTeacherConfig
     config: RunConfig = read_config(path, kind, overrides)
     if config.prepare is None:
         raise UserError(
@@ -355,10 +364,9 @@ def read_prepare_config(path: Path, overrides: Iterable[str] = ()) -> PrepareCon
 def read_data_config(path: Path, overrides: Iterable[str] = ()) -> DataConfig:
     """What the models of a training's config will see: its data, or its cache where that is there; or the data of a
     config of `prepare`. Errors as for `read_config`."""
-    tree = _read_tree(path)
-    if "student" not in tree and "model" not in tree:
+    kind: Any = _kind_of(_read_tree(path))
+    if kind is None:
         return read_config(path, PrepareConfig, overrides).data
-    kind: Any = DistillConfig if "student" in tree else TrainTeacherConfig
     config: RunConfig = read_config(path, kind, overrides)
     cached = config.prepare is not None and Path(config.prepare.output or "", MANIFEST).is_file()
     return config.trained_on if cached else config.data
@@ -370,6 +378,22 @@ def override_config(config: AnyConfig, overrides: Iterable[str], source: str) ->
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, type(config), source)
+
+
+def check_read(overrides: Iterable[str], sections: Sequence[str], what: str) -> None:
+    """See that overrides change something: those of a section that is not read would be passed over in silence.
+
+    Args:
+        sections: that are read.
+        what: reads them, with what to do instead.
+
+    Raises:
+        UserError: one is of another section.
+    """
+    for override in overrides:
+        if override.partition("=")[0].split(".")[0].strip() not in sections:
+            known = ", ".join(f"`{section}`" for section in sections)
+            raise UserError(f"--set {override}: has no effect, only {known} has: {what}")
 
 
 def parse_config(tree: dict[str, Any], kind: type[AnyConfig], source: str) -> AnyConfig:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, override_config
+from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, check_read, override_config
 from shd_diffusion.data import ReferenceImages, reference_images
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.against_teacher_run import compare_with_teacher
@@ -59,7 +59,7 @@ def _reference_of(config: RunConfig) -> ReferenceImages | None:
         return None
     if config.evaluate.metrics is not None and not needs_reference(config.evaluate):
         return None
-    return reference_images(config.trained_on)
+    return reference_images(config.trained_on, config.data)
 
 
 def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
@@ -73,6 +73,7 @@ def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
     if not images.exists():
         raise UserError(f"{images}: no such run, pipeline, folder of images or .npz file")
     config = override_config(EvaluationConfig(), overrides, "--set").evaluate
+    check_read(overrides, ("evaluate",), "the images are there")
     return _evaluate(images, _given_reference(str(images), config), config)
 
 
