@@ -467,7 +467,9 @@ def _keys_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list
     """Keys of the section in which the unknown key stands."""
     for part in location[:-1]:
         field = next((f for n, f in kind.model_fields.items() if part in (n, f.alias)), None)
-        annotation = field.annotation if field else None
+        annotation = DataConfig if part == "DataConfig" else field.annotation if field else None
+        if annotation == _Reference | None:  # the next part says which of the two
+            continue
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         kind = annotation
