@@ -465,11 +465,11 @@ def _is_union_tag(part: int | str) -> bool:
 
 def _keys_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Keys of the section in which the unknown key stands."""
+    if "DataConfig" in location:  # the tag of a union
+        kind, location = DataConfig, location[location.index("DataConfig") + 1 :]
     for part in location[:-1]:
         field = next((f for n, f in kind.model_fields.items() if part in (n, f.alias)), None)
-        annotation = DataConfig if part == "DataConfig" else field.annotation if field else None
-        if annotation == _Reference | None:  # the next part says which of the two
-            continue
+        annotation = field.annotation if field else None
         if not (isinstance(annotation, type) and issubclass(annotation, BaseModel)):
             return []
         kind = annotation
