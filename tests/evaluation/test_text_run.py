@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pytest
 from commands import command, sets
@@ -143,6 +142,7 @@ def test_a_run_is_held_against_a_split_that_was_not_trained_on(
     sampled: Path, clip_folder: Path, captioned: Path, tmp_path: Path
 ) -> None:
     """Two of the three prompts are captions of the split, so that 8 of 12 images are judged."""
+    datasets = pytest.importorskip("datasets")
     captions = [PROMPTS[0], PROMPTS[2], *(f"a {letter}" for letter in "cdefghijkl")]
     pictures = [{"bytes": file.read_bytes(), "path": None} for file in sorted(captioned.glob("*.png"))]
     features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
