@@ -15,6 +15,7 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from shd_diffusion.config import DistillConfig, TrainTeacherConfig
+from shd_diffusion.data import DataConfig
 from shd_diffusion.data.prepare import PrepareConfig
 from shd_diffusion.study.config import StudyConfig
 
@@ -99,6 +100,8 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in inner)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type(each) for each in inner if each is not type(None))
+    if annotation is DataConfig:
+        return "keys as in `data`"
     if origin in (list, tuple):
         return f"list of {_type(inner[0])}"
     if origin is dict:
