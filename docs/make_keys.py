@@ -18,11 +18,13 @@ from shd_diffusion.config import DistillConfig, TrainTeacherConfig
 from shd_diffusion.data import DataConfig
 from shd_diffusion.data.prepare import PrepareConfig
 from shd_diffusion.study.config import StudyConfig
+from shd_diffusion.training.text_pipeline import TextPipelineConfig
 
 FILES: dict[str, type[BaseModel]] = {
     "distill": DistillConfig,
     "train-teacher": TrainTeacherConfig,
     "prepare": PrepareConfig,
+    "make-pipeline": TextPipelineConfig,
     "study": StudyConfig,
 }
 HEAD = """# Keys of the configs

@@ -382,7 +382,9 @@ def lengths(
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
         inputs = torch.randn(1, 4, *[2 * math.isqrt(length)] * 2)
         conditions = {"timestep": torch.tensor([500]), "class_labels": torch.tensor([1])}
-        few = 128 / length  # the work on maps is then in proportion to the tokens, as that of all else but attention
+        few = (
+            128 / length
+        )  # the work on maps is then in proportion to the tokens, as that of all else but attention
         settings = {
             "SHD, all rows": SHDConfig(),
             "SHD, half of the rows of the later half of the blocks": SHDConfig(rows=0.5, after=0.5),
