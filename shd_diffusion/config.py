@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, FiniteFloat, Tag, ValidationError, model_validator
 
 from shd_diffusion.data.datasets import DataConfig
 from shd_diffusion.data.latents import MANIFEST
@@ -36,6 +36,7 @@ READS = (
     "teacher.path",
     "student.pretrained",
     "evaluate.reference",
+    "evaluate.reference.path",
 )
 """The keys of a run's config that may name a folder which is read, and which nothing is to be written into."""
 
@@ -160,6 +161,12 @@ class SampleConfig(Section):
         return self.model_dump(exclude={*without, *usual, "clip"})  # the scheduler tells whether it clips
 
 
+_Reference = Annotated[
+    Annotated[str, Tag("str")] | Annotated[DataConfig, Tag("DataConfig")],
+    Discriminator(lambda value: "DataConfig" if isinstance(value, dict | DataConfig) else "str"),
+]
+
+
 class EvaluateConfig(Section):
     """The metrics, the features that they are computed on, and what the images are compared with.
 
@@ -167,13 +174,15 @@ class EvaluateConfig(Section):
     `clip_model`, a folder or hub name, is what images are compared with their prompts by, and the extractor `clip`.
     `classes` says which of the extractor's logits are the data set's classes 0, 1, ...: ten of ImageNet's thousand.
     So many images as `against_teacher` says are compared with the teacher's of the same noise and prompt; 0 is none.
+    The `reference` is a folder, a file, or the keys of a data set as in `data`: pictures that were not trained on, such
+    as another `split`, and with a `caption_column` their captions. Without it a run's own data are it.
     """
 
     extractor: str | None = None
     extractor_weights: str | None = None
     clip_model: str | None = None
     classes: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=2)
-    reference: str | None = None
+    reference: _Reference | None = None
     metrics: list[str] | None = None
     resize: Literal["none", "box", "bilinear", "bicubic", "lanczos"] = "none"
     batch_size: int = Field(default=100, ge=1, le=MOST_AT_ONCE)
@@ -475,11 +484,13 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
 
 
 def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and ("[" in part or part in ("list", "str", "int", "float"))
+    return isinstance(part, str) and ("[" in part or part in ("list", "str", "int", "float", "DataConfig"))
 
 
 def _keys_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Keys of the section in which the unknown key stands."""
+    if "DataConfig" in location:  # the tag of a union
+        kind, location = DataConfig, location[location.index("DataConfig") + 1 :]
     for part in location[:-1]:
         field = next((f for n, f in kind.model_fields.items() if part in (n, f.alias)), None)
         annotation = field.annotation if field else None
