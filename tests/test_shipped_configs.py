@@ -18,7 +18,7 @@ from shd_diffusion.training.inspect_models import inspect_model, merges_of, pair
 CONFIGS = sorted(
     path
     for path in (ROOT / "configs").glob("*/*.yaml")
-    if path.parent.name != "studies" and path.stem not in ("prepare", "pipeline")
+    if path.parent.name != "studies" and not path.stem.endswith(("prepare", "pipeline"))
 )
 
 # Teachers that are converted from published weights, and the configs of the same models.
