@@ -69,7 +69,7 @@ class Batch:
     """Noised samples: clean, noise and noised (B, C, H, W), timesteps (B,), condition (B, ...) by argument.
 
     Where passes are masked, `mask` is what is added to the condition of the second pass (MDTv2's `ids_keep`). `null` is
-    what stands for no condition, (1, ...) by argument. `mixed` is what terms with a teacher see instead, if anything.
+    what stands for no condition, (1, ...) by argument. Terms with a teacher see one of `mixed` instead, if it has any.
     """
 
     clean: Tensor
@@ -79,7 +79,7 @@ class Batch:
     condition: Condition
     mask: Condition = field(default_factory=dict)
     null: Condition = field(default_factory=dict)
-    mixed: Batch | None = None
+    mixed: tuple[Batch, ...] = ()
 
 
 @dataclass(frozen=True)

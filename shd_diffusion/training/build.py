@@ -71,7 +71,7 @@ class Parts:
 
         def make(layout: BatchLayout, start: int) -> BatchLoader:
             steps = start, train.max_steps
-            extra = train.mask_ratio, train.mixup
+            extra = train.mask_ratio, train.mix
             return BatchLoader(
                 self.data, self.process, self.null, seed, layout, settings, device, steps, *extra
             )

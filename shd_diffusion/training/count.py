@@ -188,5 +188,5 @@ def _fake(batch: Batch, mode: FakeTensorMode) -> Batch:
     tensors = {name: empty(getattr(batch, name)) for name in ("clean", "noise", "noised", "timesteps")}
     told = (batch.condition, batch.mask, batch.null)
     condition, mask, null = ({name: empty(tensor) for name, tensor in each.items()} for each in told)
-    mixed = None if batch.mixed is None else _fake(batch.mixed, mode)
+    mixed = tuple(_fake(each, mode) for each in batch.mixed)
     return replace(batch, **tensors, condition=condition, mask=mask, null=null, mixed=mixed)

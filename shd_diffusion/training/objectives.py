@@ -20,6 +20,7 @@ from shd_diffusion.losses.term import Batch, Captured, NonFiniteError, StepOutpu
 from shd_diffusion.models.denoiser import drop_condition, predict, predict_frozen
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.progress import announce
+from shd_diffusion.training.mixing import pick
 
 MASKED = "_masked"
 
@@ -128,13 +129,15 @@ class TrainingLoss:
 
     def _pass(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         active = {name: term for name, term in self._all() if term.weight(step, self.max_steps)}
-        if batch.mixed is None:
+        if not batch.mixed:
             return self._terms(active, model, batch, step)
         taught = {name: term for name, term in active.items() if term.needs_teacher}
         alone = {name: term for name, term in active.items() if name not in taught}
-        terms: dict[str, Tensor] = {}
-        for some, seen in ((alone, replace(batch, mixed=None)), (taught, batch.mixed)):
-            terms |= self._terms(some, model, seen, step) if some else {}
+        terms = self._terms(alone, model, replace(batch, mixed=()), step) if alone else {}
+        if taught:
+            assert self.teacher is not None
+            mixed = batch.mixed[0] if len(batch.mixed) == 1 else pick(batch.mixed, model, self.teacher)
+            terms |= self._terms(taught, model, mixed, step)
         return terms
 
     def _terms(
