@@ -41,9 +41,19 @@ READS = (
 
 
 def paths_read(tree: Mapping[str, Any]) -> dict[str, str | None]:
-    """What a run reads by its config, a tree of plain values: by the keys of `READS`, None where nothing is named."""
+    """What a run reads by its config, a tree of plain values: by the keys of `READS`, None where nothing is named.
+
+    Where a key names several, they are numbered: `student.pretrained.0`.
+    """
     flat = flatten(tree)
-    return {key: None if flat.get(key) is None else str(flat[key]) for key in READS}
+    for key in READS:
+        if isinstance(named := flat.get(key), list):
+            flat |= {f"{key}.{number}": path for number, path in enumerate(named)}
+    return {
+        key: None if path is None or isinstance(path, list) else str(path)
+        for key, path in (dict.fromkeys(READS) | flat).items()
+        if key in READS or key.rpartition(".")[0] in READS
+    }
 
 
 class ValidationConfig(Section):
@@ -70,7 +80,8 @@ class ValidationConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation. `batch_size` counts the images of a step, over all processes.
+    """The optimisation. `batch_size` counts the images of a step, over all processes. After 0 steps the model
+    is what it started from, such as the mean of several.
 
     `micro_batch_size` is how many of them go through the models at once, in one process; None for all of its share.
     Timesteps are drawn `uniform`, or `logit_normal` (Esser et al. 2024, section 3.1). With a `mask_ratio` every batch
@@ -81,7 +92,7 @@ class TrainConfig(Section):
     boxes that student and teacher disagree on most.
     """
 
-    max_steps: int = Field(..., ge=1, le=10**9)
+    max_steps: int = Field(..., ge=0, le=10**9)
     batch_size: int = Field(..., ge=1, le=MOST_AT_ONCE)
     micro_batch_size: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-4, gt=0, le=1e6, allow_inf_nan=False)

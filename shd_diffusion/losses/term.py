@@ -175,7 +175,7 @@ class Term(nn.Module):
     def weight(self, step: int, max_steps: int) -> float:
         """At a step, counted from 0; 0 where the term need not be computed."""
         first, last = self.config.during or (0, 1)
-        return self.config.weight if first <= step / max_steps < last else 0.0
+        return self.config.weight if first <= step / max(max_steps, 1) < last else 0.0
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         raise NotImplementedError

@@ -6,7 +6,7 @@ import os
 from collections.abc import Container
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import diffusers
 import torch
@@ -22,19 +22,21 @@ from shd_diffusion.models.denoiser import prepare
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.hub import try_hub
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
+from shd_diffusion.models.soup import mean_model
 from shd_diffusion.section import Arguments, Section
 
 
 class ModelConfig(Section):
     """A model by its diffusers class (or one of the project's) and the arguments of its constructor; or a `pretrained`
-    one, by a run, a pipeline or model folder, or a hub name.
+    one, by a run, a pipeline or model folder, or a hub name; of several the mean of their weights, which are to have
+    been trained from the same ones.
 
     Without a class it is like the teacher, or like the one in the pipeline, but for the `arguments`.
     """
 
     class_name: str | None = Field(None, alias="class")
     arguments: Arguments = Field(default_factory=dict)
-    pretrained: str | None = None
+    pretrained: str | Annotated[list[str], Field(min_length=2)] | None = None
 
     @model_validator(mode="after")
     def _is_given_once(self) -> ModelConfig:
@@ -100,6 +102,8 @@ def build_model(config: ModelConfig) -> ModelMixin:
         ValueError: the class is unknown or its constructor refuses the arguments.
         UserError: `pretrained` cannot be loaded.
     """
+    if isinstance(config.pretrained, list):
+        return mean_model(config.pretrained, load_model)
     if config.pretrained is not None:
         return load_model(config.pretrained)
     class_name = config.class_name or DEFAULT_CLASS
@@ -165,10 +169,15 @@ def empty_model(config: ModelConfig, path: str | None = None) -> ModelMixin:
         ValueError: as `build_model`.
         UserError: the model there has no readable config.
     """
-    if config.pretrained is not None:
-        config, path = ModelConfig(), config.pretrained
+    if (pretrained := config.pretrained) is not None:
+        config, path = ModelConfig(), first_of(pretrained)
     with torch.device("meta"):
         return build_model(fill_in(config, path))
+
+
+def first_of(pretrained: str | list[str]) -> str:
+    """The one model, or of several that are alike the first."""
+    return pretrained if isinstance(pretrained, str) else pretrained[0]
 
 
 def cast(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:

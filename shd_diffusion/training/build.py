@@ -24,7 +24,7 @@ from shd_diffusion.losses import Term, build_terms
 from shd_diffusion.losses.attention_projector import CrossAttentionProjector
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens
-from shd_diffusion.models.factory import ModelConfig, build_model, fill_in, load_model
+from shd_diffusion.models.factory import ModelConfig, build_model, fill_in, first_of, load_model
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.mdtv2 import num_kept_tokens
 from shd_diffusion.models.pipeline_folder import PipelineFolder, find_pipeline
@@ -201,7 +201,7 @@ def build(
 def squeezed_by(config: TrainTeacherConfig | DistillConfig) -> dict[str, Plan]:
     """By block, the plans by which a student's heads merged before it is trained; none where it was not squeezed."""
     path = config.student.pretrained if isinstance(config, DistillConfig) else None
-    file = None if path is None else Path(path) / PLANS_FILE
+    file = None if path is None else Path(first_of(path)) / PLANS_FILE
     return {} if file is None or not file.is_file() else read_plans(file)
 
 
