@@ -49,9 +49,11 @@ class ModelConfig(Section):
 
 class StudentConfig(ModelConfig):
     """The model that is distilled into. `init: teacher` starts it from the teacher's weights where shapes allow,
-    `init: squeeze` from what least squares makes of them in its own shape."""
+    `init: squeeze` from what least squares makes of them in its own shape. With `quantise: int8` its linear layers
+    round weights and features to 8 bits while it trains, and it is saved with such weights."""
 
     init: Literal["random", "teacher", "squeeze"] = "random"
+    quantise: Literal["int8"] | None = None
 
     @model_validator(mode="after")
     def _starts_from_one_model(self) -> StudentConfig:

@@ -28,6 +28,7 @@ from shd_diffusion.models.factory import ModelConfig, build_model, fill_in, firs
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.mdtv2 import num_kept_tokens
 from shd_diffusion.models.pipeline_folder import PipelineFolder, find_pipeline
+from shd_diffusion.models.quantised import quantise
 from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.processes import processes
@@ -187,6 +188,8 @@ def build(
             model.enable_gradient_checkpointing()
     with check("train.batch_size"):
         BatchLayout(config.train.batch_size, config.train.micro_batch_size, processes().num_processes)
+    if is_quantised(config):
+        quantise(model)
     if config.train.compile:
         model.compile()
     null = {**null_condition(model), **data.null}
@@ -196,6 +199,11 @@ def build(
     return Parts(
         config, model, teacher, pipeline, data, process, terms, null, student_trace, teacher_trace, origins
     )
+
+
+def is_quantised(config: RunConfig) -> bool:
+    """Whether the model is trained for 8 bits."""
+    return isinstance(config, DistillConfig) and config.student.quantise is not None
 
 
 def squeezed_by(config: TrainTeacherConfig | DistillConfig) -> dict[str, Plan]:
