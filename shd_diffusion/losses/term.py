@@ -89,6 +89,13 @@ class Captured:
     records: Records = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
 
+    def detached(self) -> Captured:
+        """The same without the graph that leads to it."""
+        return Captured(
+            {name: record.detached() for name, record in self.records.items()},
+            {name: output.detach() for name, output in self.outputs.items()},
+        )
+
     def to(self, device: torch.device) -> Captured:
         """The same on another device."""
         return Captured(

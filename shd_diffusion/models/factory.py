@@ -67,14 +67,17 @@ class StudentConfig(ModelConfig):
 class TeacherConfig(Section):
     """The trained model to distil from: a run folder, a pipeline or model folder, or a hub name.
 
-    It is never trained, so `dtype` may be half as wide as the student's. `config` is what `--dry-run` reads in place of
-    `path`, where that cannot be had: a folder of a pipeline's config files alone, or a config of `train-teacher`.
+    It is not trained, so `dtype` may be half as wide as the student's; unless it has a `learning_rate`: then it goes on
+    with its own regression on the batches that it teaches, from weights that the checkpoints keep and the run leaves
+    behind. `config` is what `--dry-run` reads in place of `path`, where that cannot be had: a folder of a pipeline's
+    config files alone, or a config of `train-teacher`.
     """
 
     path: str
     config: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["accelerator", "cpu"] = "accelerator"
+    learning_rate: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False)
 
 
 DEFAULT_CLASS = "DiTTransformer2DModel"

@@ -125,6 +125,10 @@ def build(
             teacher_trace = _trace(teacher.model, data, example)
     with check("train.guidance_range"):
         _check_guidance(config.train.guidance_range, example)
+    with check("teacher.learning_rate"):
+        if teacher is not None and teacher_rate(config) is not None:
+            _check_co_training(config)
+            teacher.model.requires_grad_(True)
     with check(""):
         present = pipeline.load_scheduler() if teacher is None and pipeline is not None else None
         present = teacher.scheduler if teacher is not None else present
@@ -199,6 +203,11 @@ def build(
     return Parts(
         config, model, teacher, pipeline, data, process, terms, null, student_trace, teacher_trace, origins
     )
+
+
+def teacher_rate(config: RunConfig) -> float | None:
+    """The learning rate of a teacher that trains too."""
+    return config.teacher.learning_rate if isinstance(config, DistillConfig) else None
 
 
 def is_quantised(config: RunConfig) -> bool:
@@ -355,6 +364,26 @@ def _check_prompts(pipeline: PipelineFolder | None, data: Source) -> None:
             f"the captions in the cache were encoded by other text encoders or tokenizers than {pipeline.name} has; "
             "run `shd-diffusion prepare` with another `prepare.output`"
         )
+
+
+def _check_co_training(config: RunConfig) -> None:
+    """See that a teacher can train too.
+
+    Raises:
+        ValueError: it cannot; the message names the other key.
+    """
+    assert isinstance(config, DistillConfig)
+    hindrances = {
+        "`train.shard` leaves no room for it: set it to false": config.train.shard,
+        "`teacher.device` must be accelerator": config.teacher.device == "cpu",
+        "`teacher.dtype` must be float32": config.teacher.dtype != "float32",
+        "`train.mix` would have it learn mixed images: set it to none": config.train.mix != "none",
+    }
+    for hindrance, present in hindrances.items():
+        if present:
+            raise ValueError(
+                f"a teacher that trains too wants other settings: {hindrance}; or remove this key"
+            )
 
 
 def _check_guidance(guidance_range: list[float] | None, example: dict[str, Tensor]) -> None:

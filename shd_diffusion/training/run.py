@@ -34,7 +34,15 @@ from shd_diffusion.sampling.schedulers import check_sampling_by_prompt, usual_sc
 from shd_diffusion.squeezing.plan import Plan, plans_to_json
 from shd_diffusion.summary import Summary
 from shd_diffusion.training.batches import BatchLayout, noise_settings
-from shd_diffusion.training.build import Parts, build, is_quantised, model_section, read_plans, squeezed_by
+from shd_diffusion.training.build import (
+    Parts,
+    build,
+    is_quantised,
+    model_section,
+    read_plans,
+    squeezed_by,
+    teacher_rate,
+)
 from shd_diffusion.training.checkpoints import CheckpointFolder
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
 from shd_diffusion.training.launch import describe_launch, make_accelerator, start_trackers
@@ -119,7 +127,9 @@ def _train(run: Run, finish: bool) -> None:
         place_teacher(teacher, config, accelerator)
     for term in parts.terms.values():
         term.to(accelerator.device)
-    loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, config.train.max_steps)
+    loss = TrainingLoss(
+        parts.process, parts.terms, parts.model, teacher, config.train.max_steps, teacher_rate(config)
+    )
     if loss.shd is not None and teacher is not None:
         if loss.shd.config.pairing == "matched" and not folder.merge_plans_file.exists():
             _calibrate(loss.shd, teacher, run)
