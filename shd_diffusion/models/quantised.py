@@ -40,6 +40,6 @@ def quantise(model: nn.Module) -> None:
 def put_on_grid(model: nn.Module) -> None:
     """Round the weights themselves, in place, and have the layers be ordinary ones."""
     for module in model.modules():
-        if type(module) in (nn.Linear, QuantisedLinear):
+        if isinstance(module, nn.Linear) and type(module) in (nn.Linear, QuantisedLinear):
             module.weight.copy_(on_grid(module.weight))
             module.__class__ = nn.Linear
