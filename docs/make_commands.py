@@ -57,6 +57,8 @@ def _section(name: str | None, function: Callable[..., None] | None) -> str:
     parameters = [_parameter(key, hints[key], given.default) for key, given in signature.items()]
     arguments = [each for each in parameters if each.option is None]
     words = [a.value if a.default is inspect.Parameter.empty else f"[{a.value}]" for a in arguments]
+    needed = [a for a in parameters if a.option is not None and a.default is inspect.Parameter.empty]
+    words += [f"{a.option} {a.value.split(', ')[0]}" for a in needed]  # of several choices the first
     rows = [each.row for each in sorted(parameters, key=lambda each: each.option is not None)]
     usage = f"```sh\nshd-diffusion {' '.join([name, *words])}\n```"
     table = "\n".join(["| | | default |", "|---|---|---|", *rows])

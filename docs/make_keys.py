@@ -15,13 +15,16 @@ from pydantic import BaseModel
 from pydantic_core import PydanticUndefined
 
 from shd_diffusion.config import DistillConfig, TrainTeacherConfig
+from shd_diffusion.data import DataConfig
 from shd_diffusion.data.prepare import PrepareConfig
 from shd_diffusion.study.config import StudyConfig
+from shd_diffusion.training.text_pipeline import TextPipelineConfig
 
 FILES: dict[str, type[BaseModel]] = {
     "distill": DistillConfig,
     "train-teacher": TrainTeacherConfig,
     "prepare": PrepareConfig,
+    "make-pipeline": TextPipelineConfig,
     "study": StudyConfig,
 }
 HEAD = """# Keys of the configs
@@ -99,6 +102,8 @@ def _type(annotation: Any) -> str:
         return ", ".join(f"`{choice}`" for choice in inner)
     if origin in (typing.Union, types.UnionType):
         return " or ".join(_type(each) for each in inner if each is not type(None))
+    if annotation is DataConfig:
+        return "keys as in `data`"
     if origin in (list, tuple):
         return f"list of {_type(inner[0])}"
     if origin is dict:

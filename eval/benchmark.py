@@ -375,10 +375,6 @@ def lengths(
 ) -> None:
     """A training step of the same width with output KD, alone and with SHD, by number of tokens; batch 1."""
     torch.set_num_threads(threads)
-    settings = {
-        "SHD, all rows": SHDConfig(),
-        "SHD, half of the rows of the later half of the blocks": SHDConfig(rows=0.5, after=0.5),
-    }
     by_length: dict[int, Any] = {}
     for length in tokens:
         torch.manual_seed(0)
@@ -386,6 +382,16 @@ def lengths(
         optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
         inputs = torch.randn(1, 4, *[2 * math.isqrt(length)] * 2)
         conditions = {"timestep": torch.tensor([500]), "class_labels": torch.tensor([1])}
+        few = (
+            128 / length
+        )  # the work on maps is then in proportion to the tokens, as that of all else but attention
+        settings = {
+            "SHD, all rows": SHDConfig(),
+            "SHD, half of the rows of the later half of the blocks": SHDConfig(rows=0.5, after=0.5),
+            "SHD, 128 rows of the later half of the blocks": SHDConfig(
+                rows=few, coefficient_rows="sampled", after=0.5
+            ),
+        }
 
         train = partial(train_step, teacher, student, optimizer, inputs, conditions)
         candidates: dict[str, Callable[[], object]] = {"output KD": train}

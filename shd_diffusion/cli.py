@@ -170,14 +170,23 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
 @stage
 def demo(
     output: Annotated[
-        Path, typer.Option("--output", metavar="DIR", help="For the runs and the page.")
-    ] = Path("runs/digits"),
+        Path | None,
+        typer.Option(
+            "--output",
+            metavar="DIR",
+            help="For the runs and the page; default: `runs/digits`, or `runs/emoji`.",
+        ),
+    ] = None,
+    text: Annotated[
+        bool, typer.Option("--text", help="From text to image, on emoji and their names.")
+    ] = False,
     set_: Overrides = None,
 ) -> None:
     """The whole way on handwritten digits in minutes: train, distil, squeeze, sample, evaluate, report."""
-    from shd_diffusion.demo import steps
+    from shd_diffusion.demo import steps, text_steps
 
-    planned = steps(output, set_ or [])
+    output = output or Path("runs", "emoji" if text else "digits")
+    planned = (text_steps if text else steps)(output, set_ or [])
     for number, step in enumerate(planned, 1):
         typer.echo(f"[{number}/{len(planned)}] {step.title}")
         sys.stdout.flush()  # in a log file, before what the step itself says
@@ -229,11 +238,13 @@ def make_pipeline(config: ConfigFile, set_: Overrides = None, output: Output = N
 @stage
 def prepare(config: ConfigFile, set_: Overrides = None, output: Output = None) -> None:
     """Encode images, and their captions, into a cache that models are trained on."""
-    from shd_diffusion.config import read_prepare_config
+    from shd_diffusion.config import read_prepare_config, training_of
     from shd_diffusion.data.prepare import prepare as run_stage
 
     parsed = read_prepare_config(config, set_ or [])
     run_stage(parsed, _output(parsed, output, config), str(config))
+    if command := training_of(config):
+        _next(command, config)
 
 
 @app.command()
@@ -396,7 +407,7 @@ def sample(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Sample images from finished runs into their `samples/`, or from checkpoints into `steps/STEP/samples/`."""
-    from shd_diffusion.config import override_config
+    from shd_diffusion.config import check_read, override_config
     from shd_diffusion.run_folder import RunFolder
     from shd_diffusion.sampling.prompts import read_prompts
     from shd_diffusion.sampling.sample_run import sample_run
@@ -412,6 +423,7 @@ def sample(
 
             run = export_checkpoint(run, checkpoint)
         config = override_config(run.read_config(), set_ or [], str(run.config_file))
+        check_read(set_ or [], ("data", "prepare", "sample"), "images are sampled of a finished training")
         if prompts is not None:
             told: dict[str, Any] = {"prompts": str(prompts)}
             if not any(key.startswith("sample.num_images=") for key in set_ or []):
@@ -419,7 +431,7 @@ def sample(
             config = config.model_copy(update={"sample": config.sample.model_copy(update=told)})
         sample_run(run, config, output or run.samples, npz, layout)
     of_step = [] if checkpoint is None else ["--checkpoint", checkpoint]
-    _next("evaluate", *([*runs, *of_step] if output is None else [output]))
+    _next("evaluate", *([*runs, *of_step] if output is None else [output, "--reference", "REF"]))
 
 
 @app.command()
@@ -450,7 +462,7 @@ def evaluate(
     checkpoint: Checkpoint = None,
 ) -> None:
     """Compute metrics; JSON on standard output, and for a run or pipeline also in `evaluation/metrics.json`."""
-    from shd_diffusion.config import override_config
+    from shd_diffusion.config import check_read, override_config
     from shd_diffusion.evaluation.evaluate_run import (
         evaluate_images,
         evaluate_pipeline,
@@ -472,6 +484,11 @@ def evaluate(
             run = run.find_step(checkpoint)
         if run.config_file.exists():
             config = override_config(run.read_config(), overrides, str(run.config_file))
+            check_read(
+                overrides,
+                ("data", "evaluate", "prepare", "teacher"),
+                f"the images are there; make others by `shd-diffusion sample {shlex.quote(str(target))} --set ...`",
+            )
             found[str(target)] = evaluate_run(run, config)
         elif is_pipeline(str(target)):
             found[str(target)] = evaluate_pipeline(str(target), overrides, output)

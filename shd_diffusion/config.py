@@ -9,12 +9,12 @@ from __future__ import annotations
 import math
 import re
 import reprlib
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, Field, FiniteFloat, ValidationError, model_validator
+from pydantic import BaseModel, Discriminator, Field, FiniteFloat, Tag, ValidationError, model_validator
 
 from shd_diffusion.data.datasets import DataConfig
 from shd_diffusion.data.latents import MANIFEST
@@ -36,6 +36,7 @@ READS = (
     "teacher.path",
     "student.pretrained",
     "evaluate.reference",
+    "evaluate.reference.path",
 )
 """The keys of a run's config that may name a folder which is read, and which nothing is to be written into."""
 
@@ -183,6 +184,12 @@ class SampleConfig(Section):
         return self.model_dump(exclude={*without, *usual, "clip"})  # the scheduler tells whether it clips
 
 
+_Reference = Annotated[
+    Annotated[str, Tag("str")] | Annotated[DataConfig, Tag("DataConfig")],
+    Discriminator(lambda value: "DataConfig" if isinstance(value, dict | DataConfig) else "str"),
+]
+
+
 class EvaluateConfig(Section):
     """The metrics, the features that they are computed on, and what the images are compared with.
 
@@ -190,13 +197,15 @@ class EvaluateConfig(Section):
     `clip_model`, a folder or hub name, is what images are compared with their prompts by, and the extractor `clip`.
     `classes` says which of the extractor's logits are the data set's classes 0, 1, ...: ten of ImageNet's thousand.
     So many images as `against_teacher` says are compared with the teacher's of the same noise and prompt; 0 is none.
+    The `reference` is a folder, a file, or the keys of a data set as in `data`: pictures that were not trained on, such
+    as another `split`, and with a `caption_column` their captions. Without it a run's own data are it.
     """
 
     extractor: str | None = None
     extractor_weights: str | None = None
     clip_model: str | None = None
     classes: list[Annotated[int, Field(ge=0)]] | None = Field(None, min_length=2)
-    reference: str | None = None
+    reference: _Reference | None = None
     metrics: list[str] | None = None
     resize: Literal["none", "box", "bilinear", "bicubic", "lanczos"] = "none"
     batch_size: int = Field(default=100, ge=1, le=MOST_AT_ONCE)
@@ -353,18 +362,27 @@ def read_config(path: Path, kind: type[AnyConfig], overrides: Iterable[str] = ()
 def read_run_config(path: Path) -> TrainTeacherConfig | DistillConfig:
     """Read the config of a training, which is a distillation if it names a student; errors as for `read_config`."""
     tree = _read_tree(path)
-    kind: type[TrainTeacherConfig] | type[DistillConfig] = (
-        DistillConfig if "student" in tree else TrainTeacherConfig
-    )
-    return parse_config(tree, kind, source=str(path))
+    return parse_config(tree, _kind_of(tree) or TrainTeacherConfig, source=str(path))
+
+
+def training_of(path: Path) -> Literal["distill", "train-teacher"] | None:
+    """The command that trains by a config; None for one of `prepare` alone. Errors as for `read_config`."""
+    kind = _kind_of(_read_tree(path))
+    if kind is None:
+        return None
+    return "distill" if kind is DistillConfig else "train-teacher"
+
+
+def _kind_of(tree: Mapping[str, Any]) -> type[TrainTeacherConfig] | type[DistillConfig] | None:
+    """What a config of a training is; None where it names no model, so that it is none."""
+    return DistillConfig if "student" in tree else TrainTeacherConfig if "model" in tree else None
 
 
 def read_prepare_config(path: Path, overrides: Iterable[str] = ()) -> PrepareConfig:
     """The config of `prepare`: a file of its own, or a section of a training's; errors as for `read_config`."""
-    tree = _read_tree(path)
-    if "student" not in tree and "model" not in tree:
+    kind: Any = _kind_of(_read_tree(path))
+    if kind is None:
         return read_config(path, PrepareConfig, overrides)
-    kind: Any = DistillConfig if "student" in tree else TrainTeacherConfig
     config: RunConfig = read_config(path, kind, overrides)
     if config.prepare is None:
         raise UserError(
@@ -378,10 +396,9 @@ def read_prepare_config(path: Path, overrides: Iterable[str] = ()) -> PrepareCon
 def read_data_config(path: Path, overrides: Iterable[str] = ()) -> DataConfig:
     """What the models of a training's config will see: its data, or its cache where that is there; or the data of a
     config of `prepare`. Errors as for `read_config`."""
-    tree = _read_tree(path)
-    if "student" not in tree and "model" not in tree:
+    kind: Any = _kind_of(_read_tree(path))
+    if kind is None:
         return read_config(path, PrepareConfig, overrides).data
-    kind: Any = DistillConfig if "student" in tree else TrainTeacherConfig
     config: RunConfig = read_config(path, kind, overrides)
     cached = config.prepare is not None and Path(config.prepare.output or "", MANIFEST).is_file()
     return config.trained_on if cached else config.data
@@ -393,6 +410,22 @@ def override_config(config: AnyConfig, overrides: Iterable[str], source: str) ->
     for override in overrides:
         _apply_override(tree, override)
     return parse_config(tree, type(config), source)
+
+
+def check_read(overrides: Iterable[str], sections: Sequence[str], what: str) -> None:
+    """See that overrides change something: those of a section that is not read would be passed over in silence.
+
+    Args:
+        sections: that are read.
+        what: reads them, with what to do instead.
+
+    Raises:
+        UserError: one is of another section.
+    """
+    for override in overrides:
+        if override.partition("=")[0].split(".")[0].strip() not in sections:
+            known = ", ".join(f"`{section}`" for section in sections)
+            raise UserError(f"--set {override}: has no effect, only {known} has: {what}")
 
 
 def parse_config(tree: dict[str, Any], kind: type[AnyConfig], source: str) -> AnyConfig:
@@ -474,11 +507,13 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
 
 
 def _is_union_tag(part: int | str) -> bool:
-    return isinstance(part, str) and ("[" in part or part in ("list", "str", "int", "float"))
+    return isinstance(part, str) and ("[" in part or part in ("list", "str", "int", "float", "DataConfig"))
 
 
 def _keys_beside(kind: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
     """Keys of the section in which the unknown key stands."""
+    if "DataConfig" in location:  # the tag of a union
+        kind, location = DataConfig, location[location.index("DataConfig") + 1 :]
     for part in location[:-1]:
         field = next((f for n, f in kind.model_fields.items() if part in (n, f.alias)), None)
         annotation = field.annotation if field else None

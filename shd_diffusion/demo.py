@@ -1,4 +1,5 @@
-"""The demo: on handwritten digits, the whole way from a teacher to a page that compares its students."""
+"""The demos: the whole way from a teacher to a page that compares its students, on handwritten digits or, from text to
+image, on emoji."""
 
 from __future__ import annotations
 
@@ -23,7 +24,7 @@ class Step:
 
 
 def steps(folder: Path, overrides: Sequence[str] = ()) -> list[Step]:
-    """What the demo does, one after the other.
+    """What the demo on digits does, one after the other.
 
     Args:
         folder: of the runs.
@@ -56,6 +57,47 @@ def steps(folder: Path, overrides: Sequence[str] = ()) -> list[Step]:
         Step("images from each", ["sample", *runs]),
         Step("figures", ["evaluate", *runs], quiet=True),
         Step("what they cost", ["benchmark", *runs, "--batch-size", "16", "--rounds", "3"], quiet=True),
+        Step("report", ["report", *runs, "--output", str(folder / "report.html")]),
+    ]
+
+
+def text_steps(folder: Path, overrides: Sequence[str] = ()) -> list[Step]:
+    """What the demo from text to image does; arguments as for `steps`."""
+    base, teacher, squeezed, cache = (folder / name for name in ("base", "teacher", "squeezed", "cache"))
+    students = [str(folder / name) for name in ("kd", "kd-shd")]
+    runs = [str(teacher), *students]
+    of_teacher = ["configs/emoji/teacher.yaml", *_sets([f"pipeline={base}", f"prepare.output={cache}"])]
+    parts = [f"teacher.path={teacher}", f"prepare.output={cache}", f"student.pretrained={squeezed}"]
+    distill = ["distill", "configs/emoji/distill.yaml", *_sets([*parts, *overrides])]
+    kd, kd_shd = students
+    half = ["--heads", "3", "--neurons", "0.5", "--images", "512"]
+
+    return [
+        Step(
+            "a text encoder, and an autoencoder of emoji",
+            ["make-pipeline", "configs/emoji/pipeline.yaml", "--output", str(base)],
+            made=base / "model_index.json",
+        ),
+        Step(
+            "pictures and names to latents and embeddings", ["prepare", *of_teacher, "--output", str(cache)]
+        ),
+        Step(
+            "a teacher with 8 heads",
+            ["train-teacher", *of_teacher, *_sets(overrides), "--output", str(teacher)],
+        ),
+        Step(
+            "3 heads and half of the neurons by least squares, without training",
+            ["compress", str(teacher), *half, "--output", str(squeezed)],
+            made=squeezed / "model_index.json",
+        ),
+        Step(
+            "that student healed by output KD",
+            [*distill, *_sets(["losses.shd.weight=0"]), "--output", kd],
+        ),
+        Step("by output KD and SHD", [*distill, "--output", kd_shd]),
+        Step("images of prompts, some of them never seen", ["sample", *runs]),
+        Step("students against their teacher", ["evaluate", *students], quiet=True),
+        Step("what they cost", ["benchmark", *runs, "--batch-size", "4", "--rounds", "3"], quiet=True),
         Step("report", ["report", *runs, "--output", str(folder / "report.html")]),
     ]
 

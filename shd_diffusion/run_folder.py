@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ FREE = (
     "train.trackers",
     "train.validation",
 )
+
+# Where that lies which a run began with: it may move, and `check_inputs` sees that it is the same.
+PLACES = ("data.path", "teacher.path", "pipeline", "model.pretrained", "student.pretrained")
 
 
 STEPS = "steps"
@@ -140,8 +144,11 @@ class RunFolder:
             )
         return self.at_step(step)
 
-    def check(self, config: RunConfig) -> None:
+    def check(self, config: RunConfig, moved: bool = False) -> None:
         """See that the folder is free or holds a run of this config; nothing is written.
+
+        Args:
+            moved: what it reads may lie elsewhere by now; whether it is the same, `check_inputs` sees.
 
         Raises:
             UserError: the folder belongs to another config, or is no run folder.
@@ -152,7 +159,7 @@ class RunFolder:
         if self.pipeline == self.path:
             raise UserError(f"{self.path}: is a pipeline that `compress` made; give another --output")
         present = self.read_config()
-        there, now = _training_keys(present), _training_keys(config)
+        there, now = (_training_keys(each, () if moved else PLACES) for each in (present, config))
         for key in sorted(there.keys() | now.keys()):
             if there.get(key) != now.get(key):
                 raise UserError(
@@ -183,6 +190,10 @@ class RunFolder:
                     f"{self.path}: what `{key}` names has changed since this run began; bring it back, or give another "
                     "--output"
                 )
+
+    def reads_elsewhere(self, config: RunConfig) -> bool:
+        """Whether a config names other places than the run's own."""
+        return _training_keys(self.read_config(), PLACES) != _training_keys(config, PLACES)
 
     def is_complete(self, config: RunConfig) -> bool:
         """Whether a run has taken all the steps that a config wants."""
@@ -266,11 +277,12 @@ class RunFolder:
         return read_as(self.summary_file, Summary)
 
 
-def _training_keys(config: RunConfig) -> dict[str, Any]:
-    """All that a run's weights follow from, by dotted key."""
+def _training_keys(config: RunConfig, with_places: Sequence[str] = ()) -> dict[str, Any]:
+    """All that a run's weights follow from, by dotted key; where that lies only as far as wanted."""
     flat = flatten(config.model_dump(mode="json", by_alias=True))
+    free = [key for key in (*FREE, *PLACES) if key not in with_places]
     return {
         key: value
         for key, value in flat.items()
-        if not any(key == f or key.startswith(f"{f}.") for f in FREE)
+        if not any(key == f or key.startswith(f"{f}.") for f in free)
     }

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from commands import ROOT, command, sets
+from typer.main import get_command
 
 from shd_diffusion import cli
-from shd_diffusion.config import DistillConfig, TrainTeacherConfig, read_config
-from shd_diffusion.demo import steps
+from shd_diffusion.config import DistillConfig, TrainTeacherConfig, read_config, read_run_config
+from shd_diffusion.demo import steps, text_steps
+from shd_diffusion.sampling.prompts import read_prompts
 from shd_diffusion.shipped import CONFIGS
 
 
@@ -79,3 +82,20 @@ def test_configs_are_found_in_the_package_and_copied_out(
     mine = tmp_path / "configs" / "digits" / "teacher.yaml"
     mine.write_text(mine.read_text().replace("max_steps: 1500", "max_steps: 3"))
     assert read_config(Path("configs/digits/teacher.yaml"), TrainTeacherConfig).train.max_steps == 3
+
+
+def test_the_demo_from_text_to_image_is_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[list[str]] = []
+    monkeypatch.setattr(cli, "_run", done.append)
+    monkeypatch.chdir(tmp_path)  # where no configs/ lies
+    code, said, _ = command("demo", "--text", *sets("train.max_steps=7"))
+    assert code == 0 and said.startswith("[1/10] a text encoder")
+    assert done == [step.command for step in text_steps(Path("runs/emoji"), ["train.max_steps=7"])]
+    group: Any = get_command(cli.app)
+    for name, *words in done:
+        group.commands[name].make_context(name, list(words))  # takes it; nothing is run
+    trained = [
+        read_run_config(Path(words[0])) for name, *words in done if name in ("train-teacher", "distill")
+    ]
+    assert [type(config) for config in trained] == [TrainTeacherConfig, DistillConfig, DistillConfig]
+    assert all(len(read_prompts(Path(str(config.sample.prompts)))) == 24 for config in trained)

@@ -76,11 +76,11 @@ def test_its_models_can_be_built_and_paired(path: Path) -> None:
 
 
 def test_the_examples_of_the_docs_are_whole_configs(tmp_path: Path) -> None:
-    by_prompt, by_class = (
+    by_prompt, again, by_class = (
         read_config(_example(ROOT / page, tmp_path / f"{Path(page).stem}.yaml"), DistillConfig)
-        for page in ("README.md", "docs/usage.md")
+        for page in ("README.md", "docs/text-to-image.md", "docs/usage.md")
     )
-    assert by_prompt.data.caption_column and by_prompt.prepare
+    assert by_prompt.data.caption_column and by_prompt.prepare and again == by_prompt
     config = by_class
     with torch.device("meta"):
         assert sample_shape(build_model(config.student)) == (3, *[config.data.image_size] * 2)

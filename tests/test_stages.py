@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shd_diffusion.environment import describe_environment
+from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline
 
 
@@ -237,7 +238,7 @@ BAD = {
     ),
     "validation by other features": (
         ["train.validation.every=5", "evaluate.extractor=fashion-mnist-classifier"],
-        ["distill.yaml", "train.validation", "32×32"],
+        ["distill.yaml", "evaluate.extractor", "32×32"],
     ),
 }
 
@@ -355,3 +356,33 @@ def test_the_command_of_a_launch_file_is_that_file(monkeypatch: pytest.MonkeyPat
     assert describe_environment()["command"] == "pipelines/distill.py a.yaml"
     monkeypatch.setattr("sys.argv", ["/usr/bin/shd-diffusion", "distill", "a.yaml"])
     assert describe_environment()["command"] == "shd-diffusion distill a.yaml"
+
+
+def test_a_run_goes_on_where_its_teacher_has_moved(runs: Path, tmp_path: Path) -> None:
+    moved, run = tmp_path / "moved", tmp_path / "run"
+    shutil.copytree(runs / "teacher", moved)
+    shutil.copytree(runs / "kd-shd", run)
+    arguments = ["distill", DISTILL_CONFIG, "--output", run]
+    settings = sets(*SHORT, f"teacher.path={moved}")
+    code, _, errors = command(*arguments, *settings)
+    assert code == 0 and "complete, nothing to do" in errors
+    assert RunFolder(run).read_config().teacher.path == str(moved)
+    code, _, errors = command(*arguments, *settings, *sets("train.max_steps=21"))
+    assert code == 0 and "another run" not in errors and RunFolder(run).read_summary().steps == 21
+
+    file = moved / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors"
+    changed = load_file(file)
+    next(iter(changed.values())).mul_(1.01)
+    save_file(changed, file, metadata={"format": "pt"})
+    other = tmp_path / "other"
+    moved.rename(other)  # a complete run has not learnt from this one
+    code, _, errors = command(*arguments, *sets(*SHORT, f"teacher.path={other}", "train.max_steps=21"))
+    assert code == 2 and "what `teacher.path` names has changed" in errors
+
+
+@pytest.mark.parametrize(
+    ("stage", "key"), [("evaluate", "sample.num_images=8"), ("sample", "train.max_steps=30")]
+)
+def test_an_override_without_effect_is_refused(stage: str, key: str, runs: Path) -> None:
+    code, _, errors = command(stage, runs / "kd-shd", *sets(key))
+    assert code == 2 and errors.startswith(f"error: --set {key}: has no effect, only `data`")

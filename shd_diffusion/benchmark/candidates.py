@@ -14,9 +14,10 @@ from torch import nn
 
 from shd_diffusion.benchmark.count import Run
 from shd_diffusion.config import SampleConfig
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.models.denoiser import num_classes, predict, sample_shape
 from shd_diffusion.models.factory import load_model
+from shd_diffusion.models.pipeline_call import call_defaults
 from shd_diffusion.models.pipeline_folder import find_pipeline
 from shd_diffusion.models.prompts import PromptEncoder, record_calls
 from shd_diffusion.run_folder import RunFolder
@@ -92,16 +93,17 @@ def open_candidate(
     try:
         set_scheduler(pipeline, config)
         sampler = _sampler(pipeline, config, size)
-    except (UserError, ValueError) as error:
-        raise UserError(f"{name}: {error}") from error
-    pipeline.set_progress_bar_config(disable=True)
-    pipeline.to(device)
-    denoiser = denoiser_of(pipeline).eval()
+        pipeline.set_progress_bar_config(disable=True)
+        pipeline.to(device)
+        denoiser = denoiser_of(pipeline).eval()
+        if isinstance(pipeline, ClassConditionalPipeline):
+            calls = calls_by_class(denoiser, pipeline.noise_shape)
+        else:
+            arguments = call_defaults(type(pipeline)) | config.pipeline_arguments
+            calls = _calls_by_prompt(pipeline, denoiser, size, arguments)
+    except (UserError, ValueError) as error:  # pipelines refuse sizes and arguments as they like
+        raise UserError(f"{name}: {one_line(error)}") from error
     models = [part for part in pipeline.components.values() if isinstance(part, nn.Module)]
-    if isinstance(pipeline, ClassConditionalPipeline):
-        calls = calls_by_class(denoiser, pipeline.noise_shape)
-    else:
-        calls = _calls_by_prompt(pipeline, denoiser, size, config.pipeline_arguments)
     return Candidate(name, run, denoiser, models, calls, sampler)
 
 

@@ -19,7 +19,7 @@ from shd_diffusion.benchmark.measure import (
     size_of,
     time_candidates,
 )
-from shd_diffusion.config import EvaluationConfig, SampleConfig, override_config
+from shd_diffusion.config import EvaluationConfig, SampleConfig, check_read, override_config
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import write_json
@@ -128,6 +128,7 @@ def _sampling(
     config = runs[0].read_config() if runs else None
     sample = config.sample if config is not None else SampleConfig()
     sample = override_config(EvaluationConfig(sample=sample), overrides, "--set").sample
+    check_read(overrides, ("sample",), "a benchmark only samples")
     pixels = plan.image_size
     if pixels is None and config is not None and config.within is not None:
         pixels = config.data.image_size

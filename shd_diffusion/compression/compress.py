@@ -238,7 +238,12 @@ def _plain_shape(model: ModelMixin, heads: Counts, neurons: Counts) -> dict[str,
     count, width = (model.config.get(key) for key in keys)
     blocks = attention_blocks(model).values()
     equal = all((block.heads, block.head_dim) == (count, width) for block in blocks)
-    if not isinstance(heads, int) or not equal or count * width % heads:
+    if not equal:
+        raise ValueError(
+            f"the blocks of this {type(model).__name__} differ in the number or the width of their heads, which no "
+            "config says of fewer; leave `plain` out"
+        )
+    if not isinstance(heads, int) or count * width % heads:
         raise ValueError(
             f"no config of {type(model).__name__} has {heads} heads in its width; "
             "give one number that divides it, or leave `plain` out"

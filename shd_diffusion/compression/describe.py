@@ -71,8 +71,10 @@ def table(results: dict[str, Any]) -> Table:
         title=f"{sizes['before']:,} → {sizes['after']:,} parameters; the prediction lost {results['lost']:.5f}",
         title_justify="left",
     )
-    for column in ("part", "what", "before", "after", "lost before the refit", "lost"):
-        rendered.add_column(column, justify="left" if column in ("part", "what") else "right")
+    rendered.add_column("part", overflow="fold")  # names differ at their ends
+    rendered.add_column("what")
+    for column in ("before", "after", "lost before the refit", "lost"):
+        rendered.add_column(column, justify="right")
     for part in results["parts"]:
         numbers = f"{part['lost_before']:.5f}", f"{part['lost']:.5f}"
         rendered.add_row(part["name"], part["what"], str(part["before"]), str(part["after"]), *numbers)

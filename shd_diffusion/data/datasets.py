@@ -242,8 +242,12 @@ def build_source(config: DataConfig) -> Source:
     return ImageSource(images, config.horizontal_flip, config.num_workers)
 
 
-def reference_images(config: DataConfig) -> ReferenceImages:
+def reference_images(config: DataConfig, encoded: DataConfig | None = None) -> ReferenceImages:
     """The real images that samples are compared with, squares in any case; of latents, those that could be encoded.
+
+    Args:
+        config: what a model was trained on.
+        encoded: of latents, where the images are now; without it, or if these are latents too, where they were.
 
     Raises:
         UserError: as `open_dataset`; or there are no images.
@@ -252,7 +256,7 @@ def reference_images(config: DataConfig) -> ReferenceImages:
     if config.name == "latents":
         shards = read_manifest(Path(config.path or ""))["shards"]
         left_out = [image["index"] for shard in shards for image in shard["unreadable"]]
-        config = _made_from(config)
+        config = _made_from(config) if encoded is None or encoded.name == "latents" else encoded
     if config.name == "prompts":
         raise no_images(config.path)
     config = config.model_copy(update={"buckets": None})

@@ -165,6 +165,12 @@ class ReferenceImages(Dataset[Tensor]):
         """What to call an image in a message."""
         return self.images.name(int(self.indices[index]))
 
+    def captions(self) -> list[list[str]] | None:
+        """The captions of each image; None where the data set has none. No image is decoded for it."""
+        if not len(self) or not self.images.captions(int(self.indices[0])):
+            return None
+        return [self.images.captions(index) for index in self.indices.tolist()]
+
     def sha256(self) -> str:
         """A hash of what the images follow from; see `Images.fingerprint`."""
         parts = (self.images.fingerprint(), self.images.shape, self.indices.tolist())

@@ -147,8 +147,10 @@ class LatentSource(Source):
         return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
     def fingerprint(self) -> str:
-        checksum: str = self.dataset.manifest["checksum"]
-        return checksum
+        manifest = (
+            self.dataset.manifest
+        )  # wherever the images and the VAE lie, which `identity` knows by their hashes
+        return checksum({**manifest, "data": None, "vae": manifest["vae"] | {"path": None}})
 
     def load_vae(self) -> ModelMixin:
         """The VAE that the latents were encoded by.
@@ -195,7 +197,8 @@ def read_manifest(folder: Path, complete: bool = True) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(
-            f"data.path: {folder}: no {MANIFEST} in it; give the output of `shd-diffusion prepare`"
+            f"{folder}: no cache of latents (no {MANIFEST} in it); run `shd-diffusion prepare CONFIG` first, or give "
+            "its output"
         )
     manifest = read_json(path)
     if not isinstance(manifest, dict) or manifest.get("checksum") != checksum(manifest):

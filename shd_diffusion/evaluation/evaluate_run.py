@@ -5,14 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from shd_diffusion.config import EvaluateConfig, EvaluationConfig, RunConfig, override_config
-from shd_diffusion.data import ReferenceImages, reference_images
+from shd_diffusion.config import (
+    EvaluateConfig,
+    EvaluationConfig,
+    RunConfig,
+    check_read,
+    override_config,
+    paths_read,
+)
+from shd_diffusion.data import DataConfig, ReferenceImages, reference_images
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation.against_teacher_run import compare_with_teacher
 from shd_diffusion.evaluation.evaluate import compute_metrics, load_models
 from shd_diffusion.evaluation.extractors import extractor_name
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.evaluation.metrics import check_settings, needs_reference, without_reference
+from shd_diffusion.evaluation.references import data_of
 from shd_diffusion.files import check_outside, locked, write_json
 from shd_diffusion.model_card import write_card
 from shd_diffusion.models.hub import is_hub_name
@@ -59,7 +67,7 @@ def _reference_of(config: RunConfig) -> ReferenceImages | None:
         return None
     if config.evaluate.metrics is not None and not needs_reference(config.evaluate):
         return None
-    return reference_images(config.trained_on)
+    return reference_images(config.trained_on, config.data)
 
 
 def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
@@ -73,6 +81,7 @@ def evaluate_images(images: Path, overrides: list[str]) -> dict[str, Any]:
     if not images.exists():
         raise UserError(f"{images}: no such run, pipeline, folder of images or .npz file")
     config = override_config(EvaluationConfig(), overrides, "--set").evaluate
+    check_read(overrides, ("evaluate",), "the images are there")
     return _evaluate(images, _given_reference(str(images), config), config)
 
 
@@ -101,11 +110,11 @@ def evaluate_pipeline(name: str, overrides: list[str], output: Path | None = Non
     config = override_config(EvaluationConfig(), overrides, "--set")
     reference = _given_reference(name, config.evaluate)
     settings = config.evaluate if reference is not None else without_reference(config.evaluate)
-    check_settings(settings, reference)
-    load_models(settings, reference)
+    check_settings(settings, data_of(reference))
+    load_models(settings, data_of(reference))
 
     place = RunFolder(output or _default_output(name))
-    check_outside(place.path, {"PIPELINE": name, "evaluate.reference": reference})
+    check_outside(place.path, {"PIPELINE": name, **paths_read(config.model_dump(mode="json"))})
     with processes().local_main_process_first():
         pipeline = open_pipeline(name, config.sample.dtype)
     sample_pipeline(pipeline, config.sample, place.samples, {}, name, "--set")
@@ -121,7 +130,7 @@ def _default_output(name: str) -> Path:
     )
 
 
-def _given_reference(name: str, config: EvaluateConfig) -> str | None:
+def _given_reference(name: str, config: EvaluateConfig) -> str | DataConfig | None:
     if config.against_teacher:
         raise UserError(f"{name}: is no run of `distill`, so `evaluate.against_teacher` must be 0")
     if config.reference is None and needs_reference(config):

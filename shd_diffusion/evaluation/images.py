@@ -48,6 +48,10 @@ class ImageSet(Protocol):
     def sha256(self) -> str:
         """A hash of all that the images follow from."""
 
+    def captions(self) -> list[list[str]] | None:
+        """The captions of each image, where they are known."""
+        return None
+
 
 class ArrayImages(ImageSet):
     """Images of an array (N, H, W, 3), which may be one that is mapped from a file."""

@@ -26,9 +26,20 @@ class Need(StrEnum):
     REFERENCE = "a reference, `evaluate.reference`"
     REFERENCE_IMAGES = "reference images, not only their statistics"
     REFERENCE_LABELS = "labels of the reference images"
+    REFERENCE_CAPTIONS = "captions of the reference images, `caption_column` of the data set"
+    SHARED_CAPTIONS = "two or more different prompts that are captions of the reference images"
 
 
-OF_THE_REFERENCE = frozenset({Need.REFERENCE, Need.SPATIAL, Need.REFERENCE_IMAGES, Need.REFERENCE_LABELS})
+OF_THE_REFERENCE = frozenset(
+    {
+        Need.REFERENCE,
+        Need.SPATIAL,
+        Need.REFERENCE_IMAGES,
+        Need.REFERENCE_LABELS,
+        Need.REFERENCE_CAPTIONS,
+        Need.SHARED_CAPTIONS,
+    }
+)
 """Needs that no evaluation without a reference meets."""
 
 OF_THE_IMAGES = frozenset(
@@ -39,6 +50,8 @@ OF_THE_IMAGES = frozenset(
         Need.REFERENCE,
         Need.REFERENCE_IMAGES,
         Need.REFERENCE_LABELS,
+        Need.REFERENCE_CAPTIONS,
+        Need.SHARED_CAPTIONS,
     }
 )
 """Needs that images meet or do not, whatever the extractor."""
@@ -78,6 +91,8 @@ class MetricInputs:
         reference_labels: their classes, (R,).
         image_text: the images and their prompts by `evaluate.clip_model`, an `ImageText`.
         classes: which of the logits are the data set's classes 0, 1, ...; None for all, in their order.
+        prompts: of the images, N.
+        reference_captions: of each of the reference images, R lists.
     """
 
     roles: Mapping[str, Tensor]
@@ -87,6 +102,8 @@ class MetricInputs:
     reference_labels: Any
     image_text: Any = None
     classes: Sequence[int] | None = None
+    prompts: Any = None
+    reference_captions: Any = None
 
     @property
     def class_logits(self) -> Tensor:

@@ -20,6 +20,7 @@ from shd_diffusion.evaluation.label_accuracy import LABEL_ACCURACY
 from shd_diffusion.evaluation.metric import OF_THE_IMAGES, OF_THE_REFERENCE, Column, Metric, Need
 from shd_diffusion.evaluation.mind import MIND
 from shd_diffusion.evaluation.per_class import PER_CLASS
+from shd_diffusion.evaluation.picture_precision import PICTURE_PRECISION
 from shd_diffusion.evaluation.precision_recall import PRECISION_RECALL
 from shd_diffusion.evaluation.r_precision import R_PRECISION
 from shd_diffusion.evaluation.references import check_reference
@@ -27,7 +28,7 @@ from shd_diffusion.progress import announce
 
 _ALL = [
     FID, FID_INFINITY, SFID, INCEPTION_SCORE, KID, MIND, CMMD, PRECISION_RECALL, DENSITY_COVERAGE, LABEL_ACCURACY,
-    CLIP_SCORE, R_PRECISION, PER_CLASS
+    CLIP_SCORE, R_PRECISION, PICTURE_PRECISION, PER_CLASS
 ]  # fmt: skip
 METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from shd_diffusion.config import DataConfig
-from shd_diffusion.data import ReferenceImages, reference_images
+from shd_diffusion.data import ReferenceImages, open_dataset, reference_images
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.evaluation.extractors import Extractor, image_size_of
 from shd_diffusion.evaluation.features import extract_features
@@ -59,18 +61,18 @@ NO_REFERENCE = Reference("none", "", None, {})
 
 
 def open_reference(
-    source: str | Path | Tensor | ReferenceImages,
+    source: str | Path | Tensor | DataConfig | ReferenceImages,
     extractor: Extractor,
     batch_size: int,
     resize: str = "none",
     size: int = 0,
 ) -> Reference:
-    """A reference from the name of a data set, a folder, an .npz, a statistics file of our own, or images.
+    """A reference from a data set, a folder, an .npz, a statistics file of our own, or images.
 
     Args:
-        source: `digits`; a folder of images; an .npz of the ADM suite, with `mu`, `sigma`, `mu_s`,
-            `sigma_s`, images `arr_0`, or both; a .safetensors file of `save_reference`; the images of a data
-            set; or uint8 images (R, 3, H, W).
+        source: `digits`; a data set by its keys in a config; a folder of images; an .npz of the ADM suite, with `mu`,
+            `sigma`, `mu_s`, `sigma_s`, images `arr_0`, or both; a .safetensors file of `save_reference`; the images
+            of a data set; or uint8 images (R, 3, H, W).
         extractor: what the features are extracted by.
         resize: filter by which images are brought to `size`; `none` leaves them as they are.
 
@@ -80,7 +82,10 @@ def open_reference(
     if isinstance(source, Tensor):
         return _from_images(tensor_images(source, "reference"), "images", extractor, batch_size)
     if source == "digits":
-        source = reference_images(DataConfig(name="digits"))
+        source = DataConfig(name="digits")
+    if isinstance(source, DataConfig):
+        with _named("evaluate.reference"):
+            source = reference_images(source)
     if isinstance(source, ReferenceImages):
         return _from_images(source, source.source, extractor, batch_size)
     check_reference(str(source))
@@ -104,16 +109,36 @@ def open_reference(
     )
 
 
-def check_reference(source: str) -> None:
-    """See that a reference is there, without reading it.
+def data_of(source: Any) -> str | None:
+    """The name of the data set that a reference is, which decides on the extractor where none is named."""
+    return source.name if isinstance(source, DataConfig) else source if isinstance(source, str) else None
+
+
+def check_reference(source: str | DataConfig) -> None:
+    """See that a reference is there, without reading its images.
 
     Raises:
         UserError: it is not.
     """
+    if isinstance(source, DataConfig):
+        if source.name == "prompts":
+            raise UserError("evaluate.reference.name: `prompts` has no images; name a data set that has some")
+        with _named("evaluate.reference"):
+            open_dataset(source)
+        return
     if source != "digits" and not Path(source).exists():
         raise UserError(
             f"evaluate.reference: {source} is no data set (known: digits), and no such file or folder"
         )
+
+
+@contextmanager
+def _named(key: str) -> Iterator[None]:
+    """Have errors about `data` say which key of the config they are about."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
 
 
 def save_reference(reference: Reference, extractor: Extractor, path: Path) -> None:

@@ -6,7 +6,6 @@ With L_simple it makes their hybrid loss. The mean is a constant here: the bound
 from __future__ import annotations
 
 import math
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -65,7 +64,6 @@ def variational_bound(
     return torch.where(timesteps.view(by_sample) == 0, first, kl).mean() / math.log(2)
 
 
-@lru_cache(maxsize=8)
 def _posterior(process: ForwardProcess) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of q(x_{t-1} | x_t, x_0) (eq. 10, 11), by timestep: factors of x_0 and x_t in the mean, log variance; and
     the log variance of the forward process. At the first timestep the posterior is a point: the next one serves."""

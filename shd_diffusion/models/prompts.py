@@ -11,7 +11,8 @@ import copy
 import functools
 import inspect
 import string
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.models.factory import DENOISERS, denoiser_part
 from shd_diffusion.models.families import TEXT_MASK, Family, family_of
 from shd_diffusion.models.first_step import until_first_step
+from shd_diffusion.models.pipeline_call import call_defaults
 
 _PROBES = ("a", " ".join(string.ascii_lowercase * 2))  # a short prompt and a long one
 
@@ -42,6 +44,22 @@ def denoiser_name(pipeline: DiffusionPipeline) -> str:
     raise UserError(
         f"a {type(pipeline).__name__} has no denoiser: a text-to-image pipeline has a `transformer` or a `unet`"
     )
+
+
+@contextmanager
+def _without_warnings() -> Iterator[None]:
+    """Context in which diffusers and transformers do not warn: of prompts that nobody has written."""
+    import transformers  # which pipelines that take prompts need
+
+    libraries = diffusers.utils.logging, transformers.utils.logging
+    before = [library.get_verbosity() for library in libraries]
+    for library in libraries:
+        library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for library, verbosity in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
 
 
 class PromptEncoder:
@@ -67,7 +85,8 @@ class PromptEncoder:
     def __init__(
         self, pipeline: DiffusionPipeline, size: tuple[int, int], arguments: Mapping[str, Any] | None = None
     ) -> None:
-        self.pipeline, self.size, self.arguments = pipeline, size, dict(arguments or {})
+        self.pipeline, self.size = pipeline, size
+        self.arguments = call_defaults(type(pipeline)) | dict(arguments or {})
         self._denoiser = denoiser_name(pipeline)
         self._takes = inspect.signature(type(pipeline).__call__).parameters
         for name in self.arguments:
@@ -79,6 +98,7 @@ class PromptEncoder:
         batches = [[*prompts]] if self._same_in_any_batch else [[prompt] for prompt in prompts]
         return [entries for batch in batches if batch for entries in self._encode(batch)]
 
+    @_without_warnings()
     def null(self) -> dict[str, Tensor]:
         """The condition of the pipeline's unconditional pass; where it has none, that of the empty prompt."""
         prompt, empty = [_PROBES[0]], self.encode([""])[0]
@@ -89,6 +109,7 @@ class PromptEncoder:
         return unconditional[0] | mask if unconditional else empty
 
     @functools.cached_property
+    @_without_warnings()
     def without_guidance(self) -> dict[str, Any]:
         """Arguments of the pipeline's call by which it makes no unconditional pass, and embeds guidance of scale 1."""
         prompt = [_PROBES[0]]
@@ -97,6 +118,7 @@ class PromptEncoder:
         return off if len(self._record(prompt, **off)) == 1 else self._guidance(0.0)
 
     @functools.cached_property
+    @_without_warnings()
     def _same_in_any_batch(self) -> bool:
         """Whether a prompt's condition is the same beside a longer one."""
         one, two = (self._record(prompts, **self.without_guidance) for prompts in (_PROBES[:1], _PROBES))

@@ -49,6 +49,12 @@ class PooledAutoencoderTiny(AutoencoderTiny):
         _pool(encoder, _blocks(encoder)[-self.config.num_encoder_blocks[-1] :])
         _pool(decoder, _blocks(decoder)[: self.config.num_decoder_blocks[0]])
 
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **arguments: Any) -> Any:
+        """Without a key that AutoencoderTiny adds to its own config, and that diffusers warns of when it loads it."""
+        kept = {key: value for key, value in config_dict.items() if key != "block_out_channels"}
+        return super().extract_init_dict(kept, **arguments)
+
 
 def _blocks(layers: nn.Sequential) -> list[int]:
     return [index for index, layer in enumerate(layers) if isinstance(layer, AutoencoderTinyBlock)]

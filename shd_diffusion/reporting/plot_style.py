@@ -219,7 +219,10 @@ def fit_scale(axes: Axes, axis: Literal["x", "y"], values: Sequence[float] | NDA
 
 
 def logarithmic_ticks(axis: Axis) -> None:
-    """Ticks at 1, 2 and 5 of every power of ten, as plain numbers."""
+    """Ticks at 1, 2 and 5 of every power of ten, as plain numbers; what is all but constant gets some room."""
+    low, high = axis.get_view_interval()
+    if high < low * (1 + 1e-6):  # of which the logarithms may be the same
+        axis.set_view_interval(low / 2, high * 2, ignore=True)
     axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.set_major_formatter("{x:g}")
     axis.set_minor_locator(NullLocator())

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError
+from shd_diffusion.models.pipeline_call import call_defaults
 from shd_diffusion.randomness import generator
 from shd_diffusion.sampling.by_class import NOT_IN_A_PROTOCOL
 from shd_diffusion.sampling.execution import matmul_precision
@@ -35,7 +36,8 @@ def call_arguments(
     given: dict[str, Any] = {"guidance_scale": config.guidance_scale}
     given |= {"height": size[0], "width": size[1]} if size is not None else {}
     arguments: dict[str, Any] = {key: value for key, value in given.items() if value is not None}
-    arguments |= {"num_inference_steps": config.num_inference_steps, **config.pipeline_arguments}
+    arguments |= {"num_inference_steps": config.num_inference_steps}
+    arguments |= call_defaults(kind) | config.pipeline_arguments
     known = inspect.signature(kind.__call__).parameters
     for key in (*arguments, *(("negative_prompt",) if config.negative_prompt is not None else ())):
         if key not in known:
@@ -114,6 +116,7 @@ class ByPrompt:
         scale = inspect.signature(type(self.pipeline).__call__).parameters.get("guidance_scale")
         return settings | {
             "pipeline": type(self.pipeline).__name__,
+            "pipeline_arguments": call_defaults(type(self.pipeline)) | self.config.pipeline_arguments,
             **scheduler_protocol(self.pipeline.scheduler),
             "guidance_scale": self.arguments.get("guidance_scale", scale and scale.default),
             "height": self.arguments.get("height"),

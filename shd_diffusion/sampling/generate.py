@@ -173,7 +173,7 @@ def _open(folder: Path, protocol: dict[str, Any]) -> Summary | None:
     there, now = flatten(summary.protocol), flatten(protocol)
     for key in sorted(there.keys() | now.keys()):
         if there.get(key) != now.get(key):
-            fix = "" if key in OF_THE_MODEL else "set it as it was, "
+            fix = "the model has been trained further; " if key in OF_THE_MODEL else "set it as it was, "
             raise UserError(
                 f"{folder / SUMMARY}: these samples were made with another `{key}` ({there.get(key)!r}, now "
                 f"{now.get(key)!r}); {fix}delete the folder, or sample into another (--output)"

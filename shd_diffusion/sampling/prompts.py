@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from shd_diffusion.errors import UserError
+from shd_diffusion.shipped import find_config
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +36,7 @@ def read_prompts(path: Path) -> list[Prompt]:
     Raises:
         UserError: it is missing, empty or no such file, or a prompt is blank.
     """
+    path = find_config(path)
     if path.is_dir():
         files = sorted(path.glob("*.txt"))
         if not files:

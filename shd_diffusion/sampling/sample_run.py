@@ -136,6 +136,9 @@ def make_sampler(
             raise UserError("key `sample.prompts`: the pipeline makes images by class; remove it")
         return ByClass(pipeline, config)
     size = None if run_config is None else run_config.data.image_size
+    if run_config is not None and run_config.prepare is not None:  # prompts as the model has learnt from them
+        told = run_config.prepare.prompt_arguments | config.pipeline_arguments
+        config = config.model_copy(update={"pipeline_arguments": told})
     return ByPrompt(pipeline, config, prompts_of(config, run_config), None if size is None else (size, size))
 
 

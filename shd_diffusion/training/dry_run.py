@@ -122,6 +122,10 @@ def build_empty(config: Config, source: str) -> Parts:
         samples = make_up_samples(config, model)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
+    if isinstance(
+        config, TrainTeacherConfig
+    ):  # what is checked against a pipeline are data that are not made up
+        config = config.model_copy(update={"pipeline": None})
     return build(config, source, samples, teacher, model)
 
 

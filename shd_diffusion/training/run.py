@@ -87,9 +87,11 @@ def train(
         UserError: the config cannot be carried out, the folder belongs to another run, or there is nothing to finish.
     """
     folder = RunFolder(output)
-    folder.check(config)
+    folder.check(config, moved=True)
     check_outside(output, config.reads)
-    if folder.is_complete(config):
+    complete = folder.is_complete(config)
+    run = None if complete and not folder.reads_elsewhere(config) else open_run(config, folder, source)
+    if run is None or complete:
         with locked(folder.path, processes()):
             if processes().is_main_process:
                 folder.write_config(config)
@@ -98,11 +100,10 @@ def train(
             _finish_attention_maps(folder, config, source)
         announce(f"{folder.path}: complete, nothing to do")
         return
-    run = open_run(config, folder, source)
     if finish and not _checkpoints(run).latest(config.train.max_steps):
         raise UserError(f"{output}: --finish: has no checkpoint yet, so nothing can be saved; leave it out")
     with locked(folder.path, run.accelerator):
-        folder.check(config)  # again, as another command may have been here meanwhile
+        folder.check(config, moved=True)  # again, as another command may have been here meanwhile
         _train(run, finish)
 
 

@@ -14,9 +14,8 @@ from torchvision.utils import make_grid
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import Source, reference_images
 from shd_diffusion.data.images import to_rgb_bytes
-from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import extractor_name, load_extractor
-from shd_diffusion.evaluation.extractors import image_size_of
+from shd_diffusion.evaluation.extractors import check_image_size
 from shd_diffusion.evaluation.references import open_reference
 from shd_diffusion.processes import processes
 from shd_diffusion.sampling import ClassConditionalPipeline, sample_images
@@ -47,16 +46,10 @@ def make_validation(
     from shd_diffusion.evaluation.torch_metrics import FrechetDistance
 
     name = extractor_name(evaluate.extractor, config.data.name)
-    only = image_size_of(name)
-    reference = evaluate.reference or reference_images(
-        config.trained_on
-    )  # a file of statistics needs no images
+    # a file of statistics needs no images
+    reference = evaluate.reference or reference_images(config.trained_on, config.data)
     height, width = data.image_size
-    if only is not None and (height, width) != (only, only):
-        raise UserError(
-            f"key `train.validation`: `{name}` takes {only}×{only} images only, not {width}×{height}; "
-            "set `evaluate.extractor` to another, or `train.validation.num_images` to 0"
-        )
+    check_image_size(name, (height, width))
     extractor = load_extractor(name, evaluate.extractor_weights, evaluate.clip_model).to(device)
     statistics = open_reference(
         reference, extractor, evaluate.batch_size, evaluate.resize, min(height, width)

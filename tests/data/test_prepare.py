@@ -188,7 +188,15 @@ def test_what_a_cache_is_made_from_must_not_change(images: Path, vae: Path, tmp_
 
     other = tmp_path / "other-vae"
     shutil.copytree(vae, other)
+    began = build_source(latents(folder)).fingerprint()
     make_cache(images, other, folder)  # the same VAE elsewhere
+    moved = tmp_path / "moved"
+    shutil.copytree(images, moved)
+    make_cache(moved, vae, folder)
+    assert build_source(latents(folder)).fingerprint() == began  # a run goes on with it
+    assert reference_images(latents(folder)).source == f"image_folder {moved} {SIZE} px"
+    here = make_config(images, vae).data
+    assert reference_images(latents(folder), here).source == f"image_folder {images} {SIZE} px"
     weights = load_file(other / "diffusion_pytorch_model.safetensors")
     weights["encoder.conv_in.weight"][0, 0, 0, 0] += 1e-3
     save_file(weights, other / "diffusion_pytorch_model.safetensors", {"format": "pt"})

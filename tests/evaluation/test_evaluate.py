@@ -89,6 +89,7 @@ def test_a_folder_of_images_and_few_of_them(digits, tmp_path):
         "24 images are too few for 64 features: their covariance is singular and the FID biased upwards"
     ]
     assert "label_accuracy" not in found
+    assert "fid" not in compute_metrics(images[:3], None, DIGITS.model_copy(update={"metrics": []}))
 
 
 @torch.no_grad()

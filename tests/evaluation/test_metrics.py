@@ -36,7 +36,8 @@ def test_a_metric_is_one_entry(digits, monkeypatch):
 
 def test_every_column_is_written_under_its_key(digits):
     labels = digits[1][:100]
-    others = ("sfid", "cmmd", "clip_score", "r_precision")  # these need other extractors
+    # these need other extractors, or captions
+    others = ("sfid", "cmmd", "clip_score", "r_precision", "picture_precision")
     names = [name for name in METRICS if name not in others]
     found = compute_metrics(digits[0][:100], "digits", EvaluateConfig(metrics=names), labels.tolist())
     expected = {
@@ -46,7 +47,7 @@ def test_every_column_is_written_under_its_key(digits):
     printed = {each.key: format(found[each.key], each.format) for each in columns() if each.key in found}
     assert printed["fid"] == f"{found['fid']:.2f}" and printed["label_accuracy"].endswith("%")
     higher = {"inception_score_mean", "precision", "recall", "density", "coverage"}
-    higher |= {"label_accuracy", "clip_score", "r_precision"}
+    higher |= {"label_accuracy", "clip_score", "r_precision", "picture_precision"}
     assert {each.key for each in columns() if higher_is_better(each.key)} == higher
 
 

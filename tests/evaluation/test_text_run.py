@@ -136,3 +136,31 @@ def test_a_run_has_its_text_metrics(sampled: Path, clip_folder: Path, tmp_path: 
 
     code, _, errors = command("evaluate", sampled, *sets(*settings[:2], "evaluate.against_teacher=4"))
     assert code == 2 and "has 3 different prompts; sample more, or lower it" in errors
+
+
+def test_a_run_is_held_against_a_split_that_was_not_trained_on(
+    sampled: Path, clip_folder: Path, captioned: Path, tmp_path: Path
+) -> None:
+    """Two of the three prompts are captions of the split, so that 8 of 12 images are judged."""
+    datasets = pytest.importorskip("datasets")
+    captions = [PROMPTS[0], PROMPTS[2], *(f"a {letter}" for letter in "cdefghijkl")]
+    pictures = [{"bytes": file.read_bytes(), "path": None} for file in sorted(captioned.glob("*.png"))]
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    for split in ("train", "test"):
+        table = datasets.Dataset.from_dict({"image": pictures, "caption": captions}, features=features)
+        table.to_parquet(tmp_path / f"{split}.parquet")
+    keys = f"name: huggingface, path: {tmp_path}, split: test, image_size: {SIZE[0]}, caption_column: caption"
+    clip = [f"evaluate.clip_model={clip_folder}", "evaluate.extractor=clip"]
+    metrics = ["evaluate.metrics=[fid,picture_precision]"]
+    code, printed, errors = command(
+        "evaluate", sampled, *sets(*clip, *metrics, f"evaluate.reference={{{keys}}}")
+    )
+    assert code == 0, errors
+    found = json.loads(printed)
+    assert 0 <= found["picture_precision_low"] <= found["picture_precision"] <= 1 and found["fid"] > 0
+    assert found["protocol"]["reference"] == f"huggingface {tmp_path} test {SIZE[0]} px"
+    assert found["protocol"]["num_reference_images"] == 12
+    assert any("is of 8 images, as the prompts of 4 others" in warning for warning in found["warnings"])
+    # the prompts are no captions of the data that are trained on
+    code, _, errors = command("evaluate", sampled, *sets(*clip, *metrics))
+    assert code == 2 and "`picture_precision` needs two or more different prompts that are captions" in errors

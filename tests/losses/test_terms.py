@@ -12,6 +12,7 @@ from diffusers import DiTTransformer2DModel, ModelMixin
 from one_term import on_features
 from small_models import small_dit
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.attention.blocks import enclosing_block
@@ -407,6 +408,10 @@ def test_denoising_and_output_kd_are_of_the_denoised_channels() -> None:
     assert terms["output"](outputs_of(found[:, :1], target)) == terms["output"](outputs)
     bound = variational_bound(PROCESS, found, of.clean, of.noised, of.timesteps)
     assert terms["variance"](outputs) == bound
+    other = ForwardProcess.from_scheduler(make_scheduler_of_process(DiffusionConfig()))
+    with FakeTensorMode(allow_non_fake_inputs=True):  # as a dry run counts; nothing of it is kept
+        variational_bound(other, found, of.clean, of.noised, of.timesteps)
+    assert variational_bound(other, found, of.clean, of.noised, of.timesteps) == bound
     (gradient,) = torch.autograd.grad(terms["output"](outputs), found)
     assert gradient[:, :1].any() and not gradient[:, 1:].any()
 

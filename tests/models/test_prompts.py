@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from diffusers import DiffusionPipeline
@@ -14,6 +16,7 @@ from torch import Tensor
 from shd_diffusion.errors import UserError
 from shd_diffusion.models.denoiser import pad, predict, prepare
 from shd_diffusion.models.families import TEXT_MASK, pack
+from shd_diffusion.models.pipeline_call import call_defaults
 from shd_diffusion.models.prompts import PromptEncoder, denoiser_name, load_for_prompts
 
 SHORT, LONG = "a cat", "a red fox jumps"
@@ -169,3 +172,18 @@ def test_what_cannot_be_encoded_is_told(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text('{"_class_name": "DDPMPipeline"}')
     with pytest.raises(UserError, match="a DDPMPipeline has none of transformer, unet"):
         load_for_prompts(str(tmp_path))
+
+
+def test_a_pipeline_denoises_the_size_that_is_asked_for() -> None:
+    defaults = call_defaults(diffusers.PixArtSigmaPipeline)
+    assert defaults["use_resolution_binning"] is False
+    cleaning = find_spec("bs4") and find_spec("ftfy")  # else the call warns, and does the same
+    assert ("clean_caption" in defaults) is not bool(cleaning)
+    assert call_defaults(diffusers.StableDiffusionPipeline) == {}
+    pipeline = PIPELINES["pixart-sigma"]()  # of a size for which it has no bins
+    assert PromptEncoder(pipeline, SIZE, {"max_sequence_length": TEXT}).encode(["a"])
+
+
+def test_probing_a_pipeline_warns_of_nothing(capfd: pytest.CaptureFixture[str]) -> None:
+    encoder("sd1.5").null()
+    assert "truncated" not in capfd.readouterr().err

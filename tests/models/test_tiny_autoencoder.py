@@ -123,3 +123,9 @@ def test_it_is_part_of_a_pipeline(tmp_path):
     pipeline = ClassConditionalPipeline.from_pretrained(tmp_path)
     assert type(pipeline.vae) is PooledAutoencoderTiny
     assert all((pipeline.vae.state_dict()[name] == value).all() for name, value in vae.state_dict().items())
+
+
+def test_its_own_config_holds_nothing_that_diffusers_would_warn_of():
+    vae = PooledAutoencoderTiny(latent_channels=1)
+    _, unused, _ = PooledAutoencoderTiny.extract_init_dict(dict(vae.config))
+    assert unused == {} and vae.config.block_out_channels  # by which pipelines know its stride

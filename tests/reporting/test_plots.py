@@ -18,7 +18,7 @@ from shd_diffusion.reporting.maps import map_pixels, reduced
 from shd_diffusion.reporting.neighbour_page import neighbour_plots, neighbourhoods, short_name
 from shd_diffusion.reporting.page import run_styles
 from shd_diffusion.reporting.pictures import data_uri, mosaic
-from shd_diffusion.reporting.plot_style import DARK, DEPTH_COLOURS, LIGHT, smooth
+from shd_diffusion.reporting.plot_style import DARK, DEPTH_COLOURS, LIGHT, logarithmic_ticks, panel, smooth
 from shd_diffusion.reporting.quality_plots import quality_scatters
 from shd_diffusion.reporting.runs import read_runs
 from shd_diffusion.reporting.training_plots import (
@@ -207,3 +207,12 @@ def test_figures_do_without_numbers_that_are_not_there(fresh_run: Callable[[str]
     styles = run_styles(runs)
     assert [plot.name for plot in loss_curves(runs, styles)] == ["loss-denoise"]
     assert (quality_scatters(runs, styles), validation_fid(runs, styles)) == ([], [])
+
+
+def test_a_curve_that_is_all_but_constant_has_room() -> None:
+    with panel() as (_, axes), np.errstate(all="raise"):
+        axes.plot([1, 2], [2.0, np.nextafter(2.0, 3)])
+        axes.set_yscale("log")
+        logarithmic_ticks(axes.yaxis)
+        low, high = axes.get_ylim()
+    assert low < 1.9 < 2.1 < high

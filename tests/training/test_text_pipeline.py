@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from commands import command
+from commands import command, sets
 from diffusers import DiffusionPipeline
 from PIL import Image
 from tiny_pipelines import llm_tokenizer
@@ -86,6 +87,40 @@ def made(count: int, size: int = SIZE) -> ImagesInMemory:
     return ImagesInMemory(coloured(count, size), torch.zeros(count, dtype=torch.int64), 1, "made")
 
 
+def test_cross_attention_around_a_vae_that_there_is(
+    root: Path, pipeline: DiffusionPipeline, tmp_path: Path
+) -> None:
+    overrides = ["class=PixArtSigmaPipeline", f"vae={root / 'base'}", "autoencoder=null"]
+    code, _, err = command(
+        "make-pipeline", root / "make.yaml", "--output", tmp_path / "cross", *sets(*overrides)
+    )
+    assert code == 0, err
+    made = DiffusionPipeline.from_pretrained(tmp_path / "cross")
+    for name, weight in pipeline.vae.state_dict().items():
+        assert torch.equal(made.vae.state_dict()[name], weight)
+    made.set_progress_bar_config(disable=True)
+    plain = {"max_sequence_length": 8, "clean_caption": False, "use_resolution_binning": False}
+    assert made("a cat", num_inference_steps=1, **plain).images[0].size == (SIZE, SIZE)
+
+
+def test_a_dry_run_of_a_teacher_in_it(root: Path, pipeline: DiffusionPipeline, tmp_path: Path) -> None:
+    config = tmp_path / "teacher.yaml"
+    config.write_text(
+        f"""
+data: {{name: image_folder, path: {root / "images"}, image_size: {SIZE}, caption_column: text}}
+pipeline: {root / "base"}
+prepare: {{output: {tmp_path / "cache"}, prompt_arguments: {{max_sequence_length: 16}}}}
+model: {{arguments: {{num_layers: 2}}}}
+train: {{max_steps: 2, batch_size: 2}}
+"""
+    )
+    code, out, err = command("train-teacher", config, "--dry-run")
+    assert code == 0, err
+    figures = json.loads(out)
+    assert figures["sample"] == [4, 4, 4] and figures["condition"]["encoder_hidden_states"] == [16, 8]
+    assert not (tmp_path / "cache").exists()
+
+
 def test_it_follows_from_the_seed() -> None:
     config = AutoencoderConfig(width=8, crop_size=8, max_steps=3)
     weights = [next(train_autoencoder(made(6), config, seed).parameters()) for seed in (0, 0, 1)]
@@ -116,6 +151,7 @@ def test_faults_in_one_line_and_nothing_written(root: Path, tmp_path: Path) -> N
     assert "holds files already; delete it" in error(output=tmp_path / "full")
     assert "key `autoencoder`: `crop_size` 32 is larger" in error("--set", "autoencoder.crop_size=32")
     assert "divide into latents" in error("--set", "data.image_size=18")
+    assert "give either `vae`" in error("--set", "autoencoder=null")
     assert "key `autoencoder.max_step`" in error("--set", "autoencoder.max_step=3")
     message = error("--set", f"text_encoder={tmp_path}")
     assert "key `text_encoder`" in message and "pip install 'shd-diffusion[text-demo]'" in message
