@@ -134,7 +134,7 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
     "train.max_grad_norm": ("-1", "0", ".nan", "many"),
     "train.ema_decay": (".nan", "1", "1.5", "-0.1", "many"),
     "train.condition_dropout": (".nan", "1", "-0.1"),
-    "train.max_steps": NO_COUNTS,
+    "train.max_steps": NO_COUNTS[1:],
     "train.batch_size": NO_COUNTS,
     "train.micro_batch_size": ("0", "-1", "1.5"),
     "train.guidance_range": ("[1]", "[.nan, 1]", "[1, 2]", "5"),
@@ -196,7 +196,7 @@ BAD_VALUES: dict[str, tuple[str, ...]] = {
     "student.arguments.norm_type": ("zzz",),
     "student.arguments.depth": ("3",),
     "student.init": ("magic",),
-    "student.pretrained": ("nowhere",),
+    "student.pretrained": ("nowhere", "[nowhere]", "[nowhere, nowhere]"),
     "teacher.path": (
         "nowhere",
         "nowhere/at/all",

@@ -276,9 +276,12 @@ def inspect(
         str | None, typer.Option("--student", metavar="OTHER", help="Show what it would learn.")
     ] = None,
 ) -> None:
-    """List a model's attention blocks; with --student also the layer map and the merges that SHD would use."""
+    """List a model's attention blocks; with --student also the layer map, the merges that SHD would use, and DisWOT's
+    score of the student before any training."""
     from rich.console import Console
 
+    from shd_diffusion.analysis.diswot import diswot_score
+    from shd_diffusion.models.denoiser import sample_shape
     from shd_diffusion.training.build import open_model
     from shd_diffusion.training.inspect_models import inspect_model, pair_rows, render, render_pair
 
@@ -291,9 +294,19 @@ def inspect(
     student_rows = inspect_model(other)
     Console().print(render(other, student_rows))
     try:
-        Console().print(render_pair(rows, student_rows, pair_rows(rows, student_rows)))
+        pairs = pair_rows(rows, student_rows)
     except ValueError as error:
         raise UserError(f"{model} and {student}: {error}") from error
+    Console().print(render_pair(rows, student_rows, pairs))
+    shape = sample_shape(teacher)
+    with contextlib.suppress(
+        ValueError
+    ):  # they want prompts, or have blocks that cannot be compared, as told above
+        if shape is not None and shape == sample_shape(other):
+            score = diswot_score(teacher, other, pairs, shape)
+            typer.echo(
+                f"DisWOT's score, by which to compare students of this teacher: {score:.5f} (0 at best)"
+            )
 
 
 @app.command()

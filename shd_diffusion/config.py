@@ -42,9 +42,19 @@ READS = (
 
 
 def paths_read(tree: Mapping[str, Any]) -> dict[str, str | None]:
-    """What a run reads by its config, a tree of plain values: by the keys of `READS`, None where nothing is named."""
+    """What a run reads by its config, a tree of plain values: by the keys of `READS`, None where nothing is named.
+
+    Where a key names several, they are numbered: `student.pretrained.0`.
+    """
     flat = flatten(tree)
-    return {key: None if flat.get(key) is None else str(flat[key]) for key in READS}
+    for key in READS:
+        if isinstance(named := flat.get(key), list):
+            flat |= {f"{key}.{number}": path for number, path in enumerate(named)}
+    return {
+        key: None if path is None or isinstance(path, list) else str(path)
+        for key, path in (dict.fromkeys(READS) | flat).items()
+        if key in READS or key.rpartition(".")[0] in READS
+    }
 
 
 class ValidationConfig(Section):
@@ -71,17 +81,19 @@ class ValidationConfig(Section):
 
 
 class TrainConfig(Section):
-    """The optimisation. `batch_size` counts the images of a step, over all processes.
+    """The optimisation. `batch_size` counts the images of a step, over all processes. After 0 steps the model
+    is what it started from, such as the mean of several.
 
     `micro_batch_size` is how many of them go through the models at once, in one process; None for all of its share.
     Timesteps are drawn `uniform`, or `logit_normal` (Esser et al. 2024, section 3.1). With a `mask_ratio` every batch
     is seen twice, once with at least that share of its tokens dropped (MDTv2). `guidance_range`: a model that is told
-    the guidance scale (Flux-dev) is told one of this range, drawn by sample. With `mixup` the terms that have a teacher
-    see each image mixed with another of its pass (Zhang et al. 2018; for distillation Beyer et al. 2022), in a pass of
-    their own: the teacher says what is right of what no data set has; all other terms see the images as they are.
+    the guidance scale (Flux-dev) is told one of this range, drawn by sample. With `mix` the terms that have a teacher
+    see each image mixed with another of its pass, in a pass of their own; all other terms see the images as they are:
+    by `mixup` the two are averaged, by `cutmix` a box of one lies in the other, by `cutmix_pick` it is the one of two
+    boxes that student and teacher disagree on most.
     """
 
-    max_steps: int = Field(..., ge=1, le=10**9)
+    max_steps: int = Field(..., ge=0, le=10**9)
     batch_size: int = Field(..., ge=1, le=MOST_AT_ONCE)
     micro_batch_size: int | None = Field(None, ge=1)
     learning_rate: float = Field(1e-4, gt=0, le=1e6, allow_inf_nan=False)
@@ -94,7 +106,7 @@ class TrainConfig(Section):
     guidance_range: list[FiniteFloat] | None = Field(None, min_length=2, max_length=2)
     timestep_sampling: Literal["uniform", "logit_normal"] = "uniform"
     mask_ratio: float = Field(0.0, ge=0, lt=0.8)
-    mixup: bool = False
+    mix: Literal["none", "mixup", "cutmix", "cutmix_pick"] = "none"
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     allow_tf32: bool = False
     log_every: int = Field(10, ge=1)
@@ -109,10 +121,21 @@ class TrainConfig(Section):
     trackers: list[Literal["tensorboard", "wandb"]] = Field(default_factory=list)
     validation: ValidationConfig = ValidationConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _mixup_was_a_key(cls, tree: Any) -> Any:
+        """Configs of runs before there was `mix` have `mixup`, true or false."""
+        if not isinstance(tree, dict) or "mixup" not in tree:
+            return tree
+        mixup, rest = tree["mixup"], {key: value for key, value in tree.items() if key != "mixup"}
+        if mixup not in (True, False) or "mix" in rest:
+            raise ValueError("`mixup` is now a value of `mix`; write `mix: mixup`")
+        return {**rest, "mix": "mixup" if mixup else "none"}
+
     @model_validator(mode="after")
     def _mixed_or_masked(self) -> TrainConfig:
-        if self.mixup and self.mask_ratio:
-            raise ValueError("`mixup` and `mask_ratio` each want passes of their own; choose one")
+        if self.mix != "none" and self.mask_ratio:
+            raise ValueError("`mix` and `mask_ratio` each want passes of their own; choose one")
         return self
 
 

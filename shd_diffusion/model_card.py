@@ -69,6 +69,11 @@ image = pipeline("a cat").images[0]"""
 OF_CLASSES = ("num_embeds_ada_norm", "num_classes", "num_class_embeds")
 OWN_CLASSES = "import shd_diffusion.models  # pip install shd-diffusion: the class of its denoiser\n"
 UNKNOWN = "Not evaluated yet: `shd-diffusion sample {run}`, then `shd-diffusion evaluate {run}`."
+QUANTISED = """
+
+The weights of its linear layers are floats that take 255 values a row, as `load_in_8bit` of bitsandbytes has
+them; it was trained to have its features rounded too, token by token. Here they are not: a library of 8-bit kernels
+has to load it for that."""
 LICENCE = "That of the {teacher}data it was trained on; shd-diffusion does not know them."
 
 
@@ -145,6 +150,7 @@ def _made(config: RunConfig, summary: Summary) -> str:
         f"{summary.steps:,} steps of {config.train.batch_size} images of `{config.data.name}`; "
         f"its weights are averages with decay {config.train.ema_decay:g}. "
         f"Losses and their weights: {told or 'denoise (1)'}."
+        f"{QUANTISED if isinstance(config, DistillConfig) and config.student.quantise else ''}"
     )
 
 

@@ -69,7 +69,7 @@ class Batch:
     """Noised samples: clean, noise and noised (B, C, H, W), timesteps (B,), condition (B, ...) by argument.
 
     Where passes are masked, `mask` is what is added to the condition of the second pass (MDTv2's `ids_keep`). `null` is
-    what stands for no condition, (1, ...) by argument. `mixed` is what terms with a teacher see instead, if anything.
+    what stands for no condition, (1, ...) by argument. Terms with a teacher see one of `mixed` instead, if it has any.
     """
 
     clean: Tensor
@@ -79,7 +79,7 @@ class Batch:
     condition: Condition
     mask: Condition = field(default_factory=dict)
     null: Condition = field(default_factory=dict)
-    mixed: Batch | None = None
+    mixed: tuple[Batch, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,13 @@ class Captured:
 
     records: Records = field(default_factory=dict)
     outputs: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def detached(self) -> Captured:
+        """The same without the graph that leads to it."""
+        return Captured(
+            {name: record.detached() for name, record in self.records.items()},
+            {name: output.detach() for name, output in self.outputs.items()},
+        )
 
     def to(self, device: torch.device) -> Captured:
         """The same on another device."""
@@ -175,7 +182,7 @@ class Term(nn.Module):
     def weight(self, step: int, max_steps: int) -> float:
         """At a step, counted from 0; 0 where the term need not be computed."""
         first, last = self.config.during or (0, 1)
-        return self.config.weight if first <= step / max_steps < last else 0.0
+        return self.config.weight if first <= step / max(max_steps, 1) < last else 0.0
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         raise NotImplementedError

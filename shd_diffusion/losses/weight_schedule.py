@@ -26,7 +26,7 @@ def schedule_weight(
     """
     if step % every:
         return 0.0
-    done = min(step / max_steps, 1.0)
+    done = min(step / max(max_steps, 1), 1.0)
     match decay:
         case "constant":
             return weight

@@ -6,7 +6,7 @@ import os
 from collections.abc import Container
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import diffusers
 import torch
@@ -22,19 +22,21 @@ from shd_diffusion.models.denoiser import prepare
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.hub import try_hub
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
+from shd_diffusion.models.soup import mean_model
 from shd_diffusion.section import Arguments, Section
 
 
 class ModelConfig(Section):
     """A model by its diffusers class (or one of the project's) and the arguments of its constructor; or a `pretrained`
-    one, by a run, a pipeline or model folder, or a hub name.
+    one, by a run, a pipeline or model folder, or a hub name; of several the mean of their weights, which are to have
+    been trained from the same ones.
 
     Without a class it is like the teacher, or like the one in the pipeline, but for the `arguments`.
     """
 
     class_name: str | None = Field(None, alias="class")
     arguments: Arguments = Field(default_factory=dict)
-    pretrained: str | None = None
+    pretrained: str | Annotated[list[str], Field(min_length=2)] | None = None
 
     @model_validator(mode="after")
     def _is_given_once(self) -> ModelConfig:
@@ -47,9 +49,11 @@ class ModelConfig(Section):
 
 class StudentConfig(ModelConfig):
     """The model that is distilled into. `init: teacher` starts it from the teacher's weights where shapes allow,
-    `init: squeeze` from what least squares makes of them in its own shape."""
+    `init: squeeze` from what least squares makes of them in its own shape. With `quantise: int8` its linear layers
+    round weights and features to 8 bits while it trains, and it is saved with such weights."""
 
     init: Literal["random", "teacher", "squeeze"] = "random"
+    quantise: Literal["int8"] | None = None
 
     @model_validator(mode="after")
     def _starts_from_one_model(self) -> StudentConfig:
@@ -63,14 +67,17 @@ class StudentConfig(ModelConfig):
 class TeacherConfig(Section):
     """The trained model to distil from: a run folder, a pipeline or model folder, or a hub name.
 
-    It is never trained, so `dtype` may be half as wide as the student's. `config` is what `--dry-run` reads in place of
-    `path`, where that cannot be had: a folder of a pipeline's config files alone, or a config of `train-teacher`.
+    It is not trained, so `dtype` may be half as wide as the student's; unless it has a `learning_rate`: then it goes on
+    with its own regression on the batches that it teaches, from weights that the checkpoints keep and the run leaves
+    behind. `config` is what `--dry-run` reads in place of `path`, where that cannot be had: a folder of a pipeline's
+    config files alone, or a config of `train-teacher`.
     """
 
     path: str
     config: str | None = None
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     device: Literal["accelerator", "cpu"] = "accelerator"
+    learning_rate: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False)
 
 
 DEFAULT_CLASS = "DiTTransformer2DModel"
@@ -100,6 +107,8 @@ def build_model(config: ModelConfig) -> ModelMixin:
         ValueError: the class is unknown or its constructor refuses the arguments.
         UserError: `pretrained` cannot be loaded.
     """
+    if isinstance(config.pretrained, list):
+        return mean_model(config.pretrained, load_model)
     if config.pretrained is not None:
         return load_model(config.pretrained)
     class_name = config.class_name or DEFAULT_CLASS
@@ -165,10 +174,15 @@ def empty_model(config: ModelConfig, path: str | None = None) -> ModelMixin:
         ValueError: as `build_model`.
         UserError: the model there has no readable config.
     """
-    if config.pretrained is not None:
-        config, path = ModelConfig(), config.pretrained
+    if (pretrained := config.pretrained) is not None:
+        config, path = ModelConfig(), first_of(pretrained)
     with torch.device("meta"):
         return build_model(fill_in(config, path))
+
+
+def first_of(pretrained: str | list[str]) -> str:
+    """The one model, or of several that are alike the first."""
+    return pretrained if isinstance(pretrained, str) else pretrained[0]
 
 
 def cast(model: ModelMixin, dtype: torch.dtype) -> ModelMixin:

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,8 @@ class StudyConfig(Section):
             teacher before the runs. In overrides, `student.pretrained` takes such a name for its folder.
         overrides: of `distill`, dotted key to value, for all runs.
         variants: what is compared, by name; overrides on top. A path `variant:NAME`, as of `teacher.path`, is the run
-            of an earlier variant from the same seed: an assistant between teacher and student, or the student of one
-            generation as the teacher of the next.
+            of an earlier variant from the same seed: an assistant between teacher and student, the student of one
+            generation as the teacher of the next, or several students whose weights are averaged, in a list.
         conditions: under which it is compared, by name, such as numbers of steps; overrides between the two.
             Only runs of the same condition are compared.
         reference: the variant that the others are compared with.
@@ -93,10 +94,11 @@ class StudyConfig(Section):
             raise ValueError("`seeds` has one seed twice")
         names = list(self.variants)
         for place, (name, overrides) in enumerate(self.variants.items()):
-            if (other := follows(overrides)) is not None and other not in names[:place]:
-                raise ValueError(
-                    f"variant `{name}` begins with the run of `{other}`, which is no variant before it"
-                )
+            for other in follows(overrides):
+                if other not in names[:place]:
+                    raise ValueError(
+                        f"variant `{name}` begins with the run of `{other}`, which is no variant before it"
+                    )
         return self
 
     @property
@@ -105,10 +107,18 @@ class StudyConfig(Section):
         return [*self.metrics, *map(validation_after, self.after_seconds)]
 
 
-def follows(overrides: Overrides) -> str | None:
-    """The variant whose run one begins with; None for most."""
-    paths = (value for value in overrides.values() if isinstance(value, str))
-    return next((path.removeprefix(VARIANT) for path in paths if path.startswith(VARIANT)), None)
+def follows(overrides: Overrides) -> list[str]:
+    """The variants whose runs one begins with; none for most."""
+    values = chain.from_iterable(v if isinstance(v, list) else [v] for v in overrides.values())
+    paths = (value for value in values if isinstance(value, str) and value.startswith(VARIANT))
+    return list(dict.fromkeys(path.removeprefix(VARIANT) for path in paths))
+
+
+def with_paths(value: Any, paths: Mapping[str, str]) -> Any:
+    """An override with paths in place of names of variants, by these."""
+    if isinstance(value, list):
+        return [with_paths(each, paths) for each in value]
+    return paths.get(value, value) if isinstance(value, str) else value
 
 
 def validation_after(seconds: float) -> str:
@@ -118,7 +128,7 @@ def validation_after(seconds: float) -> str:
 
 @dataclass(frozen=True)
 class Planned:
-    """One run of a study; `after` is the run that it begins with."""
+    """One run of a study; `after` are the runs that it begins with."""
 
     condition: str
     variant: str
@@ -126,7 +136,7 @@ class Planned:
     run: RunFolder
     config: DistillConfig
     overrides: tuple[str, ...]
-    after: str | None = None
+    after: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -157,17 +167,17 @@ def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
         for condition, shared in study.conditions.items():
             for variant, own in study.variants.items():
                 tree = {**study.overrides, **shared, **own, "seed": seed, "sample.seed": seed}
-                if (name := tree.get("student.pretrained")) in study.compressed:
+                name = tree.get("student.pretrained")
+                if isinstance(name, str) and name in study.compressed:
                     tree["student.pretrained"] = str(compressed_folder(output, name))
                 before = follows(own)
-                if before is not None:
-                    path = str(run_folder(output, condition, before, seed))
-                    tree = {k: path if value == VARIANT + before else value for k, value in tree.items()}
+                paths = {VARIANT + b: str(run_folder(output, condition, b, seed)) for b in before}
+                tree = {key: with_paths(value, paths) for key, value in tree.items()}
                 overrides = tuple(f"{key}={json.dumps(value)}" for key, value in tree.items())
                 config = read_config(Path(study.distill), DistillConfig, overrides)
                 run = RunFolder(run_folder(output, condition, variant, seed))
                 check(run, config)
-                after = None if before is None else run_name(condition, before, seed)
+                after = tuple(run_name(condition, b, seed) for b in before)
                 planned.append(Planned(condition, variant, seed, run, config, overrides, after))
     return planned
 

@@ -45,13 +45,13 @@ class Process(Protocol):
 class Job:
     """What is missing of one run, as commands of the command line; none where it is complete.
 
-    It waits for the job that `after` names, and is not begun where that has failed.
+    It waits for the jobs that `after` names, and is not begun where one of them has failed.
     """
 
     name: str
     commands: list[list[str]]
     log: Path
-    after: str | None = None
+    after: tuple[str, ...] = ()
 
     def worker(self, command_line: str) -> list[str]:
         """The command of a process that carries it out; its log can be written then."""
@@ -193,13 +193,14 @@ def _run_all(
     def next_ready() -> Job | None:
         """The first whose predecessor is done; those whose predecessor failed leave."""
         nonlocal done
-        while (lost := next((job for job in waiting if job.after in failed), None)) is not None:
+        while (lost := next((job for job in waiting if {*job.after} & {*failed}), None)) is not None:
             waiting.remove(lost)
             failed.append(lost.name)
             done += 1
-            announce(f"{lost.name}: not begun, since {lost.after} failed")
+            needed = next(name for name in lost.after if name in failed)
+            announce(f"{lost.name}: not begun, since {needed} failed")
         pending = {job.name for job in waiting} | {job.name for job, _ in active}
-        return next((job for job in waiting if job.after not in pending), None)
+        return next((job for job in waiting if pending.isdisjoint(job.after)), None)
 
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no orphans
     try:

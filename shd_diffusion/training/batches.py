@@ -19,6 +19,7 @@ from shd_diffusion.models.denoiser import Condition, drop_condition
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.mdtv2 import num_kept_tokens
 from shd_diffusion.randomness import generator
+from shd_diffusion.training.mixing import mixed_batches
 
 # --- which images ------------------------------------------------------------------------------------------------
 
@@ -263,13 +264,6 @@ def make_batch(
     )
 
 
-def mix(batch: Batch, process: ForwardProcess, shares: Tensor) -> Batch:
-    """The same noise, timesteps and conditions on images mixed with the ones before them; (B,) their own shares."""
-    own = shares.to(batch.clean).view(-1, *[1] * (batch.clean.ndim - 1))
-    clean = torch.lerp(batch.clean.roll(1, 0), batch.clean, own)
-    return replace(batch, clean=clean, noised=process.noised(clean, batch.noise, batch.timesteps))
-
-
 class BatchLoader:
     """This process's share of every step from `start` on, noised; steps are asked for in order.
 
@@ -277,7 +271,7 @@ class BatchLoader:
         null: see `make_batch`.
         steps: the first step, and the one after the last.
         mask_ratio: least share of tokens that masked passes drop; 0 for no such passes.
-        mixup: whether the terms with a teacher see mixed images; an image's share is uniform in [0, 1).
+        mix: how images are mixed that terms with a teacher see, see mixing.py; `none` for those as they are.
     """
 
     def __init__(
@@ -291,11 +285,11 @@ class BatchLoader:
         device: torch.device,
         steps: tuple[int, int],
         mask_ratio: float = 0.0,
-        mixup: bool = False,
+        mix: str = "none",
     ) -> None:
         self.source, self.process, self.null, self.seed = source, process, null, seed
         self.layout, self.settings, self.device, self.mask_ratio = layout, settings, device, mask_ratio
-        self.mixup = mixup
+        self.mix = mix
         self.items = source.batches(StepSampler(seed, source.groups, layout, *steps))
 
     def step(self, step: int) -> Iterator[tuple[Batch, float]]:
@@ -308,8 +302,7 @@ class BatchLoader:
             settings = replace(self.settings, shape=self.source.shape_of(items))
             noise = draw_noise(self.seed, step, places, settings)
             batch = make_batch(self.source, self.process, items, noise, self.null, self.device, kept)
-            if self.mixup:
-                sources = [generator(self.seed, "mixup", step, place) for place in places]
-                shares = torch.stack([torch.rand((), generator=source) for source in sources])
-                batch = replace(batch, mixed=mix(batch, self.process, shares))
+            if self.mix != "none":
+                mixed = mixed_batches(self.mix, batch, self.process, self.seed, step, places)
+                batch = replace(batch, mixed=mixed)
             yield batch, self.layout.share(len(places))

@@ -24,10 +24,11 @@ from shd_diffusion.losses import Term, build_terms
 from shd_diffusion.losses.attention_projector import CrossAttentionProjector
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.models.denoiser import null_condition, num_classes, num_tokens
-from shd_diffusion.models.factory import ModelConfig, build_model, fill_in, load_model
+from shd_diffusion.models.factory import ModelConfig, build_model, fill_in, first_of, load_model
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.mdtv2 import num_kept_tokens
 from shd_diffusion.models.pipeline_folder import PipelineFolder, find_pipeline
+from shd_diffusion.models.quantised import quantise
 from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.processes import processes
@@ -71,7 +72,7 @@ class Parts:
 
         def make(layout: BatchLayout, start: int) -> BatchLoader:
             steps = start, train.max_steps
-            extra = train.mask_ratio, train.mixup
+            extra = train.mask_ratio, train.mix
             return BatchLoader(
                 self.data, self.process, self.null, seed, layout, settings, device, steps, *extra
             )
@@ -124,6 +125,10 @@ def build(
             teacher_trace = _trace(teacher.model, data, example)
     with check("train.guidance_range"):
         _check_guidance(config.train.guidance_range, example)
+    with check("teacher.learning_rate"):
+        if teacher is not None and teacher_rate(config) is not None:
+            _check_co_training(config)
+            teacher.model.requires_grad_(True)
     with check(""):
         present = pipeline.load_scheduler() if teacher is None and pipeline is not None else None
         present = teacher.scheduler if teacher is not None else present
@@ -187,6 +192,8 @@ def build(
             model.enable_gradient_checkpointing()
     with check("train.batch_size"):
         BatchLayout(config.train.batch_size, config.train.micro_batch_size, processes().num_processes)
+    if is_quantised(config):
+        quantise(model)
     if config.train.compile:
         model.compile()
     null = {**null_condition(model), **data.null}
@@ -198,10 +205,20 @@ def build(
     )
 
 
+def teacher_rate(config: RunConfig) -> float | None:
+    """The learning rate of a teacher that trains too."""
+    return config.teacher.learning_rate if isinstance(config, DistillConfig) else None
+
+
+def is_quantised(config: RunConfig) -> bool:
+    """Whether the model is trained for 8 bits."""
+    return isinstance(config, DistillConfig) and config.student.quantise is not None
+
+
 def squeezed_by(config: TrainTeacherConfig | DistillConfig) -> dict[str, Plan]:
     """By block, the plans by which a student's heads merged before it is trained; none where it was not squeezed."""
     path = config.student.pretrained if isinstance(config, DistillConfig) else None
-    file = None if path is None else Path(path) / PLANS_FILE
+    file = None if path is None else Path(first_of(path)) / PLANS_FILE
     return {} if file is None or not file.is_file() else read_plans(file)
 
 
@@ -347,6 +364,26 @@ def _check_prompts(pipeline: PipelineFolder | None, data: Source) -> None:
             f"the captions in the cache were encoded by other text encoders or tokenizers than {pipeline.name} has; "
             "run `shd-diffusion prepare` with another `prepare.output`"
         )
+
+
+def _check_co_training(config: RunConfig) -> None:
+    """See that a teacher can train too.
+
+    Raises:
+        ValueError: it cannot; the message names the other key.
+    """
+    assert isinstance(config, DistillConfig)
+    hindrances = {
+        "`train.shard` leaves no room for it: set it to false": config.train.shard,
+        "`teacher.device` must be accelerator": config.teacher.device == "cpu",
+        "`teacher.dtype` must be float32": config.teacher.dtype != "float32",
+        "`train.mix` would have it learn mixed images: set it to none": config.train.mix != "none",
+    }
+    for hindrance, present in hindrances.items():
+        if present:
+            raise ValueError(
+                f"a teacher that trains too wants other settings: {hindrance}; or remove this key"
+            )
 
 
 def _check_guidance(guidance_range: list[float] | None, example: dict[str, Tensor]) -> None:

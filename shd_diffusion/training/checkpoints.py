@@ -4,7 +4,7 @@ manifest.json            the step, the run, plain values, every file's hash, and
 model.safetensors        weights and buffers
 ema.safetensors          their average
 optimizer.safetensors    AdamW's moments
-loss.safetensors         parameters of the loss
+loss.safetensors         parameters of the loss, and of a teacher that trains too
 """
 
 from __future__ import annotations

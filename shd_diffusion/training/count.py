@@ -22,7 +22,7 @@ from shd_diffusion.models.factory import cast, ready
 from shd_diffusion.operations import Meter
 from shd_diffusion.squeezing.plan import plan_merges
 from shd_diffusion.training.batches import BatchLayout
-from shd_diffusion.training.build import Parts
+from shd_diffusion.training.build import Parts, teacher_rate
 from shd_diffusion.training.made_up import MadeUpSamples
 from shd_diffusion.training.objectives import TrainingLoss
 
@@ -74,7 +74,7 @@ def meter_pass(parts: Parts, batch: Batch, accelerator: Accelerator) -> PassCoun
     """What the very loss that trains costs on a batch of the first step, forward and backward."""
     loss = training_loss(parts)
     models = [parts.model] if parts.teacher is None else [parts.model, parts.teacher.model]
-    parameters = [*parts.model.parameters(), *loss.parameters()]
+    parameters = [*parts.model.parameters(), *loss.parameters(), *loss.teacher_parameters()]
     for parameter in parameters:
         parameter.grad = torch.zeros_like(parameter)  # those of a pass before: not a part of this one
     outside = chain.from_iterable(
@@ -111,7 +111,8 @@ def _metered_calls(model: nn.Module, meter: Meter) -> Iterator[list[int]]:
 def training_loss(parts: Parts) -> TrainingLoss:
     """The loss of a run that is about to begin, with adjacent plans for matched ones, which cost as much."""
     teacher = None if parts.teacher is None else parts.teacher.model
-    loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, parts.config.train.max_steps)
+    steps, rate = parts.config.train.max_steps, teacher_rate(parts.config)
+    loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, steps, rate)
     if loss.shd is not None:
         loss.shd.loss.plans = {name: plan_merges(*heads) for name, heads in paired_heads(parts).items()}
     return loss
@@ -188,5 +189,5 @@ def _fake(batch: Batch, mode: FakeTensorMode) -> Batch:
     tensors = {name: empty(getattr(batch, name)) for name in ("clean", "noise", "noised", "timesteps")}
     told = (batch.condition, batch.mask, batch.null)
     condition, mask, null = ({name: empty(tensor) for name, tensor in each.items()} for each in told)
-    mixed = None if batch.mixed is None else _fake(batch.mixed, mode)
+    mixed = tuple(_fake(each, mode) for each in batch.mixed)
     return replace(batch, **tensors, condition=condition, mask=mask, null=null, mixed=mixed)

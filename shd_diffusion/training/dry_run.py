@@ -187,7 +187,8 @@ def measure(parts: Parts, most: int, activations: int, accelerator: Accelerator)
     for module in (parts.model, *parts.terms.values()):
         module.to(accelerator.device)
     loss = training_loss(parts)
-    state = TrainState.prepare(parts.model, loss.parameters(), parts.config.train, accelerator)
+    teacher = loss.teacher_parameters(), loss.teacher_rate
+    state = TrainState.prepare(parts.model, loss.parameters(), parts.config.train, accelerator, teacher)
     state.wrapped.train()
     with loss:
         first, _ = _step(parts, 1, loss, state, accelerator)

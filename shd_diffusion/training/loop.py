@@ -62,14 +62,15 @@ def fit(
     layout = BatchLayout(
         train.batch_size, train.micro_batch_size, accelerator.num_processes, accelerator.process_index
     )
-    state = TrainState.prepare(model, loss.parameters(), train, accelerator)
+    teacher = loss.teacher_parameters(), loss.teacher_rate
+    state = TrainState.prepare(model, loss.parameters(), train, accelerator, teacher)
     checkpoints = CheckpointFolder(
         run.checkpoints, run.identity(config), accelerator, train.keep_last, train.keep_every
     )
     start = checkpoints.latest(train.max_steps)
     end = start if finish else train.max_steps
     if start:
-        checkpoints.load(start, state, loss.terms)
+        checkpoints.load(start, state, loss.kept)
     if accelerator.is_main_process:
         run.forget_after(start)
     loader = make_loader(layout, start)
@@ -120,7 +121,7 @@ def fit(
                 if not state.is_finite():  # its last step has made them so
                     good = checkpoints.latest(train.max_steps)
                     raise DivergedError(_explain_end(run, "weights that are not finite", good))
-                checkpoints.save(done, state, loss.terms)
+                checkpoints.save(done, state, loss.kept)
             if signum and not last:
                 raise InterruptedRun(
                     f"{run.path}: interrupted after step {done}; the same command goes on from there", signum

@@ -20,7 +20,9 @@ def memory(parts: Parts, activations: int, extra_parameters: int, processes: int
         processes: over which models, gradients, moments and average are sharded; 1 for no sharding.
     """
     model, teacher = parts.model, None if parts.teacher is None else parts.teacher.model
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    trained = [
+        p for each in (model, teacher) if each is not None for p in each.parameters() if p.requires_grad
+    ]
     sizes = {
         "teacher": 0 if teacher is None else _bytes(teacher.parameters()) // processes,
         "weights": _bytes(model.parameters()) // processes,

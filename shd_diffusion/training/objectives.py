@@ -13,15 +13,18 @@ from torch import Tensor, nn
 
 from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.attention.outputs import OutputCapture
-from shd_diffusion.losses.denoise import Denoise
+from shd_diffusion.losses.denoise import Denoise, squared_error
 from shd_diffusion.losses.padding import with_text_mask
 from shd_diffusion.losses.shd import SHD
 from shd_diffusion.losses.term import Batch, Captured, NonFiniteError, StepOutputs, Term
 from shd_diffusion.models.denoiser import drop_condition, predict, predict_frozen
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.progress import announce
+from shd_diffusion.training.mixing import pick
 
 MASKED = "_masked"
+TEACHER = "teacher"
+"""Among the terms, the regression of a teacher that trains too."""
 
 
 class TrainingLoss:
@@ -39,6 +42,8 @@ class TrainingLoss:
         student: in training.
         teacher: frozen, in evaluation mode; None where nobody teaches.
         max_steps: where a decaying weight ends.
+        teacher_rate: the learning rate of a teacher that trains too. In the passes that it teaches in, its own
+            regression ‖y − target‖² counts as `teacher` among the terms. Neither model's loss reaches the other.
     """
 
     def __init__(
@@ -48,8 +53,10 @@ class TrainingLoss:
         student: ModelMixin,
         teacher: ModelMixin | None,
         max_steps: int,
+        teacher_rate: float | None = None,
     ) -> None:
         self.process, self.teacher, self.max_steps = process, teacher, max_steps
+        self.teacher_rate = teacher_rate
         self.terms = nn.ModuleDict(terms)
         self._student = _Capture(student, terms, 0)
         self._teacher = None if teacher is None else _Capture(teacher, terms, 1)
@@ -102,6 +109,7 @@ class TrainingLoss:
     def weights(self, step: int) -> dict[str, float]:
         """The weight of every term at a step."""
         weights = {name: term.weight(step, self.max_steps) for name, term in self._all()}
+        weights |= {} if self.teacher_rate is None else {TEACHER: 1.0}
         return weights | {name + MASKED: weight for name, weight in weights.items()}
 
     def shd_by_block(self, step: int) -> dict[str, Tensor]:
@@ -121,6 +129,17 @@ class TrainingLoss:
         """What trains beside the student and is no part of it."""
         return list(self.terms.parameters())
 
+    def teacher_parameters(self) -> list[nn.Parameter]:
+        """Those of a teacher that trains too; none where it does not."""
+        return [] if self.teacher is None or self.teacher_rate is None else list(self.teacher.parameters())
+
+    @property
+    def kept(self) -> nn.Module:
+        """What a checkpoint keeps beside the student: the terms, and a teacher that trains too."""
+        if self.teacher is None or self.teacher_rate is None:
+            return self.terms
+        return nn.ModuleDict({**self.terms, TEACHER: self.teacher})
+
     def _all(self) -> Iterator[tuple[str, Term]]:
         for name, term in self.terms.items():
             assert isinstance(term, Term)
@@ -128,13 +147,15 @@ class TrainingLoss:
 
     def _pass(self, model: nn.Module, batch: Batch, step: int) -> dict[str, Tensor]:
         active = {name: term for name, term in self._all() if term.weight(step, self.max_steps)}
-        if batch.mixed is None:
+        if not batch.mixed:
             return self._terms(active, model, batch, step)
         taught = {name: term for name, term in active.items() if term.needs_teacher}
         alone = {name: term for name, term in active.items() if name not in taught}
-        terms: dict[str, Tensor] = {}
-        for some, seen in ((alone, replace(batch, mixed=None)), (taught, batch.mixed)):
-            terms |= self._terms(some, model, seen, step) if some else {}
+        terms = self._terms(alone, model, replace(batch, mixed=()), step) if alone else {}
+        if taught:
+            assert self.teacher is not None
+            mixed = batch.mixed[0] if len(batch.mixed) == 1 else pick(batch.mixed, model, self.teacher)
+            terms |= self._terms(taught, model, mixed, step)
         return terms
 
     def _terms(
@@ -143,6 +164,7 @@ class TrainingLoss:
         """These terms, of one pass of student and teacher."""
         seen = batch.noised, batch.timesteps, batch.condition
         teacher_prediction, null_prediction, teacher = None, None, Captured()
+        terms: dict[str, Tensor] = {}
         if self.teacher is not None and any(term.needs_teacher for term in active.values()):
             if any(
                 term.needs_null_prediction for term in active.values()
@@ -150,24 +172,31 @@ class TrainingLoss:
                 everywhere = torch.ones(len(batch.clean), dtype=torch.bool)
                 null = drop_condition(batch.condition, batch.null, everywhere)
                 null_prediction = predict_frozen(self.teacher, batch.noised, batch.timesteps, null)
-            teacher_prediction = predict_frozen(self.teacher, *seen)
+            trains = self.teacher_rate is not None and torch.is_grad_enabled()
+            teacher_prediction = (predict if trains else predict_frozen)(self.teacher, *seen)
             assert self._teacher is not None
             teacher = self._teacher.read(batch).to(batch.noised.device)
+            if trains:
+                terms[TEACHER] = self._regression(teacher_prediction, batch)
+                teacher_prediction, teacher = teacher_prediction.detach(), teacher.detached()
         prediction = predict(model, *seen)
         student = self._student.read(batch)
         outputs = StepOutputs(
             self.process, batch, prediction, teacher_prediction, student, teacher, step, null_prediction
         )
-        terms: dict[str, Tensor] = {}
         with torch.autocast(prediction.device.type, enabled=False):
             for name, term in active.items():
                 with _nan_where_not_finite(terms, name, prediction, step):
                     terms[name] = term(outputs)
             if not any(term.reaches_output for term in active.values()):
                 # Distributed training waits for a gradient of every parameter, those behind the last map too.
-                first = next(iter(terms))
+                first = next(iter(active))
                 terms[first] = terms[first] + 0 * prediction.sum()
         return terms
+
+    def _regression(self, prediction: Tensor, batch: Batch) -> Tensor:
+        target = self.process.target(batch.clean, batch.noise, batch.timesteps)
+        return squared_error(prediction[:, : batch.clean.shape[1]], target)
 
     def _keep_by_block(self, step: int, samples: int) -> None:
         """Keep SHD's terms by block where all tokens were seen; nothing is computed before a step is logged."""

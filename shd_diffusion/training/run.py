@@ -24,6 +24,7 @@ from shd_diffusion.model_card import write_card
 from shd_diffusion.models.denoiser import count_parameters, num_classes
 from shd_diffusion.models.factory import load_model
 from shd_diffusion.models.forward_process import settings_of
+from shd_diffusion.models.quantised import put_on_grid
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
@@ -33,7 +34,15 @@ from shd_diffusion.sampling.schedulers import check_sampling_by_prompt, usual_sc
 from shd_diffusion.squeezing.plan import Plan, plans_to_json
 from shd_diffusion.summary import Summary
 from shd_diffusion.training.batches import BatchLayout, noise_settings
-from shd_diffusion.training.build import Parts, build, model_section, read_plans, squeezed_by
+from shd_diffusion.training.build import (
+    Parts,
+    build,
+    is_quantised,
+    model_section,
+    read_plans,
+    squeezed_by,
+    teacher_rate,
+)
 from shd_diffusion.training.checkpoints import CheckpointFolder
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
 from shd_diffusion.training.launch import describe_launch, make_accelerator, start_trackers
@@ -119,7 +128,9 @@ def _train(run: Run, finish: bool) -> None:
         place_teacher(teacher, config, accelerator)
     for term in parts.terms.values():
         term.to(accelerator.device)
-    loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, config.train.max_steps)
+    loss = TrainingLoss(
+        parts.process, parts.terms, parts.model, teacher, config.train.max_steps, teacher_rate(config)
+    )
     if loss.shd is not None and teacher is not None:
         if loss.shd.config.pairing == "matched" and not folder.merge_plans_file.exists():
             _calibrate(loss.shd, teacher, run)
@@ -283,6 +294,8 @@ def _save(run: Run, trained: ModelMixin, steps: int) -> None:
 def write_pipeline(run: Run, folder: RunFolder, name: str, model: ModelMixin, steps: int) -> None:
     """Save a model in its pipeline, then the summary, into the run's folder or another."""
     parts = run.parts
+    if is_quantised(parts.config):
+        put_on_grid(model)
     with replacing_folder(folder.pipeline) as temporary:
         names = parts.data.class_names
         save_pipeline(model, parts.pipeline, run.sampler, run.vae, parts.data.shape, temporary, names)

@@ -30,7 +30,8 @@ class TrainState:
         model_class: before it was sharded.
         model: as it was built; its parameters may be sharded over the processes.
         parameters: the model's.
-        aux_parameters: those of the loss: trained with the model, neither averaged nor a part of it.
+        aux_parameters: those of the loss, and of a teacher that trains too; trained with the model, not averaged, not
+            a part of it.
         wrapped: the model as it is called in training.
         optimizer: AdamW.
         lr_scheduler: counts the optimiser's steps.
@@ -53,14 +54,18 @@ class TrainState:
         aux_parameters: list[nn.Parameter],
         config: TrainConfig,
         accelerator: Accelerator,
+        teacher: tuple[list[nn.Parameter], float | None] = ([], None),
     ) -> TrainState:
-        """Everything on its device, ready for step 0."""
+        """Everything on its device, ready for step 0; `teacher` is what trains at a rate of its own."""
         model_class = type(model)
         model.to(accelerator.device)
         if config.shard:
             shard(model)
         parameters = list(model.parameters())
-        groups = [{"params": part} for part in (parameters, aux_parameters) if part]
+        groups: list[dict[str, Any]] = [{"params": part} for part in (parameters, aux_parameters) if part]
+        if teacher[0]:
+            groups.append({"params": teacher[0], "lr": teacher[1]})
+            aux_parameters = [*aux_parameters, *teacher[0]]
         optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay)
         warm = config.lr_schedule == "constant" and config.warmup_steps  # to diffusers a schedule of its own
         lr_scheduler = get_scheduler(

@@ -23,7 +23,7 @@ def test_a_variant_is_taught_by_the_run_of_an_earlier_one_from_the_same_seed(tmp
         assistant={"student.arguments.num_attention_heads": 8}, student={"teacher.path": "variant:assistant"}
     )
     planned = plan_runs(study, tmp_path)
-    assert [one.after for one in planned] == [None, "assistant seed 0", None, "assistant seed 1"]
+    assert [one.after for one in planned] == [(), ("assistant seed 0",), (), ("assistant seed 1",)]
     assert [one.config.teacher.path for one in planned] == [
         path
         for seed in (0, 1)
@@ -41,7 +41,7 @@ def test_it_must_be_an_earlier_one() -> None:
 
 def test_the_shipped_chains_can_be_planned(tmp_path: Path) -> None:
     study = read_config(ROOT / "configs/studies/digits-chains.yaml", StudyConfig)
-    assert sum(one.after is not None for one in plan_runs(study, tmp_path)) == 2 * len(study.seeds)
+    assert sum(bool(one.after) for one in plan_runs(study, tmp_path)) == 3 * len(study.seeds)
 
 
 @dataclass
@@ -65,7 +65,7 @@ def test_nothing_begins_before_what_it_waits_for(fails: bool, monkeypatch: pytes
 
     monkeypatch.setattr(runner, "announce", events.append)
     monkeypatch.setattr(runner.time, "sleep", lambda _: None)
-    after = {"a": None, "b": "a", "c": "b", "d": None}
+    after = {"a": (), "b": ("d", "a"), "c": ("b",), "d": ()}
     jobs = [runner.Job(name, [["x"]], Path("x"), needed) for name, needed in after.items()]
     failed = runner._run_all(jobs, Budget(), 2, start)
     begun = [event.partition(":")[0] for event in events if ": begun," in event]
