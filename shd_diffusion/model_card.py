@@ -6,8 +6,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import diffusers
-
 from shd_diffusion.config import DistillConfig, RunConfig, dump_config
 from shd_diffusion.files import read_as, write_text
 from shd_diffusion.models.factory import denoiser_part
@@ -67,7 +65,7 @@ BY_PROMPT = """from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("{path}")
 image = pipeline("a cat").images[0]"""
 OF_CLASSES = ("num_embeds_ada_norm", "num_classes", "num_class_embeds")
-OWN_CLASSES = "import shd_diffusion.models  # pip install shd-diffusion: the class of its denoiser\n"
+OWN_CLASSES = "import shd_diffusion.models  # pip install shd-diffusion: classes that diffusers has not\n"
 UNKNOWN = "Not evaluated yet: `shd-diffusion sample {run}`, then `shd-diffusion evaluate {run}`."
 QUANTISED = """
 
@@ -98,7 +96,7 @@ def card(run: RunFolder) -> str:
         name=summary.name,
         tags="- squeezing-heads-distillation\n" if teacher else "",
         what=_what(summary, teacher),
-        use=_use(run, summary.class_name),
+        use=_use(run),
         made=_made(config, summary),
         command=environment.get("command"),
         config=dump_config(config),
@@ -114,9 +112,10 @@ def _what(summary: Summary, teacher: str | None) -> str:
     return f"{size}, distilled from `{teacher}`, which has {summary.teacher_heads} heads."
 
 
-def _use(run: RunFolder, model_class: str) -> str:
+def _use(run: RunFolder) -> str:
     index = read_as(run.pipeline / "model_index.json", dict[str, Any])
-    imports = "" if hasattr(diffusers, model_class) else OWN_CLASSES
+    libraries = [str(part[0]) for part in index.values() if isinstance(part, list) and part]
+    imports = OWN_CLASSES if any(each.startswith("shd_diffusion.models") for each in libraries) else ""
     if index.get("_class_name") not in ("ClassConditionalPipeline", "DiTPipeline"):
         return BY_PROMPT.format(imports=imports, path=run.pipeline)
     ours = index["_class_name"] == "ClassConditionalPipeline"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,15 @@ def test_a_run_has_a_card_with_its_metrics(runs: Path) -> None:
     names: dict[str, Any] = {}
     exec(code.replace("num_inference_steps=25", "num_inference_steps=2"), names)
     assert len(names["images"]) == 2
+
+
+def test_a_card_imports_the_classes_that_diffusers_has_not(runs: Path, tmp_path: Path) -> None:
+    run = RunFolder(shutil.copytree(runs / "teacher", tmp_path / "run"))
+    assert "import shd_diffusion.models" not in card(run)
+    index = json.loads((run.pipeline / "model_index.json").read_text())
+    index["vae"] = ["shd_diffusion.models.tiny_autoencoder", "PooledAutoencoderTiny"]
+    (run.pipeline / "model_index.json").write_text(json.dumps(index))
+    assert "import shd_diffusion.models" in card(run)
 
 
 class Hub:

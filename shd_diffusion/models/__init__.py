@@ -7,5 +7,11 @@ module that is already imported.
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.models.squeezed import squeezed_class
+from shd_diffusion.models.tiny_autoencoder import PooledAutoencoderTiny
 
-__all__ = ["MDTv2Transformer2DModel", "OriginalDiTTransformer2DModel", "squeezed_class"]
+__all__ = [
+    "MDTv2Transformer2DModel",
+    "OriginalDiTTransformer2DModel",
+    "PooledAutoencoderTiny",
+    "squeezed_class",
+]
