@@ -154,7 +154,7 @@ REFUSED: dict[str, tuple[str, Spoil, Change, list[str]]] = {
         "distill",
         NOTHING,
         lambda c: c["prepare"].update(output=c["prepare"]["output"] + "-2"),
-        ["config.yaml", "cache-2", "`shd-diffusion prepare`"],
+        ["config.yaml", "cache-2", "`shd-diffusion prepare CONFIG`"],
     ),
     "no section prepare": (
         "distill",
