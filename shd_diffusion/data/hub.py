@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,10 @@ from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.framing import Framing
 from shd_diffusion.data.image_sets import ImageFiles
 from shd_diffusion.errors import UserError, did_you_mean, one_line
+from shd_diffusion.files import json_sha256
 from shd_diffusion.models.hub import go_offline_without_hub, try_hub
+
+LOOKED_AT = 100  # images whose bytes tell data sets of the same sizes apart
 
 
 class HubImages(ImageFiles):
@@ -76,11 +80,20 @@ class HubImages(ImageFiles):
         return f"{self.path}: image {index} of split {self.split}"
 
     def content(self) -> str:
-        digest = hashlib.sha256(self.images._fingerprint.encode())
+        """The sizes of all images and some of the images themselves, labels and captions: the library's own fingerprint
+        is another as soon as files were copied or moved."""
+        digest = hashlib.sha256()
+        for batch in self.images.with_format("arrow").iter(1000):
+            digest.update(repr(_sizes(batch[self.image_column])).encode())
+        for index in range(0, len(self), -(-len(self) // LOOKED_AT)):
+            with suppress(UnreadableImage, OSError):
+                file = self.file(index)
+                digest.update(file if isinstance(file, bytes) else file.read_bytes())
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
         if self.caption_column is not None:
-            digest.update(self.texts._fingerprint.encode())
+            for texts in self.texts.iter(1000):
+                digest.update(json_sha256(texts[self.caption_column]).encode())
         return digest.hexdigest()
 
 
@@ -159,6 +172,24 @@ def _images(table: Any, column: str, path: str) -> Any:
     if not isinstance(table.features[column], datasets.Image):
         raise UserError(f"data.image_column: column `{column}` of {path} holds no images; give another")
     return table.select_columns(column).cast_column(column, datasets.Image(decode=False))
+
+
+def _sizes(images: Any) -> list[int | None]:
+    """In bytes, of stored images (an Arrow array of bytes and paths); None where there is no file."""
+    from pyarrow import compute
+
+    within = compute.binary_length(compute.struct_field(images, "bytes")).to_pylist()
+    if None not in within:
+        return within
+    paths = compute.struct_field(images, "path").to_pylist()
+    return [_size(path) if size is None else size for size, path in zip(within, paths, strict=True)]
+
+
+def _size(path: str | None) -> int | None:
+    try:
+        return None if path is None else Path(path).stat().st_size
+    except OSError:  # an image that cannot be read
+        return None
 
 
 def _labels(table: Any, column: str, path: str) -> list[int]:

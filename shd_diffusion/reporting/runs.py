@@ -312,14 +312,15 @@ class Run:
 
     def class_name(self, label: int) -> str:
         """What to call a class: its name where it has one."""
-        return self._class_names.get(label, str(label))
+        return self.class_names.get(label, str(label))
 
     def label_text(self, label: int) -> str:
         """The same where nothing else says that it is a class."""
-        return self._class_names.get(label, f"label {label}")
+        return self.class_names.get(label, f"label {label}")
 
     @property
-    def _class_names(self) -> dict[int, str]:
+    def class_names(self) -> dict[int, str]:
+        """Those of the classes that have one."""
         told = self.samples.class_names if self.samples else None
         names = dict(enumerate(self.summary.class_names or ())) | (told or {})
         return {number: printable(name) for number, name in names.items()}
@@ -342,11 +343,20 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
     if not paths:
         raise UserError("report: give at least one run folder, e.g. shd-diffusion report runs/digits/*")
     unique = list(dict.fromkeys(Path(path) for path in paths))
-    names = [run_name(path) for path in unique]
-    if len(set(names)) < len(names):
-        names = [str(path) for path in unique]
-    runs = [read_run(path, printable(name)) for path, name in zip(unique, names, strict=True)]
+    runs = [read_run(path, printable(name)) for path, name in zip(unique, names_apart(unique), strict=True)]
     return sorted(runs, key=lambda run: not run.is_teacher)
+
+
+def names_apart(paths: Sequence[Path]) -> list[str]:
+    """The names of runs; where some are the same, the least of the ends of their paths that tell them apart."""
+    names, parts = [run_name(path) for path in paths], [path.resolve().parts for path in paths]
+
+    def end(own: tuple[str, ...]) -> str:
+        depths = range(2, len(own) + 1)
+        alone = (n for n in depths if sum(other[-n:] == own[-n:] for other in parts) == 1)
+        return "/".join(own[-next(alone, len(own)) :])
+
+    return [end(own) if names.count(name) > 1 else name for name, own in zip(names, parts, strict=True)]
 
 
 def read_run(path: Path, name: str) -> Run:

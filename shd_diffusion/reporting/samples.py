@@ -106,7 +106,7 @@ def _gallery(kind: Kind, members: Sequence[tuple[Run, Samples]]) -> Gallery:
         chosen = present[: layout.rows]
     common = min(len(each) for each in titles)
     seeds = [samples.protocol.get("seed") for _, samples in members]
-    named = members[0][0].class_name
+    named = next((run for run, _ in members if run.class_names), members[0][0]).class_name
     shown = {title: named(int(title)) if kind == "labels" else title for title in chosen}
     return Gallery(
         kind,

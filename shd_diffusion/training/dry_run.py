@@ -122,9 +122,7 @@ def build_empty(config: Config, source: str) -> Parts:
         samples = make_up_samples(config, model)
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
-    if isinstance(
-        config, TrainTeacherConfig
-    ):  # what is checked against a pipeline are data that are not made up
+    if isinstance(config, TrainTeacherConfig):  # only data that are not made up can fit its pipeline
         config = config.model_copy(update={"pipeline": None})
     return build(config, source, samples, teacher, model)
 

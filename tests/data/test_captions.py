@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -234,6 +235,13 @@ def test_a_fingerprint_follows_the_column(write_table: Callable[..., Path]):
     assert table_of(path).fingerprint() == before
     write_table(caption=["one", "two", "four"])
     assert table_of(path).fingerprint() != before
+
+
+def test_a_copy_of_a_data_set_is_the_same(write_table: Callable[..., Path], tmp_path: Path):
+    path = write_table(caption=["one", "two", "three"])
+    before = table_of(path).fingerprint()
+    copied = Path(shutil.copytree(path if path.is_dir() else path.parent, tmp_path / "moved"))
+    assert table_of(copied if path.is_dir() else copied / path.name).fingerprint() == before
 
 
 @pytest.mark.parametrize(
