@@ -59,7 +59,7 @@ def _name(target: Path) -> str:
     inside = target.relative_to(ROOT).as_posix()
     if inside == "README.md":
         return "index.md"
-    if inside.startswith("docs/") and target.suffix in (".md", ".png"):
+    if inside.startswith("docs/") and target.suffix in (".md", ".png", ".jpg"):
         return inside.removeprefix("docs/")
     return "source/" + inside + ("" if target.suffix == ".md" else ".md")
 
