@@ -299,14 +299,12 @@ def inspect(
         raise UserError(f"{model} and {student}: {error}") from error
     Console().print(render_pair(rows, student_rows, pairs))
     shape = sample_shape(teacher)
-    with contextlib.suppress(
-        ValueError
-    ):  # they want prompts, or have blocks that cannot be compared, as told above
-        if shape is not None and shape == sample_shape(other):
-            score = diswot_score(teacher, other, pairs, shape)
-            typer.echo(
-                f"DisWOT's score, by which to compare students of this teacher: {score:.5f} (0 at best)"
-            )
+    if shape is None or shape != sample_shape(other):
+        return
+    # Models that want prompts, or have blocks that cannot be compared, have none.
+    with contextlib.suppress(ValueError):
+        score = diswot_score(teacher, other, pairs, shape)
+        typer.echo(f"DisWOT's score, by which to compare students of this teacher: {score:.5f} (0 at best)")
 
 
 @app.command()

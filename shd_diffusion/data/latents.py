@@ -147,9 +147,8 @@ class LatentSource(Source):
         return {name: value.float() if value.is_floating_point() else value for name, value in found.items()}
 
     def fingerprint(self) -> str:
-        manifest = (
-            self.dataset.manifest
-        )  # wherever the images and the VAE lie, which `identity` knows by their hashes
+        # Wherever the images and the VAE lie, which `identity` knows by their hashes.
+        manifest = self.dataset.manifest
         return checksum({**manifest, "data": None, "vae": manifest["vae"] | {"path": None}})
 
     def load_vae(self) -> ModelMixin:

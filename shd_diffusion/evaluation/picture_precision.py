@@ -122,20 +122,23 @@ def _entries(inputs: MetricInputs) -> dict[str, float]:
     }
 
 
+def _ranked(inputs: MetricInputs) -> int:
+    """How many captions an image is held against, its own among them."""
+    return min(CAPTIONS, len(Captioned(inputs.reference_captions).pictures))
+
+
 def _protocol(inputs: MetricInputs) -> str:
-    count = len(Captioned(inputs.reference_captions).pictures)
-    return f"among {min(CAPTIONS, count)} captions of the reference, seed {SEED}"
+    return f"among {_ranked(inputs)} captions of the reference, seed {SEED}"
 
 
 def _caution(inputs: MetricInputs) -> str | None:
     _, kept = _shared(inputs)
-    count = len(Captioned(inputs.reference_captions).pictures)
     told = []
     if left_out := len(inputs.prompts) - len(kept):
         told.append(
             f"is of {len(kept)} images, as the prompts of {left_out} others are no captions of the reference"
         )
-    if count < CAPTIONS:
+    if (count := _ranked(inputs)) < CAPTIONS:
         told.append(
             f"is among {count} captions, all of the reference; {CAPTIONS} are usual, and fewer are easier"
         )

@@ -90,36 +90,37 @@ def _train_autoencoder(images: Images, config: TextPipelineConfig, source: str) 
 
 def _joint_attention(tokenizer: Any, text_encoder: Any, vae: ModelMixin, side: int) -> DiffusionPipeline:
     denoiser = CogView4Transformer2DModel(
-        patch_size=1,
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=1,
+        **_smallest(vae, side),
         text_embed_dim=text_encoder.config.hidden_size,
         time_embed_dim=8,
         condition_dim=8,
-        sample_size=side,
         rope_axes_dim=(side, side),
     )
-    scheduler = FlowMatchEulerDiscreteScheduler()
-    return CogView4Pipeline(tokenizer, text_encoder, vae, denoiser, scheduler)
+    return CogView4Pipeline(tokenizer, text_encoder, vae, denoiser, FlowMatchEulerDiscreteScheduler())
 
 
 def _cross_attention(tokenizer: Any, text_encoder: Any, vae: ModelMixin, side: int) -> DiffusionPipeline:
     denoiser = PixArtTransformer2DModel(
-        patch_size=1,
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        num_layers=1,
-        attention_head_dim=8,
-        num_attention_heads=1,
+        **_smallest(vae, side),
         cross_attention_dim=8,
         caption_channels=text_encoder.config.hidden_size,
-        sample_size=side,
         use_additional_conditions=False,
     )
     return PixArtSigmaPipeline(tokenizer, text_encoder, vae, denoiser, DPMSolverMultistepScheduler())
+
+
+def _smallest(vae: ModelMixin, side: int) -> dict[str, Any]:
+    """What the denoisers of both have in common: a single block with one head, on the latents as they are."""
+    channels = vae.config.latent_channels
+    return {
+        "patch_size": 1,
+        "in_channels": channels,
+        "out_channels": channels,
+        "sample_size": side,
+        "num_layers": 1,
+        "num_attention_heads": 1,
+        "attention_head_dim": 8,
+    }
 
 
 # --- the text encoder -------------------------------------------------------------------------------------------
