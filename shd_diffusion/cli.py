@@ -174,7 +174,7 @@ def demo(
         typer.Option(
             "--output",
             metavar="DIR",
-            help="For the runs and the page; default: `runs/digits`, or `runs/emoji`.",
+            help="For the runs and the page; default: `runs/demo`, or `runs/emoji`.",
         ),
     ] = None,
     text: Annotated[
@@ -185,7 +185,7 @@ def demo(
     """The whole way on handwritten digits in minutes: train, distil, squeeze, sample, evaluate, report."""
     from shd_diffusion.demo import steps, text_steps
 
-    output = output or Path("runs", "emoji" if text else "digits")
+    output = output or Path("runs", "emoji" if text else "demo")
     planned = (text_steps if text else steps)(output, set_ or [])
     for number, step in enumerate(planned, 1):
         typer.echo(f"[{number}/{len(planned)}] {step.title}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import subprocess
 import sys
@@ -130,51 +131,67 @@ def test_a_student_leaves_in_the_kind_of_pipeline_that_its_teacher_came_in(name:
     assert all(np.isfinite(term["value"]) for term in log[-1]["terms"].values())
 
 
-FRESH = """
-import json, sys
-import numpy as np, torch
-from diffusers import DiffusionPipeline
-for run in json.load(sys.stdin):
+def draw(run: dict[str, Any]) -> None:
+    """The images of a run's prompts by its pipeline folder and diffusers alone, left as arrays."""
     pipeline = DiffusionPipeline.from_pretrained(run["pipeline"])
-    for prompt, seed, image in zip(run["prompts"], run["seeds"], run["images"]):
+    pipeline.set_progress_bar_config(disable=True)
+    for prompt, seed, image in zip(run["prompts"], run["seeds"], run["images"], strict=True):
         noise = [torch.Generator().manual_seed(seed)]
         found = pipeline(prompt=[prompt], generator=noise, output_type="np", **run["call"])[0]
         found = np.concatenate(list(found[0]), axis=1) if found.ndim == 5 else found[0]
         np.save(image, (found * 255).round().astype("uint8"))
+
+
+def drawing(name: str, run: RunFolder, folder: Path) -> dict[str, Any]:
+    """What `draw` is to do, with the seeds that `metadata.jsonl` tells."""
+    lines = [json.loads(line) for line in (run.samples / "metadata.jsonl").read_text().splitlines()]
+    assert [line["seed"] for line in lines] == [
+        generator(0, "sample", index).initial_seed() for index in range(len(PROMPTS))
+    ]
+    height, width = SIZE
+    size = {"height": height, "width": width, "num_inference_steps": STEPS}
+    return {
+        "pipeline": str(run.pipeline),
+        "prompts": [line["text"] for line in lines],
+        "seeds": [line["seed"] for line in lines],
+        "images": [str(folder / f"{name}-{line['file_name']}.npy") for line in lines],
+        "call": {**size, **ARGUMENTS.get(name, {})},
+    }
+
+
+def assert_drawn(run: RunFolder, images: list[str]) -> None:
+    """Bit for bit."""
+    for index, image in enumerate(images):
+        with Image.open(run.samples / f"{index:06d}.png") as ours:
+            assert np.array_equal(np.asarray(ours), np.load(image))
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_plain_diffusers_gives_the_same_images(name: str, distilled, tmp_path: Path) -> None:
+    asked = drawing(name, distilled(name), tmp_path)
+    draw(asked)
+    assert_drawn(distilled(name), asked["images"])
+
+
+FRESH = f"""
+import json, sys
+from typing import Any
+import numpy as np, torch
+from diffusers import DiffusionPipeline
+{inspect.getsource(draw)}
+for run in json.load(sys.stdin):
+    draw(run)
 assert not any(name.startswith("shd_diffusion") for name in sys.modules)
 """
 
 
-def test_plain_diffusers_gives_the_same_images_in_a_fresh_process(distilled, tmp_path: Path) -> None:
-    """By the seeds that `metadata.jsonl` tells, bit for bit."""
-    runs = []
-    for name in PIPELINES:
-        run = distilled(name)
-        lines = [json.loads(line) for line in (run.samples / "metadata.jsonl").read_text().splitlines()]
-        assert [line["seed"] for line in lines] == [
-            generator(0, "sample", index).initial_seed() for index in range(len(PROMPTS))
-        ]
-        height, width = SIZE
-        runs.append(
-            {
-                "pipeline": str(run.pipeline),
-                "prompts": [line["text"] for line in lines],
-                "seeds": [line["seed"] for line in lines],
-                "images": [str(tmp_path / f"{name}-{line['file_name']}.npy") for line in lines],
-                "call": {
-                    "height": height,
-                    "width": width,
-                    "num_inference_steps": STEPS,
-                    **ARGUMENTS.get(name, {}),
-                },
-            }
-        )
+def test_so_it_does_where_this_project_was_never_imported(distilled, tmp_path: Path) -> None:
+    """A UNet, a transformer of cross-attention, and two of joint attention."""
+    names = ["sd1.5", "pixart-sigma", "sd3.5", "flux-dev"]
+    runs = [drawing(name, distilled(name), tmp_path) for name in names]
     subprocess.run([sys.executable, "-c", FRESH], input=json.dumps(runs), text=True, check=True)
-    for name in PIPELINES:
-        for index in range(len(PROMPTS)):
-            with Image.open(distilled(name).samples / f"{index:06d}.png") as image:
-                ours = np.asarray(image)
-            assert np.array_equal(ours, np.load(tmp_path / f"{name}-{index:06d}.png.npy")), name
+    for name, run in zip(names, runs, strict=True):
+        assert_drawn(distilled(name), run["images"])
 
 
 @pytest.mark.parametrize("name", PIPELINES)

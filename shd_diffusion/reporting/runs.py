@@ -341,7 +341,7 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
         UserError: no path, a folder that is no finished run, or a damaged file in one.
     """
     if not paths:
-        raise UserError("report: give at least one run folder, e.g. shd-diffusion report runs/digits/*")
+        raise UserError("report: give at least one run folder, e.g. shd-diffusion report runs/demo/*")
     unique = list(dict.fromkeys(Path(path) for path in paths))
     runs = [read_run(path, printable(name)) for path, name in zip(unique, names_apart(unique), strict=True)]
     return sorted(runs, key=lambda run: not run.is_teacher)
