@@ -12,14 +12,14 @@ EMOJI  ?= runs/emoji
 $(VENV)/installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --no-compile --progress-bar on -e '.[test]'
+	$(BIN)/pip install --progress-bar on -e '.[test]'
 	touch $@
 
 demo: $(VENV)/installed
 	$(SHD) demo --output $(RUNS)
 
 $(VENV)/installed-text: $(VENV)/installed
-	$(BIN)/pip install --no-compile --progress-bar on -e '.[text-demo]'
+	$(BIN)/pip install --progress-bar on -e '.[text-demo]'
 	touch $@
 
 demo-text: $(VENV)/installed-text
@@ -34,7 +34,7 @@ test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal -rs
 
 $(VENV)/installed-docs: $(VENV)/installed
-	$(BIN)/pip install --no-compile --quiet -e '.[docs]'
+	$(BIN)/pip install --quiet -e '.[docs]'
 	touch $@
 
 docs: $(VENV)/installed-docs

@@ -210,7 +210,6 @@ class LeastWork:
     """What the loss of one sample and block and its gradient cannot do without, 12 heads to 6: seven matrix products
     and two softmaxes, each in one call and into memory that is there already and small enough for the caches. A
     bound for any implementation by operations of PyTorch that computes in float32.
-
     """
 
     def __init__(self, tokens: int) -> None:
