@@ -9,6 +9,8 @@ python eval/local_regression.py runs/digits/six-heads --output docs/results/loca
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Annotated, Any
@@ -28,6 +30,7 @@ from shd_diffusion.files import read_json, write_json
 from shd_diffusion.models.denoiser import predict
 from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.sample_run import sample_pipeline
+from shd_diffusion.statistics import estimate, paired
 from shd_diffusion.training.build import build
 from shd_diffusion.training.calibration import calibration_batches
 from shd_diffusion.training.run import train
@@ -51,8 +54,9 @@ def main(
     set_: Annotated[list[str] | None, typer.Option("--set", help="As for `distill`.")] = None,
 ) -> None:
     """Train, sample and evaluate by every schedule."""
+    seeds = seed or list(range(5))
     results: dict[str, Any] = read_json(output)["results"] if output.exists() else {}
-    for number in seed or list(range(5)):
+    for number in seeds:
         for name, (local, together) in SCHEDULES.items():
             key = f"{name}, seed {number}"
             if key in results:
@@ -74,6 +78,15 @@ def main(
                 results[key] = errors | {"fid": _heal(settings, Path(folder) / "run")}
             print(key, results[key], flush=True)
             write_json(output, {"results": results, "environment": describe_environment()})
+    fids = {name: [results[f"{name}, seed {n}"]["fid"] for n in seeds] for name in SCHEDULES}
+    summary = {
+        "fid": {name: asdict(estimate(each)) for name, each in fids.items()},
+        "minus": {
+            f"{name} - {other}": asdict(paired(fids[name], fids[other]))
+            for name, other in combinations(SCHEDULES, 2)
+        },
+    }
+    write_json(output, {**read_json(output), "summary": summary})
 
 
 def _regress_blocks(settings: DistillConfig, steps: int, folder: Path) -> dict[str, float]:
