@@ -3,7 +3,8 @@
 Each block of the student is fed what the teacher's block was, and learns what that put out: the first stage of Grafting
 (arXiv 2506.05340), and StableKD's isolated blocks (arXiv 2312.13223) where student and teacher are equally wide.
 
-python eval/local_regression.py runs/digits/six-heads --output docs/results/local-regression-digits.json
+python eval/local_regression.py runs/studies/digits-healing/compressed/merged \
+    --output docs/results/local-regression-digits.json
 """
 
 from __future__ import annotations
