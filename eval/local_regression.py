@@ -19,8 +19,8 @@ from typing import Annotated, Any
 import torch
 import typer
 from diffusers import ModelMixin
+from diffusers.optimization import get_cosine_schedule_with_warmup
 from torch import Tensor, nn
-from transformers import get_cosine_schedule_with_warmup
 
 from shd_diffusion.compression.depth import block_list
 from shd_diffusion.config import DistillConfig, override_config, read_config
@@ -99,12 +99,12 @@ def _regress_blocks(settings: DistillConfig, steps: int, folder: Path) -> dict[s
     batches = calibration_batches(settings, teacher, parts.data, parts.process, images, rate.batch_size)
     optimizer = torch.optim.AdamW(model.parameters(), lr=rate.learning_rate, weight_decay=rate.weight_decay)
     scheduler = get_cosine_schedule_with_warmup(optimizer, rate.warmup_steps, steps)
-    blocks = dict(_blocks(model))
+    _, blocks = block_list(model)
     losses = []
     for batch in batches:
         errors = []
-        for name, (args, kwargs, target) in _taught(teacher, batch).items():
-            error = (blocks[name](*args, **kwargs) - target).square().sum()
+        for block, (args, kwargs, target) in zip(blocks, _taught(teacher, batch), strict=True):
+            error = (block(*args, **kwargs) - target).square().sum()
             errors.append(error / target.square().sum())
         loss = torch.stack(errors).mean()
         loss.backward()
@@ -117,20 +117,15 @@ def _regress_blocks(settings: DistillConfig, steps: int, folder: Path) -> dict[s
     return {"error of the blocks before": losses[0], "after": losses[-1]}
 
 
-def _blocks(model: ModelMixin) -> list[tuple[str, nn.Module]]:
-    name, blocks = block_list(model)
-    return [(f"{name}.{index}", block) for index, block in enumerate(blocks)]
-
-
 @torch.no_grad()
-def _taught(teacher: ModelMixin, batch: Any) -> dict[str, Taught]:
-    """By name of each block, what the teacher's was called with and put out."""
-    found: dict[str, Taught] = {}
+def _taught(teacher: ModelMixin, batch: Any) -> list[Taught]:
+    """What each of the teacher's blocks, in order, was called with and put out."""
+    found: list[Taught] = []
 
-    def keep(name: str) -> Any:
-        return lambda _, args, kwargs, out: found.update({name: (args, kwargs, out)})
+    def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor) -> None:
+        found.append((args, kwargs, out))
 
-    hooks = [block.register_forward_hook(keep(n), with_kwargs=True) for n, block in _blocks(teacher)]
+    hooks = [block.register_forward_hook(keep, with_kwargs=True) for block in block_list(teacher)[1]]
     predict(teacher, *batch)
     for hook in hooks:
         hook.remove()
