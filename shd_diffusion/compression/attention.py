@@ -12,6 +12,8 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
 from shd_diffusion.attention.blocks import kernel_calls
@@ -467,7 +469,8 @@ def _fit_norms(
 def _runs(
     model: nn.Module, name: str, calls: Sequence[Call]
 ) -> Iterator[tuple[dict[str, AttentionRecord], dict[str, Tensor]]]:
-    """The block's records of each call by suffix, and the inputs (B, tokens, c) of its layers by path."""
+    """The block's records of each call by suffix, and the inputs (B, tokens, c) of its layers by path; what the block
+    puts out is not looked at."""
     module: Any = model.get_submodule(name)
     layers = {part.layer for part in head_layout(model, name).inputs}
     inputs: dict[str, Tensor] = {}
@@ -476,6 +479,7 @@ def _runs(
         inputs[layer] = args[0]
 
     with ExitStack() as stack:
+        stack.enter_context(_WithoutKernel())
         capture = stack.enter_context(AttentionCapture(model, [name]))
         for layer in layers:
             hook = model.get_submodule(layer).register_forward_pre_hook(partial(keep, layer))
@@ -483,6 +487,17 @@ def _runs(
         for call in calls:
             module(*call.args, **call.kwargs)
             yield {key.removeprefix(name): record for key, record in capture.records.items()}, dict(inputs)
+
+
+class _WithoutKernel(TorchFunctionMode):
+    """Context in which scaled dot-product attention, once it is noted, puts out zeros instead of taking its time."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return (_zeros if func is scaled_dot_product_attention else func)(*args, **(kwargs or {}))
+
+
+def _zeros(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
+    return query.new_zeros(*query.shape[:-1], value.shape[-1])
 
 
 def _look(model: nn.Module, name: str, calls: Sequence[Call], factor: bool) -> Sights:

@@ -16,8 +16,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-Note: TypeAlias = Callable[..., Tensor]
-"""What is kept of a module's arguments."""
+Note: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""What is kept of a module's input and output."""
 
 
 @dataclass(slots=True)
@@ -42,7 +42,7 @@ class Lockstep:
         model: the model that all passes run.
         modules: paths of the modules before which they pause.
         passes: functions that run the model on a batch each.
-        watched: by any key, the path of a module, and what is noted of its arguments whenever it runs, see `noted`.
+        watched: by any key, the path of a module, and what is noted whenever it has run, see `noted`.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class Lockstep:
     def __enter__(self) -> Lockstep:
         for key, (name, note) in self._watched.items():
             module = self._model.get_submodule(name)
-            self._hooks.append(module.register_forward_pre_hook(_Watch(key, note)))
+            self._hooks.append(module.register_forward_hook(_Watch(key, note)))
         for name in self._modules:
             module = self._model.get_submodule(name)
             self._hooks.append(module.register_forward_pre_hook(_Pause(name), with_kwargs=True))
@@ -181,12 +181,12 @@ class _Pause:
 
 
 class _Watch:
-    """Hook before a module: notes something of the arguments in a pass."""
+    """Hook after a module: notes something of its input and output in a pass."""
 
     def __init__(self, key: Hashable, note: Note) -> None:
         self.key, self.note = key, note
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def __call__(self, module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
         thread = threading.current_thread()
         if isinstance(thread, _Thread):
-            thread.of.notes[self.key].append(self.note(*args))
+            thread.of.notes[self.key].append(self.note(args[0], output))

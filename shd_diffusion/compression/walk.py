@@ -146,8 +146,11 @@ def _outputs(model: nn.Module, name: str) -> tuple[Slice, ...]:
     return (Slice(layer.output.layer, 0, layer.output.start + layer.output.length),)
 
 
-def _put_out(model: nn.Module, part: Slice, x: Tensor) -> Tensor:
+def _put_out(model: nn.Module, part: Slice, x: Tensor, output: Tensor) -> Tensor:
     """What a layer puts out for an input by these columns and its bias, channels last."""
     layer: Any = model.get_submodule(part.layer)
-    weight = layer.weight.flatten(1)[:, part.indices]
+    weight = layer.weight.flatten(1)
+    if part.length == weight.shape[1]:
+        return channels_last(layer, output).clone()  # what comes after the layer may write into its output
+    weight = weight[:, part.indices]
     return nn.functional.linear(channels_last(layer, x)[..., part.indices], weight, layer.bias)

@@ -49,7 +49,7 @@ def remove_neurons(
     gram = moments.gram.clone()
     gram.diagonal().add_(penalty)
     cross = moments.cross + penalty * start
-    inverse = torch.linalg.inv(gram)
+    inverse = torch.cholesky_inverse(torch.linalg.cholesky(gram))
     weight = inverse @ cross
     change = weight - start
     objective = [moments.loss(weight) + penalty * float(change.square().sum())]

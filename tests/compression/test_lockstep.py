@@ -31,7 +31,7 @@ def test_passes_stand_before_the_same_module_and_go_on_with_what_it_has_become()
     assert seen == [("1", [1, 11]), ("2", [101.5, 111])]
     assert [result[0].item() for result in results] == [104.5, 114]
     assert not any(result.requires_grad for result in results)
-    assert not model[1]._forward_pre_hooks
+    assert not model[1]._forward_hooks
 
 
 def test_an_error_in_the_model_reaches_the_caller_and_no_pass_is_left_behind():
@@ -61,7 +61,7 @@ def test_passes_that_run_different_modules_are_refused():
 def test_what_is_noted_of_a_module_is_had_in_order_as_far_as_the_passes_have_to_go():
     model = chain()
     passes = [lambda x=x: model(model(torch.full((1, 1), x))) for x in (0.0, 10.0)]
-    watched = {"inputs": ("1", lambda x: 2 * x)}
+    watched = {"inputs": ("1", lambda x, _: 2 * x), "outputs": ("1", lambda _, y: y)}
     with Lockstep(model, ["2"], passes, watched) as walk:
         assert [note.item() for note in walk.noted("inputs")] == [2, 22]
         assert [call.args[0].item() for call in walk.advance()] == [
@@ -69,7 +69,8 @@ def test_what_is_noted_of_a_module_is_had_in_order_as_far_as_the_passes_have_to_
             19,
         ]  # further on than the notes asked for
         assert [note.item() for note in walk.noted("inputs")] == [14, 34]
+        assert [note.item() for note in walk.noted("outputs")] == [3, 13]
         assert not walk.advance() and not walk.advance()  # at their end they stay there
         with pytest.raises(RuntimeError, match="`1` does not run"):
             walk.noted("inputs")
-    assert not model[1]._forward_pre_hooks
+    assert not model[1]._forward_hooks
