@@ -479,13 +479,13 @@ def _runs(
         inputs[layer] = args[0]
 
     with ExitStack() as stack:
-        stack.enter_context(_WithoutKernel())
         capture = stack.enter_context(AttentionCapture(model, [name]))
         for layer in layers:
             hook = model.get_submodule(layer).register_forward_pre_hook(partial(keep, layer))
             stack.enter_context(hook)
         for call in calls:
-            module(*call.args, **call.kwargs)
+            with _WithoutKernel():
+                module(*call.args, **call.kwargs)
             yield {key.removeprefix(name): record for key, record in capture.records.items()}, dict(inputs)
 
 

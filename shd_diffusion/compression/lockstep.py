@@ -22,7 +22,8 @@ Note: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(slots=True)
 class Call:
-    """A module about to run: its path, and the arguments that it will run with, which may be changed."""
+    """A module about to run: its path, and the arguments that it will run with, which may be changed. They are gone
+    once it runs."""
 
     name: str
     args: tuple[Any, ...]
@@ -177,7 +178,9 @@ class _Pause:
             return None
         call = Call(self.name, args, kwargs)
         thread.of.pause(call)
-        return call.args, call.kwargs
+        args, kwargs = call.args, call.kwargs
+        call.args, call.kwargs = (), {}  # so that nobody who still has the call holds its tensors
+        return args, kwargs
 
 
 class _Watch:

@@ -95,7 +95,8 @@ def walk_beside(
             own = [part.layer for part in _outputs(student, name)]
             put_out = [teacher_walk.noted((name, part.layer)) for part in outputs[name]]
             yield name, calls, dict(zip(own, put_out, strict=True))
-            del put_out
+            for of_layer in put_out:
+                of_layer.clear()  # the caller has them until it asks for the next module
         while teacher_walk.advance():
             pass
 

@@ -18,6 +18,8 @@ from shd_diffusion.reporting.plot_style import Plot, drawable, finish, panels
 Pixels = NDArray[np.uint8]
 """(H, W, 3), or RGBA (H, W, 4)."""
 
+TITLE_CHARACTERS = 12  # on an inch of a figure
+
 
 def read_picture(path: Path, command: str) -> Pixels:
     """Read an image as RGB.
@@ -77,7 +79,7 @@ def picture_plot(
     below: bool = False,
     rows: Sequence[str] = (),
 ) -> Plot:
-    """Titled pictures of `width` inches, side by side or one `below` the other, for documents that are not the page.
+    """Pictures of `width` inches under titles that are wrapped to it, side by side or one `below` the other, for documents that are not the page.
 
     Args:
         rows: what stands left of the first picture, evenly down its side; long text is wrapped and cut off.
@@ -85,9 +87,11 @@ def picture_plot(
     count = len(pictures)
     highest = max(picture.shape[0] / picture.shape[1] for _, picture in pictures)
     across, down = (1, count) if below else (count, 1)
-    size = across * width + 1.6 * bool(rows), down * (width * highest + 0.3)
+    titles = ["\n".join(_wrapped(title, int(width * TITLE_CHARACTERS))) for title, _ in pictures]
+    height = 0.15 + 0.15 * max(title.count("\n") + 1 for title in titles)
+    size = across * width + 1.6 * bool(rows), down * (width * highest + height)
     with panels(down, across, *size) as (figure, axes):
-        for ax, (title, picture) in zip(axes, pictures, strict=True):
+        for ax, title, (_, picture) in zip(axes, titles, pictures, strict=True):
             ax.imshow(picture, interpolation="nearest")
             ax.set_title(title, loc="left")
             ax.set(xticks=[], yticks=[])
@@ -95,10 +99,10 @@ def picture_plot(
             ax.spines[:].set_visible(False)
         if rows:
             middles = (np.arange(len(rows)) + 0.5) * pictures[0][1].shape[0] / len(rows)
-            axes[0].set_yticks(middles, ["\n".join(_wrapped(text)) for text in rows])
+            axes[0].set_yticks(middles, ["\n".join(_wrapped(text, 22)) for text in rows])
             axes[0].tick_params(length=0)
         return finish(figure, name, description, inline=False)
 
 
-def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(drawable(text), 22, max_lines=5, placeholder=" …")
+def _wrapped(text: str, width: int) -> list[str]:
+    return textwrap.wrap(drawable(text), width, max_lines=5, placeholder=" …")

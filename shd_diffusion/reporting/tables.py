@@ -20,13 +20,17 @@ Lines = list[list[str]]
 def terminal(
     lines: Lines, best: frozenset[tuple[int, int]] = frozenset(), left: int = 1, title: str = ""
 ) -> Table:
-    """A table for a terminal: `best` cells (row, column) in green, the first `left` columns flush left."""
+    """A table for a terminal: `best` cells (row, column) in green; the first `left` columns flush left, and folded where
+    they are too long, since paths often differ at their ends alone."""
     head, *rows = lines
     table = Table(
         title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
     for number, name in enumerate(head):
-        table.add_column(name, justify="left" if number < left else "right", no_wrap=number >= left)
+        if number < left:
+            table.add_column(name, overflow="fold")
+        else:
+            table.add_column(name, justify="right", no_wrap=True)
     for i, row in enumerate(rows):
         table.add_row(
             *(Text(printable(cell), "bold green" if (i, j) in best else "") for j, cell in enumerate(row))
