@@ -75,8 +75,8 @@ def walk_beside(
 
     Yields:
         The student's path of a module; its calls, or those of a feed-forward's output layer; and by path of each layer
-        through which it puts out, what the teacher's puts out in each call, (..., C). A module that
-        runs several times comes as often.
+        through which it puts out, what the teacher's puts out in each call, (..., C). Both are emptied when the next
+        is asked for. A module that runs several times comes as often.
     """
     sites = {_site(student, name): name for name in origins}
     outputs = {name: _outputs(teacher, origin) for name, origin in origins.items()}
@@ -96,7 +96,7 @@ def walk_beside(
             put_out = [teacher_walk.noted((name, part.layer)) for part in outputs[name]]
             yield name, calls, dict(zip(own, put_out, strict=True))
             for of_layer in put_out:
-                of_layer.clear()  # the caller has them until it asks for the next module
+                of_layer.clear()
         while teacher_walk.advance():
             pass
 
