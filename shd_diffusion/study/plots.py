@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from matplotlib.axes import Axes
 
+from shd_diffusion.evaluation.metrics import higher_is_better
 from shd_diffusion.reporting.plot_style import (
     LIGHT,
     Line,
@@ -17,15 +18,20 @@ from shd_diffusion.reporting.plot_style import (
     panel,
     plot_styles,
 )
+from shd_diffusion.reporting.tables import count
 from shd_diffusion.statistics import Estimate, estimate
-from shd_diffusion.study.results import Outcome, Results, ValidationPoint
+from shd_diffusion.study.results import Outcome, Results, Row, ValidationPoint
+
+CURVES = 8  # that can be told apart in one panel
 
 
 def study_plots(results: Results) -> list[Plot]:
-    """The first metric over conditions; then in each condition, its differences, and the validation's curves."""
+    """The first metric over conditions, or of many variants what each came to and cost; then in each condition, its
+    differences, and the validation's curves."""
     metric, conditions = results.study.metrics[0], results.study.conditions
+    first = over_conditions if len(results.study.variants) <= CURVES else standings
     return [
-        *over_conditions(results, metric),
+        *first(results, metric),
         *(plot for condition in conditions for plot in by_variant(results, metric, condition)),
         *(plot for condition in conditions for plot in differences(results, metric, condition)),
         *(plot for condition in conditions for plot in validation_curves(results, condition)),
@@ -47,6 +53,41 @@ def over_conditions(results: Results, metric: str) -> list[Plot]:
     return [line_plot(f"{metric}-over-conditions", description, names, lines, conditions, scale="fit")]
 
 
+def standings(results: Results, metric: str) -> list[Plot]:
+    """All variants under all conditions in one panel, the best of the first condition on top; at the right the seconds
+    of training over the reference's, and the parameters that stay behind."""
+    if not results.rows:
+        return []
+    conditions = plot_styles(list(results.study.conditions))
+    first = [row.variant for row in _best_first(results, metric, next(iter(conditions)))]
+    order = list(dict.fromkeys([*first, *(row.variant for row in results.rows)]))
+    reference = {r.condition: r for r in results.rows if r.variant == results.study.reference}
+    costs = {r.variant: _cost(r, reference.get(r.condition)) for r in results.rows}  # of the last condition
+    with panel(height=0.9 + 0.24 * len(order)) as (figure, axes):
+        for row in results.rows:
+            style, place = conditions[row.condition], order.index(row.variant)
+            axes.plot(_ends(row.metrics[metric]), [place, place], color=style.colour, linewidth=1.6)
+            axes.plot(row.metrics[metric].mean, place, style.marker, color=style.colour, markersize=5)
+        _teacher_line(axes, results, metric)
+        fit_scale(axes, "x", [row.metrics[metric].mean for row in results.rows])
+        axes.set_yticks(range(len(order)), order)
+        axes.set_ylim(len(order) - 0.5, -0.5)
+        axes.set(xlabel=_title(metric, ""))
+        right = axes.twinx()
+        right.set_ylim(axes.get_ylim())
+        right.set_yticks(range(len(order)), [costs[variant] for variant in order])
+        right.grid(False)
+        right.tick_params(length=0)
+        right.spines[:].set_visible(False)
+        if len(conditions) > 1:
+            handles = [
+                axes.plot([], [], style.marker, color=style.colour)[0] for style in conditions.values()
+            ]
+            figure.legend(handles, list(conditions), loc="outside upper left", ncols=len(conditions))
+        description = f"{metric} of each variant: means and 95 % intervals, and what each cost"
+        return [finish(figure, f"{metric}-standings", description)]
+
+
 def by_variant(results: Results, metric: str, condition: str) -> list[Plot]:
     """Every seed's metric faint, mean and interval in front, the teacher's dotted."""
     rows = [row for row in results.rows if row.condition == condition]
@@ -61,13 +102,7 @@ def by_variant(results: Results, metric: str, condition: str) -> list[Plot]:
             axes.plot(
                 values, [place + 0.25] * len(values), "o", color=colour, alpha=0.4, markersize=3.5, mew=0
             )
-        if metric in results.teacher:
-            value = results.teacher[metric]
-            axes.axvline(value, color=LIGHT["muted"], linestyle=":", linewidth=1)
-            axes.annotate(
-                "teacher", (value, 1), xycoords=("data", "axes fraction"),
-                ha="center", va="bottom", size=8, color=LIGHT["muted"],
-            )  # fmt: skip
+        _teacher_line(axes, results, metric)
         _intervals(axes, {row.variant: row.metrics[metric] for row in rows}, styles)
         fit_scale(axes, "x", [row.metrics[metric].mean for row in rows])
         axes.set(xlabel=_title(metric, condition))
@@ -90,8 +125,13 @@ def differences(results: Results, metric: str, condition: str) -> list[Plot]:
 
 
 def validation_curves(results: Results, condition: str) -> list[Plot]:
-    """The validation's Fréchet distance over steps and over seconds; nothing where no run has it."""
-    members = [o for o in results.outcomes if o.condition == condition and o.validation]
+    """The validation's Fréchet distance over steps and over seconds, of many variants those of the reference and of the
+    best; nothing where no run has it."""
+    best = [row.variant for row in _best_first(results, results.study.metrics[0], condition)]
+    chosen = {results.study.reference, *best[: CURVES - 1]}
+    members = [
+        o for o in results.outcomes if o.condition == condition and o.validation and o.variant in chosen
+    ]
     if not members:
         return []
     return [
@@ -124,6 +164,22 @@ def _curve(
 # --- pieces --------------------------------------------------------------------------------------------------
 
 
+def _best_first(results: Results, metric: str, condition: str) -> list[Row]:
+    """The rows of a condition."""
+    rows = [row for row in results.rows if row.condition == condition]
+    return sorted(rows, key=lambda row: row.metrics[metric].mean, reverse=higher_is_better(metric))
+
+
+def _cost(row: Row, reference: Row | None) -> str:
+    """Seconds of training over the reference's, and parameters that stay behind."""
+    parts = []
+    if reference is not None:
+        parts.append(f"×{row.training_seconds.mean / reference.training_seconds.mean:.2f}")
+    if row.extra_parameters:
+        parts.append(f"{count(row.extra_parameters)} extra")
+    return ", ".join(parts)
+
+
 def _title(metric: str, condition: str) -> str:
     return (metric.upper() if metric == "fid" else metric) + (f", {condition}" if condition else "")
 
@@ -143,6 +199,17 @@ def _intervals(axes: Axes, values: dict[str, Estimate], styles: dict[str, PlotSt
         axes.plot(value.mean, place, marker, color=colour, markersize=6)
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.5, -0.5)
+
+
+def _teacher_line(axes: Axes, results: Results, metric: str) -> None:
+    """The teacher's metric, dotted, where it was evaluated."""
+    if metric in results.teacher:
+        value = results.teacher[metric]
+        axes.axvline(value, color=LIGHT["muted"], linestyle=":", linewidth=1)
+        axes.annotate(
+            "teacher", (value, 1), xycoords=("data", "axes fraction"),
+            ha="center", va="bottom", size=8, color=LIGHT["muted"],
+        )  # fmt: skip
 
 
 def _line(label: str, style: PlotStyle, places: Sequence[float], values: Sequence[Estimate]) -> Line:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.study.config import Planned, StudyConfig
 from shd_diffusion.study.page import write_study
+from shd_diffusion.study.plots import study_plots
 from shd_diffusion.study.results import (
     Outcome,
     Results,
@@ -113,6 +115,34 @@ def test_the_page_says_what_came_out(results: Results, tmp_path: Path) -> None:
     assert "http" not in page.replace("http://www.w3.org", "")
     tables = (tmp_path / "study.md").read_text()
     assert "| short | shd | 3 | 103 (65.4 to 141) | 61 s | 50 | 300 steps, 30 s (2 of 3) |" in tables
+
+
+def test_many_variants_are_lined_up_with_what_they_cost(results: Results, tmp_path: Path) -> None:
+    """From the best of the first condition on; curves are of the best and of the reference alone."""
+    others = {
+        f"other-{fid}": Outcome("long", f"other-{fid}", 0, 92.0, 1000, 2000, {"fid": fid}, [])
+        for fid in (30, 9)
+    }
+    kept = [
+        replace(o, variant="shd-2", training_seconds=122.0) for o in results.outcomes if o.variant == "shd"
+    ]
+    many = [*results.outcomes, *kept, *others.values()]
+    names = [*results.study.variants, *others, *"abcd", "shd-2"]
+    study = results.study.model_copy(update={"variants": {name: {} for name in names}})
+    wide = replace(results, study=study, outcomes=many, rows=make_rows(study, many))
+    assert [plot.name for plot in study_plots(results)][0] == "fid-over-conditions"
+    first, *_ = plots = study_plots(wide)
+    assert first.name == "fid-standings" and "fid-over-conditions" not in {plot.name for plot in plots}
+    drawn = re.findall(r">([^<>]+)</text>", first.svg)
+    assert [text for text in drawn if text in wide.study.variants] == [
+        "shd",
+        "shd-2",
+        "mean",
+        "kd",
+        "other-30",
+        "other-9",
+    ]
+    assert {"×1.00, 50 extra", "×2.00, 50 extra", "×1.51, 2 k extra"} <= {*drawn}
 
 
 def test_the_title_is_text_in_markdown(results: Results, tmp_path: Path) -> None:
