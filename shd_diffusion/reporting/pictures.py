@@ -79,7 +79,8 @@ def picture_plot(
     below: bool = False,
     rows: Sequence[str] = (),
 ) -> Plot:
-    """Pictures of `width` inches under titles that are wrapped to it, side by side or one `below` the other, for documents that are not the page.
+    """Pictures of `width` inches under wrapped titles, side by side or one `below` the other, for documents that are not
+    the page.
 
     Args:
         rows: what stands left of the first picture, evenly down its side; long text is wrapped and cut off.

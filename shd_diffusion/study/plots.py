@@ -165,7 +165,7 @@ def _curve(
 
 
 def _best_first(results: Results, metric: str, condition: str) -> list[Row]:
-    """The rows of a condition."""
+    """The rows of a condition, by their means."""
     rows = [row for row in results.rows if row.condition == condition]
     return sorted(rows, key=lambda row: row.metrics[metric].mean, reverse=higher_is_better(metric))
 
@@ -173,7 +173,7 @@ def _best_first(results: Results, metric: str, condition: str) -> list[Row]:
 def _cost(row: Row, reference: Row | None) -> str:
     """Seconds of training over the reference's, and parameters that stay behind."""
     parts = []
-    if reference is not None:
+    if reference is not None and reference.training_seconds.mean:  # a run of 0 steps takes none
         parts.append(f"×{row.training_seconds.mean / reference.training_seconds.mean:.2f}")
     if row.extra_parameters:
         parts.append(f"{count(row.extra_parameters)} extra")

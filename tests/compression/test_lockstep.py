@@ -31,7 +31,7 @@ def test_passes_stand_before_the_same_module_and_go_on_with_what_it_has_become()
     assert seen == [("1", [1, 11]), ("2", [101.5, 111])]
     assert [result[0].item() for result in results] == [104.5, 114]
     assert not any(result.requires_grad for result in results)
-    assert not model[1]._forward_hooks
+    assert not model[1]._forward_pre_hooks
 
 
 def test_an_error_in_the_model_reaches_the_caller_and_no_pass_is_left_behind():
