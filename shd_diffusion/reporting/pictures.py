@@ -79,7 +79,7 @@ def picture_plot(
     below: bool = False,
     rows: Sequence[str] = (),
 ) -> Plot:
-    """Pictures of `width` inches under wrapped titles, side by side or one `below` the other, for documents that are not
+    """Pictures of `width` inches under wrapped titles, side by side or one `below` the other, for documents other than
     the page.
 
     Args:

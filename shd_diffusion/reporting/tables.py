@@ -20,8 +20,8 @@ Lines = list[list[str]]
 def terminal(
     lines: Lines, best: frozenset[tuple[int, int]] = frozenset(), left: int = 1, title: str = ""
 ) -> Table:
-    """A table for a terminal: `best` cells (row, column) in green; the first `left` columns flush left, and folded where
-    they are too long, since paths often differ at their ends alone."""
+    """A table for a terminal: `best` cells (row, column) in green; the first `left` columns flush left, and folded
+    where they are too long, since paths often differ at their ends alone."""
     head, *rows = lines
     table = Table(
         title=title or None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True

@@ -130,7 +130,7 @@ def test_many_variants_are_lined_up_with_what_they_cost(results: Results, tmp_pa
     names = [*results.study.variants, *others, *"abcd", "shd-2"]
     study = results.study.model_copy(update={"variants": {name: {} for name in names}})
     wide = replace(results, study=study, outcomes=many, rows=make_rows(study, many))
-    assert [plot.name for plot in study_plots(results)][0] == "fid-over-conditions"
+    assert study_plots(results)[0].name == "fid-over-conditions"
     first, *_ = plots = study_plots(wide)
     assert first.name == "fid-standings" and "fid-over-conditions" not in {plot.name for plot in plots}
     drawn = re.findall(r">([^<>]+)</text>", first.svg)
