@@ -51,11 +51,12 @@ class AdaptiveMasks(FeatureTerm):
             of_tokens, of_channels = masks(student, target, counted)
             error = (student - target).square()  # (B, N, C)
             if counted is not None:
-                of_tokens = of_tokens * counted[:, None]
+                of_tokens = of_tokens.masked_fill(~counted[:, None], -torch.inf)
                 error = error * counted[..., None]
             number = student.shape[1] if counted is None else counted.sum(1)[:, None]
-            by_token = (of_tokens * error.mean(2)[:, None]).sum(2) / of_tokens.sum(2)  # (B, M)
-            by_channel = (of_channels * (error.sum(1) / number)[:, None]).sum(2) / of_channels.sum(2)
+            # masks over their sums: softmax of their logarithms, since masks that learn to be small would be 0 / 0
+            by_token = (of_tokens.softmax(2) * error.mean(2)[:, None]).sum(2)  # (B, M)
+            by_channel = (of_channels.softmax(2) * (error.sum(1) / number)[:, None]).sum(2)
             distance = (by_token.mean() + by_channel.mean()) / 2
             overlap = dice(of_tokens) + dice(of_channels)
             found.append(distance + self.config.overlap * overlap)
@@ -63,7 +64,8 @@ class AdaptiveMasks(FeatureTerm):
 
 
 class Masks(nn.Module):
-    """From features of student and teacher, (B, N, C), to masks over tokens (B, M, N) and over channels (B, M, C)."""
+    """From features of student and teacher, (B, N, C), to the logarithms of masks over tokens (B, M, N) and over
+    channels (B, M, C)."""
 
     def __init__(self, channels: int, width: int, masks: int) -> None:
         super().__init__()
@@ -81,13 +83,19 @@ class Masks(nn.Module):
         )
         weight = fused.new_ones(fused.shape[:2]) if counted is None else counted.to(fused)
         pooled = (fused * weight[..., None]).sum(1) / weight.sum(1, keepdim=True)  # (B, C)
-        return (fused @ self.of_tokens.T).mT.sigmoid(), (pooled[:, None] * self.of_channels).sigmoid()
+        return F.logsigmoid((fused @ self.of_tokens.T).mT), F.logsigmoid(pooled[:, None] * self.of_channels)
 
 
 def dice(masks: Tensor) -> Tensor:
-    """Mean over samples and pairs of different masks (B, M, n) of 2 <a, b> / (<a, a> + <b, b>)."""
+    """Mean over samples and pairs of different masks of 2 <a, b> / (<a, a> + <b, b>).
+
+    A factor that a sample's masks have in common cancels, and is left out: masks of e⁻⁵⁰ overlap as any other.
+
+    Args:
+        masks: their logarithms, (B, M, n).
+    """
+    masks = (masks - masks.amax((1, 2), keepdim=True)).exp()
     products = masks @ masks.mT
     own = products.diagonal(dim1=1, dim2=2)
-    overlap = 2 * products / (own[:, :, None] + own[:, None]).clamp_min(1e-12)
-    number = masks.shape[1]
-    return (overlap.sum((1, 2)) - number).mean() / (number * (number - 1))
+    overlap = 2 * products / (own[:, :, None] + own[:, None]).clamp_min(1e-30)
+    return overlap[:, ~torch.eye(masks.shape[1], dtype=torch.bool, device=masks.device)].mean()

@@ -187,8 +187,24 @@ def test_adaptive_masks() -> None:
 
 
 def test_equal_masks_overlap_wholly() -> None:
-    mask = torch.rand(2, 1, 7).expand(2, 4, 7)
-    assert dice(mask).item() == pytest.approx(1) and dice(torch.eye(4)[None]).item() == 0
+    mask = torch.rand(2, 1, 7).expand(2, 4, 7).log()
+    assert dice(mask).item() == pytest.approx(1) and dice(torch.eye(4)[None].log()).item() == 0
+
+
+def test_masks_that_have_become_tiny_are_compared_by_their_shape() -> None:
+    """Training makes them small, below what float32 holds."""
+    masks = torch.rand(2, 4, 7, dtype=torch.float64)
+    expected = np.mean([literal_dice(sample.numpy()) for sample in masks])
+    assert dice(masks.float().log() - 500).item() == pytest.approx(
+        expected, rel=1e-4
+    )  # 500 leaves 2e-5 of a logarithm
+
+    term, outputs, *_ = built("acam", masks=3, width=2)
+    (learned,) = term.masks
+    learned.value.weight.data *= 1e6
+    loss = term(outputs)
+    loss.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in term.parameters()) and loss.isfinite()
 
 
 # --- features through cross-attention ------------------------------------------------------------------------------
