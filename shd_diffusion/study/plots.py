@@ -65,9 +65,7 @@ def standings(results: Results, metric: str) -> list[Plot]:
     costs = {r.variant: _cost(r, reference.get(r.condition)) for r in results.rows}  # of the last condition
     with panel(height=0.9 + 0.24 * len(order)) as (figure, axes):
         for row in results.rows:
-            style, place = conditions[row.condition], order.index(row.variant)
-            axes.plot(_ends(row.metrics[metric]), [place, place], color=style.colour, linewidth=1.6)
-            axes.plot(row.metrics[metric].mean, place, style.marker, color=style.colour, markersize=5)
+            _interval(axes, order.index(row.variant), row.metrics[metric], conditions[row.condition])
         _teacher_line(axes, results, metric)
         fit_scale(axes, "x", [row.metrics[metric].mean for row in results.rows])
         axes.set_yticks(range(len(order)), order)
@@ -194,11 +192,15 @@ def _ends(value: Estimate) -> tuple[float, float]:
 def _intervals(axes: Axes, values: dict[str, Estimate], styles: dict[str, PlotStyle]) -> None:
     """A named row for each value, from the top."""
     for place, (name, value) in enumerate(values.items()):
-        colour, marker = styles[name].colour, styles[name].marker
-        axes.plot(_ends(value), [place, place], color=colour, linewidth=1.6)
-        axes.plot(value.mean, place, marker, color=colour, markersize=6)
+        _interval(axes, place, value, styles[name])
     axes.set_yticks(range(len(values)), list(values))
     axes.set_ylim(len(values) - 0.5, -0.5)
+
+
+def _interval(axes: Axes, place: int, value: Estimate, style: PlotStyle) -> None:
+    """A mean and its interval, in the row at `place`."""
+    axes.plot(_ends(value), [place, place], color=style.colour, linewidth=1.6)
+    axes.plot(value.mean, place, style.marker, color=style.colour, markersize=6)
 
 
 def _teacher_line(axes: Axes, results: Results, metric: str) -> None:
