@@ -18,6 +18,9 @@ from shd_diffusion.run_folder import RunFolder
 
 Overrides = dict[str, Any]
 
+Place = tuple[str, str, int]
+"""A run in its study: condition, variant, seed."""
+
 VARIANT = "variant:"
 """Before the name of a variant, in place of a path."""
 
@@ -46,10 +49,13 @@ class StudyConfig(Section):
             generation as the teacher of the next, or several students whose weights are averaged, in a list.
         conditions: under which it is compared, by name, such as numbers of steps; overrides between the two.
             Only runs of the same condition are compared.
+        only: the variants of a condition, by its name, where these are not all.
         reference: the variant that the others are compared with.
         metrics: of `evaluation/metrics.json`, to be compared; the first one is drawn.
         targets: Fréchet distances; the table tells when the validation's falls to them.
         after_seconds: times; the validation's distance after so many seconds of training is compared like a metric.
+        known: `study.json` files of the same study from elsewhere, such as another machine: their runs count as done,
+            where they have the same overrides and a teacher of the same metrics.
         processes: runs at a time.
         submitit: without it runs are processes of this machine, with it jobs of a cluster: the parameters of submitit's
             executor, such as `{cluster: slurm, timeout_min: 240, slurm_partition: gpu, gpus_per_node: 1}`.
@@ -63,16 +69,18 @@ class StudyConfig(Section):
     overrides: Overrides = Field(default_factory=dict)
     variants: dict[str, Overrides] = Field(min_length=1)
     conditions: dict[str, Overrides] = Field({"": {}}, min_length=1)
+    only: dict[str, list[str]] = Field(default_factory=dict)
     seeds: list[int] = Field(min_length=1)
     reference: str
     metrics: list[str] = Field(["fid"], min_length=1)
     targets: list[float] = Field(default_factory=list)
     after_seconds: list[float] = Field(default_factory=list)
+    known: list[str] = Field(default_factory=list)
     budget: Budget = Budget()
     processes: int = Field(1, ge=1)
     submitit: dict[str, Any] | None = None
 
-    @field_validator("variants", "conditions", mode="before")
+    @field_validator("variants", "conditions", "only", mode="before")
     @classmethod
     def _nothing_overridden(cls, value: Any) -> Any:
         """A name without overrides needs no braces behind it; a number will do as a name."""
@@ -92,6 +100,16 @@ class StudyConfig(Section):
             raise ValueError(f"`reference` is {self.reference!r}, which is none of the variants")
         if len({*self.seeds}) < len(self.seeds):
             raise ValueError("`seeds` has one seed twice")
+        for condition, only in self.only.items():
+            if condition not in self.conditions:
+                raise ValueError(f"`only` has `{condition}`, which is none of the conditions")
+            if wrong := [name for name in only if name not in self.variants]:
+                raise ValueError(f"`only.{condition}` has `{wrong[0]}`, which is none of the variants")
+            lacking = (other for name in only for other in follows(self.variants[name]) if other not in only)
+            if (other := next(lacking, None)) is not None:
+                raise ValueError(
+                    f"`only.{condition}` lacks `{other}`, which another variant there begins with"
+                )
         names = list(self.variants)
         for place, (name, overrides) in enumerate(self.variants.items()):
             for other in follows(overrides):
@@ -100,6 +118,19 @@ class StudyConfig(Section):
                         f"variant `{name}` begins with the run of `{other}`, which is no variant before it"
                     )
         return self
+
+    def variants_of(self, condition: str) -> list[str]:
+        """The variants that run under a condition."""
+        only = self.only.get(condition, self.variants)
+        return [name for name in self.variants if name in only]
+
+    def overridden(self, condition: str, variant: str) -> Overrides:
+        """What a run has otherwise than `distill`, but for its seed."""
+        return {**self.overrides, **self.conditions[condition], **self.variants[variant]}
+
+    def asked(self, condition: str, variant: str) -> tuple[str, Overrides]:
+        """All that makes a run what it is, but for its seed and what stands in `distill`."""
+        return self.distill, self.overridden(condition, variant)
 
     @property
     def compared(self) -> list[str]:
@@ -142,6 +173,11 @@ class Planned:
     def name(self) -> str:
         return run_name(self.condition, self.variant, self.seed)
 
+    @property
+    def place(self) -> Place:
+        """What tells it from the study's other runs."""
+        return self.condition, self.variant, self.seed
+
 
 def run_name(condition: str, variant: str, seed: int) -> str:
     """What to call a run of a study."""
@@ -164,13 +200,13 @@ def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
     """
     planned = []
     for seed in study.seeds:
-        for condition, shared in study.conditions.items():
-            for variant, own in study.variants.items():
-                tree = {**study.overrides, **shared, **own, "seed": seed, "sample.seed": seed}
+        for condition in study.conditions:
+            for variant in study.variants_of(condition):
+                tree = {**study.overridden(condition, variant), "seed": seed, "sample.seed": seed}
                 name = tree.get("student.pretrained")
                 if isinstance(name, str) and name in study.compressed:
                     tree["student.pretrained"] = str(compressed_folder(output, name))
-                before = follows(own)
+                before = follows(study.variants[variant])
                 paths = {VARIANT + b: str(run_folder(output, condition, b, seed)) for b in before}
                 tree = {key: with_paths(value, paths) for key, value in tree.items()}
                 overrides = tuple(f"{key}={json.dumps(value)}" for key, value in tree.items())

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from math import exp, isclose, log, nan
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_as, write_json, write_text
 from shd_diffusion.protocol import flatten
-from shd_diffusion.reporting.runs import Environment, Metrics, read_entries
+from shd_diffusion.reporting.runs import Environment, Metrics, Result, read_entries
 from shd_diffusion.reporting.tables import csv_text
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.statistics import Estimate, Paired, estimate, holm, paired
-from shd_diffusion.study.config import Planned, StudyConfig, validation_after
+from shd_diffusion.study.config import Place, Planned, StudyConfig, run_name, validation_after
 from shd_diffusion.study.runner import is_complete
 
 
@@ -97,27 +97,90 @@ class Results:
     environment: dict[str, Any]
 
 
-def collect(study: StudyConfig, planned: Sequence[Planned]) -> Results:
-    """Read what is complete.
+class Published(Result):
+    """What `write_results` has written."""
+
+    study: StudyConfig
+    outcomes: list[Outcome]
+    teacher: dict[str, float]
+    protocol: dict[str, Any]
+    commits: list[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """Planned runs that were made elsewhere, by place."""
+
+    outcomes: dict[Place, Outcome]
+    protocols: list[dict[str, Any]]
+    commits: set[str]
+
+
+def read_known(study: StudyConfig, planned: Sequence[Planned]) -> Known:
+    """What came out of those planned runs that the study's `known` files hold.
+
+    Raises:
+        UserError: a file is missing or damaged or has another teacher, or a run has other overrides or lacks a metric.
+            Teachers are told apart by their metrics: the same training elsewhere ends within a thousandth, as rounding
+            allows.
+    """
+    known = Known({}, [], set())
+    teacher = _teacher_metrics(planned)
+    for file in map(Path, study.known):
+        published = read_as(file, Published)
+        if not all(
+            isclose(value, published.teacher.get(k, nan), rel_tol=1e-3) for k, value in teacher.items()
+        ):
+            raise UserError(
+                f"{file}: its teacher has other metrics than {planned[0].config.teacher.path}, and runs of two "
+                "teachers do not compare; take it out of `known`"
+            )
+        outcomes = {(o.condition, o.variant, o.seed): o for o in published.outcomes}
+        for place in (each.place for each in planned if each.place in outcomes):
+            condition, variant, _ = place
+            for lacking in (metric for metric in study.compared if metric not in outcomes[place].metrics):
+                raise UserError(f"{file}: `{run_name(*place)}` has no `{lacking}`; take it out of `known`")
+            if published.study.asked(condition, variant) != study.asked(condition, variant):
+                raise UserError(
+                    f"{file}: `{run_name(*place)}` was made with other overrides; take it out of `known`"
+                )
+            known.outcomes[place] = outcomes[place]
+        known.protocols.append(published.protocol)
+        known.commits.update(published.commits)
+    return known
+
+
+def collect(study: StudyConfig, planned: Sequence[Planned], known: Known) -> Results:
+    """Read what is complete, and put it beside what is known.
 
     Raises:
         UserError: a metric that the study compares was not computed, or a file is damaged.
     """
-    complete = [each for each in planned if is_complete(each.run)]
-    outcomes = [read_outcome(each, study) for each in complete]
-    teacher = RunFolder(Path(planned[0].config.teacher.path)).evaluation_file
-    commits = {read_as(each.run.path / "environment.json", Environment).commit for each in complete}
+    here = [each.run for each in planned if each.place not in known.outcomes and is_complete(each.run)]
+    outcomes = [
+        known.outcomes.get(each.place) or read_outcome(each, study)
+        for each in planned
+        if each.place in known.outcomes or each.run in here
+    ]
+    commits = {read_as(run.path / "environment.json", Environment).commit for run in here}
+    protocols = [*(read_as(run.evaluation_file, Metrics).protocol for run in here[:1]), *known.protocols]
     return Results(
         study=study,
         planned=len(planned),
         outcomes=outcomes,
         rows=make_rows(study, outcomes),
         comparisons=[each for metric in study.compared for each in compare_variants(study, outcomes, metric)],
-        teacher=read_as(teacher, Metrics).values if teacher.exists() else {},
-        protocol=read_as(complete[0].run.evaluation_file, Metrics).protocol if complete else {},
-        commits=sorted(filter(None, commits)),
+        teacher=_teacher_metrics(planned),
+        protocol=protocols[0] if protocols else {},
+        commits=sorted({*filter(None, commits), *known.commits}),
         environment=describe_environment(),
     )
+
+
+def _teacher_metrics(planned: Sequence[Planned]) -> dict[str, float]:
+    """Those of the teacher, once it is evaluated."""
+    file = RunFolder(Path(planned[0].config.teacher.path)).evaluation_file
+    return read_as(file, Metrics).values if file.exists() else {}
 
 
 def read_outcome(planned: Planned, study: StudyConfig) -> Outcome:
@@ -158,8 +221,8 @@ def fid_after(validation: Sequence[ValidationPoint], seconds: float) -> float:
 
     A run that had ended by then keeps its last one.
     """
-    times, logarithms = [each.seconds for each in validation], [math.log(each.fid) for each in validation]
-    return math.exp(np.interp(seconds, times, logarithms))
+    times, logarithms = [each.seconds for each in validation], [log(each.fid) for each in validation]
+    return exp(np.interp(seconds, times, logarithms))
 
 
 def make_rows(study: StudyConfig, outcomes: Sequence[Outcome]) -> list[Row]:

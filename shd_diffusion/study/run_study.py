@@ -8,7 +8,7 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.files import check_ours, check_outside
 from shd_diffusion.study.config import StudyConfig, plan_runs
 from shd_diffusion.study.page import write_study
-from shd_diffusion.study.results import collect, write_results
+from shd_diffusion.study.results import collect, read_known, write_results
 from shd_diffusion.study.runner import carry_out
 
 
@@ -29,8 +29,8 @@ def run_study(study: StudyConfig, output: Path, command_line: str) -> Path:
     planned = plan_runs(study, output)
     for each in planned:
         check_outside(output, each.config.reads)
-    failed = carry_out(study, planned, output, command_line)
-    results = collect(study, planned)
+    failed = carry_out(study, planned, read_known(study, planned).outcomes, output, command_line)
+    results = collect(study, planned, read_known(study, planned))  # again, as there is a teacher now
     write_results(results, output)
     page = write_study(results, output / "study.html")
     if failed:

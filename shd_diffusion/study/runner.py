@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
@@ -21,7 +21,7 @@ from shd_diffusion.progress import announce
 from shd_diffusion.reporting.runs import Samples
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.study.cluster import Submitted, Work, make_executor
-from shd_diffusion.study.config import Budget, Planned, StudyConfig, compressed_folder
+from shd_diffusion.study.config import Budget, Place, Planned, StudyConfig, compressed_folder
 
 WORKER = (sys.executable, "-m", "shd_diffusion.study.worker")
 
@@ -83,10 +83,13 @@ class Job:
             raise UserError(says[-1] if says else f"{self.log}: {self.name} could not begin")
 
 
-def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, command_line: str) -> list[str]:
+def carry_out(
+    study: StudyConfig, planned: Sequence[Planned], known: Collection[Place], output: Path, command_line: str
+) -> list[str]:
     """Run what is missing, within the budget; an interrupted run goes on from its last checkpoint.
 
     Args:
+        known: runs that were made elsewhere, and are made here only where another one begins with them.
         output: the study's folder, which gets `logs/`.
         command_line: the module whose `app` carries out the commands.
 
@@ -115,10 +118,11 @@ def carry_out(study: StudyConfig, planned: Sequence[Planned], output: Path, comm
         raise UserError(
             f"{output / 'logs'}: models could not be made ({', '.join(failed)}); their logs say why"
         )
-    jobs = [
-        replace(job(p.name, p.run, p.config, ["distill", study.distill, *_sets(p.overrides)]), after=p.after)
-        for p in planned
-    ]
+    jobs: list[Job] = []
+    for p in reversed(planned):  # a run that another one begins with stands before it
+        if p.place not in known or any(p.name in later.after for later in jobs if later.commands):
+            train = ["distill", study.distill, *_sets(p.overrides)]
+            jobs.insert(0, replace(job(p.name, p.run, p.config, train), after=p.after))
     return _run_all(jobs, study.budget, study.processes, start)
 
 

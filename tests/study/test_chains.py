@@ -44,6 +44,27 @@ def test_the_shipped_chains_can_be_planned(tmp_path: Path) -> None:
     assert sum(bool(one.after) for one in plan_runs(study, tmp_path)) == 3 * len(study.seeds)
 
 
+def test_a_condition_has_all_that_its_variants_begin_with() -> None:
+    study = chain(a={}, b={"teacher.path": "variant:a"})
+    with pytest.raises(ValueError, match=r"`only.short` lacks `a`, which another variant there begins with"):
+        StudyConfig.model_validate(
+            {**study.model_dump(), "conditions": {"short": {}}, "only": {"short": ["b"]}}
+        )
+
+
+def test_what_is_known_is_made_only_for_those_that_begin_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of two chains a-b-c, of which a and b are known, one has its c already."""
+    study = chain(a={}, b={"teacher.path": "variant:a"}, c={"teacher.path": "variant:b"}, other={})
+    planned = plan_runs(study, tmp_path)
+    known = {each.place for each in planned if each.variant != "c" or each.seed == 1}
+    begun: list[str] = []
+    monkeypatch.setattr(runner, "_run_all", lambda jobs, *_: begun.extend(job.name for job in jobs) or [])
+    runner.carry_out(study, planned, known, tmp_path, "shd_diffusion.cli")
+    assert begun == ["a seed 0", "b seed 0", "c seed 0"]
+
+
 @dataclass
 class Process:
     """One that ends when it is asked for the third time."""

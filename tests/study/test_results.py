@@ -22,10 +22,12 @@ from shd_diffusion.study.results import (
     Outcome,
     Results,
     ValidationPoint,
+    collect,
     compare_variants,
     fid_after,
     make_rows,
     reach,
+    read_known,
     read_outcome,
     write_results,
 )
@@ -200,9 +202,77 @@ def test_the_distance_after_equal_seconds(study: StudyConfig) -> None:
     assert study.model_copy(update={"after_seconds": [2.5]}).compared == ["fid", "validation_fid_after_2.5_s"]
 
 
+@pytest.fixture
+def planned(study: StudyConfig, tmp_path: Path) -> list[Planned]:
+    """All runs of the study, none of which is made here."""
+    config = read_config(DISTILL_CONFIG, DistillConfig, [f"teacher.path={tmp_path / 'teacher'}"])
+    places = [(c, v, seed) for seed in study.seeds for c in study.conditions for v in study.variants]
+    return [Planned(*place, RunFolder(tmp_path / "none"), config, ()) for place in places]
+
+
+@pytest.fixture
+def elsewhere(results: Results, tmp_path: Path) -> Path:
+    """The study's results, as written on another machine."""
+    write_results(results, tmp_path / "elsewhere")
+    return tmp_path / "elsewhere" / "study.json"
+
+
+def evaluate_teacher(folder: Path, fid: float) -> None:
+    (folder / "teacher" / "evaluation").mkdir(parents=True)
+    RunFolder(folder / "teacher").evaluation_file.write_text(json.dumps({"fid": fid}))
+
+
+def test_runs_that_were_made_elsewhere_count(
+    results: Results, planned: list[Planned], elsewhere: Path, tmp_path: Path
+) -> None:
+    """The same outcomes and comparisons as there, of those that the study plans."""
+    evaluate_teacher(tmp_path, 10.0)
+    study = results.study.model_copy(update={"known": [str(elsewhere)]})
+    found = collect(study, planned, read_known(study, planned))
+    assert sorted(map(repr, found.outcomes)) == sorted(map(repr, results.outcomes))
+    assert found.comparisons == results.comparisons and found.teacher == results.teacher
+    assert found.commits == ["abc"] and found.protocol == results.protocol
+    some = [each for each in planned if each.condition == "short"]
+    assert len(collect(study, some, read_known(study, some)).outcomes) == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        (
+            {"variants": {"kd": {}, "shd": {"losses.shd.weight": 1}, "mean": {}}},
+            "`short shd seed 0` was made with other",
+        ),
+        ({"metrics": ["kid_mean"]}, "`short kd seed 0` has no `kid_mean`"),
+        ({"distill": "configs/emoji/distill.yaml"}, "`short kd seed 0` was made with other"),
+    ],
+)
+def test_other_runs_from_elsewhere_do_not_count(
+    change: dict[str, object], says: str, study: StudyConfig, planned: list[Planned], elsewhere: Path
+) -> None:
+    other = StudyConfig.model_validate({**TREE, **change, "known": [str(elsewhere)]})
+    with pytest.raises(UserError, match=f"{elsewhere}: {says}"):
+        read_known(other, planned)
+
+
+def test_runs_of_another_teacher_do_not_count(
+    study: StudyConfig, planned: list[Planned], elsewhere: Path, tmp_path: Path
+) -> None:
+    evaluate_teacher(tmp_path, 10.5)
+    with pytest.raises(UserError, match="its teacher has other metrics than"):
+        read_known(study.model_copy(update={"known": [str(elsewhere)]}), planned)
+
+
+def test_only_some_variants_run_under_a_condition(study: StudyConfig) -> None:
+    some = StudyConfig.model_validate({**TREE, "only": {"long": ["mean", "kd"]}})
+    assert [some.variants_of(each) for each in some.conditions] == [["kd", "shd", "mean"], ["kd", "mean"]]
+
+
 @pytest.mark.parametrize(
     ("key", "value", "says"),
     [
+        ("only", {"longer": ["kd"]}, "`only` has `longer`, which is none of the conditions"),
+        ("only", {"long": ["vkd"]}, "`only.long` has `vkd`, which is none of the variants"),
         ("reference", "none", "none of the variants"),
         ("seeds", [1, 1], "one seed twice"),
         ("variants", {"../x": {}}, "names a folder"),
