@@ -24,6 +24,7 @@ from shd_diffusion.data.image_sets import Images, ReferenceImages
 from shd_diffusion.data.latents import LatentSource, caption_number, read_manifest
 from shd_diffusion.data.prompts import Prompts, no_images
 from shd_diffusion.data.published import cifar10, fashion_mnist
+from shd_diffusion.data.sampled_images import SampledImages
 from shd_diffusion.data.source import ImageSource, Source
 from shd_diffusion.data.tar_images import ShardedImages
 from shd_diffusion.data.tell import announce_images, describe_classes
@@ -46,6 +47,8 @@ class DataConfig(Section):
     - `image_folder`: a key of `metadata.jsonl`, or `txt` for a .txt beside each image, one caption a line;
     - `webdataset`, whose `path` names shards by braces and wildcards: an extension such as `txt`, or `json.KEY`;
     - `prompts`, which have no images yet: a column; without it `path` is a text file, one prompt a line.
+
+    `samples` are the images that `sample` has written to `path`, such as a teacher's, with their labels.
 
     With captions sub-folders are no classes, and a `label_column` is read only where it is given.
 
@@ -189,6 +192,9 @@ DATASETS: dict[str, DataSet] = {
         ),
         needs=("path", "image_size"),
         takes=("split", "caption_column"),
+    ),
+    "samples": DataSet(
+        lambda config: SampledImages(Path(config.path or "")), needs=("path",), takes=("horizontal_flip",)
     ),
     "latents": DataSet(
         lambda config: open_dataset(_made_from(config)), needs=("path",), takes=("horizontal_flip", "verify")

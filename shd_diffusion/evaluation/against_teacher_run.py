@@ -22,10 +22,10 @@ from shd_diffusion.models.prompts import denoiser_name
 from shd_diffusion.processes import processes
 from shd_diffusion.protocol import OF_THE_MODEL
 from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.sample_folder import Summary, image_path
 from shd_diffusion.sampling.by_class import ByClass
 from shd_diffusion.sampling.by_prompt import ByPrompt
 from shd_diffusion.sampling.execution import denoiser_of, set_execution
-from shd_diffusion.sampling.generate import Summary, image_path
 from shd_diffusion.sampling.image_sampler import ImageSampler
 from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.schedulers import own_scheduler

@@ -26,8 +26,8 @@ from shd_diffusion.model_card import write_card
 from shd_diffusion.models.hub import is_hub_name
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.sample_folder import Summary, image_path, read_summary
 from shd_diffusion.sampling.archive import ARCHIVE
-from shd_diffusion.sampling.generate import Summary, image_path, read_summary
 from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.sample_run import sample_pipeline
 

@@ -11,7 +11,7 @@ from PIL import Image
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_file
 from shd_diffusion.progress import progress_bar
-from shd_diffusion.sampling.generate import image_path, read_summary
+from shd_diffusion.sample_folder import image_path, read_summary
 
 ARCHIVE = "samples.npz"
 

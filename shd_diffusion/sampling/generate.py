@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 from accelerate import PartialState
 from PIL import Image
-from pydantic import BaseModel, Field
 from torch import Tensor
 
 from shd_diffusion.config import SampleConfig
@@ -21,41 +20,9 @@ from shd_diffusion.files import check_ours, locked, read_as, replacing_file, wri
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.protocol import OF_THE_MODEL, flatten
+from shd_diffusion.sample_folder import METADATA, SUMMARY, Summary, image_path, read_summary
 from shd_diffusion.sampling.batching import deal_passes
 from shd_diffusion.sampling.image_sampler import ImageSampler
-
-SUMMARY, METADATA = "sampling.json", "metadata.jsonl"
-
-
-class Summary(BaseModel):
-    """What `sampling.json` says of the images beside it; those from `num_images` on are of a call that has not ended,
-    or of one that wanted more.
-
-    Attributes:
-        num_images: so many were asked for last, and are finished.
-        labels: of these; None where they are not made by class.
-        class_names: of the classes, by their numbers, where they have names.
-        prompts: of these; None where they are not made from prompts.
-        seconds_per_image: of the last call, in one process.
-        protocol: what they depend on.
-    """
-
-    num_images: int = Field(0, ge=0)
-    labels: list[int] | None = None
-    class_names: dict[int, str] | None = None
-    prompts: list[str] | None = None
-    seconds_per_image: float = 0.0
-    protocol: dict[str, Any] = {}
-
-
-def read_summary(folder: Path) -> Summary | None:
-    """What is known of the images in a folder; None where `sample` did not make them.
-
-    Raises:
-        UserError: its `sampling.json` is damaged.
-    """
-    path = folder / SUMMARY
-    return read_as(path, Summary, "delete the folder and sample anew") if path.exists() else None
 
 
 def generate_images(
@@ -157,11 +124,6 @@ def _write(
         write_json(folder / SUMMARY, summary.model_dump())
     state.wait_for_everyone()
     return read_as(folder / SUMMARY, Summary).model_dump()
-
-
-def image_path(folder: Path, index: int) -> Path:
-    """Where image `index` is kept."""
-    return folder / f"{index:06d}.png"
 
 
 def _open(folder: Path, protocol: dict[str, Any]) -> Summary | None:

@@ -12,7 +12,7 @@ from PIL import Image
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_folder
 from shd_diffusion.progress import progress_bar
-from shd_diffusion.sampling.generate import image_path, read_summary
+from shd_diffusion.sample_folder import image_path, read_summary
 from shd_diffusion.sampling.prompts import Prompt
 
 IN_A_GRID = 4

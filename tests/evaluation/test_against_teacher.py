@@ -26,10 +26,10 @@ from shd_diffusion.evaluation.compare import paired_difference
 from shd_diffusion.evaluation.extractors import Extractor
 from shd_diffusion.evaluation.lpips import LPIPS, lpips_is_missing
 from shd_diffusion.randomness import generator
+from shd_diffusion.sample_folder import Summary
 from shd_diffusion.sampling import ClassConditionalPipeline
 from shd_diffusion.sampling.by_class import ByClass, sample_images
 from shd_diffusion.sampling.by_prompt import ByPrompt
-from shd_diffusion.sampling.generate import Summary
 
 PROMPTS = ["a red heart", "b", "the sea at night"]
 INDICES = [4, 0, 8]  # of the second, first and third prompt

@@ -12,7 +12,7 @@ from PIL import Image
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import write_json
-from shd_diffusion.sampling.generate import image_path
+from shd_diffusion.sample_folder import image_path
 from shd_diffusion.sampling.layouts import write_layout
 from shd_diffusion.sampling.prompts import Prompt, read_prompts
 

@@ -17,11 +17,11 @@ from tiny_pipelines import PIPELINES, SIZE
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.randomness import generator
+from shd_diffusion.sample_folder import read_summary
 from shd_diffusion.sampling import ClassConditionalPipeline, generate_images, sample_images
 from shd_diffusion.sampling.batching import deal_passes
 from shd_diffusion.sampling.by_class import ByClass, labels_of
 from shd_diffusion.sampling.by_prompt import ByPrompt
-from shd_diffusion.sampling.generate import read_summary
 
 CONFIG = SampleConfig(num_images=7, num_inference_steps=4, pass_size=3)
 
