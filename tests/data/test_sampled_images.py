@@ -74,13 +74,22 @@ def test_what_is_no_data_is_one_line(said: dict[str, object], says: str, tmp_pat
 def test_a_student_learns_from_its_teachers_images(runs: Path, tmp_path: Path) -> None:
     """Through the commands, and it is compared with real images."""
     run = tmp_path / "student"
-    data = [f"data.name=samples", f"data.path={runs / 'teacher' / 'samples'}", "evaluate.reference={name: digits}"]
-    steps = ["train.max_steps=2", "train.batch_size=8", "sample.num_images=24", "sample.num_inference_steps=2"]
+    data = [
+        "data.name=samples",
+        f"data.path={runs / 'teacher' / 'samples'}",
+        "evaluate.reference={name: digits}",
+    ]
+    steps = [
+        "train.max_steps=2",
+        "train.batch_size=8",
+        "sample.num_images=24",
+        "sample.num_inference_steps=2",
+    ]
     teacher = f"teacher.path={runs / 'teacher'}"
-    code, said, errors = command("distill", DISTILL_CONFIG, *sets(*data, *steps, teacher), "--output", run)
+    code, _, errors = command("distill", DISTILL_CONFIG, *sets(*data, *steps, teacher), "--output", run)
     assert code == 0, errors
     for stage in ("sample", "evaluate"):
-        code, said, errors = command(stage, run)
+        code, _, errors = command(stage, run)
         assert code == 0, errors
     protocol = json.loads((run / "evaluation" / "metrics.json").read_text())["protocol"]
     assert protocol["reference"] == "digits" and protocol["num_reference_images"] == 1797
