@@ -158,14 +158,13 @@ def collect(study: StudyConfig, planned: Sequence[Planned], known: Known) -> Res
     Raises:
         UserError: a metric that the study compares was not computed, or a file is damaged.
     """
-    here = [each.run for each in planned if each.place not in known.outcomes and is_complete(each.run)]
-    outcomes = [
-        known.outcomes.get(each.place) or read_outcome(each, study)
-        for each in planned
-        if each.place in known.outcomes or each.run in here
-    ]
-    commits = {read_as(run.path / "environment.json", Environment).commit for run in here}
-    protocols = [*(read_as(run.evaluation_file, Metrics).protocol for run in here[:1]), *known.protocols]
+    complete = [each for each in planned if each.place not in known.outcomes and is_complete(each.run)]
+    found = {**known.outcomes, **{each.place: read_outcome(each, study) for each in complete}}
+    outcomes = [found[each.place] for each in planned if each.place in found]
+    commits = {read_as(each.run.path / "environment.json", Environment).commit for each in complete}
+    protocols = [
+        *(read_as(each.run.evaluation_file, Metrics).protocol for each in complete[:1]), *known.protocols
+    ]  # fmt: skip
     return Results(
         study=study,
         planned=len(planned),
