@@ -192,7 +192,8 @@ def read_outcome(planned: Planned, study: StudyConfig) -> Outcome:
     """
     run, seconds, last = planned.run, 0.0, 0
     validation = []
-    for entry in read_entries(run.metrics_file):
+    trained = planned.config.train.max_steps > 0  # a run of 0 steps logs none
+    for entry in read_entries(run.metrics_file) if trained else []:
         seconds += entry.seconds_per_step * (entry.step - last)
         last = entry.step
         if entry.validation and entry.validation.fid is not None:

@@ -190,6 +190,17 @@ def test_steps_that_were_left_out_count_as_time(study: StudyConfig, tmp_path: Pa
     ]
 
 
+def test_a_run_of_no_steps_takes_no_time(study: StudyConfig, tmp_path: Path) -> None:
+    """Such as the mean of several students' weights, which is sampled as it is and logs nothing."""
+    run = RunFolder(tmp_path)
+    write_summary(run.path, "distill", 0)
+    run.evaluation_file.parent.mkdir()
+    run.evaluation_file.write_text('{"fid": 6.0}')
+    config = read_config(DISTILL_CONFIG, DistillConfig, ["train.max_steps=0"])
+    outcome = read_outcome(Planned("", "average", 0, run, config, ()), study)
+    assert (outcome.training_seconds, outcome.metrics, outcome.validation) == (0, {"fid": 6.0}, [])
+
+
 def test_the_distance_after_equal_seconds(study: StudyConfig) -> None:
     points = [
         ValidationPoint(100, 10.0, 400.0),
