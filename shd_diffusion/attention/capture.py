@@ -115,6 +115,7 @@ class AttentionCapture:
                     scale=call.scale,
                     mask=call.mask if rows is None else taken(call.mask, rows=rows),
                     counted=counted if counted is None or rows is None else counted[:, rows],
+                    own_keys=_own_keys(streams, stream, call.key.shape[2], tap.rows),
                 )
 
 
@@ -166,3 +167,11 @@ def _rows(streams: Streams, total: int, main: int) -> list[tuple[str, slice | No
     if streams[0] == MAIN:
         return [(MAIN, slice(main)), (CONTEXT, slice(main, None))]
     return [(MAIN, slice(total - main, None)), (CONTEXT, slice(total - main))]
+
+
+def _own_keys(streams: Streams, stream: str, keys: int, main: int) -> slice | None:
+    """Which of a kernel call's keys belong to a stream; None where it has one alone."""
+    if len(streams) == 1:
+        return None
+    first = main if streams[0] == MAIN else keys - main
+    return slice(0, first) if stream == streams[0] else slice(first, keys)

@@ -31,6 +31,7 @@ class AttentionRecord:
             not see has `MASKED` or less.
         counted: which query rows count, (B, Q); None where all do. Rows of padding do not: text that shares a batch
             with a longer prompt has them, where its tokens attend too.
+        own_keys: of joint attention, the keys of the tokens that the query rows are of; None for other attention.
     """
 
     name: str
@@ -42,6 +43,7 @@ class AttentionRecord:
     scale: float
     mask: Tensor | None = None
     counted: Tensor | None = None
+    own_keys: slice | None = None
 
     @property
     def heads(self) -> int:

@@ -66,9 +66,9 @@ class AttentionMSE(Term):
 
 def _mean_of_seen(squared: Tensor, record: AttentionRecord) -> Tensor:
     """Mean over samples of each one's mean over heads and the pairs (query row, key) that count."""
-    if record.mask is None:
-        return squared.mean()
-    seen = record.mask > MASKED
+    seen = torch.ones((), dtype=torch.bool, device=squared.device).expand(len(squared), 1, 1, 1)
+    if record.mask is not None:
+        seen = record.mask > MASKED
     if record.counted is not None:
         seen = seen & record.counted[:, None, :, None]
     seen = (seen if squared.ndim == 4 else seen.any(1)).expand_as(squared)

@@ -44,6 +44,10 @@ class Contrastive(FeatureTerm):
     Config: ClassVar[type[TermConfig]] = ContrastiveConfig
     config: ContrastiveConfig
 
+    @property
+    def fewest_samples(self) -> int:
+        return 3 if self.config.form == "relational" else 2
+
     def projector(self, student_width: int, teacher_width: int, tokens: int) -> nn.Module:
         if self.config.form == "relational":
             return nn.Identity()

@@ -26,9 +26,10 @@ from shd_diffusion.attention.kernels import MASKED
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import forward_kl
 from shd_diffusion.losses.map_divergence import PlainMaps, map_divergence
-from shd_diffusion.losses.padding import alike
+from shd_diffusion.losses.padding import alike, counted_keys
 from shd_diffusion.losses.term import MappedTermConfig, StepOutputs, Term, TermConfig, map_traces
 from shd_diffusion.losses.token_grid import common_grid, on_grid
+from shd_diffusion.models.denoiser import Condition
 from shd_diffusion.models.trace import Trace
 
 Relation = Literal["query", "key", "value"]
@@ -73,7 +74,7 @@ class MiniLM(Term):
             blocks = []
             for name, by in self._pairs_of(relation):
                 records = outputs.teacher.records[by].detached(), outputs.student.records[name]
-                teacher, student = self._both(relation, *alike(*records))
+                teacher, student = self._both(relation, *alike(*records), outputs.batch.condition)
                 of_teacher, of_student = common_grid(teacher, student, size)
                 targets = PlainMaps(*on_grid(teacher, of_teacher, None))
                 student, pool = on_grid(student, of_student, None)
@@ -94,7 +95,11 @@ class MiniLM(Term):
             seen.add(block)
 
     def _both(
-        self, relation: Relation, teacher: AttentionRecord, student: AttentionRecord
+        self,
+        relation: Relation,
+        teacher: AttentionRecord,
+        student: AttentionRecord,
+        condition: Condition | None = None,
     ) -> tuple[AttentionRecord, AttentionRecord]:
         """The records of a relation, whose queries and keys are the same vectors."""
         widths = [getattr(r, relation).shape[1] * getattr(r, relation).shape[3] for r in (teacher, student)]
@@ -107,14 +112,17 @@ class MiniLM(Term):
                 f"{heads} relation heads do not divide the widths {widths[0]} and {widths[1]} of teacher and student; "
                 f"set `relation_heads` to a divisor of {common}"
             )
-        return relation_record(teacher, relation, heads), relation_record(student, relation, heads)
+        both = (relation_record(record, relation, heads, condition or {}) for record in (teacher, student))
+        return next(both), next(both)
 
 
-def relation_record(record: AttentionRecord, relation: Relation, heads: int) -> AttentionRecord:
+def relation_record(
+    record: AttentionRecord, relation: Relation, heads: int, condition: Condition
+) -> AttentionRecord:
     """A record whose maps are the relations R among its queries, keys or values, (B, heads, N, N)."""
     vectors: Tensor = getattr(record, relation)  # (B, H, N, d)
     vectors = vectors.transpose(1, 2).flatten(2).unflatten(2, (heads, -1)).transpose(1, 2)  # (B, A, N, d_r)
-    counted = record.counted if relation == "query" else _seen_keys(record)
+    counted = record.counted if relation == "query" else _seen_keys(record, condition)
     mask = None
     if counted is not None:
         mask = torch.zeros_like(counted, dtype=torch.float32).masked_fill(~counted, MASKED)[:, None, None]
@@ -129,11 +137,11 @@ def relation_record(record: AttentionRecord, relation: Relation, heads: int) -> 
     )
 
 
-def _seen_keys(record: AttentionRecord) -> Tensor | None:
-    """Which keys any query sees, (B, K); None where all do."""
+def _seen_keys(record: AttentionRecord, condition: Condition) -> Tensor | None:
+    """Which keys are of tokens that count, and which any query sees, (B, K); None where all are."""
     samples, _, rows, _ = record.query.shape
     if record.counted is not None and rows == record.key.shape[2]:
         return record.counted
     if record.mask is None:
-        return None
+        return counted_keys(record, condition)
     return (record.mask > MASKED).flatten(1, 2).any(1).expand(samples, -1)

@@ -40,6 +40,20 @@ def with_text_mask(records: Records, condition: Condition) -> dict[str, Attentio
     return {name: marked(name, record) for name, record in records.items()}
 
 
+def counted_keys(record: AttentionRecord, condition: Condition) -> Tensor | None:
+    """Which keys of joint attention are no padding of the text, (B, K), where the model attends to that and only the
+    condition tells it; None elsewhere."""
+    mask, own = condition.get(TEXT_MASK), record.own_keys
+    if mask is None or own is None:
+        return None
+    keys = record.key.shape[2]
+    other = slice(own.stop, keys) if own.start == 0 else slice(0, own.start)
+    text = own if record.name.endswith(CONTEXT) else other
+    if text.stop - text.start != mask.shape[1]:
+        return None
+    return F.pad(mask.to(record.key.device), (text.start, keys - text.stop), value=True)
+
+
 def alike(teacher: AttentionRecord, student: AttentionRecord) -> tuple[AttentionRecord, AttentionRecord]:
     """Both records, in which the same rows count: those that count in both, where both have as many rows."""
     known = [record.counted for record in (teacher, student) if record.counted is not None]
@@ -70,6 +84,18 @@ def row_share(record: AttentionRecord, pool: int, dtype: torch.dtype) -> Tensor:
     samples, _, rows, _ = record.query.shape
     count = record.query.new_full((samples,), rows) if record.counted is None else record.counted.sum(1)
     return pool / count.clamp_min(1).to(dtype)
+
+
+def estimates_all(record: AttentionRecord, drawn: AttentionRecord) -> Tensor:
+    """By what a mean over the drawn rows that count becomes an unbiased estimate of that over all of them, (B, 1).
+
+    It is how many times more of them count than was to be expected: where few rows do, a draw may have none of them.
+    """
+    if record.counted is None or drawn.counted is None:
+        return record.query.new_ones(1, 1, dtype=torch.float64)
+    share = drawn.query.shape[2] / record.query.shape[2]
+    expected = share * record.counted.sum(1, keepdim=True).double()
+    return drawn.counted.sum(1, keepdim=True) / expected.clamp_min(share)
 
 
 def mean_of_rows(values: Tensor, counted: Tensor | None) -> Tensor:

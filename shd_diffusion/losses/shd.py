@@ -13,7 +13,7 @@ from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DIVERGENCES, Divergence
 from shd_diffusion.losses.inspect_loss import Inspection, inspect_block
 from shd_diffusion.losses.map_divergence import SqueezedTeacher, map_divergence, map_stream
-from shd_diffusion.losses.padding import alike
+from shd_diffusion.losses.padding import alike, estimates_all
 from shd_diffusion.losses.sinkhorn import check_grid
 from shd_diffusion.losses.term import (
     MappedTermConfig,
@@ -184,11 +184,12 @@ class SHDLoss:
         size: tuple[int, ...] | None,
     ) -> Tensor:
         """Of one student block, (B, N)."""
-        targets, student, pool = self._prepare(name, teacher, student, step, size)
+        targets, drawn, pool = self._prepare(name, teacher, student, step, size)
         divergence, config = DIVERGENCES[self.config.divergence], self.config
-        return map_divergence(
-            student, targets.by_samples(), divergence, config.temperature, pool, config.compile
+        found = map_divergence(
+            drawn, targets.by_samples(), divergence, config.temperature, pool, config.compile
         )
+        return found * estimates_all(alike(teacher, student)[1], drawn).to(found)
 
     def _prepare(
         self,

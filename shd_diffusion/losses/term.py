@@ -175,6 +175,11 @@ class Term(nn.Module):
         return False
 
     @property
+    def fewest_samples(self) -> int:
+        """So many samples a pass must have, for the term to compare them with one another."""
+        return 1
+
+    @property
     def looks_at(self) -> tuple[Collection[str], Collection[str]]:
         """The student's and the teacher's blocks or modules that are to be captured."""
         return self.pairs.keys(), self.pairs.values()

@@ -18,15 +18,33 @@ from torch import Tensor, nn
 
 def on_grid(rows: Tensor) -> Tensor:
     """Rows (..., C), each rounded to 255 steps between ± its largest; with the gradient of the identity."""
-    step = rows.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) / 127
-    return rows + ((rows / step).round() * step - rows).detach()
+    parts, scale = in_parts(rows)
+    return parts * scale
+
+
+def in_parts(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows (..., C) as 128ths of a scale (..., 1), between ±127/128, in float32 or better.
+
+    Every half precision holds them as they are, and sums of their products too, as far as it reaches.
+    """
+    rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+    scale = rows.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(rows.dtype).tiny) * (128 / 127)
+    parts = rows / scale
+    return parts + ((parts * 128).round() / 128 - parts).detach(), scale
 
 
 class QuantisedLinear(nn.Linear):
-    """A linear layer that computes with rounded weights and features."""
+    """A linear layer that computes with rounded weights and features.
+
+    Under mixed precision sums are rounded, and what becomes of them, neither weights nor features.
+    """
 
     def forward(self, features: Tensor) -> Tensor:
-        return F.linear(on_grid(features), on_grid(self.weight), self.bias)
+        parts, scale = in_parts(features)
+        of_weight, weight_scale = in_parts(self.weight)
+        sums = F.linear(parts, of_weight)
+        found = sums * (scale * weight_scale.mT)
+        return (found if self.bias is None else found + self.bias).to(sums.dtype)
 
 
 def quantise(model: nn.Module) -> None:

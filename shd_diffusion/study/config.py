@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,16 @@ from pydantic import Field, field_validator, model_validator
 
 from shd_diffusion.config import DistillConfig, Section, read_config
 from shd_diffusion.errors import UserError
+from shd_diffusion.files import read_as
 from shd_diffusion.run_folder import RunFolder
 
 Overrides = dict[str, Any]
 
 Place = tuple[str, str, int]
 """A run in its study: condition, variant, seed."""
+
+MEASURED = ("sample", "evaluate", "train.max_steps", "train.micro_batch_size", "train.validation")
+"""What a run may have otherwise and stay the same run, but not the same measurement."""
 
 VARIANT = "variant:"
 """Before the name of a variant, in place of a path."""
@@ -128,9 +133,18 @@ class StudyConfig(Section):
         """What a run has otherwise than `distill`, but for its seed."""
         return {**self.overrides, **self.conditions[condition], **self.variants[variant]}
 
-    def asked(self, condition: str, variant: str) -> tuple[str, Overrides]:
+    def asked(self, condition: str, variant: str) -> tuple[str, Overrides, dict[str, Any] | None]:
         """All that makes a run what it is, but for its seed and what stands in `distill`."""
-        return self.distill, self.overridden(condition, variant)
+        overrides = self.overridden(condition, variant)
+        pretrained = overrides.get("student.pretrained")
+        made = self.compressed.get(pretrained) if isinstance(pretrained, str) else None
+        return self.distill, overrides, made
+
+    @property
+    def varied(self) -> set[str]:
+        """Keys of how a run is measured in which its own runs may differ."""
+        overrides = chain(*self.variants.values(), *self.conditions.values())
+        return {key.split(".")[1] for key in overrides if key.startswith(("sample.", "evaluate."))}
 
     @property
     def compared(self) -> list[str]:
@@ -172,6 +186,11 @@ class Planned:
     @property
     def name(self) -> str:
         return run_name(self.condition, self.variant, self.seed)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether it is trained to its last step, sampled and evaluated."""
+        return self.run.is_complete(self.config) and self.run.evaluation_file.exists()
 
     @property
     def place(self) -> Place:
@@ -224,7 +243,7 @@ def compressed_folder(output: Path, name: str) -> Path:
 
 
 def check(run: RunFolder, config: DistillConfig) -> None:
-    """As `RunFolder.check`, and the run is sampled and evaluated in the same way.
+    """As `RunFolder.check`, and the run is measured in the same way.
 
     Raises:
         UserError: the folder belongs to another config.
@@ -233,9 +252,33 @@ def check(run: RunFolder, config: DistillConfig) -> None:
     if not run.config_file.exists():
         return
     present = run.read_config()
-    for section in ("sample", "evaluate"):
-        if getattr(present, section) != getattr(config, section):
+    for key in MEASURED:
+        there, now = (attrgetter(key)(each) for each in (present, config))
+        if there != now:
             raise UserError(
-                f"{run.config_file}: `{section}` is another than the study's; "
+                f"{run.config_file}: `{key}` is another than the study's; "
                 "give the study another `output` or delete the folder"
             )
+
+
+def check_inputs(planned: Sequence[Planned]) -> None:
+    """See that runs which name the same data, teacher or pretrained student began with the same.
+
+    Raises:
+        UserError: one began with another, such as a teacher that was trained anew at the same place.
+    """
+    seen: dict[tuple[str, str], tuple[str, Path]] = {}
+    for each in (each for each in planned if each.run.inputs_file.exists()):
+        named = {
+            "data": each.config.trained_on,
+            "teacher.path": each.config.teacher.path,
+            "student.pretrained": each.config.student.pretrained,
+        }
+        inputs = read_as(each.run.inputs_file, dict[str, str])
+        for key in inputs.keys() & named.keys():
+            digest, file = seen.setdefault((key, repr(named[key])), (inputs[key], each.run.inputs_file))
+            if inputs[key] != digest:
+                raise UserError(
+                    f"{each.run.inputs_file}: what `{key}` names was another when {file.parent} began, so the two do "
+                    "not compare; delete the runs of one, or give the study another `output`"
+                )

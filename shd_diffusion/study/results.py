@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from math import exp, isclose, log
 from pathlib import Path
@@ -13,13 +13,19 @@ import numpy as np
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_as, write_json, write_text
-from shd_diffusion.protocol import flatten
+from shd_diffusion.protocol import differing, flatten
 from shd_diffusion.reporting.runs import Environment, Metrics, Result, read_entries
 from shd_diffusion.reporting.tables import csv_text
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.statistics import Estimate, Paired, estimate, holm, paired
-from shd_diffusion.study.config import Place, Planned, StudyConfig, run_name, validation_after
-from shd_diffusion.study.runner import is_complete
+from shd_diffusion.study.config import (
+    Place,
+    Planned,
+    StudyConfig,
+    check_inputs,
+    run_name,
+    validation_after,
+)
 
 SAME_TEACHER = 0.01
 """So near are metrics of one training on two machines of a kind: rounding moves a Fréchet distance by 1e-5 of it, and
@@ -116,7 +122,7 @@ class Known:
     """Planned runs that were made elsewhere, by place."""
 
     outcomes: dict[Place, Outcome]
-    protocols: list[dict[str, Any]]
+    protocols: dict[Path, dict[str, Any]]
     commits: set[str]
 
 
@@ -127,7 +133,7 @@ def read_known(study: StudyConfig, planned: Sequence[Planned]) -> Known:
         UserError: a file is missing or damaged or has another teacher, or a run has other overrides or lacks a metric.
             Teachers are told apart by the metrics that are compared, see `SAME_TEACHER`.
     """
-    known = Known({}, [], set())
+    known = Known({}, {}, set())
     teacher = _teacher_metrics(planned)
     for file in map(Path, study.known):
         published = read_as(file, Published)
@@ -147,7 +153,7 @@ def read_known(study: StudyConfig, planned: Sequence[Planned]) -> Known:
                     f"{file}: `{run_name(*place)}` was made with other overrides; take it out of `known`"
                 )
             known.outcomes[place] = outcomes[place]
-        known.protocols.append(published.protocol)
+        known.protocols[file] = published.protocol
         known.commits.update(published.commits)
     return known
 
@@ -156,15 +162,19 @@ def collect(study: StudyConfig, planned: Sequence[Planned], known: Known) -> Res
     """Read what is complete, and put it beside what is known.
 
     Raises:
-        UserError: a metric that the study compares was not computed, or a file is damaged.
+        UserError: a metric that the study compares was not computed, a file is damaged, runs began with different
+            things of one name, or those from elsewhere were measured otherwise.
     """
-    complete = [each for each in planned if each.place not in known.outcomes and is_complete(each.run)]
+    check_inputs(planned)
+    complete = [each for each in planned if each.place not in known.outcomes and each.is_complete]
     found = {**known.outcomes, **{each.place: read_outcome(each, study) for each in complete}}
     outcomes = [found[each.place] for each in planned if each.place in found]
     commits = {read_as(each.run.path / "environment.json", Environment).commit for each in complete}
-    protocols = [
-        *(read_as(each.run.evaluation_file, Metrics).protocol for each in complete[:1]), *known.protocols
-    ]  # fmt: skip
+    own = [read_as(each.run.evaluation_file, Metrics).protocol for each in complete[:1]]
+    for file, protocol in known.protocols.items():
+        for first in own:
+            _check_protocol(file, protocol, first, study.varied)
+    protocols = [*own, *known.protocols.values()]
     return Results(
         study=study,
         planned=len(planned),
@@ -176,6 +186,25 @@ def collect(study: StudyConfig, planned: Sequence[Planned], known: Known) -> Res
         commits=sorted({*filter(None, commits), *known.commits}),
         environment=describe_environment(),
     )
+
+
+def _check_protocol(
+    file: Path, protocol: Mapping[str, Any], own: Mapping[str, Any], varied: Collection[str]
+) -> None:
+    """See that runs from elsewhere were measured as the study's own, but for what varies within it.
+
+    Raises:
+        UserError: they were not, as far as both tell.
+    """
+    flat = [
+        {k: v for k, v in flatten(each).items() if not {*k.split(".")} & {*varied, "seed"}}
+        for each in (protocol, own)
+    ]
+    common = flat[0].keys() & flat[1].keys()
+    if different := differing(*({k: v for k, v in each.items() if k in common} for each in flat)):
+        raise UserError(
+            f"{file}: its runs were measured otherwise than those here ({different[0]}); take it out of `known`"
+        )
 
 
 def _teacher_metrics(planned: Sequence[Planned]) -> dict[str, float]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import check_ours, check_outside
-from shd_diffusion.study.config import StudyConfig, plan_runs
+from shd_diffusion.study.config import StudyConfig, check_inputs, plan_runs
 from shd_diffusion.study.page import write_study
 from shd_diffusion.study.results import collect, read_known, write_results
 from shd_diffusion.study.runner import carry_out
@@ -27,6 +27,7 @@ def run_study(study: StudyConfig, output: Path, command_line: str) -> Path:
     """
     check_ours(output, "study.json", "logs")
     planned = plan_runs(study, output)
+    check_inputs(planned)
     for each in planned:
         check_outside(output, each.config.reads)
     failed = carry_out(study, planned, read_known(study, planned).outcomes, output, command_line)

@@ -135,11 +135,6 @@ def _starter(study: StudyConfig, output: Path, command_line: str) -> Callable[[J
     return lambda job: Submitted(executor.submit(Work(job.worker(command_line), job.log)))
 
 
-def is_complete(run: RunFolder) -> bool:
-    """Whether a run is trained, sampled and evaluated."""
-    return run.summary_file.exists() and run.evaluation_file.exists()
-
-
 def _compression(study: StudyConfig, teacher: str, name: str, output: Path) -> Job:
     """A model to be made of the teacher, unless it is there.
 
@@ -169,7 +164,7 @@ def _missing(run: RunFolder, config: RunConfig, train: list[str]) -> list[list[s
     """The commands that complete a run."""
     sampling, path = run.samples / "sampling.json", str(run.path)
     commands = []
-    if not run.summary_file.exists():
+    if not run.is_complete(config):
         commands.append([*train, "--output", path])
     if not sampling.exists() or read_as(sampling, Samples).num_images < config.sample.num_images:
         commands.append(["sample", path])

@@ -159,12 +159,15 @@ def build(
             of_teacher = f" (teacher {config.teacher.path})" if isinstance(config, DistillConfig) else ""
             raise ValueError(f"key {error}{of_teacher}") from error
     with check("losses.features.projector"):
-        if len(data.groups) > 1 and any(
-            isinstance(module, CrossAttentionProjector)
-            for term in terms.values()
-            for module in term.modules()
-        ):
-            raise ValueError("`attention` is for images of one size, and the cache has several; set `linear`")
+        if any(isinstance(module, CrossAttentionProjector) for t in terms.values() for module in t.modules()):
+            if len(data.groups) > 1:
+                raise ValueError(
+                    "`attention` is for images of one size, and the cache has several; set `linear`"
+                )
+            if config.train.mask_ratio:
+                raise ValueError(
+                    "`attention` is for all tokens, and `train.mask_ratio` hides some; set `linear`"
+                )
     with check("losses.shd.pairing"):
         if isinstance(shd := terms.get("shd"), SHD):
             shd.take_plans(squeezed_by(config))
@@ -191,7 +194,7 @@ def build(
         if config.train.gradient_checkpointing:
             model.enable_gradient_checkpointing()
     with check("train.batch_size"):
-        BatchLayout(config.train.batch_size, config.train.micro_batch_size, processes().num_processes)
+        _check_passes(config, terms)
     if is_quantised(config):
         quantise(model)
     if config.train.compile:
@@ -383,6 +386,28 @@ def _check_co_training(config: RunConfig) -> None:
         if present:
             raise ValueError(
                 f"a teacher that trains too wants other settings: {hindrance}; or remove this key"
+            )
+
+
+def _check_passes(config: RunConfig, terms: Mapping[str, Term]) -> None:
+    """See that every pass has as many images as terms of a batch need, and mixing does.
+
+    Raises:
+        ValueError: too few, which would be a loss of 0 without a word, or fewer than there are processes.
+    """
+    train, num_processes = config.train, processes().num_processes
+    layouts = [
+        BatchLayout(train.batch_size, train.micro_batch_size, num_processes, process)
+        for process in range(num_processes)
+    ]
+    smallest = min(len(places) for layout in layouts for places in layout.passes)
+    needed = {f"losses.{name}": term.fewest_samples for name, term in terms.items()}
+    needed |= {} if train.mix == "none" else {"train.mix": 2}
+    for what, fewest in needed.items():
+        if smallest < fewest:
+            raise ValueError(
+                f"`{what}` compares {fewest} images of a pass or more, and some have {smallest}; raise `batch_size` or "
+                "`micro_batch_size`"
             )
 
 

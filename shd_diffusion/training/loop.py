@@ -175,7 +175,7 @@ def take_step(
             accelerator.backward(total * share)
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.detach() * share
-    average_gradients(state.aux_parameters, accelerator)
+    average_gradients(loss.parameters_at(step), accelerator)
     parameters = [*state.parameters, *state.aux_parameters]
     norm = whole(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
     finite = bool(norm.isfinite())

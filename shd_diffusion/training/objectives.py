@@ -129,6 +129,12 @@ class TrainingLoss:
         """What trains beside the student and is no part of it."""
         return list(self.terms.parameters())
 
+    def parameters_at(self, step: int) -> list[nn.Parameter]:
+        """What of it trains at a step, beside the student: the optimiser leaves alone what has no gradient then."""
+        active = [term for _, term in self._all() if term.weight(step, self.max_steps)]
+        own = [parameter for term in active for parameter in term.parameters()]
+        return own + (self.teacher_parameters() if any(term.needs_teacher for term in active) else [])
+
     def teacher_parameters(self) -> list[nn.Parameter]:
         """Those of a teacher that trains too; none where it does not."""
         return [] if self.teacher is None or self.teacher_rate is None else list(self.teacher.parameters())

@@ -278,6 +278,7 @@ def _validation_loss(run: Run, loss: TrainingLoss) -> Validation | None:
         train.validation.loss_images,
         max(map(len, layout.passes)),
         run.accelerator,
+        parts.null,
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from shd_diffusion.data import Source
 from shd_diffusion.losses.term import Batch
+from shd_diffusion.models.denoiser import Condition
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.training.batches import NoiseSettings, draw_noise, make_batch
 from shd_diffusion.training.diagnostics import GOLDEN_RATIO
@@ -51,6 +52,7 @@ def fixed_batches(
     device: torch.device,
     passes: Sequence[list[int]],
     numbers: Iterable[int],
+    null: Condition,
 ) -> Iterator[Batch]:
     """The batches of some of the passes.
 
@@ -65,7 +67,7 @@ def fixed_batches(
         noise = draw_noise(seed, "validation", places, of_these)
         shares = torch.tensor([(0.5 + GOLDEN_RATIO * place) % 1 for place in places], dtype=torch.float64)
         noise = replace(noise, shares=shares, flipped=torch.zeros_like(noise.flipped))
-        yield make_batch(source, process, items, noise, {}, device)
+        yield make_batch(source, process, items, noise, null, device)
 
 
 def sum_terms(parts: Iterable[tuple[Mapping[str, Tensor], int]]) -> dict[str, Tensor]:
@@ -85,17 +87,19 @@ def make_validation_loss(
     count: int,
     size: int,
     accelerator: Accelerator,
+    null: Condition,
 ) -> Validation:
     """Every term of the loss of a model in evaluation mode, on fixed samples that the processes share.
 
-    The first call finds the teacher's own `denoise` on them too, which the student's is to be compared with. Terms and
-    their weights are those of the first step, whatever decays. As sampling does, it computes in float32.
+    The teacher's own `denoise` on them is told too, which the student's is to be compared with; a frozen one's is found
+    once. Terms and their weights are those of the first step, whatever decays. All is in float32, as in sampling.
 
     Args:
         loss: of the run; open when the validation is called.
         settings: of the run's noise; shape and dropout are not taken from it.
         count: of items.
         size: items that go through the models at once.
+        null: what stands for no condition, which a guided teacher sees beside the sample's own.
     """
     passes = spread(count, source.groups, size)
     total = sum(map(len, passes))
@@ -104,7 +108,9 @@ def make_validation_loss(
     @torch.no_grad()
     def means(terms_of: Callable[[Batch], Mapping[str, Tensor]]) -> dict[str, float]:
         numbers = [number for number, _ in dealt]
-        batches = fixed_batches(source, loss.process, settings, seed, accelerator.device, passes, numbers)
+        batches = fixed_batches(
+            source, loss.process, settings, seed, accelerator.device, passes, numbers, null
+        )
         sums = sum_terms(
             (terms_of(batch), len(batch.clean) * counts)
             for batch, (_, counts) in zip(batches, dealt, strict=True)
@@ -121,6 +127,8 @@ def make_validation_loss(
     def validate(model: ModelMixin) -> tuple[dict[str, object], None]:
         terms, weights = means(partial(loss.plain, model)), loss.weights(0)
         total_loss = sum(weights[name] * value for name, value in terms.items())
+        if loss.teacher_rate is not None:
+            of_teacher.cache_clear()  # it has trained meanwhile
         teacher = {"teacher": of_teacher()} if of_teacher() else {}
         return {"loss": total_loss, "terms": terms, **teacher}, None
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from blocks_of_records import record, shd
+from one_term import on_records
 from torch import Tensor
 
 from shd_diffusion.attention import AttentionRecord
@@ -108,6 +111,65 @@ def test_other_terms_leave_padding_out(name: str, options: dict[str, Any], heads
     found = of(teacher, student)
     expected = (of(alone(teacher, 0), alone(student, 0)) + of(alone(teacher, 1), alone(student, 1))) / 2
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def rows_and_keys(joint: AttentionRecord, text_first: bool) -> dict[str, AttentionRecord]:
+    """A joint block of three image and six text tokens as its two records, and one of a single stream."""
+    image, text = (slice(6, 9), slice(0, 6)) if text_first else (slice(0, 3), slice(3, 9))
+    streams = {"": image, ":context": text}
+    records = {
+        f"blocks.0.attn{suffix}": replace(
+            joint, name=f"blocks.0.attn{suffix}", query=joint.query[:, :, own], own_keys=own
+        )
+        for suffix, own in streams.items()
+    }
+    single = replace(joint, name="single_blocks.0.attn", kind="self", own_keys=None)
+    return records | {"single_blocks.0.attn": single}
+
+
+@pytest.mark.parametrize("text_first", [False, True])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *(("shd", {}), ("attention_mse", {}), ("aligner", {})),
+        *(("minilm", {"relations": [relation]}) for relation in ("query", "key", "value")),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_what_padded_text_holds_changes_nothing_where_a_model_attends_to_it(
+    name: str, options: dict[str, Any], text_first: bool
+) -> None:
+    """The student's own queries of padding; its keys and values too where these are what is compared."""
+    condition = {TEXT_MASK: torch.arange(6) < torch.tensor([4, 6])[:, None]}
+    change = options.get("relations", ["query"])[0]
+    teacher, student = (record(heads=h, queries=9, kind="joint", seed=h) for h in (4, 2))
+    other = getattr(student, change).clone()
+    for padding in [(0, 4), (0, 5)] if text_first else [(0, 7), (0, 8)]:
+        other[padding[0], :, padding[1]] += 5.0
+    values = []
+    for one in (student, replace(student, **{change: other})):
+        both = [with_text_mask(rows_and_keys(each, text_first), condition) for each in (teacher, one)]
+        if not text_first:  # models of a single stream put text first
+            both = [{n: r for n, r in each.items() if not n.startswith("single")} for each in both]
+        term, outputs = on_records(name, *both, **options)
+        values.append(term(replace(outputs, batch=replace(outputs.batch, condition=condition))).item())
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+    assert values[0] > 0
+
+
+@pytest.mark.parametrize("real", [1, 3, 9])
+def test_some_rows_estimate_all_of_them_whatever_the_padding(real: int) -> None:
+    """The mean over all draws of three of nine rows, each as likely as the others, is the loss on all rows."""
+    counted = (torch.arange(TOKENS) < real).expand(2, -1)
+    teacher, student = (replace(record(heads=h, queries=TOKENS, seed=h), counted=counted) for h in (4, 2))
+    full = shd()({"block": teacher}, {"block": student}).item()
+    loss = shd(rows=1 / 3)
+    found = []
+    with pytest.MonkeyPatch.context() as patch:
+        for rows in itertools.combinations(range(TOKENS), 3):
+            patch.setattr("shd_diffusion.losses.shd.sample_rows", lambda *_, rows=rows: torch.tensor(rows))
+            found.append(loss({"block": teacher}, {"block": student}).item())
+    assert np.mean(found) == pytest.approx(full, rel=1e-12)
 
 
 def test_padded_text_that_a_model_attends_to_does_not_count_either() -> None:

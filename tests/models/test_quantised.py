@@ -51,3 +51,21 @@ def test_a_run_saves_plain_layers_whose_weights_are_of_8_bits(tmp_path: Path) ->
             steps = weight / np.abs(weight).max(1, keepdims=True).astype(np.float64) * 127
             assert steps == pytest.approx(np.rint(steps), abs=1e-4)  # float32 rounds 127 steps by 8e-6 of one
     assert "255 values a row" in (tmp_path / "run/pipeline/README.md").read_text()
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16], ids=str)
+def test_mixed_precision_rounds_neither_weights_nor_features_once_more(half: torch.dtype) -> None:
+    """The outputs are those of the 8-bit layer, but for two roundings of each to half precision."""
+    torch.manual_seed(0)
+    layer = nn.Linear(512, 64)
+    features = torch.randn(8, 512) * 30
+    quantise(layer)
+    exact = layer.double()(features.double()).detach()
+    with torch.autocast("cpu", half):
+        found = layer.float()(features)
+    assert found.dtype == half
+    bias = layer.bias.detach().abs().max()
+    error = (found - exact).abs() / (
+        exact.abs() + bias
+    )  # half a step each of the sum and of what becomes of it
+    assert error.max() < 1.01 * torch.finfo(half).eps

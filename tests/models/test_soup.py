@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from commands import DISTILL_CONFIG, command, sets
+from diffusers import DiTTransformer2DModel
 from safetensors.numpy import load_file
 from small_models import small_dit
 
@@ -52,4 +53,13 @@ def test_models_of_other_shapes_have_none(folders: list[Path], tmp_path: Path) -
     with pytest.raises(
         UserError, match=rf"{tmp_path}/other: its weights have other shapes than those of {folders[0]}"
     ):
+        build_model(ModelConfig(pretrained=[str(folders[0]), str(tmp_path / "other")]))
+
+
+def test_heads_of_another_width_have_none(folders: list[Path], tmp_path: Path) -> None:
+    """As many channels, and weights of the same shapes."""
+    config = small_dit(3).config
+    config = {**config, "num_attention_heads": 6, "attention_head_dim": config.attention_head_dim // 2}
+    DiTTransformer2DModel.from_config(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match="/other: its `num_attention_heads` is another than that of"):
         build_model(ModelConfig(pretrained=[str(folders[0]), str(tmp_path / "other")]))

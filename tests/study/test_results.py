@@ -266,6 +266,52 @@ def test_other_runs_from_elsewhere_do_not_count(
         read_known(other, planned)
 
 
+def test_models_of_one_name_made_otherwise_do_not_count(
+    outcomes: list[Outcome], planned: list[Planned], tmp_path: Path
+) -> None:
+    tree = {**TREE, "variants": {**TREE["variants"], "kd": {"student.pretrained": "small"}}}
+    there, here = (
+        StudyConfig.model_validate({**tree, "compressed": {"small": {"heads": heads}}}) for heads in (4, 2)
+    )
+    written = Results(there, 18, outcomes, [], [], {}, {}, [], {})
+    write_results(written, tmp_path / "there")
+    known = {"known": [str(tmp_path / "there" / "study.json")]}
+    assert len(read_known(there.model_copy(update=known), planned).outcomes) == len(outcomes)
+    with pytest.raises(UserError, match="`short kd seed 0` was made with other"):
+        read_known(here.model_copy(update=known), planned)
+
+
+@pytest.mark.parametrize(
+    ("varied", "protocol", "says"),
+    [
+        ({}, {"num_images": 50_000, "seed": 3}, "measured otherwise than those here .num_images: 50000 . 24"),
+        ({}, {"num_images": 24, "earlier_versions_knew_less": 1}, None),
+        ({"sample.num_images": 50_000}, {"num_images": 50_000}, None),  # as variants of this study are
+    ],
+)
+def test_runs_that_were_measured_otherwise_elsewhere_do_not_count(
+    varied: dict[str, object], protocol: dict[str, object], says: str | None, results: Results,
+    planned: list[Planned], tmp_path: Path,
+) -> None:  # fmt: skip
+    study = results.study.model_copy(update={"variants": {"kd": {}, "shd": varied, "mean": {}}})
+    write_results(replace(results, study=study, protocol=protocol), tmp_path / "there")
+    study = study.model_copy(update={"known": [str(tmp_path / "there" / "study.json")], "seeds": [2]})
+    here = replace(planned[0], seed=9, run=RunFolder(tmp_path / "own"))  # a run that is not known
+    run = here.run
+    run.evaluation_file.parent.mkdir(parents=True)
+    run.evaluation_file.write_text(json.dumps({"fid": 5.0, "protocol": {"num_images": 24, "seed": 9}}))
+    (run.path / "environment.json").write_text('{"commit": "abc"}')
+    line = {"step": 1, "seconds_per_step": 1.0, "validation": {"fid": 7.0}}
+    run.metrics_file.write_text(json.dumps(line) + "\n")
+    write_summary(run.path, "distill", here.config.train.max_steps)
+    known = read_known(study, [here, *planned])
+    if says is None:
+        assert len(collect(study, [here, *planned], known).outcomes) == 1 + len(known.outcomes)
+    else:
+        with pytest.raises(UserError, match=says):
+            collect(study, [here, *planned], known)
+
+
 def test_runs_of_another_teacher_do_not_count(
     study: StudyConfig, planned: list[Planned], elsewhere: Path, tmp_path: Path
 ) -> None:

@@ -14,11 +14,16 @@ import pytest
 import yaml
 from commands import DISTILL_CONFIG, command, sets
 from forks import Fork
+from random_runs import write_summary
 from safetensors.torch import load_file
 from studies import STEPS, stand_in, study_file
 
-from shd_diffusion.errors import DivergedError
+from shd_diffusion.config import read_config
+from shd_diffusion.errors import DivergedError, UserError
+from shd_diffusion.files import write_json
 from shd_diffusion.study import runner
+from shd_diffusion.study.config import Planned, StudyConfig, plan_runs
+from shd_diffusion.study.results import collect, read_known
 
 
 def start_fork(job: runner.Job, command_line: str, threads: int) -> Fork:
@@ -171,3 +176,45 @@ def test_a_wrong_override_stops_before_anything_runs(key: str, says: str, tmp_pa
     study = study_file(tmp_path, tmp_path / "teacher", variants={"kd": {}, "odd": {key: 1}})
     code, _, errors = command("study", study)
     assert code == 2 and says in errors and not (tmp_path / "study").exists()
+
+
+@pytest.mark.parametrize(
+    "change", [("train.max_steps", 20), ("train.micro_batch_size", 4), ("train.validation.num_images", 30)]
+)
+def test_runs_that_were_measured_otherwise_are_no_results(change: tuple[str, int], tmp_path: Path) -> None:
+    """They could go on as the same runs, but what they have is no answer to the study as it is now."""
+    before, _ = plan(study_file(tmp_path, tmp_path / "teacher"))
+    before[0].run.path.mkdir(parents=True)
+    before[0].run.write_config(before[0].config)
+    key, value = change
+    overrides = {**STEPS, "teacher.path": str(tmp_path / "teacher"), key: value}
+    with pytest.raises(UserError, match=r"config.yaml: `train\..*` is another than the study's"):
+        plan(study_file(tmp_path, tmp_path / "teacher", overrides=overrides))
+
+
+def test_a_run_that_was_saved_early_is_not_complete(tmp_path: Path) -> None:
+    planned, study = plan(study_file(tmp_path, tmp_path / "teacher"))
+    run = planned[0].run
+    run.path.mkdir(parents=True)
+    write_summary(run.path, "distill", 5)
+    run.evaluation_file.parent.mkdir()
+    run.evaluation_file.write_text('{"fid": 1.0}')
+    assert not planned[0].is_complete and not collect(study, planned, read_known(study, planned)).outcomes
+    job = runner._missing(run, planned[0].config, ["distill"])
+    assert [line[0] for line in job] == ["distill", "sample", "evaluate"]
+
+
+def test_runs_of_two_teachers_at_one_place_are_no_study(tmp_path: Path) -> None:
+    planned, study = plan(study_file(tmp_path, tmp_path / "teacher"))
+    for each, digest in zip(planned, "aaba", strict=True):
+        each.run.path.mkdir(parents=True)
+        write_json(each.run.inputs_file, {"data": "x", "teacher.path": digest})
+    with pytest.raises(UserError, match=r"seed-1/inputs\.json: what `teacher\.path` names was another when"):
+        collect(study, planned, read_known(study, planned))
+    write_json(planned[2].run.inputs_file, {"data": "x", "teacher.path": "a"})
+    collect(study, planned, read_known(study, planned))
+
+
+def plan(file: Path) -> tuple[list[Planned], StudyConfig]:
+    study = read_config(file, StudyConfig)
+    return plan_runs(study, Path(study.output)), study

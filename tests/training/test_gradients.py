@@ -51,3 +51,27 @@ def test_they_reach_the_student_and_the_projectors_and_nobody_else(
     assert queries.grad is not None and queries.grad.abs().max() > 0
     moved = [not torch.equal(old, new) for old, new in zip(before, state.ema.shadow_params, strict=True)]
     assert any(moved)  # the average follows the weights, not the gradients
+
+
+def test_a_projector_rests_until_its_term_counts(tmp_path: Path) -> None:
+    """Neither decayed nor stepped on before, so that AdamW's bias correction begins with its own first gradient."""
+    off = [f"losses.{name}.weight=0" for name, term in TERMS.items() if term.captures is not None]
+    options = ["losses.features.weight=1", "losses.features.during=[0.5, 1]", "train.max_steps=4"]
+    changes = [*OVERRIDES[:2], *off, *options, "train.weight_decay=1", "train.lr_schedule=constant"]
+    config = read_config(DISTILL_CONFIG, DistillConfig, changes)
+    teacher = small_dit(12).requires_grad_(False)
+    parts = build(config, "here", build_source(config.data), Teacher(teacher))
+    accelerator = make_accelerator(config.train, tmp_path)
+    loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, 4)
+    state = TrainState.prepare(parts.model, loss.parameters(), config.train, accelerator)
+    layout, weights = BatchLayout(4), [p.detach().clone() for p in loss.parameters()]
+    moved = []
+    with loss:
+        loader = parts.loader(accelerator.device)(layout, 0)
+        for step in range(4):
+            take_step(state, loss, loader.step(step), 1, step, config.train, accelerator)
+            pairs = zip(loss.parameters(), weights, strict=True)
+            moved.append(any(not torch.equal(now, first) for now, first in pairs))
+    assert moved == [False, False, True, True]
+    counts = {int(state.optimizer.state[p]["step"]) for p in loss.parameters()}
+    assert counts == {2}

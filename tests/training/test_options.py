@@ -260,10 +260,35 @@ def test_terms_that_masked_passes_do_not_allow_are_refused(tmp_path: Path) -> No
             "distill", configs / "mdtv2-distill.yaml", "--output", run, *more, *arguments
         )
         assert code == 2 and "train.mask_ratio" in errors and says in errors, errors
-        assert not run.exists()
+    arguments = sets(
+        "losses.features.weight=1", "losses.features.projector=attention", f"teacher.path={teacher}"
+    )
+    code, _, errors = command("distill", configs / "mdtv2-distill.yaml", "--output", run, *more, *arguments)
+    assert code == 2 and "key `losses.features.projector`: `attention` is for all tokens" in errors
+    assert not run.exists()
 
 
 def test_a_pretrained_model_is_not_also_described(folder: Path, tmp_path: Path) -> None:
     arguments = sets(*SHORT, f"teacher.path={folder / 'teacher'}", f"student.pretrained={folder / 'plain'}")
     code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
     assert code == 2 and "`pretrained` gives class and arguments too" in errors
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        (["losses.contrastive.weight=1", "train.micro_batch_size=1"], "contrastive` compares 2 images"),
+        (
+            ["losses.contrastive.weight=1", "losses.contrastive.form=relational", "train.micro_batch_size=3"],
+            "contrastive` compares 3 images of a pass or more, and some have 2",  # 4 as 2 and 2
+        ),
+        (["train.mix=mixup", "train.micro_batch_size=1"], "train.mix` compares 2 images"),
+    ],
+)
+def test_passes_too_small_for_what_compares_their_images_are_refused(
+    changes: list[str], says: str, runs: Path, tmp_path: Path
+) -> None:
+    arguments = sets("train.batch_size=4", f"teacher.path={runs / 'teacher'}", *changes)
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", tmp_path / "run", *arguments)
+    assert code == 2 and "train.batch_size" in errors and says in errors, errors
+    assert not (tmp_path / "run").exists()

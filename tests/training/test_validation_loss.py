@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from copy import deepcopy
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +82,8 @@ def build(models: tuple[ModelMixin, ModelMixin], **options: dict[str, object]) -
 def validated(
     loss: TrainingLoss, student: ModelMixin, settings: NoiseSettings = SETTINGS, count: int = 7, size: int = 3
 ) -> dict[str, object]:
-    validate = make_validation_loss(loss, SOURCE, settings, 0, count, size, Accelerator(cpu=True))
+    null = null_condition(student)
+    validate = make_validation_loss(loss, SOURCE, settings, 0, count, size, Accelerator(cpu=True), null)
     with loss:
         metrics, picture = validate(student)
     assert picture is None
@@ -132,7 +134,7 @@ def shares(loss: TrainingLoss, student: ModelMixin, processes: int) -> dict[str,
         for process in range(processes):
             dealt = deal(passes, process, processes)
             batches: Iterable = fixed_batches(
-                SOURCE, PROCESS, SETTINGS, 0, CPU, passes, [number for number, _ in dealt]
+                SOURCE, PROCESS, SETTINGS, 0, CPU, passes, [number for number, _ in dealt], {}
             )
             sums = sum_terms(
                 (loss.plain(student, batch), len(batch.clean) * counts)
@@ -160,7 +162,7 @@ def test_neither_dropout_nor_the_step_nor_the_size_of_passes_matters(
     found = validated(loss, models[1])
     dropped = NoiseSettings(SOURCE.shape, condition_dropout=0.99, timestep_sampling="logit_normal")
     assert validated(loss, models[1], dropped) == found
-    (batch,) = fixed_batches(SOURCE, PROCESS, dropped, 0, CPU, spread(64, SOURCE.groups, 64), [0])
+    (batch,) = fixed_batches(SOURCE, PROCESS, dropped, 0, CPU, spread(64, SOURCE.groups, 64), [0], {})
     assert (batch.condition["class_labels"] < 10).all()
     assert batch.timesteps.double().sort().values.diff().max() < 1000 / 64 * 2  # all of the schedule
     with loss:
@@ -171,6 +173,35 @@ def test_neither_dropout_nor_the_step_nor_the_size_of_passes_matters(
     assert "teacher" not in validated(alone, models[1])
     sizes = [validated(loss, models[1], size=size)["terms"] for size in (1, 7)]
     assert sizes[0] == pytest.approx(sizes[1], rel=1e-5)
+
+
+def test_a_guided_teacher_is_what_is_trained_on(models: tuple[ModelMixin, ModelMixin]) -> None:
+    """‖x − (y₀ + w (y₁ − y₀))‖² as in training, y₀ without a label, y₁ with it."""
+    teacher, student = models
+    found = validated(build(models, output={"guidance_scale": 3.0}), student)
+    (batch,) = fixed_batches(SOURCE, PROCESS, SETTINGS, 0, CPU, spread(7, SOURCE.groups, 7), [0], {})
+    with torch.no_grad():
+        without, by_label = (
+            predict(teacher, batch.noised, batch.timesteps, {"class_labels": labels})
+            for labels in (torch.full((7,), 10), batch.condition["class_labels"])
+        )
+        prediction = predict(student, batch.noised, batch.timesteps, batch.condition)
+    expected = (prediction - (without + 3 * (by_label - without))).square().mean().item()
+    plain = (prediction - by_label).square().mean().item()
+    assert found["terms"]["output"] == pytest.approx(expected, rel=1e-5) and expected > 1.01 * plain
+
+
+def test_a_teacher_that_trains_too_is_measured_anew(models: tuple[ModelMixin, ModelMixin]) -> None:
+    teacher = deepcopy(models[0])
+    null = null_condition(teacher)
+    for rate, changes in ((None, False), (0.1, True)):
+        loss = build((teacher, models[1]))
+        loss.teacher_rate = rate
+        validate = make_validation_loss(loss, SOURCE, SETTINGS, 0, 4, 4, Accelerator(cpu=True), null)
+        with loss, torch.no_grad():
+            before = validate(models[1])[0]["teacher"]
+            teacher.proj_out_2.weight.mul_(2)
+            assert (validate(models[1])[0]["teacher"] != before) == changes
 
 
 # --- in a run ----------------------------------------------------------------------------------------------------
