@@ -471,7 +471,8 @@ def evaluate(
     from shd_diffusion.run_folder import RunFolder
 
     options = {"reference": reference, "extractor": extractor, "extractor_weights": extractor_weights}
-    overrides = [*(set_ or []), *(f"evaluate.{key}={value}" for key, value in options.items() if value)]
+    quoted = (f"evaluate.{key}={json.dumps(value)}" for key, value in options.items() if value)
+    overrides = [*(set_ or []), *quoted]
     overrides += [f"evaluate.metrics=[{metrics}]"] if metrics else []
     if output is not None and (len(targets) > 1 or not is_pipeline(str(targets[0]))):
         raise UserError(f"--output {output}: is for the samples of one pipeline; remove it")
@@ -533,7 +534,7 @@ def benchmark(
     from rich.console import Console
 
     from shd_diffusion.benchmark.describe import tables
-    from shd_diffusion.benchmark.run_benchmark import Plan
+    from shd_diffusion.benchmark.run_benchmark import Plan, check_written
     from shd_diffusion.benchmark.run_benchmark import benchmark as run_stage
     from shd_diffusion.files import write_json
 
@@ -541,6 +542,8 @@ def benchmark(
     overrides = [*(set_ or []), *(f"sample.{key}={value}" for key, value in options.items() if value)]
     if output is not None and output.is_dir():
         raise UserError(f"--output {output}: is a folder; give a file")
+    if output is not None and output.exists():
+        check_written(output)
     plan = Plan(
         tuple(sorted(_numbers("--batch-size", batch_size, "1,16"))),
         rounds,
@@ -695,6 +698,10 @@ def compress(
         )
     if only_plan and asked is None:
         raise UserError("--dry-run: shows what a budget comes to; add one, such as --budget macs=0.5")
+    if heads is neurons is blocks is budget is None:
+        raise UserError(
+            "nothing is to leave: give --heads, --neurons, --blocks, or a --budget such as macs=0.5"
+        )
     if output is None and not only_plan:
         raise UserError("--output DIR is missing: the folder for the smaller pipeline")
     if output is not None:
@@ -765,7 +772,7 @@ def _numbers(option: str, text: str, example: str) -> list[int]:
 
 def _count(number: float | None) -> int | float | None:
     """A share below 1, a number from 1 on."""
-    if number is not None and not math.isfinite(number):
+    if number is not None and not (number < 1 or float(number).is_integer()):
         raise UserError(f"--heads, --neurons: {number} is no number of them; give a share or a whole number")
     return number if number is None or number < 1 else int(number)
 

@@ -24,7 +24,7 @@ from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import holds_files, replacing_folder, write_json, write_text
 from shd_diffusion.models.denoiser import count_parameters, predict
-from shd_diffusion.models.factory import TeacherConfig
+from shd_diffusion.models.factory import TeacherConfig, cast, stored_dtype
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.processes import processes
@@ -33,7 +33,7 @@ from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import save_pipeline
 from shd_diffusion.squeezing.plan import PLANS_FILE, plan_groups, plans_to_json
 from shd_diffusion.summary import Summary
-from shd_diffusion.training.build import conditions_of
+from shd_diffusion.training.build import check_data
 from shd_diffusion.training.calibration import calibration_batches
 
 
@@ -77,7 +77,7 @@ def calibrate(
     teacher = load_teacher(TeacherConfig(path=path))
     model, source = teacher.model.to(processes().device), build_source(config.trained_on)
     try:
-        source.condition_names = conditions_of(model, source)
+        check_data(model, teacher.pipeline, source)
         scheduler = scheduler_for(config.diffusion, teacher.scheduler, False)
         process = ForwardProcess.from_scheduler(scheduler)
     except ValueError as error:
@@ -162,6 +162,10 @@ def compress_run(
         one = first_sample(calibration.batches)
         own = cost_of(found.model, plan.budget.unit, partial(predict, found.model, *one))
         results["plan"] = {**asdict(plan), "lost": plan.lost, "measured_after": own}
+    if teacher.pipeline is not None:
+        dtype = stored_dtype(teacher.pipeline.local() / teacher.pipeline.part)
+        cast(found.model, dtype)  # what is as small as its teacher's: both compute in float32
+        results["dtype"] = str(dtype).removeprefix("torch.")
     with replacing_folder(output) as temporary:
         scheduler, names = calibration.scheduler, source.class_names
         save_pipeline(found.model, teacher.pipeline, scheduler, vae, source.shape, temporary, names)

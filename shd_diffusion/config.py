@@ -296,12 +296,17 @@ class _Loader(yaml.SafeLoader):
     }
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes what either version of YAML would not read back as text."""
+
+
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("^(true|false)$"), list("tf"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
-    list("-+.0123456789"),
-)
+for _of in (_Loader, _Dumper):
+    _of.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)$"),
+        list("-+.0123456789"),
+    )
 
 
 def _mapping_of_single_keys(loader: _Loader, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -429,16 +434,28 @@ def check_read(overrides: Iterable[str], sections: Sequence[str], what: str) -> 
 
 
 def parse_config(tree: dict[str, Any], kind: type[AnyConfig], source: str) -> AnyConfig:
-    """Check a tree of plain values against a config model; `source` is the name used in messages."""
+    """Check a tree of plain values against a config model; `source` is the name used in messages.
+
+    Paths that begin with `~/` are those of the home folder, as in a shell.
+    """
     try:
-        return kind.model_validate(tree)
+        return kind.model_validate(_at_home(tree))
     except ValidationError as error:
         raise UserError(f"{source}: {_explain(error, kind)}") from None
 
 
+def _at_home(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _at_home(value) for key, value in tree.items()}
+    if isinstance(tree, list):
+        return [_at_home(value) for value in tree]
+    return str(Path(tree).expanduser()) if isinstance(tree, str) and tree.startswith("~/") else tree
+
+
 def dump_config(config: BaseModel) -> str:
     """The resolved config as YAML; reading it back gives the same config."""
-    return yaml.safe_dump(config.model_dump(mode="json", by_alias=True), sort_keys=False, allow_unicode=True)
+    tree = config.model_dump(mode="json", by_alias=True)
+    return yaml.dump(tree, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:

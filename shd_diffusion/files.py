@@ -31,6 +31,9 @@ WRITE_AGAIN = "delete it and run the command that wrote it again"
 TEMPORARY = re.compile(r"\..+\.tmp(-\d+)?|\.tmp\w{6}")
 
 
+LOCK = ".lock"
+
+
 class Processes(Protocol):
     """What an `accelerate.Accelerator` knows of its fellow processes."""
 
@@ -120,7 +123,7 @@ def locked(folder: Path, processes: Processes | None = None) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as file:  # as it is, if it is there
+    with (folder / LOCK).open("a") as file:  # as it is, if it is there
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -237,9 +240,10 @@ def json_sha256(content: Any) -> str:
 
 
 def holds_files(path: Path) -> bool:
-    """Whether there is anything but what a killed call has left, which has a dot before its name."""
+    """Whether there is anything but what a killed call has left: temporary names, and a lock."""
     return path.exists() and (
-        not path.is_dir() or any(not inside.name.startswith(".") for inside in path.iterdir())
+        not path.is_dir()
+        or any(inside.name != LOCK and not TEMPORARY.fullmatch(inside.name) for inside in path.iterdir())
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,9 +62,10 @@ def as_step(checkpoint: str) -> int:
 def run_name(path: Path) -> str:
     """What to call the run in a folder: a checkpoint of it by its step."""
     path = path.resolve()
-    if path.parent.name != STEPS:
+    step = re.fullmatch(r"step-(\d+)", path.name)
+    if path.parent.name != STEPS or step is None:
         return path.name
-    return f"{path.parent.parent.name} at step {int(path.name.removeprefix('step-'))}"
+    return f"{path.parent.parent.name} at step {int(step[1])}"
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Configs: what is read, and what is refused in one line that names file, key and fix."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from shd_diffusion.config import (
 )
 from shd_diffusion.data.prepare import PrepareConfig
 from shd_diffusion.errors import UserError
+from shd_diffusion.shipped import copy_configs, find_config
 from shd_diffusion.study.config import StudyConfig
 from shd_diffusion.training.text_pipeline import TextPipelineConfig
 
@@ -29,6 +31,35 @@ def test_dumped_config_reads_back_the_same(tmp_path: Path) -> None:
     assert config.losses["shd"].weight == 2.0
     (tmp_path / "copy.yaml").write_text(dump_config(config))
     assert read_config(tmp_path / "copy.yaml", DistillConfig) == config
+
+
+@pytest.mark.parametrize("text", ["1e-4", "2e5", "on", "2026-01-02", "~", "0o7", "null", "a # b", "é: x"])
+def test_a_text_that_looks_like_something_else_reads_back(text: str, tmp_path: Path) -> None:
+    config = read_config(DISTILL, DistillConfig, [f"output={json.dumps(text)}"])
+    (tmp_path / "copy.yaml").write_text(dump_config(config))
+    assert read_config(tmp_path / "copy.yaml", DistillConfig).output == text
+
+
+def test_a_path_may_begin_at_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = read_config(
+        DISTILL, DistillConfig, ["output=~/runs/a", "sample.prompts=~/b", "teacher.path=a~/c"]
+    )
+    assert (config.output, config.sample.prompts, config.teacher.path) == (
+        "/home/me/runs/a",
+        "/home/me/b",
+        "a~/c",
+    )
+
+
+def test_copied_configs_name_one_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    copy_configs(Path("mine"))
+    named = read_config(Path("mine/emoji/distill.yaml"), DistillConfig).sample.prompts
+    assert named == "mine/emoji/prompts.txt" and Path(named).is_file()
+    found = read_config(Path("mine/text-to-image/flux-dev.yaml"), DistillConfig).teacher.config
+    assert found is not None and find_config(Path(found)).is_dir()
+    assert find_config(Path("configs/text-to-image/teachers/flux-dev")).is_dir()  # the package's own
 
 
 def test_override_leaves_the_rest_alone() -> None:

@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from shd_diffusion.errors import UserError, refusal
 from shd_diffusion.files import (
     check_outside,
+    holds_files,
     locked,
     read_as,
     read_json,
@@ -79,6 +80,22 @@ def test_what_a_killed_command_has_left_is_removed(tmp_path: Path) -> None:
     with locked(tmp_path):
         pass
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {*kept, ".lock"}
+
+
+@pytest.mark.parametrize(
+    ("name", "holds"),
+    [
+        (".git", True),
+        (".gitattributes", True),
+        (".lock", False),
+        (".pipeline.tmp", False),
+        (".tmpAbC12x", False),
+    ],
+)
+def test_what_is_hidden_is_somebodys_too(name: str, holds: bool, tmp_path: Path) -> None:
+    """Such as in a repository that was just cloned; what a killed command has left is nobody's."""
+    (tmp_path / name).mkdir()
+    assert holds_files(tmp_path) is holds
 
 
 def test_nothing_is_written_among_what_is_read(tmp_path: Path) -> None:

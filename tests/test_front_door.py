@@ -15,7 +15,7 @@ from commands import FEW_IMAGES, command, sets
 from shd_diffusion import hub_upload
 from shd_diffusion.config import parse_yaml
 from shd_diffusion.model_card import card
-from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.run_folder import RunFolder, run_name
 
 
 def test_version() -> None:
@@ -28,6 +28,22 @@ def test_a_stage_says_what_comes_next(runs: Path) -> None:
     assert code == 0 and errors.splitlines()[-1] == f"done; next: shd-diffusion evaluate {run}"
     code, _, errors = command("evaluate", run)
     assert code == 0 and errors.splitlines()[-1] == f"done; next: shd-diffusion report {run}"
+
+
+def test_a_reference_is_taken_as_it_is_written_and_lost_metrics_are_told(runs: Path, tmp_path: Path) -> None:
+    run, place = runs / "teacher", tmp_path / "ref #2: pics"
+    assert command("sample", run, *sets(*FEW_IMAGES))[0] == 0
+    shutil.copytree(run / "samples", place)
+    assert command("evaluate", run)[0] == 0
+    code, output, errors = command("evaluate", run, "--reference", place, "--metrics", "fid")
+    assert code == 0 and abs(json.loads(output)["fid"]) < 1e-3, errors  # its own images
+    assert "metrics.json: replaced; it had " in errors and "kid_mean" in errors
+    assert command("evaluate", run)[0] == 0
+
+
+def test_a_folder_called_steps_is_a_folder(tmp_path: Path) -> None:
+    for name, told in (("three", "three"), ("step-00000005", "run at step 5")):
+        assert run_name(tmp_path / "run" / "steps" / name) == told
 
 
 def test_a_run_has_a_card_with_its_metrics(runs: Path) -> None:

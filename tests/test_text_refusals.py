@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from commands import command
+from diffusers import DiffusionPipeline, EDMEulerScheduler
 from PIL import Image
 from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE, t5
 
 from shd_diffusion.config import DistillConfig, TrainTeacherConfig, read_config, read_prepare_config
 from shd_diffusion.data.prepare import prepare
 from shd_diffusion.errors import UserError
+from shd_diffusion.models.factory import load_model
 from shd_diffusion.training.run import train
 
 FAMILY = "pixart-sigma"
@@ -101,6 +105,24 @@ def exchange_tokenizer(root: Path) -> None:
 def spoil_class(root: Path) -> None:
     file = root / "teacher" / "model_index.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"_class_name": "NoSuchPipeline"}))
+
+
+def add_denoiser(root: Path) -> None:
+    file = root / "teacher" / "model_index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps(index | {"transformer_2": index["transformer"]}))
+
+
+def of_edm(root: Path) -> None:
+    EDMEulerScheduler().save_pretrained(root / "teacher" / "scheduler")
+    file = root / "teacher" / "model_index.json"
+    index = json.loads(file.read_text())
+    file.write_text(json.dumps(index | {"scheduler": ["diffusers", "EDMEulerScheduler"]}))
+
+
+def other_images(root: Path) -> None:
+    shutil.copytree(root / "images", root / "images-2")
+    Image.new("RGB", SIZE, "blue").save(root / "images-2" / "0.png")
 
 
 Spoil = Callable[[Path], object]
@@ -192,6 +214,36 @@ REFUSED: dict[str, tuple[str, Spoil, Change, list[str]]] = {
         lambda c: c.update(sample={"guidance_power": 2}),
         ["config.yaml", "`sample.guidance_power`", "by class"],
     ),
+    "two denoisers": (
+        "prepare",
+        add_denoiser,
+        NOTHING,
+        ["has two denoisers, `transformer` and `transformer_2`, each for some of the timesteps"],
+    ),
+    "a scheduler of another kind of process": (
+        "prepare",
+        of_edm,
+        NOTHING,
+        ["config.yaml", "teacher cannot be trained here", "EDMEulerScheduler"],
+    ),
+    "images of another size than those of the cache": (
+        "distill",
+        NOTHING,
+        lambda c: c["data"].update(image_size=128),
+        ["config.yaml", "key `data.image_size`: is 128, but the cache was made with 64", "`prepare.output`"],
+    ),
+    "captions of another key": (
+        "distill",
+        NOTHING,
+        lambda c: c["data"].update(caption_column="name"),
+        ["config.yaml", "key `data.caption_column`: is 'name', but the cache was made with 'text'"],
+    ),
+    "other images than those of the cache": (
+        "distill",
+        other_images,
+        lambda c: c["data"].update(path=c["data"]["path"] + "-2"),
+        ["config.yaml", "key `data.path`: ", "images-2 has other images than the cache was made of"],
+    ),
     "captions without a pipeline": (
         "train-teacher",
         NOTHING,
@@ -213,3 +265,61 @@ def test_what_is_refused(case: str, root: Path) -> None:
     change(content)
     message = refused(root, content, command)
     assert all(part in message for part in parts), message
+
+
+def test_images_that_moved_are_known(root: Path) -> None:
+    """The cache is of the same images, wherever these lie by now, or if they are gone."""
+    for name in ("images-2", "gone"):
+        if name == "images-2":
+            shutil.copytree(root / "images", root / name)
+        content = tree(root)
+        content["data"]["path"] = str(root / name)
+        content["output"] = str(root / f"run-{name}")
+        train(read_config(write(root, content), DistillConfig), root / f"run-{name}", "config.yaml")
+        assert (root / f"run-{name}" / "summary.json").exists()
+
+
+def test_data_of_another_pipeline_compress_nothing(root: Path) -> None:
+    """As a distillation, in one line: other latents, other prompts, or none."""
+    config = write(root, tree(root))
+    for family, says in (("sdxl", "its own VAE"), ("sd3", "its own VAE")):
+        PIPELINES[family]().save_pretrained(root / family)
+        options = "--data", config, "--heads", 2, "--images", 64, "--output", root / "no"
+        code, _, errors = command("compress", root / family, *options)
+        assert code == 2 and says in errors.splitlines()[-1] and not (root / "no").exists(), errors
+    exchange_text_encoder(root)
+    code, _, errors = command("compress", root / "teacher", *options)
+    assert code == 2 and "other text encoders or tokenizers than" in errors.splitlines()[-1], errors
+
+
+def test_a_teacher_of_half_precision_stays_one(root: Path) -> None:
+    """What is compressed is as small as its parameters say."""
+    DiffusionPipeline.from_pretrained(root / "teacher", dtype=torch.bfloat16).save_pretrained(root / "half")
+    content = tree(root)
+    content["teacher"]["path"], content["prepare"]["output"] = str(root / "half"), str(root / "half-cache")
+    config = read_prepare_config(write(root, content))
+    prepare(config, root / "half-cache", "config.yaml")
+    options = "--data", root / "config.yaml", "--heads", 2, "--images", 64, "--output", root / "small"
+    code, _, errors = command("compress", root / "half", *options)
+    assert code == 0, errors
+    sizes = [
+        (root / name / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
+        for name in ("half", "small")
+    ]
+    assert sizes[1] < sizes[0]
+    results = json.loads((root / "small" / "compression.json").read_text())
+    assert results["dtype"] == "bfloat16"
+
+
+def test_files_that_diffusers_has_to_load_first_are_told(root: Path) -> None:
+    pipeline = DiffusionPipeline.from_pretrained(root / "teacher")
+    pipeline.save_pretrained(root / "variant", variant="fp16")
+    pipeline.save_pretrained(root / "pickled", safe_serialization=False)
+    weights = root / "teacher" / "transformer" / "diffusion_pytorch_model.safetensors"
+    for path, says in (
+        (root / "variant", "load its pipeline once with `variant='fp16'`"),
+        (root / "pickled", "`save_pretrained` makes, with safetensors"),
+        (weights, "is a file; load it once by `from_single_file`"),
+    ):
+        with pytest.raises(UserError, match=re.escape(says)):
+            load_model(str(path))

@@ -19,7 +19,7 @@ from shd_diffusion.models.denoiser import num_classes, predict, sample_shape
 from shd_diffusion.models.factory import load_model
 from shd_diffusion.models.pipeline_call import call_defaults
 from shd_diffusion.models.pipeline_folder import find_pipeline
-from shd_diffusion.models.prompts import PromptEncoder, record_calls
+from shd_diffusion.models.prompts import PromptEncoder, first_step
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.by_class import ByClass
 from shd_diffusion.sampling.by_prompt import ByPrompt
@@ -165,7 +165,7 @@ def _calls_by_prompt(
 
     def call(samples: int) -> Run:
         told: dict[str, Any] = {"num_inference_steps": 2, **sizes, **without_guidance, **arguments}
-        (recorded, *_) = record_calls(pipeline, [PROMPT] * samples, **told)
+        recorded, *_ = first_step(pipeline, [PROMPT] * samples, **told).calls
         return lambda: model(**(recorded | {"return_dict": False}))
 
     return call

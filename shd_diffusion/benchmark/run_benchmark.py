@@ -22,7 +22,7 @@ from shd_diffusion.benchmark.measure import (
 from shd_diffusion.config import EvaluationConfig, SampleConfig, check_read, override_config
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.files import write_json
+from shd_diffusion.files import read_json, write_json
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.run_folder import RunFolder
@@ -49,6 +49,18 @@ class Plan:
     device: str | None = None
     image_size: int | None = None
     images: bool = True
+
+
+def check_written(output: Path) -> None:
+    """Raise UserError if a file that would be replaced was not written by an earlier call."""
+    try:
+        found = read_json(output)
+    except UserError:
+        found = None
+    if not (isinstance(found, dict) and {"benchmark", "models"} <= found.keys()):
+        raise UserError(
+            f"--output {output}: would be replaced, but is no benchmark of shd-diffusion; give another"
+        )
 
 
 def benchmark(names: Sequence[str], plan: Plan, overrides: Sequence[str] = ()) -> dict[str, Any]:

@@ -247,8 +247,8 @@ def check_can_be_squeezed(model: nn.Module, name: str, options: HeadOptions) -> 
         rotates(module) or getattr(module, "norm_q", None) is not None or not plain
     ):
         raise ValueError(
-            f"attention block `{name}` normalises or rotates its queries, shares its keys or joins two streams; "
-            "take `select` instead of `factor`"
+            f"attention block `{name}` normalises or rotates its queries, shares its keys or joins two streams, so "
+            "wider heads cannot be made of its own; leave --plain out, or keep the heads as wide as they are"
         )
 
 

@@ -12,7 +12,9 @@ from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.framing import Geometry, Size
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.errors import UserError
+from shd_diffusion.models.convention import check_convention
 from shd_diffusion.models.denoiser import NOT_DROPPED, pad
+from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.prompts import PromptEncoder
 
 
@@ -64,6 +66,16 @@ class CaptionEncoder:
         self.encoders: dict[Size, PromptEncoder] = {}
         null = self._encoder(images.shape[1:]).null()
         self.null = {name: value for name, value in pad([null]).items() if name not in NOT_DROPPED}
+
+    def check(self, shape: Sequence[int]) -> None:
+        """See that the pipeline's denoiser can be trained on latents of this shape, as far as no weights are needed.
+
+        Raises:
+            UserError: it cannot; see `check_convention`.
+            ValueError: its scheduler's process is not known.
+        """
+        ForwardProcess.from_scheduler(self.pipeline.scheduler)
+        check_convention(self._encoder(self.images.shape[1:]), shape)
 
     def encode(self, indices: Sequence[int]) -> list[list[dict[str, Tensor]]]:
         """The condition of each caption of each image; the text encoders see all of them at once.

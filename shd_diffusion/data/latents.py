@@ -99,6 +99,8 @@ class LatentSource(Source):
         vae: path or hub name of the VAE that encoded them.
         vae_sha256: of its config and weights, see `hash_model`.
         prompts_sha256: of what encoded the prompts, see `PipelineFolder.hash_prompt_parts`; None without prompts.
+        images: the keys of the data set that they were made from, as `prepare` had them.
+        images_sha256: its fingerprint.
         scaling: of the latents.
     """
 
@@ -116,6 +118,8 @@ class LatentSource(Source):
         self.vae: str = manifest["vae"]["path"]
         self.vae_sha256: str = manifest["identity"]["vae"]
         self.prompts_sha256: str | None = (manifest["identity"].get("prompts") or {}).get("encoders")
+        self.images: dict[str, Any] = manifest["data"]
+        self.images_sha256: str = manifest["identity"]["source"]
         self.scaling = LatentScaling(**manifest["vae"]["scaling"])
         if horizontal_flip and "sampling" in manifest["identity"]:
             raise UserError(

@@ -116,6 +116,11 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
     encoder = open_encoder(config, images, source)
     space = open_space(config, source)
     manifest = describe(config, images, space, encoder, source)
+    if isinstance(encoder, CaptionEncoder):  # training would refuse it too, after hours of encoding
+        try:
+            encoder.check(manifest["shape"])
+        except (UserError, ValueError) as error:
+            raise UserError(f"{source}: {config.pipeline} cannot be trained here: {error}") from error
     check_identity(output, manifest["identity"])
     shards = plan_shards(output, images, config.prepare.shard_size, checksum(manifest["identity"]))
     state.wait_for_everyone()  # until all have looked at the folder
@@ -188,9 +193,11 @@ def open_encoder(config: PrepareConfig, images: Images, source: str) -> LabelEnc
     pipeline = None if config.pipeline is None else find_pipeline(config.pipeline)
     if pipeline is None or not pipeline.takes_prompts:
         if config.data.caption_column is not None or isinstance(images, Prompts):
+            named = config.pipeline or "nothing here"
+            fix = "no pipeline is there" if pipeline is None else "it makes no images from prompts"
             raise UserError(
-                f"{source}: key `data.caption_column`: captions are for a text-to-image pipeline, which "
-                f"{config.pipeline or 'nothing here'} is not; remove it"
+                f"{source}: key `data.caption_column`: captions are for a text-to-image pipeline, and {named} is none "
+                f"({fix}); name one, or remove the key"
             )
         return LabelEncoder(images)
     if not images.captions(0):

@@ -21,10 +21,11 @@ from shd_diffusion.evaluation.extractors import extractor_name
 from shd_diffusion.evaluation.images import FolderImages
 from shd_diffusion.evaluation.metrics import check_settings, needs_reference, without_reference
 from shd_diffusion.evaluation.references import data_of
-from shd_diffusion.files import check_outside, locked, write_json
+from shd_diffusion.files import check_outside, locked, read_as, write_json
 from shd_diffusion.model_card import write_card
 from shd_diffusion.models.hub import is_hub_name
 from shd_diffusion.processes import processes
+from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sample_folder import Summary, image_path, read_summary
 from shd_diffusion.sampling.archive import ARCHIVE
@@ -147,6 +148,10 @@ def _evaluate_and_keep(
     metrics = _evaluate(place.samples, reference, config, nearest) | (further or {})
     if processes().is_main_process:
         with locked(place.evaluation_file.parent):
+            if place.evaluation_file.exists():
+                before = read_as(place.evaluation_file, dict[str, Any])
+                if gone := sorted(before.keys() - metrics.keys()):
+                    announce(f"{place.evaluation_file}: replaced; it had {', '.join(gone)} too")
             write_json(place.evaluation_file, metrics)
     return metrics
 

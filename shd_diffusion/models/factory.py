@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
+from collections import Counter
 from collections.abc import Container
 from itertools import chain
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.embeddings import LabelEmbedding
 from pydantic import Field, model_validator
+from safetensors import safe_open
 from torch import nn
 
 from shd_diffusion.errors import UserError, one_line
@@ -79,6 +82,9 @@ class TeacherConfig(Section):
     device: Literal["accelerator", "cpu"] = "accelerator"
     learning_rate: float | None = Field(None, gt=0, le=1e6, allow_inf_nan=False)
 
+
+DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16}
+"""What safetensors call precisions below float32."""
 
 DEFAULT_CLASS = "DiTTransformer2DModel"
 
@@ -205,6 +211,11 @@ def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
         UserError: there is no such model, its class is unknown, or its weights are missing or damaged.
     """
     folder = find_model_folder(Path(path))
+    if Path(path).is_file():
+        raise UserError(
+            f"{path}: is a file; load it once by `from_single_file` of its pipeline's class, and give the folder that "
+            "`save_pretrained` makes"
+        )
     if folder is None and not try_hub(path):
         raise UserError(
             f"{path}: no model here; give a run, a diffusers pipeline or model folder, or a hub name"
@@ -219,9 +230,37 @@ def load_model(path: str, dtype: torch.dtype | None = None) -> ModelMixin:
         raise
     # diffusers, transformers and safetensors raise errors of any kind on damaged files
     except Exception as error:
-        raise UserError(
-            f"{path}: cannot be loaded as a model ({one_line(error)}); give a run or model folder"
-        ) from error
+        fix = "give a run or model folder" if folder is None else _fix_of_layout(folder)
+        raise UserError(f"{path}: cannot be loaded as a model ({one_line(error)}); {fix}") from error
+
+
+def _fix_of_layout(folder: Path) -> str:
+    """What to do about a folder whose model cannot be loaded, by the files that it holds."""
+    weights = [file.name for file in folder.glob("*.safetensors")]
+    variants = {name.split(".")[1].partition("-")[0] for name in weights if name.count(".") == 2}
+    if variants and all(name.count(".") == 2 for name in weights):
+        variant = sorted(variants)[0]
+        return f"load its pipeline once with `variant={variant!r}`, and give the folder that `save_pretrained` makes"
+    if not weights and any(folder.glob("*.bin")):
+        return "load its pipeline once, and give the folder that `save_pretrained` makes, with safetensors"
+    return "give a run or model folder"
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    """The precision of most weights in a model's folder.
+
+    Raises:
+        UserError: it holds no safetensors.
+    """
+    counts: Counter[torch.dtype] = Counter()
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, framework="pt") as weights:
+            for name in weights.keys():  # noqa: SIM118
+                part = weights.get_slice(name)
+                counts[DTYPES.get(part.get_dtype(), torch.float32)] += math.prod(part.get_shape())
+    if not counts:
+        raise UserError(f"{folder}: no weights in it, which are .safetensors; save the model anew")
+    return counts.most_common(1)[0][0]
 
 
 def denoiser_part(parts: Container[str]) -> str | None:

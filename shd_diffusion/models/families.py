@@ -302,6 +302,7 @@ FAMILIES: dict[str, Family] = {
         condition=_with_mask("encoder_hidden_states", "encoder_hidden_states_mask"),
     ),
     "Lumina2Transformer2DModel": Family(timesteps=_backwards, prediction=_negated),
+    "PRXTransformer2DModel": Family(timesteps=_thousandths),
     "AuraFlowTransformer2DModel": Family(timesteps=_thousandths, text=("tokenizer",), registers=8),
     "CogView4Transformer2DModel": Family(
         arguments=_mask_if_needed,

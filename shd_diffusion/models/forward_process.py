@@ -173,6 +173,11 @@ class ForwardProcess:
         # All of diffusers' schedulers of one config have the same betas; not all keep them (EDM's, Euler's sigmas).
         betas = _ddpm(settings, scheduler.config.get("trained_betas")).betas.double()
         cumulative = (1 - betas).cumprod(0)
+        own = getattr(scheduler, "alphas_cumprod", None)
+        if isinstance(own, Tensor) and (own.double().sqrt() - cumulative.sqrt()).abs().max() > 1e-3:
+            cumulative = (
+                own.double()
+            )  # CogView3's and CogVideoX' shift their SNR; the last of others is not quite 0
         table = torch.stack([cumulative.sqrt(), (1 - cumulative).sqrt()])
         return cls(settings["objective"], steps, scheduler, table=table)
 
@@ -214,6 +219,8 @@ def settings_of(scheduler: SchedulerMixin) -> dict[str, Any]:
     steps = config.get("num_train_timesteps")
     if steps is None or not (flows or "beta_schedule" in config):
         raise ValueError(f"{name} samples a process that is neither a diffusion by betas nor a flow")
+    if config.get("invert_sigmas"):
+        raise ValueError(f"{name} counts from noise to images (`invert_sigmas`), which is not known here")
     if flows:
         shift = config.get("shift", config.get("flow_shift")) or 1.0
         return {"objective": "flow", "num_train_timesteps": steps, "shift": float(shift)}
@@ -227,10 +234,18 @@ def settings_of(scheduler: SchedulerMixin) -> dict[str, Any]:
     }
 
 
+def shifts_by_size(scheduler: SchedulerMixin) -> bool:
+    """Whether a flow's shift is the pipeline's affair, which tells its scheduler one for the size of the images."""
+    return bool(scheduler.config.get("use_dynamic_shifting"))
+
+
 def differing_settings(config: DiffusionConfig, scheduler: SchedulerMixin) -> dict[str, tuple[Any, Any]]:
-    """The keys that a config sets otherwise than a scheduler: its value, and the scheduler's (None if it has none)."""
+    """The keys that a config sets otherwise than a scheduler: its value, and the scheduler's (None if it has none).
+
+    A scheduler that shifts by the size of images (`use_dynamic_shifting`) does not heed its own shift, nor says one.
+    """
     present = settings_of(scheduler)
-    wanted = config.model_dump(exclude_none=True)
+    wanted = config.model_dump(exclude_none=True, exclude={"shift"} if shifts_by_size(scheduler) else set())
     return {
         key: (value, present.get(key)) for key, value in wanted.items() if not _same(value, present.get(key))
     }

@@ -135,7 +135,7 @@ def find_pipeline(name: str) -> PipelineFolder | None:
     """The pipeline around a model: of a run, a pipeline folder, a model folder inside one, or a hub name.
 
     Raises:
-        UserError: its model_index.json cannot be read.
+        UserError: its model_index.json cannot be read, or it has two denoisers.
     """
     folder = find_model_folder(Path(name))
     if folder is not None:
@@ -148,7 +148,7 @@ def find_pipeline(name: str) -> PipelineFolder | None:
             isinstance(index[part], list) and len(index[part]) == 2 for part in parts if part in index
         ):
             raise UserError(f"{file}: not the index of a pipeline; save the pipeline anew")
-        return PipelineFolder(str(folder.parent), index, folder.name)
+        return _of_one(PipelineFolder(str(folder.parent), index, folder.name))
     if Path(name).is_dir() or not try_hub(name):
         return None
     try:
@@ -156,4 +156,19 @@ def find_pipeline(name: str) -> PipelineFolder | None:
     except Exception as error:  # the hub's client raises errors of any kind
         raise UserError(f"{name}: no such pipeline here or on the hub ({one_line(error)})") from error
     part = denoiser_part(index)
-    return None if part is None else PipelineFolder(name, index, part)
+    return None if part is None else _of_one(PipelineFolder(name, index, part))
+
+
+def _of_one(pipeline: PipelineFolder) -> PipelineFolder:
+    """The pipeline, if one model denoises in it.
+
+    Raises:
+        UserError: there are two, such as Wan 2.2's experts for the noisier and the cleaner timesteps.
+    """
+    second = f"{pipeline.part}_2"
+    if pipeline.has(second):
+        raise UserError(
+            f"{pipeline.name}: has two denoisers, `{pipeline.part}` and `{second}`, each for some of the timesteps; "
+            "pipelines of one can be distilled and compressed"
+        )
+    return pipeline

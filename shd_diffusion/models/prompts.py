@@ -13,6 +13,7 @@ import inspect
 import string
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,11 @@ class PromptEncoder:
     def null(self) -> dict[str, Tensor]:
         """The condition of the pipeline's unconditional pass; where it has none, that of the empty prompt."""
         prompt, empty = [_PROBES[0]], self.encode([""])[0]
-        (conditional,) = self._record(prompt, **self.without_guidance)
+        conditional, *more = self._record(prompt, **self.without_guidance)
+        if more:
+            raise UserError(
+                f"the call of {type(self.pipeline).__name__} makes a guided pass that no `guidance_scale` switches off"
+            )
         guided = self._record(prompt, **self._guidance(2.0))
         unconditional = sorted(guided, key=lambda entries: _distance(entries, conditional))[1:]
         mask = {name: value for name, value in empty.items() if name == TEXT_MASK}
@@ -146,21 +151,39 @@ class PromptEncoder:
         mask = F.pad(mask, (family.registers, 0), value=True)
         return [entries | {TEXT_MASK: own} for entries, own in zip(found, mask, strict=True)]
 
+    def call(self, **guidance: Any) -> dict[str, Any]:
+        """All that the pipeline's call is given beside prompts."""
+        height, width = self.size
+        return {"height": height, "width": width, "num_inference_steps": 2, **guidance, **self.arguments}
+
     def _record(
         self, prompts: Sequence[str], masks: dict[str, Tensor] | None = None, **guidance: Any
     ) -> list[dict[str, Tensor]]:
         """A condition for each sample that the denoiser is given in the first step."""
-        height, width = self.size
-        arguments = {"height": height, "width": width, "num_inference_steps": 2, **guidance, **self.arguments}
         family = family_of(getattr(self.pipeline, self._denoiser))
-        calls = record_calls(self.pipeline, [*prompts], masks, **arguments)
+        calls = first_step(self.pipeline, [*prompts], masks, **self.call(**guidance)).calls
         return [entries for call in calls for entries in _conditions(call, family)]
 
 
-def record_calls(
+@dataclass(frozen=True)
+class FirstStep:
+    """A pipeline's call up to its scheduler's first step.
+
+    Attributes:
+        calls: the arguments of the denoiser's calls, by name.
+        predicted: what its last one gave, made-up numbers.
+        told: the scheduler: what was predicted, the timestep, and the noised sample.
+    """
+
+    calls: list[dict[str, Any]]
+    predicted: Any
+    told: list[Any]
+
+
+def first_step(
     pipeline: DiffusionPipeline, prompts: list[str], masks: dict[str, Tensor] | None = None, **arguments: Any
-) -> list[dict[str, Any]]:
-    """The arguments of a denoiser's calls in the first step of its pipeline's call, by name; none is computed.
+) -> FirstStep:
+    """What happens in the first step of a pipeline's call, without its denoiser's computing anything.
 
     The pipeline's parts are left as they are: a copy runs, with a recorder for a denoiser.
 
@@ -168,16 +191,16 @@ def record_calls(
         masks: takes, by tokenizer, which of the prompts' tokens (B, L) are no padding.
     """
     name = denoiser_name(pipeline)
-    running, calls = copy.copy(pipeline), list[dict[str, Any]]()
-    running.__dict__[name] = _Recorder(getattr(pipeline, name), calls, _device(pipeline))
+    running = copy.copy(pipeline)
+    recorder = running.__dict__[name] = _Recorder(getattr(pipeline, name), _device(pipeline))
     if masks is not None:
         for part in (part for part in pipeline.components if part.startswith("tokenizer")):
             if getattr(pipeline, part) is not None:
-                running.__dict__[part] = _NotingTokenizer(getattr(pipeline, part), masks, part)
+                running.__dict__[part] = _NotingTokenizer(getattr(pipeline, part), masks, part, len(prompts))
     running.set_progress_bar_config(disable=True)
-    with until_first_step(running):
+    with until_first_step(running) as told:
         running(prompt=prompts, **arguments)
-    return calls
+    return FirstStep(recorder.calls, recorder.predicted, told)
 
 
 def _device(pipeline: DiffusionPipeline) -> torch.device:
@@ -188,12 +211,14 @@ def _device(pipeline: DiffusionPipeline) -> torch.device:
 
 
 class _Recorder(nn.Module):
-    """Stands in for a denoiser: notes what it is called with, has its config and methods, and predicts 0."""
+    """Stands in for a denoiser: notes what it is called with, has its config and methods, predicts made-up numbers."""
 
-    def __init__(self, denoiser: nn.Module, calls: list[dict[str, Any]], device: torch.device) -> None:
+    def __init__(self, denoiser: nn.Module, device: torch.device) -> None:
         super().__init__()
         self.device = device  # whatever the denoiser's, which may be meta
-        self.__dict__["denoiser"], self.__dict__["calls"] = denoiser, calls
+        self.__dict__["denoiser"] = denoiser
+        self.calls: list[dict[str, Any]] = []
+        self.predicted: Any = None
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
@@ -205,17 +230,21 @@ class _Recorder(nn.Module):
         given = signature.bind(*args, **kwargs).arguments
         self.calls.append(dict(given))
         sample = next(iter(given.values()))
-        zeros: Any = (
-            [torch.zeros_like(x) for x in sample] if isinstance(sample, list) else torch.zeros_like(sample)
-        )
-        return Transformer2DModelOutput(sample=zeros)
+        self.predicted = [_made_up(x) for x in sample] if isinstance(sample, list) else _made_up(sample)
+        return Transformer2DModelOutput(sample=self.predicted)
+
+
+def _made_up(like: Tensor) -> Tensor:
+    """Numbers between -1 and 1 in a tensor's shape, the same ones each time."""
+    return torch.arange(like.numel(), dtype=torch.float64).sin().view(like.shape).to(like)
 
 
 class _NotingTokenizer:
-    """A tokenizer that notes the attention mask of its first call: of the prompts, as they are padded."""
+    """A tokenizer that notes the attention mask (B, L) of B prompts, as they are padded: of its first call, or of its
+    first calls where these are of one prompt each (FLUX.2-klein's)."""
 
-    def __init__(self, tokenizer: Any, masks: dict[str, Tensor], name: str) -> None:
-        self.tokenizer, self.masks, self.name = tokenizer, masks, name
+    def __init__(self, tokenizer: Any, masks: dict[str, Tensor], name: str, prompts: int) -> None:
+        self.tokenizer, self.masks, self.name, self.prompts = tokenizer, masks, name, prompts
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.tokenizer, name)
@@ -228,7 +257,11 @@ class _NotingTokenizer:
 
     def _noted(self, found: Any) -> Any:
         if isinstance(found, Mapping) and "attention_mask" in found:
-            self.masks.setdefault(self.name, found["attention_mask"])
+            mask = found["attention_mask"]
+            before = self.masks.setdefault(self.name, mask)
+            more = before is not mask and len(before) < self.prompts and before.shape[1:] == mask.shape[1:]
+            if more and len(mask) == 1:
+                self.masks[self.name] = torch.cat([before, mask])
         return found
 
 

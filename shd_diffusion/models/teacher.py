@@ -16,6 +16,7 @@ from shd_diffusion.models.forward_process import (
     differing_settings,
     make_scheduler_of_process,
     settings_of,
+    shifts_by_size,
 )
 from shd_diffusion.models.pipeline_folder import INDEX, PipelineFolder, find_pipeline
 
@@ -65,6 +66,8 @@ def scheduler_for(
             f"key `diffusion.{key}` is {wanted!r}, but the pipeline was trained with {present!r}; "
             "leave it out, or make it equal"
         )
+    if config.shift is not None and shifts_by_size(scheduler):
+        scheduler = type(scheduler).from_config({**scheduler.config, "shift": config.shift})
     predicted = scheduler.config.get("variance_type") in ("learned", "learned_range")
     if predicted == learned_variance or settings_of(scheduler)["objective"] == "flow":
         return scheduler

@@ -15,9 +15,10 @@ from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import to_rgb, to_rgb_bytes
 from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.data.tell import announce_images
+from shd_diffusion.errors import UserError
 from shd_diffusion.files import replacing_file
 from shd_diffusion.models.denoiser import pad
-from shd_diffusion.reporting.pictures import Pixels, mosaic, picture_plot, thumbnail
+from shd_diffusion.reporting.pictures import Pixels, is_plot, mosaic, picture_plot, thumbnail
 
 ROWS, COLUMNS = 12, 8
 SIDE = 128  # pixels, the longer side of a picture
@@ -34,8 +35,12 @@ def write_sheet(config: DataConfig, output: Path) -> None:
     images. One that cannot be read leaves a gap.
 
     Raises:
-        UserError: the data cannot be had, or have no images.
+        UserError: the data cannot be had, or have no images, or another picture would be replaced.
     """
+    if output.exists() and not is_plot(output):
+        raise UserError(
+            f"--output {output}: would be replaced, but is no plot of shd-diffusion; give another"
+        )
     if config.name == "latents":
         count, labels, names, show = _of_cache(config)
     else:

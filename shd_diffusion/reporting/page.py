@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
-from PIL import Image
 
 from shd_diffusion.config import paths_read
 from shd_diffusion.errors import UserError, printable_path
@@ -28,6 +27,7 @@ from shd_diffusion.reporting.metrics_table import (
     title_of,
 )
 from shd_diffusion.reporting.neighbour_page import neighbour_plots, neighbourhoods
+from shd_diffusion.reporting.pictures import is_plot
 from shd_diffusion.reporting.plot_style import DARK, LIGHT, TEACHER_STYLE, Plot, Styles, plot_styles
 from shd_diffusion.reporting.quality_plots import per_class_fid, quality_scatters
 from shd_diffusion.reporting.runs import Run, read_runs
@@ -144,18 +144,9 @@ def _check_place(output: Path) -> Path:
             f"{folder}: would be replaced, but is of no {output.name}; move it or give another --output"
         )
     for file in folder.iterdir() if folder.exists() else ():
-        if not _is_plot(file):
+        if not is_plot(file):
             raise UserError(f"{printable_path(file)}: would be deleted with earlier plots; move it elsewhere")
     return folder
-
-
-def _is_plot(file: Path) -> bool:
-    """Whether Matplotlib has drawn a picture, as all plots of a page."""
-    try:
-        with Image.open(file) as image:
-            return str(image.info.get("Software", "")).startswith("Matplotlib")
-    except Exception:  # what is no image, and whatever Pillow says to it
-        return False
 
 
 def _is_report(page: Path) -> bool:

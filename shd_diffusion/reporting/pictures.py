@@ -105,5 +105,14 @@ def picture_plot(
         return finish(figure, name, description, inline=False)
 
 
+def is_plot(file: Path) -> bool:
+    """Whether Matplotlib has drawn a picture, as all plots here."""
+    try:
+        with Image.open(file) as image:
+            return str(image.info.get("Software", "")).startswith("Matplotlib")
+    except Exception:  # what is no image, and whatever Pillow says to it
+        return False
+
+
 def _wrapped(text: str, width: int) -> list[str]:
     return textwrap.wrap(drawable(text), width, max_lines=5, placeholder=" …")

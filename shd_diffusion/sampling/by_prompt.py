@@ -83,6 +83,12 @@ class ByPrompt:
                 **self.arguments,
             )
         images = images.float()
+        asked = self.arguments.get("height"), self.arguments.get("width")
+        if None not in asked and images.shape[-2:] != asked:
+            raise ValueError(
+                f"its images are {images.shape[-2]}×{images.shape[-1]} where {asked[0]}×{asked[1]} are asked for; see "
+                "which argument of its call sets their size, and give it in `sample.pipeline_arguments`"
+            )
         if images.ndim == 5:  # videos (B, F, 3, H, W): frames side by side
             images = torch.cat(images.unbind(1), dim=-1)
         if not images.isfinite().all():

@@ -136,6 +136,8 @@ def _open(folder: Path, protocol: dict[str, Any]) -> Summary | None:
     for key in sorted(there.keys() | now.keys()):
         if there.get(key) != now.get(key):
             fix = "the model has been trained further; " if key in OF_THE_MODEL else "set it as it was, "
+            if key == "prompts_sha256":
+                fix = "give the prompts that they were made from, "
             raise UserError(
                 f"{folder / SUMMARY}: these samples were made with another `{key}` ({there.get(key)!r}, now "
                 f"{now.get(key)!r}); {fix}delete the folder, or sample into another (--output)"

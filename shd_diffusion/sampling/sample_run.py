@@ -154,4 +154,8 @@ def prompts_of(config: SampleConfig, run_config: RunConfig | None) -> Sequence[s
         raise UserError("key `sample.prompts` is missing: a text-to-image pipeline needs them; give a file")
     images = open_dataset(run_config.data)
     wanted = -(-config.num_images // config.images_per_prompt)
+    if not images.captions(0):
+        raise UserError(
+            "key `data.caption_column` is missing, so the data have no prompts; add it, or set `sample.prompts`"
+        )
     return [images.captions(index)[0] for index in islice(range(len(images)), wanted)]

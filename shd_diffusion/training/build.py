@@ -15,7 +15,7 @@ from torch import Tensor
 
 from shd_diffusion.compression.narrow import check_can_be_squeezed_into
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, read_run_config
-from shd_diffusion.data import LatentSource, Source
+from shd_diffusion.data import DataConfig, LatentSource, Source, open_dataset
 from shd_diffusion.data.latent_space import load_vae
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_as
@@ -109,6 +109,9 @@ def build(
             _check_latent_space(pipeline, data)
     with check("data.caption_column"):
         _check_prompts(pipeline, data)
+    with check(""):
+        if isinstance(data, LatentSource) and config.prepare is not None:
+            _check_prepared(data, config.data)
     with check("data.path"):
         example = data.example()
     with check(key):
@@ -116,6 +119,11 @@ def build(
         data = copy(data)
         data.condition_names = conditions_of(model, data)
         example = {name: example[name] for name in data.condition_names}
+        if "timestep_cond" in example:
+            raise ValueError(
+                "the model is told its guidance scale as `timestep_cond`, as latent consistency models are; these are "
+                "not known here, so take the model that they were made of"
+            )
         student_trace = _trace(model, data, example)
         _check_classes(model, data)
     teacher_trace = None
@@ -206,6 +214,20 @@ def build(
     return Parts(
         config, model, teacher, pipeline, data, process, terms, null, student_trace, teacher_trace, origins
     )
+
+
+def check_data(model: ModelMixin, pipeline: PipelineFolder | None, data: Source) -> None:
+    """See that data are for a model and the pipeline that it stands in; they are given the conditions that it takes.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if pipeline is not None:
+        _check_latent_space(pipeline, data)
+    _check_prompts(pipeline, data)
+    data.condition_names = conditions_of(model, data)
+    example = data.example()
+    _trace(model, data, {name: example[name] for name in data.condition_names})
 
 
 def teacher_rate(config: RunConfig) -> float | None:
@@ -387,6 +409,30 @@ def _check_co_training(config: RunConfig) -> None:
             raise ValueError(
                 f"a teacher that trains too wants other settings: {hindrance}; or remove this key"
             )
+
+
+NOT_OF_IMAGES = {"path", "horizontal_flip", "verify", "num_workers"}
+"""Keys of data that change no image."""
+
+
+def _check_prepared(cache: LatentSource, images: DataConfig) -> None:
+    """See that a cache was made of the images that a config names; they need not be on this machine.
+
+    Raises:
+        ValueError: it was made of others.
+    """
+    for key, value in images.model_dump().items():
+        if key not in NOT_OF_IMAGES and cache.images.get(key, value) != value:
+            raise ValueError(
+                f"key `data.{key}`: is {value!r}, but the cache was made with {cache.images[key]!r}; set it so, or "
+                "prepare another one (`prepare.output`)"
+            )
+    moved = images.path is not None and images.path != cache.images["path"] and Path(images.path).exists()
+    if moved and open_dataset(images).fingerprint() != cache.images_sha256:
+        raise ValueError(
+            f"key `data.path`: {images.path} has other images than the cache was made of ({cache.images['path']}); set "
+            "it so, or prepare another one (`prepare.output`)"
+        )
 
 
 def _check_passes(config: RunConfig, terms: Mapping[str, Term]) -> None:

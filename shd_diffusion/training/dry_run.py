@@ -26,6 +26,7 @@ from shd_diffusion.models.factory import ModelConfig, cast, empty_model
 from shd_diffusion.models.pipeline_folder import find_pipeline
 from shd_diffusion.models.teacher import Teacher
 from shd_diffusion.progress import announce
+from shd_diffusion.shipped import find_config
 from shd_diffusion.squeezing.plan import members, plan_merges
 from shd_diffusion.training.batches import BatchLayout
 from shd_diffusion.training.build import Parts, build, model_section
@@ -62,7 +63,8 @@ def dry_run(config: Config, source: str) -> dict[str, Any]:
     """
     announce("dry run: made-up samples; neither data nor weights are read, nothing is written")
     if isinstance(config, DistillConfig) and config.teacher.config is not None:
-        teacher = config.teacher.model_copy(update={"path": config.teacher.config})
+        path = str(find_config(Path(config.teacher.config)))
+        teacher = config.teacher.model_copy(update={"path": path})
         config = config.model_copy(update={"teacher": teacher})
     train = config.train
     small = config.model_copy(update={"train": _alone(train, images=1)})

@@ -16,7 +16,7 @@ from shd_diffusion.errors import DivergedError
 from shd_diffusion.losses.term import Batch
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.randomness import generator
-from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.run_folder import RunFolder, run_name
 from shd_diffusion.training.batches import BatchLayout, BatchLoader
 from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path
 from shd_diffusion.training.interruption import InterruptedRun, Interruption
@@ -78,7 +78,9 @@ def fit(
 
     state.wrapped.train()
     skipped = 0
-    bar = progress_bar(train.max_steps, f"train {run.path.name}", "step", start, accelerator.is_main_process)
+    bar = progress_bar(
+        train.max_steps, f"train {run_name(run.path)}", "step", start, accelerator.is_main_process
+    )
     with bar, Interruption(accelerator) as interruption:
         for step in range(start, end):
             seed_model(

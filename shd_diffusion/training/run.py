@@ -27,7 +27,7 @@ from shd_diffusion.models.forward_process import settings_of
 from shd_diffusion.models.quantised import put_on_grid
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
-from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.run_folder import RunFolder, run_name
 from shd_diffusion.sampling import check_sampling, save_pipeline
 from shd_diffusion.sampling.by_prompt import call_arguments
 from shd_diffusion.sampling.schedulers import check_sampling_by_prompt, usual_scheduler
@@ -288,7 +288,7 @@ def _validation_loss(run: Run, loss: TrainingLoss) -> Validation | None:
 def _save(run: Run, trained: ModelMixin, steps: int) -> None:
     """Save the pipeline, then the summary: a run that has one for all its steps is complete."""
     if run.accelerator.is_main_process:
-        write_pipeline(run, run.folder, run.folder.path.name, trained, steps)
+        write_pipeline(run, run.folder, run_name(run.folder.path), trained, steps)
         write_card(run.folder)
 
 

@@ -158,6 +158,8 @@ def test_a_text_pipeline_is_called_as_it_calls_itself(family: str, tmp_path: Pat
             "16 samples cannot be denoised on cpu in float32, compiled (no compiler); choose",
         ),
         (["{run}", "--output", "{run}"], "is a folder; give a file"),
+        (["{run}", "--output", "{run}/config.yaml"], "would be replaced, but is no benchmark"),
+        (["{run}", "--output", "{run}/summary.json"], "would be replaced, but is no benchmark"),
         (["{unfinished}"], "its training has not ended"),
     ],
 )

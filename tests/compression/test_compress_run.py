@@ -111,7 +111,14 @@ def test_its_heads_learn_from_those_that_merged_into_them(
 
 
 @pytest.mark.parametrize(
-    ("options", "says"), [(["--heads", 13], "13"), (["--blocks", 7], "7"), (["--heads", 5, "--plain"], "5")]
+    ("options", "says"),
+    [
+        (["--heads", 13], "13"),
+        (["--blocks", 7], "7"),
+        (["--heads", 5, "--plain"], "5"),
+        (["--heads", 3.9], "give a share or a whole number"),
+        ([], "nothing is to leave: give --heads"),
+    ],
 )
 def test_what_cannot_be_had_is_one_line(options: list, says: str, runs: Path, tmp_path: Path) -> None:
     code, _, errors = command("compress", runs / "teacher", *options, "--output", tmp_path / "no")

@@ -254,3 +254,32 @@ def test_a_config_may_not_say_otherwise_than_the_teacher() -> None:
         scheduler_for(DiffusionConfig(objective="v_prediction"), scheduler, False)
     alone = scheduler_for(DiffusionConfig(objective="sample"), None, True)
     assert alone.config.prediction_type == "sample" and alone.config.variance_type == "learned_range"
+
+
+def test_a_shifted_snr_is_the_schedulers_own() -> None:
+    """CogView3-Plus' and CogVideoX' betas are those of others, and their products are not."""
+    scheduler = diffusers.CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        snr_shift_scale=4.0,
+    )
+    process = ForwardProcess.from_scheduler(scheduler)
+    expected = scheduler.add_noise(CLEAN, NOISE, TIMESTEPS)
+    torch.testing.assert_close(process.noised(CLEAN, NOISE, TIMESTEPS), expected, **ROUNDING)
+    velocity = scheduler.get_velocity(CLEAN, NOISE, TIMESTEPS)
+    torch.testing.assert_close(process.target(CLEAN, NOISE, TIMESTEPS), velocity, **ROUNDING)
+
+
+def test_a_flow_from_noise_to_images_is_refused() -> None:
+    with pytest.raises(ValueError, match="invert_sigmas"):
+        ForwardProcess.from_scheduler(FlowMatchEulerDiscreteScheduler(invert_sigmas=True))
+
+
+def test_a_scheduler_that_shifts_by_size_leaves_the_shift_to_the_config() -> None:
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=1.0, use_dynamic_shifting=True)
+    found = scheduler_for(DiffusionConfig(shift=2.2), scheduler, False)
+    assert ForwardProcess.from_scheduler(found).shift == 2.2 and scheduler.config.shift == 1.0
+    assert ForwardProcess.from_scheduler(scheduler_for(DiffusionConfig(), scheduler, False)).shift == 1.0
+    with pytest.raises(ValueError, match="the pipeline was trained with"):
+        scheduler_for(DiffusionConfig(num_train_timesteps=500), scheduler, False)

@@ -17,7 +17,7 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.models.denoiser import pad, predict, prepare
 from shd_diffusion.models.families import TEXT_MASK, pack
 from shd_diffusion.models.pipeline_call import call_defaults
-from shd_diffusion.models.prompts import PromptEncoder, denoiser_name, load_for_prompts
+from shd_diffusion.models.prompts import PromptEncoder, _NotingTokenizer, denoiser_name, load_for_prompts
 
 SHORT, LONG = "a cat", "a red fox jumps"
 ALL = list(PIPELINES)
@@ -187,3 +187,17 @@ def test_a_pipeline_denoises_the_size_that_is_asked_for() -> None:
 def test_probing_a_pipeline_warns_of_nothing(capfd: pytest.CaptureFixture[str]) -> None:
     encoder("sd1.5").null()
     assert "truncated" not in capfd.readouterr().err
+
+
+def test_a_tokenizer_that_is_called_prompt_by_prompt_tells_all_their_padding() -> None:
+    """FLUX.2-klein's is; a second call for the same prompts, such as SD3's for another encoder, adds none."""
+    masks: dict[str, torch.Tensor] = {}
+    by_prompt = iter(torch.tensor([[[1, 1, 0]], [[1, 0, 0]], [[1, 1, 1]]]))
+    noting = _NotingTokenizer(lambda _: {"attention_mask": next(by_prompt)}, masks, "tokenizer", 2)
+    for prompt in ("two words", "one", "two words"):
+        noting(prompt)
+    assert masks["tokenizer"].tolist() == [[1, 1, 0], [1, 0, 0]]
+    whole = _NotingTokenizer(lambda _: {"attention_mask": torch.ones(2, 3)}, masks, "tokenizer_2", 2)
+    for _ in range(2):
+        whole(["two words", "one"])
+    assert masks["tokenizer_2"].shape == (2, 3)

@@ -32,3 +32,9 @@ def test_the_command(tmp_path: Path) -> None:
     assert np.asarray(Image.open(sheet).convert("L")).std() > 20
     code, _, errors = command("show", TEACHER_CONFIG, "--output", tmp_path / "sheet.txt")
     assert code == 2 and "give a .png file" in errors
+    assert command("show", TEACHER_CONFIG, "--output", sheet)[0] == 0  # its own is replaced
+    Image.new("RGB", (4, 4)).save(tmp_path / "mine.png")
+    before = (tmp_path / "mine.png").read_bytes()
+    code, _, errors = command("show", TEACHER_CONFIG, "--output", tmp_path / "mine.png")
+    assert code == 2 and "would be replaced, but is no plot" in errors
+    assert (tmp_path / "mine.png").read_bytes() == before
