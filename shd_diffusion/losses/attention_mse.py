@@ -66,7 +66,9 @@ class AttentionMSE(Term):
 
 def _mean_of_seen(squared: Tensor, record: AttentionRecord) -> Tensor:
     """Mean over samples of each one's mean over heads and the pairs (query row, key) that count."""
-    seen = torch.ones((), dtype=torch.bool, device=squared.device).expand(len(squared), 1, 1, 1)
+    if record.mask is None and record.counted is None:
+        return squared.mean()
+    seen = squared.new_ones(len(squared), 1, 1, 1, dtype=torch.bool)
     if record.mask is not None:
         seen = record.mask > MASKED
     if record.counted is not None:

@@ -86,15 +86,15 @@ def row_share(record: AttentionRecord, pool: int, dtype: torch.dtype) -> Tensor:
     return pool / count.clamp_min(1).to(dtype)
 
 
-def estimates_all(record: AttentionRecord, drawn: AttentionRecord) -> Tensor:
+def estimates_all(record: AttentionRecord, drawn: AttentionRecord, dtype: torch.dtype) -> Tensor:
     """By what a mean over the drawn rows that count becomes an unbiased estimate of that over all of them, (B, 1).
 
     It is how many times more of them count than was to be expected: where few rows do, a draw may have none of them.
     """
     if record.counted is None or drawn.counted is None:
-        return record.query.new_ones(1, 1, dtype=torch.float64)
+        return record.query.new_ones(1, 1, dtype=dtype)
     share = drawn.query.shape[2] / record.query.shape[2]
-    expected = share * record.counted.sum(1, keepdim=True).double()
+    expected = share * record.counted.sum(1, keepdim=True).to(dtype)
     return drawn.counted.sum(1, keepdim=True) / expected.clamp_min(share)
 
 

@@ -189,7 +189,7 @@ class SHDLoss:
         found = map_divergence(
             drawn, targets.by_samples(), divergence, config.temperature, pool, config.compile
         )
-        return found * estimates_all(alike(teacher, student)[1], drawn).to(found)
+        return found * estimates_all(alike(teacher, student)[1], drawn, found.dtype)
 
     def _prepare(
         self,

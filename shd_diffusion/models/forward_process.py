@@ -174,10 +174,9 @@ class ForwardProcess:
         betas = _ddpm(settings, scheduler.config.get("trained_betas")).betas.double()
         cumulative = (1 - betas).cumprod(0)
         own = getattr(scheduler, "alphas_cumprod", None)
+        # CogView3's and CogVideoX' shift their SNR; with zero SNR the last one of others is not quite 0
         if isinstance(own, Tensor) and (own.double().sqrt() - cumulative.sqrt()).abs().max() > 1e-3:
-            cumulative = (
-                own.double()
-            )  # CogView3's and CogVideoX' shift their SNR; the last of others is not quite 0
+            cumulative = own.double()
         table = torch.stack([cumulative.sqrt(), (1 - cumulative).sqrt()])
         return cls(settings["objective"], steps, scheduler, table=table)
 
