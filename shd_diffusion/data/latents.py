@@ -118,7 +118,7 @@ class LatentSource(Source):
         self.vae: str = manifest["vae"]["path"]
         self.vae_sha256: str = manifest["identity"]["vae"]
         self.prompts_sha256: str | None = (manifest["identity"].get("prompts") or {}).get("encoders")
-        self.images: dict[str, Any] = manifest["data"]
+        self.images: dict[str, Any] = manifest.get("data") or {}
         self.images_sha256: str = manifest["identity"]["source"]
         self.scaling = LatentScaling(**manifest["vae"]["scaling"])
         if horizontal_flip and "sampling" in manifest["identity"]:

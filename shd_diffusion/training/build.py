@@ -427,11 +427,11 @@ def _check_prepared(cache: LatentSource, images: DataConfig) -> None:
                 f"key `data.{key}`: is {value!r}, but the cache was made with {cache.images[key]!r}; set it so, or "
                 "prepare another one (`prepare.output`)"
             )
-    moved = images.path is not None and images.path != cache.images["path"] and Path(images.path).exists()
+    moved = images.path is not None and images.path != cache.images.get("path") and Path(images.path).exists()
     if moved and open_dataset(images).fingerprint() != cache.images_sha256:
         raise ValueError(
-            f"key `data.path`: {images.path} has other images than the cache was made of ({cache.images['path']}); set "
-            "it so, or prepare another one (`prepare.output`)"
+            f"key `data.path`: {images.path} has other images than the cache was made of "
+            f"({cache.images.get('path')}); set it so, or prepare another one (`prepare.output`)"
         )
 
 
