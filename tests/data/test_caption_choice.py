@@ -47,7 +47,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> LatentSource:
             }
         )
     manifest = {
-        "identity": {"image_shape": [3, 32, 32], "vae": "", "prompts": {"encoders": "e"}},
+        "identity": {"source": "", "image_shape": [3, 32, 32], "vae": "", "prompts": {"encoders": "e"}},
         "vae": {"path": "", "scaling": {"scale": [1.0], "shift": [0.0]}},
         "shape": [4, 4, 4], "has_variance": True, "conditions": ["told"], "num_classes": None, "null": None,
         "shards": records,
