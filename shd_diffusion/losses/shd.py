@@ -26,7 +26,7 @@ from shd_diffusion.losses.term import (
     map_traces,
 )
 from shd_diffusion.losses.token_grid import Pool, common_grid, on_grid, sample_rows, take
-from shd_diffusion.losses.weight_schedule import Decay, schedule_weight, within
+from shd_diffusion.losses.weight_schedule import within
 from shd_diffusion.models.trace import Trace
 from shd_diffusion.operations import is_readable
 from shd_diffusion.squeezing.coefficients import Coefficient
@@ -51,7 +51,6 @@ class SHDConfig(MappedTermConfig):
         coefficient_rows: with rows < 1, take sample-wise coefficients from `all` rows, which leaves the loss an
             unbiased estimate, or from the `sampled` ones, which is cheaper.
         timesteps: first and last timestep at which the term counts; samples outside add 0 to the mean.
-        decay: of the weight, over the run.
         every: the term counts at every so many steps only.
         chunk_rows: query rows, counted over samples, whose maps may exist at once; None leaves it to the device.
         compile: have `torch.compile` fuse the work on the maps. On a CPU that takes a C++ compiler; where maps come
@@ -68,7 +67,6 @@ class SHDConfig(MappedTermConfig):
     rows: float = Field(1.0, gt=0, le=1)
     coefficient_rows: Literal["all", "sampled"] = "all"
     timesteps: list[int] | None = Field(None, min_length=2, max_length=2)
-    decay: Decay = "constant"
     every: int = Field(1, ge=1)
     chunk_rows: int | None = Field(None, ge=1)
     compile: bool = False
@@ -285,7 +283,7 @@ class SHDLoss:
 
 
 class SHD(Term):
-    """SHDLoss as a term: on the records of the mapped blocks, with a weight that may decay."""
+    """SHDLoss as a term: on the records of the mapped blocks, at every so many steps."""
 
     Config: ClassVar[type[TermConfig]] = SHDConfig
     default_weight = 1.0
@@ -335,9 +333,7 @@ class SHD(Term):
         self.loss.plans = dict(plans)
 
     def weight(self, step: int, max_steps: int) -> float:
-        if not super().weight(step, max_steps):
-            return 0.0
-        return schedule_weight(self.config.weight, step, max_steps, self.config.decay, self.config.every)
+        return 0.0 if step % self.config.every else super().weight(step, max_steps)
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         batch = outputs.batch

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from shd_diffusion.attention import AttentionRecord, Kind
 from shd_diffusion.losses.choice import Stream, choose_pairs
+from shd_diffusion.losses.weight_schedule import Decay, schedule_weight
 from shd_diffusion.models.denoiser import Condition
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.trace import Trace
@@ -33,9 +34,11 @@ class TermConfig(Section):
 
     `during` limits it to a part of the run, from one share of `train.max_steps` up to another: features in [0, 0.5] and
     the outputs in [0.5, 1] make the two stages of FitNets, where the student's blocks learn before its output does.
+    `decay` lets its weight go to 0 over the run.
     """
 
     weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    decay: Decay = "constant"
     during: list[FiniteFloat] | None = Field(None, min_length=2, max_length=2)
 
     @model_validator(mode="after")
@@ -187,7 +190,9 @@ class Term(nn.Module):
     def weight(self, step: int, max_steps: int) -> float:
         """At a step, counted from 0; 0 where the term need not be computed."""
         first, last = self.config.during or (0, 1)
-        return self.config.weight if first <= step / max(max_steps, 1) < last else 0.0
+        if not first <= step / max(max_steps, 1) < last:
+            return 0.0
+        return schedule_weight(self.config.weight, step, max_steps, self.config.decay)
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         raise NotImplementedError

@@ -12,20 +12,15 @@ from torch import Tensor
 Decay = Literal["constant", "linear", "cosine"]
 
 
-def schedule_weight(
-    weight: float, step: int, max_steps: int, decay: Decay = "constant", every: int = 1
-) -> float:
-    """The weight of a term at a step, counted from 0; 0 where the term need not be computed.
+def schedule_weight(weight: float, step: int, max_steps: int, decay: Decay = "constant") -> float:
+    """The weight of a term at a step, counted from 0.
 
     Args:
         weight: at step 0.
         step: the training step.
         max_steps: where a decaying weight would reach 0.
         decay: `constant`, `linear`, or `cosine` (half a period).
-        every: the term counts at every so many steps only.
     """
-    if step % every:
-        return 0.0
     done = min(step / max(max_steps, 1), 1.0)
     match decay:
         case "constant":

@@ -10,7 +10,3 @@ def test_decays(decay, at):
     weights = [schedule_weight(2.0, step, 100, decay) for step in (0, 25, 50, 100)]
     assert weights == pytest.approx(at, abs=1e-4)
     assert schedule_weight(2.0, 130, 100, decay) == pytest.approx(at[-1], abs=1e-12)
-
-
-def test_every_third_step():
-    assert [schedule_weight(1.0, step, 9, every=3) for step in range(7)] == [1, 0, 0, 1, 0, 0, 1]

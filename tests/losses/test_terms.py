@@ -482,6 +482,14 @@ def test_a_term_may_count_in_a_part_of_the_run_alone(pair: Pair) -> None:
     assert found == [(["shd"], 2.0), (["shd"], 2.0), (["output"], 0.0), (["output"], 0.0)]
 
 
+def test_any_weight_may_decay_and_shd_counts_at_every_so_many_steps(pair: Pair) -> None:
+    teacher, student = traced(freeze(pair[0])), traced(pair[1])
+    losses = only(output={"decay": "linear"}, shd={"weight": 2.0, "decay": "linear", "every": 2}, denoise={})
+    terms = build_terms(losses, student, teacher, 0)
+    weights = {name: [term.weight(step, 4) for step in range(4)] for name, term in terms.items()}
+    assert weights == {"denoise": [1, 1, 1, 1], "output": [1, 0.75, 0.5, 0.25], "shd": [2, 0, 1, 0]}
+
+
 @pytest.mark.parametrize(
     ("given", "says"),
     [
