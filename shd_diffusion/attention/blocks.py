@@ -83,17 +83,14 @@ def text_keys(model: nn.Module, record: AttentionRecord) -> range | None:
 
     They cannot in models that join both before their first layer, where all attention is self-attention.
     """
-    name, _, suffix = record.name.partition(":")
     queries, keys = record.query.shape[2], record.key.shape[2]
-    if suffix or record.kind == "self":
+    if ":" in record.name or record.kind == "self":
         return None
     if record.kind == "cross":
         return range(keys)
-    ((_, streams),) = kernel_calls(model.get_submodule(name))
-    if streams[0] == MAIN and len(streams) == 2:
-        return range(queries, keys)
+    text = record.other_keys or slice(0, keys - queries)  # keys alone are added before the image's own
     registers = getattr(model, "register_tokens", None)  # AuraFlow's, learned, stand before the text
-    return range(0 if registers is None else registers.shape[1], keys - queries)
+    return range(text.start if registers is None else registers.shape[1], text.stop)
 
 
 def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | None:

@@ -49,6 +49,13 @@ class AttentionRecord:
     def heads(self) -> int:
         return self.query.shape[1]
 
+    @property
+    def other_keys(self) -> slice | None:
+        """Of joint attention, the keys of the tokens that the query rows are not of; None for other attention."""
+        if (own := self.own_keys) is None:
+            return None
+        return slice(own.stop, self.key.shape[2]) if own.start == 0 else slice(0, own.start)
+
     def of_samples(self, samples: slice) -> AttentionRecord:
         """The record of some samples, on the same memory."""
         return replace(

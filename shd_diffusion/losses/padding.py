@@ -43,15 +43,11 @@ def with_text_mask(records: Records, condition: Condition) -> dict[str, Attentio
 def counted_keys(record: AttentionRecord, condition: Condition) -> Tensor | None:
     """Which keys of joint attention are no padding of the text, (B, K), where the model attends to that and only the
     condition tells it; None elsewhere."""
-    mask, own = condition.get(TEXT_MASK), record.own_keys
-    if mask is None or own is None:
+    mask = condition.get(TEXT_MASK)
+    text = record.own_keys if record.name.endswith(CONTEXT) else record.other_keys
+    if mask is None or text is None or text.stop - text.start != mask.shape[1]:
         return None
-    keys = record.key.shape[2]
-    other = slice(own.stop, keys) if own.start == 0 else slice(0, own.start)
-    text = own if record.name.endswith(CONTEXT) else other
-    if text.stop - text.start != mask.shape[1]:
-        return None
-    return F.pad(mask.to(record.key.device), (text.start, keys - text.stop), value=True)
+    return F.pad(mask.to(record.key.device), (text.start, record.key.shape[2] - text.stop), value=True)
 
 
 def alike(teacher: AttentionRecord, student: AttentionRecord) -> tuple[AttentionRecord, AttentionRecord]:
