@@ -32,12 +32,17 @@ def check_convention(encoder: PromptEncoder, shape: Sequence[int]) -> None:
         shape: of a sample, (C, H, W) or of a video (C, F, H, W).
 
     Raises:
-        UserError: it does not, or the denoiser cannot be called so.
+        UserError: it does not, the denoiser cannot be called so, or is a latent consistency model.
     """
     pipeline = encoder.pipeline
     model: Any = getattr(pipeline, denoiser_name(pipeline))
     family, kind = family_of(model), type(model).__name__
     own = first_step(pipeline, ["a"], **encoder.call(**encoder.without_guidance))
+    if own.calls[-1].get("timestep_cond") is not None:
+        raise UserError(
+            f"{kind} is told its guidance scale as `timestep_cond`, as latent consistency models are; these are not known "
+            "here, so take the model that they were made of"
+        )
     predicted, timestep, *_ = own.told
     condition = pad(encoder.encode(["a"]))
     timesteps = torch.as_tensor(timestep, device="cpu").reshape(1)

@@ -119,11 +119,6 @@ def build(
         data = copy(data)
         data.condition_names = conditions_of(model, data)
         example = {name: example[name] for name in data.condition_names}
-        if "timestep_cond" in example:
-            raise ValueError(
-                "the model is told its guidance scale as `timestep_cond`, as latent consistency models are; these are "
-                "not known here, so take the model that they were made of"
-            )
         student_trace = _trace(model, data, example)
         _check_classes(model, data)
     teacher_trace = None

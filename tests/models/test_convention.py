@@ -11,7 +11,7 @@ import torch
 import transformers
 from diffusers import DiffusionPipeline
 from test_prompts import as_latents
-from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE, TEXT, flow_scheduler, llm_tokenizer, random, vae
+from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE, TEXT, flow_scheduler, llm_tokenizer, random, unet, vae
 from transformers.models.t5gemma.modeling_t5gemma import T5GemmaEncoder
 
 from shd_diffusion.errors import UserError
@@ -56,6 +56,13 @@ def test_a_sign_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(FAMILIES, "Lumina2Transformer2DModel", replace(known, prediction=lambda found: found))
     with pytest.raises(UserError, match="gives its scheduler another prediction than is learned here"):
         check_convention(encoder, shape)
+
+
+def test_a_latent_consistency_model_is_refused() -> None:
+    pipeline = PIPELINES["sd1.5"]()
+    pipeline.register_modules(unet=unet(4, time_cond_proj_dim=8))
+    with pytest.raises(UserError, match="^UNet2DConditionModel is told its guidance scale as `timestep_cond`"):
+        check_convention(PromptEncoder(pipeline, SIZE, {}), (4, 8, 8))
 
 
 def prx() -> DiffusionPipeline:
