@@ -67,7 +67,7 @@ def standings(results: Results, metric: str) -> list[Plot]:
         for row in results.rows:
             _interval(axes, order.index(row.variant), row.metrics[metric], conditions[row.condition])
         _teacher_line(axes, results, metric)
-        fit_scale(axes, "x", [row.metrics[metric].mean for row in results.rows])
+        _fit_scale(axes, results, metric, results.rows)
         axes.set_yticks(range(len(order)), order)
         axes.set_ylim(len(order) - 0.5, -0.5)
         axes.set(xlabel=_title(metric, ""))
@@ -102,7 +102,7 @@ def by_variant(results: Results, metric: str, condition: str) -> list[Plot]:
             )
         _teacher_line(axes, results, metric)
         _intervals(axes, {row.variant: row.metrics[metric] for row in rows}, styles)
-        fit_scale(axes, "x", [row.metrics[metric].mean for row in rows])
+        _fit_scale(axes, results, metric, rows)
         axes.set(xlabel=_title(metric, condition))
         description = f"{metric} by variant {condition}: means and 95 % intervals"
         return [finish(figure, f"{metric}-{condition}", description)]
@@ -212,6 +212,12 @@ def _teacher_line(axes: Axes, results: Results, metric: str) -> None:
             "teacher", (value, 1), xycoords=("data", "axes fraction"),
             ha="center", va="bottom", size=8, color=LIGHT["muted"],
         )  # fmt: skip
+
+
+def _fit_scale(axes: Axes, results: Results, metric: str, rows: Sequence[Row]) -> None:
+    """The scale on which all means are seen, and the teacher's metric."""
+    means = [row.metrics[metric].mean for row in rows]
+    fit_scale(axes, "x", [*means, results.teacher[metric]] if metric in results.teacher else means)
 
 
 def _line(label: str, style: PlotStyle, places: Sequence[float], values: Sequence[Estimate]) -> Line:

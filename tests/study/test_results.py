@@ -147,6 +147,13 @@ def test_many_variants_are_lined_up_with_what_they_cost(results: Results, tmp_pa
     assert {"×1.00, 50 extra", "×2.00, 50 extra", "×1.51, 2 k extra"} <= {*drawn}
 
 
+def test_the_scale_shows_a_teacher_that_is_far_better(results: Results) -> None:
+    for teacher, shown in ((2.0, True), (20.0, False)):
+        plots = {plot.name: plot for plot in study_plots(replace(results, teacher={"fid": teacher}))}
+        ticks = re.findall(r">([^<>]+)</text>", plots["fid-long"].svg)
+        assert ("2" in ticks) == shown
+
+
 def test_the_title_is_text_in_markdown(results: Results, tmp_path: Path) -> None:
     title = "# <script>\n| *a*"
     changed = replace(results, study=results.study.model_copy(update={"title": title}))
