@@ -63,17 +63,19 @@ def csv_text(rows: Iterable[Mapping[str, Any]]) -> str:
 
 def significant(value: float) -> str:
     """A number in three figures: 9.74, 0.00120, 1043."""
-    return f"{value:#.3g}".rstrip(".") if abs(value) < 1000 else f"{value:.0f}"
+    return f"{value:#.3g}".rstrip(".") if abs(value) < 999.5 else f"{value:.0f}"
 
 
 def count(value: float) -> str:
     """A large number in three figures: 71.3 k, 675 M."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if abs(value) >= size:
+        if abs(value) >= 0.9995 * size:
             return f"{value / size:.3g} {unit}"
     return f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:
-    """A time in three figures: 4.21 ms, 1.3 s."""
-    return f"{seconds * 1e3:.3g} ms" if seconds < 1 else f"{seconds:.3g} s"
+    """A time in three figures: 4.21 ms, 1.3 s, 1210 s."""
+    if seconds < 0.9995:
+        return f"{seconds * 1e3:.3g} ms"
+    return f"{seconds:.3g} s" if seconds < 999.5 else f"{seconds:.0f} s"

@@ -139,6 +139,7 @@ def test_the_terminal_table_fits_80_columns(runs: dict[str, Path]) -> None:
         (count(812), "812"), (count(71_304), "71.3 k"), (count(675e6), "675 M"), (count(12e9), "12 G"),
         (duration(0.00421), "4.21 ms"), (duration(1.3), "1.3 s"), (duration(0.012), "12 ms"),
         (significant(0.0012), "0.00120"), (significant(110.2), "110"), (significant(-10432.2), "-10432"),
+        (count(999_700), "1 M"), (duration(0.9997), "1 s"), (duration(1210), "1210 s"), (significant(999.7), "1000"),
     ],
 )  # fmt: skip
 def test_numbers_are_short(text: str, expected: str) -> None:
