@@ -77,8 +77,8 @@ def calibrate(
     teacher = load_teacher(TeacherConfig(path=path))
     model, source = teacher.model.to(processes().device), build_source(config.trained_on)
     try:
-        check_data(model, teacher.pipeline, source)
-        scheduler = scheduler_for(config.diffusion, teacher.scheduler, False)
+        found = check_data(model, teacher.pipeline, source)
+        scheduler = scheduler_for(config.diffusion, teacher.scheduler, found.predicts_variance)
         process = ForwardProcess.from_scheduler(scheduler)
     except ValueError as error:
         raise UserError(f"{path}: cannot be compressed by this config's data ({error})") from error
@@ -181,7 +181,7 @@ def compress_run(
 def _describe_run(folder: RunFolder, name: str, calibration: Calibration, model: ModelMixin) -> None:
     """Make a pipeline's folder a run of no steps, to be sampled, evaluated and reported like any other."""
     folder.write_config(calibration.config)
-    write_json(folder.path / "environment.json", describe_environment())
+    write_json(folder.environment_file, describe_environment())
     blocks, before = (attention_blocks(each).values() for each in (model, calibration.model))
     summary = Summary(
         name=name,

@@ -89,7 +89,7 @@ def write_card(run: RunFolder) -> Path:
 def card(run: RunFolder) -> str:
     """The text of a finished run's card; see `write_card`."""
     config, summary = run.read_config(), run.read_summary()
-    environment = read_as(run.path / "environment.json", dict[str, Any])
+    environment = read_as(run.environment_file, dict[str, Any])
     metrics = read_as(run.evaluation_file, dict[str, Any]) if run.evaluation_file.exists() else None
     teacher = config.teacher.path if isinstance(config, DistillConfig) else None
     return CARD.format(

@@ -28,7 +28,12 @@ FREE = (
     "evaluate",
     "teacher.device",
     "teacher.config",
+    "losses.shd.chunk_rows",
+    "losses.shd.compile",
     "train.max_steps",  # it may grow
+    "train.gradient_checkpointing",
+    "train.compile",
+    "train.shard",
     "train.micro_batch_size",
     "train.num_processes",
     "train.log_every",
@@ -85,6 +90,10 @@ class RunFolder:
     @property
     def summary_file(self) -> Path:
         return self.path / "summary.json"
+
+    @property
+    def environment_file(self) -> Path:
+        return self.path / "environment.json"
 
     @property
     def attention_file(self) -> Path:
@@ -213,17 +222,26 @@ class RunFolder:
         Raises:
             UserError: the environment that is there is damaged.
         """
-        file, environment = self.path / "environment.json", describe_environment()
-        if file.exists():
-            first = read_as(file, dict[str, Any], "delete it; it is made anew")
+        environment = describe_environment()
+        if first := self.read_environment():
             resumed = first.get("resumed")
             environment = {**first, "resumed": [*(resumed if isinstance(resumed, list) else []), environment]}
         self.write_config(config)
         if not self.inputs_file.exists():
             write_json(self.inputs_file, inputs)
         self.summary_file.unlink(missing_ok=True)  # of a run that was complete, and is extended
-        write_json(file, environment)
+        write_json(self.environment_file, environment)
         self.checkpoints.mkdir(exist_ok=True)
+
+    def read_environment(self) -> dict[str, Any]:
+        """Where the run began, empty where it has not, and under `resumed` where it went on.
+
+        Raises:
+            UserError: the file is damaged.
+        """
+        if not self.environment_file.exists():
+            return {}
+        return read_as(self.environment_file, dict[str, Any], "delete it; it is made anew")
 
     def write_config(self, config: RunConfig) -> None:
         """Write the config, the first file of a folder; it may have other free keys than the one that is there."""

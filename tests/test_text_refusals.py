@@ -238,6 +238,18 @@ REFUSED: dict[str, tuple[str, Spoil, Change, list[str]]] = {
         lambda c: c["data"].update(caption_column="name"),
         ["config.yaml", "key `data.caption_column`: is 'name', but the cache was made with 'text'"],
     ),
+    "another length of captions than the cache's": (
+        "distill",
+        NOTHING,
+        lambda c: c["prepare"].update(prompt_arguments=ARGUMENTS[FAMILY] | {"max_sequence_length": 9}),
+        ["config.yaml", "key `prepare.prompt_arguments`: is {", "but the cache was made with {"],
+    ),
+    "another precision of latents than the cache's": (
+        "distill",
+        NOTHING,
+        lambda c: c["prepare"].update(dtype="float16"),
+        ["config.yaml", "key `prepare.dtype`: is 'float16', but the cache was made with 'float32'"],
+    ),
     "other images than those of the cache": (
         "distill",
         other_images,

@@ -70,7 +70,7 @@ class AttentionRecord:
     def detached(self) -> AttentionRecord:
         """The record without the graph that leads to it."""
         parts = {name: getattr(self, name).detach() for name in ("query", "key", "value", "output_weight")}
-        return replace(self, **parts)
+        return replace(self, **parts, mask=None if self.mask is None else self.mask.detach())
 
     def to(self, device: torch.device) -> AttentionRecord:
         """The record on another device; the output weight stays with its model, since it is not read each step."""

@@ -258,7 +258,7 @@ def reference_images(config: DataConfig, encoded: DataConfig | None = None) -> R
     Raises:
         UserError: as `open_dataset`; or there are no images.
     """
-    left_out = []
+    left_out: list[int] | None = None
     if config.name == "latents":
         shards = read_manifest(Path(config.path or ""))["shards"]
         left_out = [image["index"] for shard in shards for image in shard["unreadable"]]
@@ -268,7 +268,7 @@ def reference_images(config: DataConfig, encoded: DataConfig | None = None) -> R
     config = config.model_copy(update={"buckets": None})
     images = open_dataset(config)
     announce_images(images, name_of(config))
-    return ReferenceImages(images, name_of(config), left_out or find_unreadable(images))
+    return ReferenceImages(images, name_of(config), find_unreadable(images) if left_out is None else left_out)
 
 
 def name_of(config: DataConfig) -> str:

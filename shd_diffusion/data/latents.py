@@ -100,6 +100,7 @@ class LatentSource(Source):
         vae_sha256: of its config and weights, see `hash_model`.
         prompts_sha256: of what encoded the prompts, see `PipelineFolder.hash_prompt_parts`; None without prompts.
         images: the keys of the data set that they were made from, as `prepare` had them.
+        encoded: keys of `prepare` on which the cache depends.
         images_sha256: its fingerprint.
         scaling: of the latents.
     """
@@ -119,6 +120,7 @@ class LatentSource(Source):
         self.vae_sha256: str = manifest["identity"]["vae"]
         self.prompts_sha256: str | None = (manifest["identity"].get("prompts") or {}).get("encoders")
         self.images: dict[str, Any] = manifest.get("data") or {}
+        self.encoded = _keys_of_prepare(manifest["identity"])
         self.images_sha256: str = manifest["identity"]["source"]
         self.scaling = LatentScaling(**manifest["vae"]["scaling"])
         if horizontal_flip and "sampling" in manifest["identity"]:
@@ -168,6 +170,18 @@ class LatentSource(Source):
                 "or run `shd-diffusion prepare` with another --output"
             )
         return vae
+
+
+def _keys_of_prepare(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """Keys of `prepare`, by what a manifest says that a cache follows from."""
+    prompts = identity.get("prompts") or {}
+    found = {
+        "dtype": identity.get("dtype"),
+        "prompt_dtype": prompts.get("dtype"),
+        "prompt_arguments": prompts.get("arguments"),
+        "teacher_sampling": identity.get("sampling"),
+    }
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def caption_number(index: int, epoch: int, count: int) -> int:

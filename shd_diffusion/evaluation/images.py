@@ -132,6 +132,9 @@ class ResizedImages(ImageSet):
     def sha256(self) -> str:
         return hashlib.sha256(f"{self.images.sha256()} {self.resize} {self.size}".encode()).hexdigest()
 
+    def captions(self) -> list[list[str]] | None:
+        return self.images.captions()
+
 
 def tensor_images(images: Tensor, source: str, labels: Tensor | None = None) -> ArrayImages:
     """A set of 8-bit images (N, 3, H, W).

@@ -79,15 +79,19 @@ def open_reference(
     Raises:
         UserError: it cannot be read, has too few images or numbers that are not finite, or is of another extractor.
     """
+
+    def resized(images: ImageSet) -> ImageSet:
+        return images if resize == "none" else ResizedImages(images, size, resize)
+
     if isinstance(source, Tensor):
-        return _from_images(tensor_images(source, "reference"), "images", extractor, batch_size)
+        return _from_images(resized(tensor_images(source, "reference")), "images", extractor, batch_size)
     if source == "digits":
         source = DataConfig(name="digits")
     if isinstance(source, DataConfig):
         with _named("evaluate.reference"):
             source = reference_images(source)
     if isinstance(source, ReferenceImages):
-        return _from_images(source, source.source, extractor, batch_size)
+        return _from_images(resized(source), source.source, extractor, batch_size)
     check_reference(str(source))
     path = Path(source)
     if path.suffix == ".safetensors":
@@ -98,9 +102,7 @@ def open_reference(
     )
     if alone is not None and "arr_0" not in open_npz(path):
         return alone
-    files = open_image_files(path)
-    files = files if resize == "none" else ResizedImages(files, size, resize)
-    reference = _from_images(files, str(path), extractor, batch_size)
+    reference = _from_images(resized(open_image_files(path)), str(path), extractor, batch_size)
     # The suite's statistics are of the whole data set, its images a sample of it for precision and recall.
     return (
         reference

@@ -78,8 +78,9 @@ def comparable_logits(
 def row_share(record: AttentionRecord, pool: int, dtype: torch.dtype) -> Tensor:
     """What each row counts in its sample's mean over the rows that do, (B,); so many make one of a pooled map."""
     samples, _, rows, _ = record.query.shape
-    count = record.query.new_full((samples,), rows) if record.counted is None else record.counted.sum(1)
-    return pool / count.clamp_min(1).to(dtype)
+    if record.counted is None:
+        return record.query.new_full((samples,), pool / rows, dtype=dtype)
+    return pool / record.counted.sum(1).clamp_min(1).to(dtype)
 
 
 def estimates_all(record: AttentionRecord, drawn: AttentionRecord, dtype: torch.dtype) -> Tensor:

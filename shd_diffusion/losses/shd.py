@@ -333,7 +333,8 @@ class SHD(Term):
         self.loss.plans = dict(plans)
 
     def weight(self, step: int, max_steps: int) -> float:
-        return 0.0 if step % self.config.every else super().weight(step, max_steps)
+        # the last of every so many steps, as it is the last of `log_every` that is logged
+        return 0.0 if (step + 1) % self.config.every else super().weight(step, max_steps)
 
     def forward(self, outputs: StepOutputs) -> Tensor:
         batch = outputs.batch

@@ -40,8 +40,8 @@ def check_convention(encoder: PromptEncoder, shape: Sequence[int]) -> None:
     own = first_step(pipeline, ["a"], **encoder.call(**encoder.without_guidance))
     if own.calls[-1].get("timestep_cond") is not None:
         raise UserError(
-            f"{kind} is told its guidance scale as `timestep_cond`, as latent consistency models are; these are not known "
-            "here, so take the model that they were made of"
+            f"{kind} is told its guidance scale as `timestep_cond`, as latent consistency models are; these are not "
+            "known here, so take the model that they were made of"
         )
     predicted, timestep, *_ = own.told
     condition = pad(encoder.encode(["a"]))

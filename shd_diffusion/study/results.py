@@ -169,7 +169,7 @@ def collect(study: StudyConfig, planned: Sequence[Planned], known: Known) -> Res
     complete = [each for each in planned if each.place not in known.outcomes and each.is_complete]
     found = {**known.outcomes, **{each.place: read_outcome(each, study) for each in complete}}
     outcomes = [found[each.place] for each in planned if each.place in found]
-    commits = {read_as(each.run.path / "environment.json", Environment).commit for each in complete}
+    commits = {read_as(each.run.environment_file, Environment).commit for each in complete}
     own = [read_as(each.run.evaluation_file, Metrics).protocol for each in complete[:1]]
     for file, protocol in known.protocols.items():
         for first in own:

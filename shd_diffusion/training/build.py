@@ -17,6 +17,7 @@ from shd_diffusion.compression.narrow import check_can_be_squeezed_into
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, read_run_config
 from shd_diffusion.data import DataConfig, LatentSource, Source, open_dataset
 from shd_diffusion.data.latent_space import load_vae
+from shd_diffusion.data.prepare import EncodeConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_as
 from shd_diffusion.hashing import hash_model
@@ -111,7 +112,7 @@ def build(
         _check_prompts(pipeline, data)
     with check(""):
         if isinstance(data, LatentSource) and config.prepare is not None:
-            _check_prepared(data, config.data)
+            _check_prepared(data, config.data, config.prepare)
     with check("data.path"):
         example = data.example()
     with check(key):
@@ -211,8 +212,11 @@ def build(
     )
 
 
-def check_data(model: ModelMixin, pipeline: PipelineFolder | None, data: Source) -> None:
+def check_data(model: ModelMixin, pipeline: PipelineFolder | None, data: Source) -> Trace:
     """See that data are for a model and the pipeline that it stands in; they are given the conditions that it takes.
+
+    Returns:
+        What a pass of the model looks like.
 
     Raises:
         ValueError: they are not.
@@ -222,7 +226,7 @@ def check_data(model: ModelMixin, pipeline: PipelineFolder | None, data: Source)
     _check_prompts(pipeline, data)
     data.condition_names = conditions_of(model, data)
     example = data.example()
-    _trace(model, data, {name: example[name] for name in data.condition_names})
+    return _trace(model, data, {name: example[name] for name in data.condition_names})
 
 
 def teacher_rate(config: RunConfig) -> float | None:
@@ -410,16 +414,22 @@ NOT_OF_IMAGES = {"path", "horizontal_flip", "verify", "num_workers"}
 """Keys of data that change no image."""
 
 
-def _check_prepared(cache: LatentSource, images: DataConfig) -> None:
-    """See that a cache was made of the images that a config names; they need not be on this machine.
+def _check_prepared(cache: LatentSource, images: DataConfig, settings: EncodeConfig) -> None:
+    """See that a cache was made of the images that a config names, which need not be on this machine, and as far as the
+    config says so in the way that it names.
 
     Raises:
-        ValueError: it was made of others.
+        ValueError: it was made of others, or otherwise.
     """
-    for key, value in images.model_dump().items():
-        if key not in NOT_OF_IMAGES and cache.images.get(key, value) != value:
+    asked = {f"data.{key}": value for key, value in images.model_dump().items() if key not in NOT_OF_IMAGES}
+    made = {f"data.{key}": value for key, value in cache.images.items()}
+    default = EncodeConfig().model_dump()
+    asked |= {f"prepare.{key}": each for key, each in settings.model_dump().items() if each != default[key]}
+    made |= {f"prepare.{key}": value for key, value in cache.encoded.items()}
+    for key, value in asked.items():
+        if made.get(key, value) != value:
             raise ValueError(
-                f"key `data.{key}`: is {value!r}, but the cache was made with {cache.images[key]!r}; set it so, or "
+                f"key `{key}`: is {value!r}, but the cache was made with {made[key]!r}; set it so, or "
                 "prepare another one (`prepare.output`)"
             )
     moved = images.path is not None and images.path != cache.images.get("path") and Path(images.path).exists()

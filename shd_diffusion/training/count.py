@@ -19,10 +19,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from shd_diffusion.losses import build_terms
 from shd_diffusion.losses.term import Batch
 from shd_diffusion.models.factory import cast, ready
+from shd_diffusion.models.quantised import quantise
 from shd_diffusion.operations import Meter
 from shd_diffusion.squeezing.plan import plan_merges
 from shd_diffusion.training.batches import BatchLayout
-from shd_diffusion.training.build import Parts, teacher_rate
+from shd_diffusion.training.build import Parts, is_quantised, teacher_rate
 from shd_diffusion.training.made_up import MadeUpSamples
 from shd_diffusion.training.objectives import TrainingLoss
 
@@ -32,7 +33,7 @@ class PassCount:
     """Of one forward and backward pass with the loss.
 
     Attributes:
-        operations: of all images of the pass.
+        operations: of all images of the pass, on average over the steps of the run.
         forward: those of the student's forward pass in it, and of the teacher's, if there is one.
         activations: bytes held at most by what the pass makes, the gradients of weights left out.
         extra_parameters: of the terms of the loss.
@@ -71,8 +72,23 @@ def meter_passes(parts: Parts, batch: Batch, accelerator: Accelerator) -> dict[b
 
 
 def meter_pass(parts: Parts, batch: Batch, accelerator: Accelerator) -> PassCount:
-    """What the very loss that trains costs on a batch of the first step, forward and backward."""
+    """What the very loss that trains costs on a batch, forward and backward.
+
+    Where not all terms count at every step, that is the most of memory, and the mean over the steps of operations.
+    """
     loss = training_loss(parts)
+    found = {step: _meter_step(parts, loss, batch, step, accelerator) for step in loss.stages}
+    operations = sum(found[step].operations * steps for step, steps in loss.stages.items())
+    return replace(
+        max(found.values(), key=lambda count: count.activations),
+        operations=operations // sum(loss.stages.values()),
+        forward=max((count.forward for count in found.values()), key=len),
+    )
+
+
+def _meter_step(
+    parts: Parts, loss: TrainingLoss, batch: Batch, step: int, accelerator: Accelerator
+) -> PassCount:
     models = [parts.model] if parts.teacher is None else [parts.model, parts.teacher.model]
     parameters = [*parts.model.parameters(), *loss.parameters(), *loss.teacher_parameters()]
     for parameter in parameters:
@@ -81,14 +97,14 @@ def meter_pass(parts: Parts, batch: Batch, accelerator: Accelerator) -> PassCoun
         (*module.parameters(), *module.buffers()) for module in (*models, loss.terms)
     )
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    weights = loss.weights(0)
+    weights = loss.weights(step)
     parts.model.train()
     with ExitStack() as stack:
         meter = stack.enter_context(Meter([*outside, *gradients]))
         stack.enter_context(loss)
         calls = [stack.enter_context(_metered_calls(model, meter)) for model in models]
         with accelerator.autocast():
-            terms = loss(parts.model, batch, 0)
+            terms = loss(parts.model, batch, step)
         torch.stack([weights[name] * term for name, term in terms.items()]).sum().backward()
     forward = tuple(of_model[0] for of_model in calls if of_model)  # the first is of all tokens
     return PassCount(meter.operations, forward, meter.peak, sum(p.numel() for p in loss.parameters()))
@@ -114,17 +130,8 @@ def training_loss(parts: Parts) -> TrainingLoss:
     steps, rate = parts.config.train.max_steps, teacher_rate(parts.config)
     loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, steps, rate)
     if loss.shd is not None:
-        loss.shd.loss.plans = {name: plan_merges(*heads) for name, heads in paired_heads(parts).items()}
+        loss.shd.loss.plans = {name: plan_merges(*heads) for name, heads in loss.shd.heads.items()}
     return loss
-
-
-def paired_heads(parts: Parts) -> dict[str, tuple[int, int]]:
-    """The teacher's and the student's heads, by student block that learns by SHD."""
-    shd = parts.terms.get("shd")
-    if shd is None or parts.teacher_trace is None:
-        return {}
-    teacher, student = parts.teacher_trace.records, parts.student_trace.records
-    return {name: (teacher[by].heads, student[name].heads) for name, by in shd.pairs.items()}
 
 
 def made_up_batch(parts: Parts, images: int, device: torch.device) -> Batch:
@@ -140,7 +147,10 @@ def made_up_batch(parts: Parts, images: int, device: torch.device) -> Batch:
 
 def materialised(parts: Parts, device: torch.device) -> Parts:
     """The same parts with new models on a device, with random weights."""
-    return _with_models(parts, device, lambda model: twin(model, device))
+    made = _with_models(parts, device, lambda model: twin(model, device))
+    if is_quantised(parts.config):
+        quantise(made.model)
+    return made
 
 
 def _with_models(parts: Parts, device: torch.device, made: Callable[[ModelMixin], ModelMixin]) -> Parts:

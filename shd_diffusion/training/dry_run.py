@@ -21,6 +21,7 @@ from rich.table import Table
 from shd_diffusion.config import DistillConfig, TrainConfig, TrainTeacherConfig, read_run_config
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
+from shd_diffusion.losses.shd import SHD
 from shd_diffusion.models.denoiser import count_parameters, freeze
 from shd_diffusion.models.factory import ModelConfig, cast, empty_model
 from shd_diffusion.models.pipeline_folder import find_pipeline
@@ -34,7 +35,6 @@ from shd_diffusion.training.count import (
     PassCount,
     count_passes,
     materialised,
-    paired_heads,
     training_loss,
 )
 from shd_diffusion.training.inspect_models import render, render_pair, rows_of
@@ -67,11 +67,11 @@ def dry_run(config: Config, source: str) -> dict[str, Any]:
         teacher = config.teacher.model_copy(update={"path": path})
         config = config.model_copy(update={"teacher": teacher})
     train = config.train
-    small = config.model_copy(update={"train": _alone(train, images=1)})
-    accelerator = make_accelerator(small.train, Path())
+    alone = config.model_copy(update={"train": _alone(train)})
+    accelerator = make_accelerator(alone.train, Path())
     if accelerator.num_processes > 1:
         raise UserError("--dry-run: it is for one process, and tells what each of several would need")
-    parts = build_empty(small, source)
+    parts = build_empty(alone, source)
     share = BatchLayout(train.batch_size, train.micro_batch_size, train.num_processes or 1).passes[0].stop
     counts = count_passes(parts, share, accelerator)
     counted = counts[train.gradient_checkpointing]
@@ -153,10 +153,9 @@ def _is_config(path: str | None) -> bool:
     return path is not None and Path(path).suffix in (".yaml", ".yml")
 
 
-def _alone(train: TrainConfig, images: int) -> TrainConfig:
-    """The optimisation of so many images a step as one process does it, without what only a long run wants."""
-    alone = {"micro_batch_size": None, "num_processes": None, "shard": False, "compile": False}
-    return train.model_copy(update={"batch_size": images, "trackers": [], **alone})
+def _alone(train: TrainConfig) -> TrainConfig:
+    """The optimisation as one process does it, without what only a long run wants."""
+    return train.model_copy(update={"num_processes": None, "shard": False, "compile": False, "trackers": []})
 
 
 # --- measuring -----------------------------------------------------------------------------------------------
@@ -209,13 +208,12 @@ def measure(parts: Parts, most: int, activations: int, accelerator: Accelerator)
 def _step(
     parts: Parts, images: int, loss: TrainingLoss, state: TrainState, accelerator: Accelerator
 ) -> tuple[float, dict[str, float]]:
-    """Seconds of one optimiser step on so many images, and the terms of its loss."""
+    """Seconds of one optimiser step on so many images, at which most terms count, and the terms of its loss."""
     assert isinstance(parts.data, MadeUpSamples)
-    train = _alone(parts.config.train, images)
-    layout = BatchLayout(images)
+    layout, step = BatchLayout(images), loss.fullest_step
     batches = replace(parts, data=parts.data.of(images)).loader(accelerator.device)(layout, 0).step(0)
     began = time.perf_counter()
-    terms, _ = take_step(state, loss, batches, layout.num_passes, 0, train, accelerator)
+    terms, _ = take_step(state, loss, batches, layout.num_passes, step, parts.config.train, accelerator)
     values = {name: float(term) for name, term in terms.items()}  # waits for the device
     return time.perf_counter() - began, values
 
@@ -247,13 +245,16 @@ def describe_plan(parts: Parts) -> list[dict[str, Any]]:
 
     By adjacent pairing: matched plans are found when training begins, and differ in who merges only.
     """
+    shd = parts.terms.get("shd")
+    if not isinstance(shd, SHD):
+        return []
     described = []
-    for name, heads in paired_heads(parts).items():
+    for name, heads in shd.heads.items():
         plan = plan_merges(*heads)
         described.append(
             {
                 "student": name,
-                "teacher": parts.terms["shd"].pairs[name],
+                "teacher": shd.pairs[name],
                 "heads": [heads[0], *map(len, plan)],
                 "merged": [list(group) for group in members(plan, heads[0])],
             }

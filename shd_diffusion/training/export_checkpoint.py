@@ -99,7 +99,7 @@ def _load_average(model: ModelMixin, path: Path) -> None:
 
 def _environment(run: RunFolder, step: int) -> dict[str, Any]:
     """That of the training, with the commands that lead here."""
-    trained = read_as(run.path / "environment.json", dict[str, Any])
+    trained = read_as(run.environment_file, dict[str, Any])
     return trained | {
         "command": f"{trained.get('command')}\nshd-diffusion sample {run.path} --checkpoint {step}"
     }

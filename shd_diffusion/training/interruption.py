@@ -32,7 +32,10 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            self._before = {signum: signal.signal(signum, self._note) for signum in SIGNALS}
+            heard = [
+                each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN
+            ]  # `nohup` ignores SIGHUP
+            self._before = {signum: signal.signal(signum, self._note) for signum in heard}
         return self
 
     def __exit__(self, *_: object) -> None:

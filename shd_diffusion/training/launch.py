@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import DistributedType, DynamoBackend, TorchDynamoPlugin
+from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguration, TorchDynamoPlugin
 
 from shd_diffusion.config import RunConfig, TrainConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.processes import processes
 from shd_diffusion.protocol import flatten
+from shd_diffusion.run_folder import RunFolder, run_name
 
 LAYOUTS = {DistributedType.NO, *(kind for kind in DistributedType if kind.name.startswith("MULTI_"))}
 
@@ -39,7 +41,7 @@ def make_accelerator(config: TrainConfig, folder: Path) -> Accelerator:
             ),  # `train.compile` says, not the environment
             step_scheduler_with_optimizer=False,
             log_with=config.trackers or None,
-            project_dir=folder,
+            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / "trackers")),
         )
     except ValueError as error:
         raise UserError(f"key `train.mixed_precision`: {error}") from error
@@ -72,10 +74,20 @@ def describe_launch(accelerator: Accelerator, config: TrainConfig) -> str:
     return f"{count} process{'es' if count > 1 else ''} on {device}, {config.batch_size} images a step"
 
 
-def start_trackers(accelerator: Accelerator, config: RunConfig) -> None:
-    """Start the trackers with what the run is defined by; a value that is no plain one is told as text."""
+def start_trackers(accelerator: Accelerator, config: RunConfig, folder: RunFolder) -> None:
+    """Start the trackers with what the run is defined by; a value that is no plain one is told as text.
+
+    On Weights & Biases a run that goes on is the one that it was, by when its folder was begun.
+    """
     values = flatten(config.model_dump(mode="json", by_alias=True))
     plain = {
         key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()
     }
-    accelerator.init_trackers("trackers", plain)
+    run = f"{folder.identity(config)} {folder.read_environment().get('started')}"
+    wandb = {
+        "name": run_name(folder.path),
+        "id": hashlib.sha256(run.encode()).hexdigest()[:16],
+        "resume": "allow",
+        "dir": str(folder.path),
+    }
+    accelerator.init_trackers("shd-diffusion", plain, {"wandb": wandb})

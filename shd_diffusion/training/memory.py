@@ -7,24 +7,26 @@ from collections.abc import Iterable
 from diffusers import ModelMixin
 from torch import nn
 
+from shd_diffusion.config import DistillConfig
 from shd_diffusion.training.build import Parts
 
 
 def memory(parts: Parts, activations: int, extra_parameters: int, processes: int = 1) -> dict[str, int]:
-    """What stays, and what a pass needs at most beside it.
+    """What stays, and what a pass needs at most beside it; a teacher that stays in the CPU's memory needs none of it.
 
     Args:
         parts: whose models may be without weights.
-        activations: of a pass, see `count_pass`.
+        activations: of a pass, see `meter_pass`.
         extra_parameters: of the loss, in float32.
         processes: over which models, gradients, moments and average are sharded; 1 for no sharding.
     """
     model, teacher = parts.model, None if parts.teacher is None else parts.teacher.model
+    elsewhere = isinstance(parts.config, DistillConfig) and parts.config.teacher.device == "cpu"
     trained = [
         p for each in (model, teacher) if each is not None for p in each.parameters() if p.requires_grad
     ]
     sizes = {
-        "teacher": 0 if teacher is None else _bytes(teacher.parameters()) // processes,
+        "teacher": 0 if teacher is None or elsewhere else _bytes(teacher.parameters()) // processes,
         "weights": _bytes(model.parameters()) // processes,
         "gradients": _bytes(trained) // processes,
         "optimiser": 2 * _bytes(trained) // processes,  # AdamW's two moments
@@ -32,7 +34,7 @@ def memory(parts: Parts, activations: int, extra_parameters: int, processes: int
         "extra_parameters": 4 * 4 * extra_parameters,  # with gradient and moments
         "whole_blocks": 0
         if processes == 1
-        else _whole(model, 2) + (0 if teacher is None else _whole(teacher, 1)),
+        else _whole(model, 2) + (0 if teacher is None or elsewhere else _whole(teacher, 1)),
         "activations": activations,
     }
     return sizes | {"sum": sum(sizes.values())}

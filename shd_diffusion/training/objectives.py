@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 
 import torch
 from diffusers import ModelMixin
@@ -90,16 +92,32 @@ class TrainingLoss:
             terms |= {name + MASKED: term for name, term in self._pass(model, masked, step).items()}
         return terms
 
+    @cached_property
+    def stages(self) -> dict[int, int]:
+        """Of each set of terms that count together, the first step at which they do, and at how many."""
+        first: dict[tuple[str, ...], int] = {}
+        stages: Counter[int] = Counter()
+        for step in range(max(self.max_steps, 1)):
+            active = tuple(name for name, term in self._all() if term.weight(step, self.max_steps))
+            stages[first.setdefault(active, step)] += 1
+        return dict(stages)
+
+    @cached_property
+    def fullest_step(self) -> int:
+        """The first step at which most terms count."""
+        return max(self.stages, key=lambda step: (sum(map(bool, self.weights(step).values())), -step))
+
     def plain(self, model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-        """The unweighted terms of the first step on a batch, all tokens seen; nothing is kept of them."""
-        return self._pass(model, batch, 0)
+        """The unweighted terms of the fullest step on a batch, all tokens seen; nothing is kept of them."""
+        return self._pass(model, batch, self.fullest_step)
 
     def of_teacher(self, batch: Batch) -> dict[str, Tensor]:
-        """The unweighted regression of the first step, of the teacher's prediction in place of the student's.
+        """The unweighted regression of the fullest step, of the teacher's prediction in place of the student's.
 
         Empty where nobody teaches or nothing is regressed.
         """
-        active = {n: t for n, t in self._all() if isinstance(t, Denoise) and t.weight(0, self.max_steps)}
+        weights = self.weights(self.fullest_step)
+        active = {n: t for n, t in self._all() if isinstance(t, Denoise) and weights[n]}
         if self.teacher is None or not active:
             return {}
         prediction = predict_frozen(self.teacher, batch.noised, batch.timesteps, batch.condition)

@@ -114,8 +114,8 @@ def _train(run: Run, finish: bool) -> None:
     if accelerator.is_main_process:
         folder.create(config, run.inputs)
         announce(describe_launch(accelerator, config.train))
-    start_trackers(accelerator, config)
     accelerator.wait_for_everyone()
+    start_trackers(accelerator, config, folder)
     teacher = None if parts.teacher is None else parts.teacher.model
     squeezed = isinstance(config, DistillConfig) and config.student.init == "squeeze"
     if squeezed and not _checkpoints(run).latest(config.train.max_steps):

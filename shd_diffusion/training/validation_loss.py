@@ -92,7 +92,8 @@ def make_validation_loss(
     """Every term of the loss of a model in evaluation mode, on fixed samples that the processes share.
 
     The teacher's own `denoise` on them is told too, which the student's is to be compared with; a frozen one's is found
-    once. Terms and their weights are those of the first step, whatever decays. All is in float32, as in sampling.
+    once. Terms and their weights are those of the first step at which most terms count, whatever decays. All is in
+    float32, as in sampling.
 
     Args:
         loss: of the run; open when the validation is called.
@@ -125,7 +126,7 @@ def make_validation_loss(
         return means(loss.of_teacher)
 
     def validate(model: ModelMixin) -> tuple[dict[str, object], None]:
-        terms, weights = means(partial(loss.plain, model)), loss.weights(0)
+        terms, weights = means(partial(loss.plain, model)), loss.weights(loss.fullest_step)
         total_loss = sum(weights[name] * value for name, value in terms.items())
         if loss.teacher_rate is not None:
             of_teacher.cache_clear()  # it has trained meanwhile

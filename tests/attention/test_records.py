@@ -130,3 +130,11 @@ def test_rows_of_padding_do_not_count() -> None:
         assert torch.equal(record.of_samples(slice(0, 1)).counted, kept[:1])
     _, crossed = record_of(*qkv(), torch.arange(KEYS)[None] < 4)
     assert crossed.counted.shape == (SAMPLES, QUERIES) and crossed.counted.all()
+
+
+def test_a_detached_record_leads_to_nothing_that_learns() -> None:
+    """Not even to a bias, as MDTv2's."""
+    query, key, value = (each.requires_grad_() for each in qkv())
+    bias = torch.zeros(1, HEADS, QUERIES, KEYS, requires_grad=True)
+    _, record = record_of(query, key, value, bias)
+    assert record.maps().requires_grad and not record.detached().maps().requires_grad

@@ -11,10 +11,13 @@ from commands import DISTILL_CONFIG, FEW_IMAGES, SHORT, TEACHER_CONFIG, command,
 from diffusers import DDPMScheduler
 from small_models import small_dit
 
+from shd_diffusion import compress_run
 from shd_diffusion.compress_run import calibrate
 from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.data import build_source
 from shd_diffusion.losses.shd import SHD
+from shd_diffusion.models.denoiser import freeze
+from shd_diffusion.models.teacher import Teacher
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline
 from shd_diffusion.squeezing.plan import members, plan_merges, plans_from_json
@@ -227,6 +230,14 @@ def test_a_budget_that_cannot_be_had_is_one_line(
 def test_without_a_folder_to_write_there_is_nothing_to_do(runs: Path) -> None:
     code, _, errors = command("compress", runs / "teacher", "--heads", 6)
     assert code == 2 and "error: --output DIR is missing" in errors
+
+
+def test_a_pipeline_by_ddpm_keeps_its_learned_variance(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    learned = DDPMScheduler(variance_type="learned_range")
+    teacher = Teacher(freeze(small_dit(4, out_channels=2)), scheduler=learned)
+    monkeypatch.setattr(compress_run, "load_teacher", lambda _: teacher)
+    found = calibrate("teacher", RunFolder(runs / "teacher").read_config(), 64)
+    assert found.scheduler.config.variance_type == "learned_range"
 
 
 def test_calibration_takes_timesteps_as_often_as_it_is_told(runs: Path) -> None:

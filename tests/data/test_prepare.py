@@ -13,7 +13,7 @@ from forks import launch
 from image_files import BROKEN, NUM_IMAGES, SIZE
 from safetensors.torch import load_file, save_file
 
-from shd_diffusion.data import DataConfig, build_source, open_dataset, reference_images
+from shd_diffusion.data import DataConfig, build_source, datasets, open_dataset, reference_images
 from shd_diffusion.data.latent_space import LatentSpace
 from shd_diffusion.data.prepare import EncodeConfig, PrepareConfig
 from shd_diffusion.data.prepare import prepare as run_prepare
@@ -106,13 +106,24 @@ def test_workers_read_what_the_process_reads(images: Path, vae: Path, tmp_path: 
         assert all(torch.equal(alone[name], by_worker[name]) for name in alone)
 
 
-def test_a_broken_image_is_left_out_named_and_counted(broken_images: Path, vae: Path, tmp_path: Path):
+def test_what_prepare_left_out_is_known(
+    images: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    folder = make_cache(images, vae, tmp_path / "cache")
+    monkeypatch.setattr(datasets, "find_unreadable", lambda _: pytest.fail("looked at all images again"))
+    assert len(reference_images(latents(folder))) == NUM_IMAGES
+
+
+def test_a_broken_image_is_left_out_named_and_counted(
+    broken_images: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
     folder = make_cache(broken_images, vae, tmp_path / "cache")
     report = (folder / "unreadable.txt").read_text().splitlines()
     assert len(report) == 1 and report[0].startswith(str(broken_images / "cat" / "05.png"))
     source = build_source(latents(folder))
     assert len(source) == NUM_IMAGES - 1
     assert [source.dataset[index]["class_labels"] for index in range(len(source))] == [0] * 9 + [1] * 4
+    monkeypatch.setattr(datasets, "find_unreadable", lambda _: pytest.fail("looked at all images again"))
     reference = reference_images(latents(folder))
     names = [Path(reference.name(index)).name for index in range(len(reference))]
     assert names == [f"{index:02d}.png" for index in range(NUM_IMAGES) if index != BROKEN]

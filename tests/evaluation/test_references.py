@@ -41,8 +41,11 @@ def test_a_resized_reference(digits, extractor, tmp_path):
     np.savez(tmp_path / "large.npz", arr_0=large.permute(0, 2, 3, 1).numpy())
     resized = open_reference(tmp_path / "large.npz", extractor, 5, resize="box", size=8)
     assert torch.equal(resized.features, open_reference(digits[0][:12], extractor, 5).features)
+    assert torch.equal(open_reference(large, extractor, 5, resize="box", size=8).features, resized.features)
     with pytest.raises(UserError, match=r"image 0: is 24×24, but `digits-classifier` takes 8×8 only"):
         open_reference(tmp_path / "large.npz", extractor, 5)
+    with pytest.raises(UserError, match=r"is 16×16, but `digits-classifier` takes 8×8 only"):
+        open_reference("digits", extractor, 5, resize="lanczos", size=16)
 
 
 def test_a_statistics_file_stands_for_its_images(digits, extractor, tmp_path):

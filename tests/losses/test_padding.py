@@ -17,7 +17,7 @@ from shd_diffusion.attention import AttentionRecord
 from shd_diffusion.attention.kernels import MASKED
 from shd_diffusion.losses import TERMS
 from shd_diffusion.losses.divergence import DIVERGENCES
-from shd_diffusion.losses.padding import with_text_mask
+from shd_diffusion.losses.padding import row_share, with_text_mask
 from shd_diffusion.losses.term import Batch, Captured, StepOutputs
 from shd_diffusion.models.families import TEXT_MASK
 from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
@@ -39,6 +39,14 @@ def alone(of: AttentionRecord, sample: int) -> AttentionRecord:
     tokens = slice(int(COUNTED[sample].sum()))
     query, key, value = (part[sample : sample + 1, :, tokens] for part in (of.query, of.key, of.value))
     return replace(of, query=query, key=key, value=value, mask=None, counted=None)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_are_counted_exactly_in_half_precision(dtype: torch.dtype) -> None:
+    """257 rows are no number of bfloat16, and 70,000 none of float16."""
+    for rows in (257, 70_000):
+        half = replace(padded(1, 0), query=torch.zeros(2, 1, rows, 1, dtype=dtype), counted=None)
+        assert (row_share(half, 1, torch.float32) * rows).tolist() == pytest.approx([1.0, 1.0], rel=1e-6)
 
 
 def gradients(value: Tensor, of: AttentionRecord) -> tuple[Tensor, ...]:

@@ -487,7 +487,7 @@ def test_any_weight_may_decay_and_shd_counts_at_every_so_many_steps(pair: Pair) 
     losses = only(output={"decay": "linear"}, shd={"weight": 2.0, "decay": "linear", "every": 2}, denoise={})
     terms = build_terms(losses, student, teacher, 0)
     weights = {name: [term.weight(step, 4) for step in range(4)] for name, term in terms.items()}
-    assert weights == {"denoise": [1, 1, 1, 1], "output": [1, 0.75, 0.5, 0.25], "shd": [2, 0, 1, 0]}
+    assert weights == {"denoise": [1, 1, 1, 1], "output": [1, 0.75, 0.5, 0.25], "shd": [0, 1.5, 0, 0.5]}
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,9 @@ def test_a_sign_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_latent_consistency_model_is_refused() -> None:
     pipeline = PIPELINES["sd1.5"]()
     pipeline.register_modules(unet=unet(4, time_cond_proj_dim=8))
-    with pytest.raises(UserError, match="^UNet2DConditionModel is told its guidance scale as `timestep_cond`"):
+    with pytest.raises(
+        UserError, match=r"^UNet2DConditionModel is told its guidance scale as `timestep_cond`"
+    ):
         check_convention(PromptEncoder(pipeline, SIZE, {}), (4, 8, 8))
 
 

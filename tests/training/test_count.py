@@ -13,6 +13,7 @@ from small_models import small_dit
 from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.losses import TERMS
 from shd_diffusion.models.factory import cast
+from shd_diffusion.models.quantised import QuantisedLinear
 from shd_diffusion.training.build import Parts
 from shd_diffusion.training.count import count_passes, made_up_batch, materialised, meter_passes, twin
 from shd_diffusion.training.dry_run import build_empty
@@ -44,6 +45,31 @@ def test_without_content_the_counts_are_the_same(precision: str, losses: list[st
     assert count_passes(parts, 2, accelerator) == found
     assert all(len(count.forward) == 2 and count.activations > 0 for count in found.values())
     assert all(count.operations > 3 * count.forward[0] + count.forward[1] for count in found.values())
+
+
+def test_terms_of_some_steps_count_as_often_as_they_do_and_need_all_their_memory() -> None:
+    """Of 600 steps half have SHD, or every third; none of them is the first."""
+    accelerator = make_accelerator(digits().config.train, Path())
+
+    def counted(*losses: str) -> tuple[int, int]:
+        found = count_passes(digits(*losses), 2, accelerator)[False]
+        return found.operations, found.activations
+
+    (with_shd, most), (without, less) = counted(), counted("losses.shd.weight=0")
+    for losses, share in (("losses.shd.during=[0.5, 1]", 1 / 2), ("losses.shd.every=3", 1 / 3)):
+        operations, activations = counted(losses)
+        assert operations == pytest.approx(without + share * (with_shd - without), abs=1)
+        assert activations == most > less
+
+
+def test_a_student_of_8_bits_is_measured_as_one() -> None:
+    parts = materialised(digits("student.quantise=int8"), torch.device("cpu"))
+    kinds = {type(module) for module in parts.model.modules() if isinstance(module, torch.nn.Linear)}
+    assert kinds == {QuantisedLinear}
+
+
+def test_a_teacher_on_the_cpu_takes_none_of_the_accelerator() -> None:
+    assert memory(digits("teacher.device=cpu"), 0, 0)["teacher"] == 0
 
 
 def test_checkpointing_computes_the_student_again_and_keeps_less() -> None:

@@ -68,6 +68,15 @@ def figures(tmp_path_factory: pytest.TempPathFactory) -> dict:
     return json.loads(output)
 
 
+@pytest.mark.parametrize("compares", ["losses.contrastive.weight=1", "train.mix=cutmix_pick"])
+def test_what_compares_the_images_of_a_batch_is_counted(compares: str, tmp_path: Path) -> None:
+    arguments = "distill", DISTILL_CONFIG, "--dry-run", "--output", tmp_path / "run"
+    code, _, errors = command(*arguments, *sets(*SMALL, compares))
+    assert code == 0, errors
+    code, _, errors = command(*arguments, *sets(*SMALL, compares, "train.micro_batch_size=1"))
+    assert code == 2 and "raise `batch_size` or `micro_batch_size`" in errors
+
+
 def test_models_and_plan(figures: dict) -> None:
     assert (figures["teacher"]["parameters"], figures["student"]["parameters"]) == (1_233_700, 254_204)
     assert [pair["heads"] for pair in figures["merge_plan"]] == [[12, 6, 5]] * 6

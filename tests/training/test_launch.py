@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
+from accelerate.tracking import WandBTracker
+from commands import DISTILL_CONFIG
 
-from shd_diffusion.config import TrainConfig
-from shd_diffusion.training.launch import describe_launch
+from shd_diffusion.config import DistillConfig, TrainConfig, read_config
+from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.training.launch import describe_launch, start_trackers
 
 
 def launched(count: int, device: str = "cpu") -> Any:
@@ -19,3 +25,25 @@ def test_a_launch_is_told() -> None:
     config = TrainConfig(max_steps=1, batch_size=32)
     assert describe_launch(launched(1), config) == "1 process on cpu, 32 images a step"
     assert describe_launch(launched(2, "cuda"), config) == "2 processes on cuda, 32 images a step"
+
+
+def test_a_run_that_goes_on_is_the_same_one_on_weights_and_biases(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through accelerate's own tracker, to a stand-in for the package itself."""
+    config, begun = read_config(DISTILL_CONFIG, DistillConfig), list[dict[str, Any]]()
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: begun.append(given)))
+
+    def start(project: str, config: dict[str, Any], arguments: dict[str, Any]) -> None:
+        WandBTracker(project, **arguments["wandb"]).start()
+
+    accelerator: Any = SimpleNamespace(init_trackers=start)
+    for name in ("one", "one", "two"):
+        folder = RunFolder(tmp_path / name)
+        folder.path.mkdir(exist_ok=True)
+        folder.create(config, {})
+        monkeypatch.setattr("shd_diffusion.run_folder.describe_environment", lambda: {"started": "later"})
+        start_trackers(accelerator, config, folder)
+    first, again, other = begun
+    assert first == again and first["project"] == "shd-diffusion" and first["resume"] == "allow"
+    assert [each["name"] for each in begun] == ["one", "one", "two"] and other["id"] != first["id"]

@@ -168,6 +168,20 @@ def test_a_sharded_run_is_resumed_with_the_same_weights(dealt: Path) -> None:
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
+def test_a_run_may_be_dealt_out_otherwise_when_it_goes_on(dealt: Path) -> None:
+    """From sharded over two processes to whole in one, with what trades time for memory."""
+    run, free = dealt / "otherwise", ["train.gradient_checkpointing=true", "losses.shd.chunk_rows=3"]
+    shutil.copytree(dealt / "sharded", run)
+    shutil.rmtree(run / "pipeline")
+    shutil.rmtree(run / "checkpoints" / "step-00000004")
+    (run / "summary.json").unlink()
+    arguments = sets(*STEPS, *STUDENT, *ALONE, f"teacher.path={dealt / 'teacher'}", *free)
+    code, _, errors = command("distill", DISTILL_CONFIG, "--output", run, *arguments)
+    assert code == 0, errors
+    losses = [[entry["loss"] for entry in log(dealt / name)] for name in ("otherwise", "alone")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
 def test_a_sharded_run_leaves_what_any_other_does(dealt: Path) -> None:
     names = [
         {

@@ -60,7 +60,7 @@ def test_the_picture_shows_the_samples_of_the_averaged_model(run: Path) -> None:
 def test_tensorboard_gets_the_picture(run: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run / "trackers"))
+    events = EventAccumulator(str(run / "trackers" / "shd-diffusion"))
     events.Reload()
     assert [(event.step, event.height, event.width) for event in events.Images("samples")] == [
         (2, 152, 502),
