@@ -5,10 +5,11 @@ from __future__ import annotations
 from huggingface_hub import HfApi
 
 from shd_diffusion.errors import UserError, one_line
+from shd_diffusion.model_card import card
 from shd_diffusion.run_folder import RunFolder
 
-NOT_THE_PIPELINE = ["samples/*", "evaluation/*", ".lock"]
-"""What stands beside a pipeline that `compress` made, and is no part of it."""
+NOT_THE_PIPELINE = ["samples/*", "evaluation/*", ".lock", "README.md"]
+"""What stands beside a pipeline that `compress` made, and is no part of it; and the card, which names a folder here."""
 
 
 def push(run: RunFolder, name: str, private: bool = False) -> str:
@@ -34,6 +35,7 @@ def push(run: RunFolder, name: str, private: bool = False) -> str:
             ignore_patterns=NOT_THE_PIPELINE,
             commit_message=f"The pipeline of {run.path.name}",
         )
+        api.upload_file(repo_id=name, path_or_fileobj=card(run, name).encode(), path_in_repo="README.md")
     except Exception as error:  # the hub's client raises errors of any kind
         raise UserError(
             f"{name}: the hub does not take it ({one_line(error)}); is `hf auth login` done?"

@@ -86,8 +86,12 @@ def write_card(run: RunFolder) -> Path:
     return file
 
 
-def card(run: RunFolder) -> str:
-    """The text of a finished run's card; see `write_card`."""
+def card(run: RunFolder, name: str | None = None) -> str:
+    """The text of a finished run's card; see `write_card`.
+
+    Args:
+        name: by which its pipeline is loaded; None: its folder.
+    """
     config, summary = run.read_config(), run.read_summary()
     environment = read_as(run.environment_file, dict[str, Any])
     metrics = read_as(run.evaluation_file, dict[str, Any]) if run.evaluation_file.exists() else None
@@ -96,7 +100,7 @@ def card(run: RunFolder) -> str:
         name=summary.name,
         tags="- squeezing-heads-distillation\n" if teacher else "",
         what=_what(summary, teacher),
-        use=_use(run),
+        use=_use(run, str(run.pipeline) if name is None else name),
         made=_made(config, summary),
         command=environment.get("command"),
         config=dump_config(config),
@@ -112,16 +116,16 @@ def _what(summary: Summary, teacher: str | None) -> str:
     return f"{size}, distilled from `{teacher}`, which has {summary.teacher_heads} heads."
 
 
-def _use(run: RunFolder) -> str:
+def _use(run: RunFolder, name: str) -> str:
     index = read_as(run.pipeline / "model_index.json", dict[str, Any])
     libraries = [str(part[0]) for part in index.values() if isinstance(part, list) and part]
     imports = OWN_CLASSES if any(each.startswith("shd_diffusion.models") for each in libraries) else ""
     if index.get("_class_name") not in ("ClassConditionalPipeline", "DiTPipeline"):
-        return BY_PROMPT.format(imports=imports, path=run.pipeline)
+        return BY_PROMPT.format(imports=imports, path=name)
     ours = index["_class_name"] == "ClassConditionalPipeline"
     alone = not ours or (run.pipeline / "pipeline.py").exists()
     return (BY_CLASS if alone else BY_OWN_CLASS).format(
-        imports=imports, path=run.pipeline, code=OWN_CODE if ours else "", asked=_asked(run, index)
+        imports=imports, path=name, code=OWN_CODE if ours else "", asked=_asked(run, index)
     )
 
 

@@ -88,14 +88,20 @@ class Hub:
     def upload_folder(self, **options: Any) -> None:
         self.calls.append(("upload", options))
 
+    def upload_file(self, **options: Any) -> None:
+        self.calls.append(("card", options))
+
 
 def test_push_sends_the_pipeline(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub, run = Hub(), RunFolder(runs / "teacher")
     monkeypatch.setattr(hub_upload, "HfApi", lambda: hub)
     assert hub_upload.push(run, "me/digits", private=True) == "https://hub/me/digits"
-    (_, created), (_, sent) = hub.calls
+    (_, created), (_, sent), (_, own) = hub.calls
     assert created == {"name": "me/digits", "private": True, "exist_ok": True}
     assert sent["repo_id"] == "me/digits" and sent["folder_path"] == run.pipeline
+    assert "README.md" in sent["ignore_patterns"] and own["path_in_repo"] == "README.md"
+    text = own["path_or_fileobj"].decode()  # loads from the hub, not from a folder of this machine
+    assert 'from_pretrained("me/digits"' in text and str(run.pipeline) not in text.partition("## How")[0]
     code, _, errors = command("push", run.path, "digits")
     assert (
         code == 2

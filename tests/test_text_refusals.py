@@ -214,6 +214,12 @@ REFUSED: dict[str, tuple[str, Spoil, Change, list[str]]] = {
         lambda c: c.update(sample={"guidance_power": 2}),
         ["config.yaml", "`sample.guidance_power`", "by class"],
     ),
+    "sampling classes": (
+        "distill",
+        NOTHING,
+        lambda c: c.update(sample={"labels": [3, 5]}),
+        ["config.yaml", "`sample.labels`", "by class"],
+    ),
     "two denoisers": (
         "prepare",
         add_denoiser,

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.clip.modeling_clip import CLIPTextModelOutput
 
+from shd_diffusion.models import squeezed
 from shd_diffusion.models.factory import DENOISERS
 from shd_diffusion.models.prompts import PromptEncoder
 
@@ -225,8 +226,8 @@ def _load_without_weights(path: str) -> DiffusionPipeline:
     for name, entry in index.items():
         if not isinstance(entry, (list, tuple)):
             continue
-        library = {"diffusers": diffusers, "transformers": transformers}.get(entry[0])
-        kind: Any = getattr(library, str(entry[1]), None)
+        libraries = {"diffusers": diffusers, "transformers": transformers, squeezed.__name__: squeezed}
+        kind: Any = getattr(libraries.get(entry[0]), str(entry[1]), None)
         if name == "safety_checker":
             given[name] = None
         elif _is_a(kind, ModelMixin):

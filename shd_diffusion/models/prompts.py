@@ -26,7 +26,7 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
 from shd_diffusion.errors import UserError, one_line
-from shd_diffusion.models.factory import DENOISERS, denoiser_part
+from shd_diffusion.models.factory import DENOISERS, denoiser_part, model_class
 from shd_diffusion.models.families import TEXT_MASK, Family, family_of
 from shd_diffusion.models.first_step import until_first_step
 from shd_diffusion.models.pipeline_call import call_defaults
@@ -321,7 +321,7 @@ def load_for_prompts(
         name = denoiser_part(index)
         if name is None:
             raise ValueError(f"a {index.get('_class_name')} has none of transformer, unet")
-        kind: Any = getattr(diffusers, index[name][1])
+        kind: Any = model_class(index[name][1])
         config = kind.load_config(path, subfolder=name)
         with init_empty_weights():
             denoiser = kind.from_config(config).eval()

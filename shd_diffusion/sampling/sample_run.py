@@ -16,7 +16,7 @@ from shd_diffusion.files import check_outside
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.archive import write_archive
-from shd_diffusion.sampling.by_class import ByClass
+from shd_diffusion.sampling.by_class import OF_PROMPTS, ByClass
 from shd_diffusion.sampling.by_prompt import ByPrompt
 from shd_diffusion.sampling.execution import denoiser_of, set_execution, try_execution
 from shd_diffusion.sampling.generate import generate_images
@@ -132,8 +132,9 @@ def make_sampler(
         UserError: there are no prompts, or the pipeline takes no such arguments.
     """
     if isinstance(pipeline, ClassConditionalPipeline):
-        if config.prompts is not None:
-            raise UserError("key `sample.prompts`: the pipeline makes images by class; remove it")
+        for key in sorted(OF_PROMPTS):
+            if getattr(config, key) != SampleConfig.model_fields[key].get_default(call_default_factory=True):
+                raise UserError(f"key `sample.{key}`: the pipeline makes images by class; remove it")
         return ByClass(pipeline, config)
     size = None if run_config is None else run_config.data.image_size
     if run_config is not None and run_config.prepare is not None:  # prompts as the model has learnt from them

@@ -123,7 +123,8 @@ def fit(
                 if not state.is_finite():  # its last step has made them so
                     good = checkpoints.latest(train.max_steps)
                     raise DivergedError(_explain_end(run, "weights that are not finite", good))
-                checkpoints.save(done, state, loss.kept)
+                with logger.apart():
+                    checkpoints.save(done, state, loss.kept)
             if signum and not last:
                 raise InterruptedRun(
                     f"{run.path}: interrupted after step {done}; the same command goes on from there", signum

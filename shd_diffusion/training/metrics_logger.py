@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +52,14 @@ class MetricsLogger:
         numbers = {key: value for key, value in flatten(entry).items() if isinstance(value, int | float)}
         self.accelerator.log(numbers, step=entry["step"])
         self._lap = time.perf_counter(), entry["step"]
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Context whose time is no step's."""
+        began = time.perf_counter()
+        yield
+        start, step = self._lap
+        self._lap = start + time.perf_counter() - began, step
 
     def log_image(self, done: int, picture: Tensor) -> None:
         """Keep a picture of samples, 8-bit (H, W, 3), in the run folder and the trackers."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
+from itertools import pairwise
 
 import torch
 from accelerate import Accelerator
@@ -26,12 +27,20 @@ from shd_diffusion.training.objectives import TrainingLoss
 
 
 def spread(count: int, groups: Sequence[range], size: int) -> list[list[int]]:
-    """`count` items evenly over the data, or all if there are fewer, in passes of at most `size` of one group each."""
+    """`count` items evenly over the data, or all if there are fewer, in passes of at most `size` of one group each.
+
+    The passes of a group are of about one size: some terms compare the samples of a pass.
+    """
     length = sum(map(len, groups))
     count = min(count, length)
     chosen = [place * length // count for place in range(count)]
     of_groups = [[item for item in chosen if item in group] for group in groups]
-    return [own[start : start + size] for own in of_groups for start in range(0, len(own), size)]
+    return [part for own in of_groups for part in _evenly(own, -(-len(own) // size))]
+
+
+def _evenly(items: list[int], parts: int) -> list[list[int]]:
+    ends = [len(items) * part // parts for part in range(1, parts + 1)]
+    return [items[start:end] for start, end in pairwise([0, *ends])]
 
 
 def deal(passes: Sequence[list[int]], process: int, processes: int) -> list[tuple[int, bool]]:

@@ -27,7 +27,8 @@ from shd_diffusion.models.denoiser import freeze, pad, predict, prepare
 from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.layouts import feed_forwards, head_layout
 from shd_diffusion.models.pipeline_folder import find_pipeline
-from shd_diffusion.models.prompts import PromptEncoder, denoiser_name
+from shd_diffusion.models.prompt_words import prompt_words
+from shd_diffusion.models.prompts import PromptEncoder, denoiser_name, load_for_prompts
 from shd_diffusion.models.trace import trace
 from shd_diffusion.training.objectives import TrainingLoss
 
@@ -105,6 +106,25 @@ def test_it_stands_in_the_pipeline_and_samples(name: str, tmp_path: Path) -> Non
     size = {"height": SIZE[0], "width": SIZE[1], "num_inference_steps": 2}
     image = loaded(prompt=["a cat"], output_type="pt", **size, **ARGUMENTS.get(name, {}))[0][0]
     assert image.isfinite().all() and image.std() > 0
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_is_prepared_for_as_its_teacher_is(name: str, tmp_path: Path) -> None:
+    """It may teach in its turn."""
+    pipeline, _, _, found = squeezed(name)
+    pipeline.save_pretrained(tmp_path / "teacher")
+    folder = find_pipeline(str(tmp_path / "teacher"))
+    assert folder is not None
+    folder.save_with(found.model, tmp_path / "small")
+    arguments = ARGUMENTS.get(name, {})
+    encoded, words = [], []
+    for path in (str(tmp_path / "teacher"), str(tmp_path / "small")):
+        loaded = load_for_prompts(path)
+        assert getattr(loaded, denoiser_name(loaded)).device.type == "meta"
+        encoded.append(pad(PromptEncoder(loaded, SIZE, arguments).encode(PROMPTS)))
+        words.append(prompt_words(path, PROMPTS[0], SIZE, arguments))
+    assert words[0] == words[1] and encoded[0].keys() == encoded[1].keys()
+    assert all(torch.equal(encoded[0][key], encoded[1][key]) for key in encoded[0])
 
 
 @pytest.mark.parametrize("name", ["sd1.5", "pixart-sigma", "sd3.5", "flux-dev", "lumina2"])

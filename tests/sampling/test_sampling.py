@@ -22,6 +22,7 @@ from shd_diffusion.sampling import ClassConditionalPipeline, generate_images, sa
 from shd_diffusion.sampling.batching import deal_passes
 from shd_diffusion.sampling.by_class import ByClass, labels_of
 from shd_diffusion.sampling.by_prompt import ByPrompt
+from shd_diffusion.sampling.sample_run import make_sampler
 
 CONFIG = SampleConfig(num_images=7, num_inference_steps=4, pass_size=3)
 
@@ -223,3 +224,17 @@ def test_what_a_pipeline_refuses_is_refused_before_there_is_a_folder(tmp_path: P
     with pytest.raises(UserError, match=r"runs/test: cannot be sampled \(.*max_sequence_length"):
         generate_images(sampler, config, tmp_path / "new", {}, "runs/test")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"negative_prompt": "blurred"}, {"images_per_prompt": 4}, {"pipeline_arguments": {"eta": 1.0}}],
+    ids=str,
+)
+def test_what_is_for_prompts_is_refused_by_class(
+    given: dict[str, Any], pipeline: ClassConditionalPipeline
+) -> None:
+    with pytest.raises(
+        UserError, match=rf"`sample\.{next(iter(given))}`: the pipeline makes images by class"
+    ):
+        make_sampler(pipeline, SampleConfig(**given), None)
