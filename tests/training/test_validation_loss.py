@@ -42,7 +42,7 @@ CPU = torch.device("cpu")
 
 def test_items_lie_evenly_over_the_data() -> None:
     assert spread(4, [range(10)], 8) == [[0, 2, 5, 7]]
-    assert spread(5, [range(6), range(6, 10)], 2) == [[0, 2], [4], [6, 8]]  # passes of one group each
+    assert spread(5, [range(6), range(6, 10)], 2) == [[0], [2, 4], [6, 8]]  # passes of one group each
     assert spread(99, [range(2), range(2, 5)], 3) == [[0, 1], [2, 3, 4]]
     assert [len(items) for items in spread(33, [range(33)], 32)] == [16, 17]  # none of them alone
 
