@@ -108,10 +108,6 @@ class LatentSpace:
         """The inverse of `normalise`."""
         return self.scaling.denormalise(latents)
 
-    def sample(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """See `sample_latents`."""
-        return sample_latents(moments, noise)
-
 
 def sample_latents(moments: Tensor, noise: Tensor | None) -> Tensor:
     """Latents (B, C, ...) from moments, (B, 2C, ...) of a normal distribution or (B, C, ...) of none.

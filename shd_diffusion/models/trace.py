@@ -56,10 +56,6 @@ class Trace:
         """The kind of attention of each record."""
         return {name: record.kind for name, record in self.records.items()}
 
-    def width(self, name: str) -> int:
-        """Channels C of the tokens that an attention block writes to."""
-        return self.records[name].output_weight.shape[0]
-
     @property
     def heads(self) -> int:
         """The most heads that any block has; 0 if there is none."""

@@ -1,4 +1,4 @@
-"""Reads result files only and writes them up: one self-contained page, and a table on the terminal."""
+"""Writes up what runs left, one self-contained page and a table on the terminal; and contact sheets of data."""
 
 from shd_diffusion.reporting.metrics_table import print_table
 from shd_diffusion.reporting.page import write_report
