@@ -67,7 +67,7 @@ def steps(folder: Path, overrides: Sequence[str] = ()) -> list[Step]:
             made=squeezed / "summary.json",
         ),
         Step("images from each", ["sample", *runs]),
-        Step("figures", ["evaluate", *runs], quiet=True),
+        Step("metrics", ["evaluate", *runs], quiet=True),
         Step("what they cost", ["benchmark", *runs, "--batch-size", "16", "--rounds", "3"], quiet=True),
         Step("report", ["report", *runs, "--output", str(folder / "report.html")]),
     ]
