@@ -25,7 +25,7 @@ def test_every_step_is_carried_out_once(tmp_path: Path, monkeypatch: pytest.Monk
     assert code == 0
     assert done == [step.command for step in steps(folder, ["train.max_steps=7"])]
     assert said.startswith("[1/9] a teacher with 12 heads\ntrain-teacher says\n[2/9] a student with 5 heads")
-    assert "[7/9] figures\n[8/9] what they cost\n[9/9] report\nreport says\n" in said  # quiet ones
+    assert "[7/9] metrics\n[8/9] what they cost\n[9/9] report\nreport says\n" in said  # quiet ones
     assert f"open {folder / 'report.html'}; next, " in said.splitlines()[-1]
 
     done.clear()  # each command goes on by itself, but for one
