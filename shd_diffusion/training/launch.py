@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguratio
 
 from shd_diffusion.config import RunConfig, TrainConfig
 from shd_diffusion.errors import UserError
+from shd_diffusion.losses.term import Term, TermConfig
 from shd_diffusion.processes import processes
 from shd_diffusion.protocol import flatten
 from shd_diffusion.run_folder import RunFolder, run_name
@@ -72,6 +74,17 @@ def describe_launch(accelerator: Accelerator, config: TrainConfig) -> str:
     """How many processes train, where, and on how many images a step; `tell_launch` says what a launcher did."""
     count, device = accelerator.num_processes, accelerator.device.type
     return f"{count} process{'es' if count > 1 else ''} on {device}, {config.batch_size} images a step"
+
+
+def describe_losses(terms: Mapping[str, Term]) -> str:
+    """What counts and how much, such as one that a config gave an option and no weight, which is 1 then."""
+
+    def one(name: str, config: TermConfig) -> str:
+        decay = "" if config.decay == "constant" else f" with {config.decay} decay"
+        during = "" if config.during is None else f" from {config.during[0]:.0%} to {config.during[1]:.0%}"
+        return f"{name} {config.weight:g}{decay}{during}"
+
+    return "losses: " + ", ".join(one(name, term.config) for name, term in terms.items())
 
 
 def start_trackers(accelerator: Accelerator, config: RunConfig, folder: RunFolder) -> None:

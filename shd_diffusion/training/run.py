@@ -45,7 +45,12 @@ from shd_diffusion.training.build import (
 )
 from shd_diffusion.training.checkpoints import CheckpointFolder
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
-from shd_diffusion.training.launch import describe_launch, make_accelerator, start_trackers
+from shd_diffusion.training.launch import (
+    describe_launch,
+    describe_losses,
+    make_accelerator,
+    start_trackers,
+)
 from shd_diffusion.training.loop import Validation, fit
 from shd_diffusion.training.objectives import TrainingLoss
 from shd_diffusion.training.squeeze_student import squeeze_student
@@ -114,6 +119,7 @@ def _train(run: Run, finish: bool) -> None:
     if accelerator.is_main_process:
         folder.create(config, run.inputs)
         announce(describe_launch(accelerator, config.train))
+        announce(describe_losses(parts.terms))
     accelerator.wait_for_everyone()
     start_trackers(accelerator, config, folder)
     teacher = None if parts.teacher is None else parts.teacher.model

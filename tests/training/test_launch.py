@@ -13,8 +13,10 @@ from accelerate.tracking import WandBTracker
 from commands import DISTILL_CONFIG
 
 from shd_diffusion.config import DistillConfig, TrainConfig, read_config
+from shd_diffusion.losses.term import TermConfig
+from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.training.launch import describe_launch, start_trackers
+from shd_diffusion.training.launch import describe_launch, describe_losses, start_trackers
 
 
 def launched(count: int, device: str = "cpu") -> Any:
@@ -27,10 +29,23 @@ def test_a_launch_is_told() -> None:
     assert describe_launch(launched(2, "cuda"), config) == "2 processes on cuda, 32 images a step"
 
 
+def test_losses_are_told() -> None:
+    """Those that have an option and no weight too."""
+    configs = {
+        "denoise": TermConfig(),
+        "features": TermConfig(during=[0, 0.5]),
+        "shd": TermConfig(weight=20, decay="cosine"),
+    }
+    terms: Any = {name: SimpleNamespace(config=config) for name, config in configs.items()}
+    told = "losses: denoise 1, features 1 from 0% to 50%, shd 20 with cosine decay"
+    assert describe_losses(terms) == told
+
+
 def test_a_run_that_goes_on_is_the_same_one_on_weights_and_biases(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Through accelerate's own tracker, to a stand-in for the package itself."""
+    processes()  # accelerate's trackers write log lines, which need one
     config, begun = read_config(DISTILL_CONFIG, DistillConfig), list[dict[str, Any]]()
     monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=lambda **given: begun.append(given)))
 
