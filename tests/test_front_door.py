@@ -92,7 +92,7 @@ class Hub:
         self.calls.append(("card", options))
 
 
-def test_push_sends_the_pipeline(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_sends_the_pipeline(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     hub, run = Hub(), RunFolder(runs / "teacher")
     monkeypatch.setattr(hub_upload, "HfApi", lambda: hub)
     assert hub_upload.push(run, "me/digits", private=True) == "https://hub/me/digits"
@@ -102,6 +102,13 @@ def test_push_sends_the_pipeline(runs: Path, monkeypatch: pytest.MonkeyPatch) ->
     assert "README.md" in sent["ignore_patterns"] and own["path_in_repo"] == "README.md"
     text = own["path_or_fileobj"].decode()  # loads from the hub, not from a folder of this machine
     assert 'from_pretrained("me/digits"' in text and str(run.pipeline) not in text.partition("## How")[0]
+    summary = run.summary_file.read_text().replace('"train-teacher"', '"compress"')
+    small = RunFolder(tmp_path)
+    small.summary_file.write_text(summary)
+    (tmp_path / "model_index.json").write_text("{}")
+    hub_upload.push(small, "me/small")
+    _, (_, sent) = hub.calls[3:]  # with the words that `compress` wrote
+    assert sent["folder_path"] == tmp_path and "README.md" not in sent["ignore_patterns"]
     code, _, errors = command("push", run.path, "digits")
     assert (
         code == 2

@@ -32,9 +32,8 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            heard = [
-                each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN
-            ]  # `nohup` ignores SIGHUP
+            # one that is ignored stays so: `nohup` has SIGHUP ignored
+            heard = [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
             self._before = {signum: signal.signal(signum, self._note) for signum in heard}
         return self
 
