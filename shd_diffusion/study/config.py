@@ -31,10 +31,11 @@ VARIANT = "variant:"
 
 
 class Budget(Section):
-    """When no further run is begun: after so many hours of one command, or so many runs of it."""
+    """When no further run is begun: after so many hours of one command, or so many runs of it; 0 runs write up what is
+    there."""
 
     hours: float | None = Field(None, gt=0)
-    runs: int | None = Field(None, ge=1)
+    runs: int | None = Field(None, ge=0)
 
 
 class StudyConfig(Section):

@@ -187,7 +187,8 @@ def _run_all(
 
     def affordable() -> bool:
         hours, begun = (time.monotonic() - started) / 3600, total - len(waiting)
-        return hours < (budget.hours or float("inf")) and begun < (budget.runs or float("inf"))
+        in_time = budget.hours is None or hours < budget.hours
+        return in_time and (budget.runs is None or begun < budget.runs)
 
     def next_ready() -> Job | None:
         """The first whose predecessor is done; those whose predecessor failed leave."""

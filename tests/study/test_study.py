@@ -136,6 +136,13 @@ def test_the_budget_ends_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert errors.count("begun") == errors.count("done") == 3 and "runs left: 1" in errors
 
 
+def test_a_budget_of_no_runs_writes_up_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "WORKER", stand_in(0))
+    study = study_file(tmp_path, tmp_path / "teacher", budget={"runs": 0})
+    code, said, errors = command("study", study)
+    assert code == 0 and "0 of 4 runs are complete" in said and "begun" not in errors
+
+
 def test_what_a_person_must_mend_ends_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(runner, "WORKER", stand_in(2, "error: mend this"))
     study = study_file(tmp_path, tmp_path / "teacher")
