@@ -13,6 +13,14 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
+    def changed(self) -> set[str]:
+        """The keys that have another value than without them."""
+        return {
+            name
+            for name, field in type(self).model_fields.items()
+            if getattr(self, name) != field.get_default(call_default_factory=True)
+        }
+
 
 def _finite(value: Any) -> Any:
     """Values of other libraries' arguments, of which none may be infinite or no number."""

@@ -113,9 +113,8 @@ def launch(number: int, target: str | Path, *arguments: object) -> None:
             MASTER_PORT=str(store.port),
             TORCHELASTIC_USE_AGENT_STORE="True",  # the store is of this process, as with torchrun
             CUDA_VISIBLE_DEVICES="",
-            OMP_NUM_THREADS=str(
-                _threads()
-            ),  # without it accelerate gives each process its share of the cores
+            # without it accelerate gives each process its share of the cores
+            OMP_NUM_THREADS=str(_threads()),
         )
         for rank in range(number)
     ]

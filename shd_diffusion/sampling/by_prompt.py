@@ -43,11 +43,10 @@ def call_arguments(
         if key not in known:
             where = key if key in ("guidance_scale", "negative_prompt") else f"pipeline_arguments.{key}"
             raise UserError(f"key `sample.{where}`: the call of {kind.__name__} takes no `{key}`; remove it")
-    for key in sorted(OF_CLASSES):
-        if getattr(config, key) != SampleConfig.model_fields[key].default:
-            raise UserError(
-                f"key `sample.{key}`: is for pipelines by class, which {kind.__name__} is not; remove it"
-            )
+    if wrong := sorted(OF_CLASSES & config.changed()):
+        raise UserError(
+            f"key `sample.{wrong[0]}`: is for pipelines by class, which {kind.__name__} is not; remove it"
+        )
     return arguments
 
 

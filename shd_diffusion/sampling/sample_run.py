@@ -132,9 +132,8 @@ def make_sampler(
         UserError: there are no prompts, or the pipeline takes no such arguments.
     """
     if isinstance(pipeline, ClassConditionalPipeline):
-        for key in sorted(OF_PROMPTS):
-            if getattr(config, key) != SampleConfig.model_fields[key].get_default(call_default_factory=True):
-                raise UserError(f"key `sample.{key}`: the pipeline makes images by class; remove it")
+        if wrong := sorted(OF_PROMPTS & config.changed()):
+            raise UserError(f"key `sample.{wrong[0]}`: the pipeline makes images by class; remove it")
         return ByClass(pipeline, config)
     size = None if run_config is None else run_config.data.image_size
     if run_config is not None and run_config.prepare is not None:  # prompts as the model has learnt from them

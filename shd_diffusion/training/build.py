@@ -423,8 +423,9 @@ def _check_prepared(cache: LatentSource, images: DataConfig, settings: EncodeCon
     """
     asked = {f"data.{key}": value for key, value in images.model_dump().items() if key not in NOT_OF_IMAGES}
     made = {f"data.{key}": value for key, value in cache.images.items()}
-    default = EncodeConfig().model_dump()
-    asked |= {f"prepare.{key}": each for key, each in settings.model_dump().items() if each != default[key]}
+    asked |= {
+        f"prepare.{key}": value for key, value in settings.model_dump(include=settings.changed()).items()
+    }
     made |= {f"prepare.{key}": value for key, value in cache.encoded.items()}
     for key, value in asked.items():
         if made.get(key, value) != value:

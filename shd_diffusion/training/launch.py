@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from accelerate.utils import DistributedType, DynamoBackend, ProjectConfiguratio
 
 from shd_diffusion.config import RunConfig, TrainConfig
 from shd_diffusion.errors import UserError
+from shd_diffusion.files import json_sha256
 from shd_diffusion.losses.term import Term, TermConfig
 from shd_diffusion.processes import processes
 from shd_diffusion.protocol import flatten
@@ -96,10 +96,10 @@ def start_trackers(accelerator: Accelerator, config: RunConfig, folder: RunFolde
     plain = {
         key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()
     }
-    run = f"{folder.identity(config)} {folder.read_environment().get('started')}"
+    run = [folder.identity(config), folder.read_environment().get("started")]
     wandb = {
         "name": run_name(folder.path),
-        "id": hashlib.sha256(run.encode()).hexdigest()[:16],
+        "id": json_sha256(run)[:16],
         "resume": "allow",
         "dir": str(folder.path),
     }

@@ -20,13 +20,13 @@ def memory(parts: Parts, activations: int, extra_parameters: int, processes: int
         extra_parameters: of the loss, in float32.
         processes: over which models, gradients, moments and average are sharded; 1 for no sharding.
     """
-    model, teacher = parts.model, None if parts.teacher is None else parts.teacher.model
     elsewhere = isinstance(parts.config, DistillConfig) and parts.config.teacher.device == "cpu"
+    model, teacher = parts.model, None if parts.teacher is None or elsewhere else parts.teacher.model
     trained = [
         p for each in (model, teacher) if each is not None for p in each.parameters() if p.requires_grad
     ]
     sizes = {
-        "teacher": 0 if teacher is None or elsewhere else _bytes(teacher.parameters()) // processes,
+        "teacher": 0 if teacher is None else _bytes(teacher.parameters()) // processes,
         "weights": _bytes(model.parameters()) // processes,
         "gradients": _bytes(trained) // processes,
         "optimiser": 2 * _bytes(trained) // processes,  # AdamW's two moments
@@ -34,7 +34,7 @@ def memory(parts: Parts, activations: int, extra_parameters: int, processes: int
         "extra_parameters": 4 * 4 * extra_parameters,  # with gradient and moments
         "whole_blocks": 0
         if processes == 1
-        else _whole(model, 2) + (0 if teacher is None or elsewhere else _whole(teacher, 1)),
+        else _whole(model, 2) + (0 if teacher is None else _whole(teacher, 1)),
         "activations": activations,
     }
     return sizes | {"sum": sum(sizes.values())}

@@ -89,14 +89,19 @@ def test_half_of_all_heads_and_neurons_are_left_and_lose_little(name: str) -> No
     assert found.lost < 0.15  # of 1, what a model that predicts 0 loses
 
 
+def save_both(pipeline: DiffusionPipeline, found: CompressedModel, root: Path) -> None:
+    """The pipeline as `teacher`, and with the compressed model as `small`."""
+    pipeline.save_pretrained(root / "teacher")
+    folder = find_pipeline(str(root / "teacher"))
+    assert folder is not None
+    folder.save_with(found.model, root / "small")
+
+
 @pytest.mark.parametrize("name", NAMES)
 @torch.no_grad()
 def test_it_stands_in_the_pipeline_and_samples(name: str, tmp_path: Path) -> None:
     pipeline, _, batches, found = squeezed(name)
-    pipeline.save_pretrained(tmp_path / "teacher")
-    folder = find_pipeline(str(tmp_path / "teacher"))
-    assert folder is not None
-    folder.save_with(found.model, tmp_path / "small")
+    save_both(pipeline, found, tmp_path)
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "small")
     denoiser = getattr(loaded, denoiser_name(loaded))
     assert type(denoiser) is getattr(shd_diffusion.models.squeezed, type(found.model).__name__)
@@ -112,10 +117,7 @@ def test_it_stands_in_the_pipeline_and_samples(name: str, tmp_path: Path) -> Non
 def test_it_is_prepared_for_as_its_teacher_is(name: str, tmp_path: Path) -> None:
     """It may teach in its turn."""
     pipeline, _, _, found = squeezed(name)
-    pipeline.save_pretrained(tmp_path / "teacher")
-    folder = find_pipeline(str(tmp_path / "teacher"))
-    assert folder is not None
-    folder.save_with(found.model, tmp_path / "small")
+    save_both(pipeline, found, tmp_path)
     arguments = ARGUMENTS.get(name, {})
     encoded, words = [], []
     for path in (str(tmp_path / "teacher"), str(tmp_path / "small")):
