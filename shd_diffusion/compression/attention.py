@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -12,12 +12,29 @@ from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
 
-from shd_diffusion.attention import AttentionCapture, AttentionRecord
+from shd_diffusion.attention import AttentionRecord
 from shd_diffusion.attention.blocks import kernel_calls
-from shd_diffusion.attention.probe import CONTEXT, MAIN
+from shd_diffusion.attention.probe import MAIN
+from shd_diffusion.compression.block_features import (
+    Features,
+    attended_features,
+    output_streams,
+    records_and_inputs,
+    samples_at_once,
+)
+from shd_diffusion.compression.head_weights import (
+    has_bias,
+    has_shift,
+    head_rows,
+    output_columns,
+    scale_norm,
+    values_and_outputs,
+    with_one,
+    write_head,
+    write_output,
+    write_values,
+)
 from shd_diffusion.compression.lockstep import Call
 from shd_diffusion.models.layouts import HeadLayout, Slice, head_layout
 from shd_diffusion.models.squeezed import (
@@ -42,7 +59,7 @@ from shd_diffusion.squeezing.heads import (
     select_heads,
     value_bases,
 )
-from shd_diffusion.squeezing.map_stream import MapStream, cut, stream
+from shd_diffusion.squeezing.map_stream import MapStream, stream
 from shd_diffusion.squeezing.matching import merge_rounds
 from shd_diffusion.squeezing.moments import Moments, ridge, solve
 from shd_diffusion.squeezing.norms import ChannelMoments
@@ -58,13 +75,9 @@ Method = Literal["merge", "drop", "magnitude", "random"]
 Pairing = Literal["adjacent", "matched"]
 Queries = Literal["select", "factor"]
 
-Features: TypeAlias = Callable[[], Iterator[tuple[str, Tensor, Tensor]]]
-"""Of each output layer its path, rows of features F_j = A'_j H (rows, N, c), and what it should put out (rows, C)."""
-
 Merge: TypeAlias = tuple[Round, tuple[int, ...]]
 """Groups of heads, and of each group the head whose map it takes."""
 
-_AT_ONCE = 2**24  # elements of features that exist at once
 _MATCHED_ON = 64, 2**12  # samples on which pairs are found, and their query rows, at most
 _WIDEST = 2**11  # features of all heads; beyond it values are looked for in fewer directions
 
@@ -144,8 +157,8 @@ def squeeze_attention(
     before, width = layout.heads, layout.width
     if options.method == "random":
         _draw_anew(model, layout)
-    query, key = (_by_head(model, part, width) for part in (layout.queries[0], layout.keys[0]))
-    value, outputs = _values_and_outputs(model, name)
+    query, key = (head_rows(model, part, width) for part in (layout.queries[0], layout.keys[0]))
+    value, outputs = values_and_outputs(model, name)
     bias = position_bias(model, name)
     table = None if bias is None else bias.table.detach()
 
@@ -158,7 +171,7 @@ def squeeze_attention(
     norms = _fit_norms(model, name, layout, torch.tensor(selected), calls)
     cut_heads(model, name, torch.tensor(selected))
     for path, (factor, shift) in norms.items():
-        _scale_norm(model.get_submodule(path), factor, shift)
+        scale_norm(model.get_submodule(path), factor, shift)
     wider = options.head_dim or width
     if wider != width:
         widen_heads(model, name, wider)
@@ -173,13 +186,13 @@ def squeeze_attention(
                 query[list(group)], key[list(group)], shares, *grams, wider
             )
             # attention divides the logits by the root of the width
-            _write_head(model, layout.queries[0], j, merged_query * (wider / width) ** 0.5)
-            _write_head(model, layout.keys[0], j, merged_key)
+            write_head(model, layout.queries[0], j, merged_query * (wider / width) ** 0.5)
+            write_head(model, layout.keys[0], j, merged_key)
             if bias is not None and table is not None:
                 bias.table.data[:, j] = table[:, list(group)] @ shares.to(table)
 
     layout = head_layout(model, name)
-    seen_again = partial(_features, model, name, calls, targets, options.rows)
+    seen_again = partial(attended_features, model, name, calls, targets, options.rows)
     with_values = options.method == "merge" and len(layout.outputs) == 1 and layout.sharing == 1
     if with_values:
         lost = _fit_values_and_output(model, name, seen_again, value, outputs, groups, options.rounds)
@@ -217,11 +230,16 @@ def head_losses(
     """
     check_can_be_squeezed(model, name, options)
     layout = head_layout(model, name)
-    value, outputs = _values_and_outputs(model, name)
+    value, outputs = values_and_outputs(model, name)
     seen = _look(model, name, calls, False)
     merges = [_merge(seen, layout, count, options.pairing) for count in counts]
     fits = _output_fits(
-        model, name, partial(_features, model, name, calls, targets, options.rows), value, outputs, merges
+        model,
+        name,
+        partial(attended_features, model, name, calls, targets, options.rows),
+        value,
+        outputs,
+        merges,
     )
     return {count: fit.solve(model)[2] for count, fit in zip(counts, fits, strict=True)}
 
@@ -242,7 +260,7 @@ def check_can_be_squeezed(model: nn.Module, name: str, options: HeadOptions) -> 
         raise ValueError(
             f"attention block `{name}` joins two streams or shares its keys; take the method `merge`"
         )
-    plain = len(layout.queries) == layout.sharing == 1 and _streams(model, name) == ((MAIN,),)
+    plain = len(layout.queries) == layout.sharing == 1 and output_streams(model, name) == ((MAIN,),)
     if options.queries == "factor" and (
         rotates(module) or getattr(module, "norm_q", None) is not None or not plain
     ):
@@ -260,22 +278,6 @@ def head_counts(model: nn.Module, name: str) -> tuple[int, ...]:
     """
     layout = head_layout(model, name)
     return tuple(key_value_counts(layout.heads, layout.key_value_heads))
-
-
-def _streams(model: nn.Module, name: str) -> tuple[tuple[str, ...], ...]:
-    """For each output layer of a block the suffixes of the records whose query rows it projects, in their order."""
-    ((_, order),) = kernel_calls(model.get_submodule(name))
-    layout = head_layout(model, name)
-    if len(layout.queries) == 2:  # two streams with projections of their own
-        return ((MAIN,), (CONTEXT,))[: len(layout.outputs)]
-    return (order,)
-
-
-def _values(model: nn.Module, name: str) -> tuple[Slice, ...]:
-    """The rows that make a block's values, in the order of their keys."""
-    ((_, order),) = kernel_calls(model.get_submodule(name))
-    values = head_layout(model, name).values
-    return values[::-1] if len(values) == 2 and order[0] == CONTEXT else values
 
 
 # --- baselines ----------------------------------------------------------------------------------------------
@@ -306,16 +308,16 @@ def _kept(
         return tuple(range(heads))
     if options.method == "magnitude":
         sides = [
-            *(_by_head(model, part, layout.width) for part in (layout.queries[0], layout.keys[0])),
+            *(head_rows(model, part, layout.width) for part in (layout.queries[0], layout.keys[0])),
             value,
         ]
         sizes = outputs.square().sum((1, 2)) + sum(side.square().sum((1, 2)) for side in sides)
         return tuple(sorted(sizes.topk(heads).indices.tolist()))
     (output,) = layout.outputs
     moments = Moments.zeros(outputs.shape[0] * outputs.shape[1], outputs.shape[2], value.device)
-    for _, features, target in _features(model, name, calls, targets, options.rows):
+    for _, features, target in attended_features(model, name, calls, targets, options.rows):
         moments.add(torch.einsum("rjc,jcd->rjd", features.double(), value).flatten(1), target)
-    return heads_to_keep(moments.centred() if _has_bias(model, output) else moments, outputs, heads)
+    return heads_to_keep(moments.centred() if has_bias(model, output) else moments, outputs, heads)
 
 
 # --- fitting ------------------------------------------------------------------------------------------------
@@ -338,7 +340,7 @@ def _fit_values_and_output(
         if bases is not None:
             features = torch.einsum("rjc,jck->rjk", features, bases.to(features))
         moments.add(features.flatten(1), target)
-    fitted = moments.centred() if _has_bias(model, output) else moments
+    fitted = moments.centred() if has_bias(model, output) else moments
     blocks = fitted.gram.unflatten(0, (heads, inputs)).unflatten(2, (heads, inputs))
     if own is None:
         own = torch.stack([blocks[j, :, j] for j in range(heads)])
@@ -348,8 +350,8 @@ def _fit_values_and_output(
     started = fitted.loss((values @ merged).flatten(0, 1))
     values, merged, _ = refit_heads(fitted, values, merged, rounds)
     circuits = (values @ merged).flatten(0, 1)
-    _write_values(model, name, values if bases is None else bases @ values)
-    _write_output(model, output, merged.flatten(0, 1), moments.constant(circuits))
+    write_values(model, name, values if bases is None else bases @ values)
+    write_output(model, output, merged.flatten(0, 1), moments.constant(circuits))
     return started / float(fitted.energy), fitted.loss(circuits) / float(fitted.energy)
 
 
@@ -359,9 +361,9 @@ def _fit_outputs(
     """Merge the values of a block whose queries and keys are there already, and fit each of its output layers."""
     (fit,) = _output_fits(model, name, seen, value, outputs, [(groups, tuple(range(len(groups))))])
     weights, *lost = fit.solve(model)
-    _write_values(model, name, fit.values)
+    write_values(model, name, fit.values)
     for part, weight in weights.items():
-        _write_output(model, part, weight, fit.moments[part].constant(weight))
+        write_output(model, part, weight, fit.moments[part].constant(weight))
     return lost[0], lost[1]
 
 
@@ -385,7 +387,7 @@ class _OutputFit:
         weights: dict[Slice, Tensor] = {}
         parts = self.merged.flatten(0, 1).split([each.cross.shape[1] for each in self.moments.values()], 1)
         for (part, moments), before in zip(self.moments.items(), parts, strict=True):
-            fitted = moments.centred() if _has_bias(model, part) else moments
+            fitted = moments.centred() if has_bias(model, part) else moments
             gram = fitted.gram.clone()
             gram.diagonal().add_(ridge(gram, RIDGE))
             weights[part] = solve(gram, fitted.cross)
@@ -406,7 +408,7 @@ def _output_fits(
         sharing = len(groups) // key_value_counts(layout.heads, layout.key_value_heads)[len(groups)]
         values, merged = merge_values(value, outputs, groups, own[list(selected)], width, sharing)
         moments = {
-            part: Moments.zeros(len(groups) * width, len(_columns(model, part)), value.device)
+            part: Moments.zeros(len(groups) * width, len(output_columns(model, part)), value.device)
             for part in layout.outputs
         }
         fits.append(_OutputFit(values, merged, moments))
@@ -458,7 +460,7 @@ def _fit_norms(
         for call in calls if channels else ():
             model.get_submodule(name)(*call.args, **call.kwargs)
     return {
-        path: each.line() if _has_shift(model.get_submodule(path)) else (each.factor(), 0 * each.x)
+        path: each.line() if has_shift(model.get_submodule(path)) else (each.factor(), 0 * each.x)
         for path, each in moments.items()
     }
 
@@ -466,50 +468,16 @@ def _fit_norms(
 # --- passes over the calls ----------------------------------------------------------------------------------
 
 
-def _runs(
-    model: nn.Module, name: str, calls: Sequence[Call]
-) -> Iterator[tuple[dict[str, AttentionRecord], dict[str, Tensor]]]:
-    """The block's records of each call by suffix, and the inputs (B, tokens, c) of its layers by path; what the block
-    puts out is not looked at."""
-    module: Any = model.get_submodule(name)
-    layers = {part.layer for part in head_layout(model, name).inputs}
-    inputs: dict[str, Tensor] = {}
-
-    def keep(layer: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs[layer] = args[0]
-
-    with ExitStack() as stack:
-        capture = stack.enter_context(AttentionCapture(model, [name]))
-        for layer in layers:
-            hook = model.get_submodule(layer).register_forward_pre_hook(partial(keep, layer))
-            stack.enter_context(hook)
-        for call in calls:
-            with _WithoutKernel():
-                module(*call.args, **call.kwargs)
-            yield {key.removeprefix(name): record for key, record in capture.records.items()}, dict(inputs)
-
-
-class _WithoutKernel(TorchFunctionMode):
-    """Context in which scaled dot-product attention, once it is noted, puts out zeros instead of taking its time."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return (_zeros if func is scaled_dot_product_attention else func)(*args, **(kwargs or {}))
-
-
-def _zeros(query: Tensor, key: Tensor, value: Tensor, *_: object, **__: object) -> Tensor:
-    return query.new_zeros(*query.shape[:-1], value.shape[-1])
-
-
 def _look(model: nn.Module, name: str, calls: Sequence[Call], factor: bool) -> Sights:
     """Run the block with all its heads."""
     layout = head_layout(model, name)
-    device = _columns(model, layout.outputs[0]).device
+    device = output_columns(model, layout.outputs[0]).device
     seen = Sights(torch.zeros(layout.heads, dtype=torch.float64, device=device), [])
-    for records, inputs in _runs(model, name, calls):
+    for records, inputs in records_and_inputs(model, name, calls):
         for record in records.values():
             weight = record.output_weight.detach().double().T.unflatten(0, (record.heads, -1))  # (M, d, C)
             grams = weight @ weight.mT
-            for samples in _samples(record, record.key.shape[2]):
+            for samples in samples_at_once(record, record.key.shape[2]):
                 maps = record.maps(samples=samples)
                 seen.movements += head_movements(maps, record.value[samples].to(maps.dtype), grams)
         have = sum(len(record.query) for record in seen.records)
@@ -517,7 +485,7 @@ def _look(model: nn.Module, name: str, calls: Sequence[Call], factor: bool) -> S
         if have < wanted:
             seen.records.append(records[MAIN].of_samples(slice(wanted - have)))
         if factor:
-            rows = [_with_one(model, part, inputs) for part in (layout.queries[0], layout.keys[0])]
+            rows = [with_one(model, part, inputs) for part in (layout.queries[0], layout.keys[0])]
             if seen.query_inputs is None or seen.key_inputs is None:
                 seen.query_inputs, seen.key_inputs = (Moments.zeros(x.shape[-1], 1, device) for x in rows)
             for x, moments in zip(rows, (seen.query_inputs, seen.key_inputs), strict=True):
@@ -549,114 +517,6 @@ def _map_stream(record: AttentionRecord) -> MapStream:
     batch, heads, rows, _ = record.query.shape
     shape = batch, heads, rows, record.key.shape[2]
     return stream(shape, lambda part: record.logits(samples=part[0], rows=part[1]), record.query.device)
-
-
-def _features(
-    model: nn.Module,
-    name: str,
-    calls: Sequence[Call],
-    targets: Mapping[str, Sequence[Tensor]],
-    rows: int | None,
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """See `Features`; H has a 1 appended where the values have a bias."""
-    outputs, values = head_layout(model, name).outputs, _values(model, name)
-    streams, drawn = _streams(model, name), torch.Generator().manual_seed(0)
-    for number, (records, inputs) in enumerate(_runs(model, name, calls)):
-        made_from = [_with_one(model, part, inputs) for part in values]
-        for output, suffixes in zip(outputs, streams, strict=True):
-            of_stream = [records[suffix] for suffix in suffixes]
-            parts = targets[output.layer][number].split([record.query.shape[2] for record in of_stream], 1)
-            for record, target in zip(of_stream, parts, strict=True):
-                count = target.shape[1]
-                index = torch.randperm(count, generator=drawn)[: rows or count].to(target.device)
-                widest = max(record.key.shape[2], sum(each.shape[2] for each in made_from))
-                for samples in _samples(record, widest, len(index)):
-                    maps = record.maps(samples=samples, rows=index)
-                    split = maps.split([each.shape[1] for each in made_from], 3)
-                    features = [
-                        a @ h[samples, None].to(a.dtype) for a, h in zip(split, made_from, strict=True)
-                    ]
-                    joined = torch.cat(features, 3).transpose(1, 2)  # (samples, rows, N, c)
-                    yield output.layer, joined.flatten(0, 1), target[samples][:, index].flatten(0, 1)
-
-
-def _samples(record: AttentionRecord, width: int, rows: int | None = None) -> list[slice]:
-    """Samples that fit into memory together, with tensors of (heads, rows, width) each."""
-    batch, heads, count, _ = record.query.shape
-    return cut(batch, max(1, _AT_ONCE // (heads * (rows or count) * width)))
-
-
-# --- weights ------------------------------------------------------------------------------------------------
-
-
-def _with_one(model: nn.Module, part: Slice, inputs: Mapping[str, Tensor]) -> Tensor:
-    """What a layer's weight and bias multiply: its inputs, with a 1 where it has a bias."""
-    x = inputs[part.layer]
-    return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if _has_bias(model, part) else x
-
-
-def _has_bias(model: nn.Module, part: Slice) -> bool:
-    return getattr(model.get_submodule(part.layer), "bias", None) is not None
-
-
-def _has_shift(norm: nn.Module) -> bool:
-    return getattr(norm, "bias", None) is not None
-
-
-def _by_head(model: nn.Module, part: Slice, width: int) -> Tensor:
-    """Rows of weight and bias as they multiply `_with_one` from the right, (heads, c, d), float64."""
-    linear: Any = model.get_submodule(part.layer)
-    parts = [linear.weight] if linear.bias is None else [linear.weight, linear.bias[:, None]]
-    return torch.cat(parts, 1)[part.indices].detach().double().unflatten(0, (-1, width)).mT
-
-
-def _values_and_outputs(model: nn.Module, name: str) -> tuple[Tensor, Tensor]:
-    """Of each head W^V (M, c, d), and W^O of all streams side by side (M, d, C)."""
-    layout = head_layout(model, name)
-    value = torch.cat([_by_head(model, part, layout.width) for part in _values(model, name)], 1)
-    outputs = [_columns(model, part).T.unflatten(0, (layout.heads, -1)) for part in layout.outputs]
-    return value.repeat_interleave(layout.sharing, 0), torch.cat(outputs, 2)
-
-
-def _columns(model: nn.Module, part: Slice) -> Tensor:
-    """Columns of a weight, (C, heads·d), float64."""
-    linear: Any = model.get_submodule(part.layer)
-    weight: Tensor = linear.weight
-    return weight[:, part.indices].detach().double()
-
-
-def _write_head(model: nn.Module, part: Slice, head: int, weight: Tensor) -> None:
-    """The rows of one head from what `_by_head` gives of it."""
-    linear: Any = model.get_submodule(part.layer)
-    start = part.start + head * weight.shape[1]
-    rows = slice(start, start + weight.shape[1])
-    linear.weight.data[rows] = weight[: linear.in_features].T.to(linear.weight)
-    if linear.bias is not None:
-        linear.bias.data[rows] = weight[-1].to(linear.bias)
-
-
-def _write_values(model: nn.Module, name: str, values: Tensor) -> None:
-    """Values of all heads that have some of their own (G, c, d), of all rows that make them one after the other."""
-    parts = _values(model, name)
-    layers: list[Any] = [model.get_submodule(part.layer) for part in parts]
-    sizes = [layer.in_features + (layer.bias is not None) for layer in layers]
-    for head, of_head in enumerate(values):
-        for part, weight in zip(parts, of_head.split(sizes), strict=True):
-            _write_head(model, part, head, weight)
-
-
-def _write_output(model: nn.Module, part: Slice, weight: Tensor, constant: Tensor) -> None:
-    """The columns of the heads, and the constant beside them."""
-    linear: Any = model.get_submodule(part.layer)
-    linear.weight.data[:, part.indices] = weight.T.to(linear.weight)
-    if linear.bias is not None:
-        linear.bias.data.copy_(constant)
-
-
-def _scale_norm(norm: Any, factor: Tensor, shift: Tensor) -> None:
-    norm.weight.data *= factor.to(norm.weight)
-    if _has_shift(norm):
-        norm.bias.data.mul_(factor.to(norm.bias)).add_(shift.to(norm.bias))
 
 
 def _cut_mask(call: Call, heads: int, kept: Sequence[int]) -> None:

@@ -80,7 +80,7 @@ def metrics_table(runs: Sequence[Run]) -> MetricsTable:
 
     arrows = [ARROWS[column.better] for column in shown]
     titles = [title_of(column, runs) for column in shown]
-    shorts = [f"{column.short} {arrow}" for column, arrow in zip(shown, arrows, strict=True)]
+    shorts = [f"{short_title_of(column, runs)} {arrow}" for column, arrow in zip(shown, arrows, strict=True)]
     return MetricsTable(
         [PARAMETERS.title, "Heads", *map("{} {}".format, titles, arrows), *(cost.title for cost in costs)],
         [PARAMETERS.short, "Heads", *shorts, *(cost.short for cost in costs)],
@@ -128,6 +128,11 @@ def title_of(column: Column, runs: Sequence[Run]) -> str:
     features = {run.metrics.features for run in runs if run.metrics}
     name = features.pop() if len(features) == 1 else None
     return distance_title(name) if name and column.key == "fid" else column.title
+
+
+def short_title_of(column: Column, runs: Sequence[Run]) -> str:
+    """The same for where space is scarce: FID is on Inception's features alone, on others it is FD."""
+    return title_of(column, runs).split(" (")[0] if column.key == "fid" else column.short
 
 
 # --- student against teacher ----------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from shd_diffusion.reporting.metrics_table import (
     against_teacher_table,
     headline,
     metrics_table,
+    short_title_of,
     text_of,
     title_of,
 )
@@ -234,7 +235,9 @@ def outcomes(runs: Sequence[Run]) -> dict[str, str]:
         value = None if metric is None else run.metric(metric.key)
         heads = f"{run.summary.heads} heads"
         return (
-            heads if metric is None or value is None else f"{heads}, {metric.short} {text_of(metric, value)}"
+            heads
+            if metric is None or value is None
+            else f"{heads}, {short_title_of(metric, runs)} {text_of(metric, value)}"
         )
 
     return {run.name: outcome(run) for run in runs}

@@ -44,7 +44,7 @@ def _scatter(
             axes.plot(x, y, style.marker, color=style.colour, markersize=11 if run.is_teacher else 7)
         axes.set_xlim(0, 1.5 * max(x for _, x, _ in points))
         axes.set_ylim(0, 1.15 * max(y for *_, y in points) or 1)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.xaxis.set_major_formatter(lambda value, _: text(value))
         axes.set(xlabel=name, ylabel=f"{title_of(metric, runs)}, {metric.better} is better")
         _name_points(axes, metric, points, styles)

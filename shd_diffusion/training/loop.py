@@ -97,14 +97,8 @@ def fit(
                 skipped += 1
                 culprits = logger.log_skipped(done, terms)
                 if skipped == train.max_skipped_steps or (last and not state.ema.optimization_step):
-                    good = checkpoints.latest(train.max_steps)
-                    raise DivergedError(
-                        _explain_end(
-                            run,
-                            f"{skipped} steps in a row had no finite {' or '.join(culprits)} and were left out",
-                            good,
-                        )
-                    )
+                    what = f"{skipped} steps in a row had no finite {' or '.join(culprits)} and were left out"
+                    raise _diverged(run, what, checkpoints.latest(train.max_steps))
             else:
                 skipped = 0
                 if last or validating or is_due(done, train.log_every):
@@ -121,8 +115,7 @@ def fit(
             signum = interruption.noted()
             if last or signum or (is_due(done, train.checkpoint_every) and not skipped):
                 if not state.is_finite():  # its last step has made them so
-                    good = checkpoints.latest(train.max_steps)
-                    raise DivergedError(_explain_end(run, "weights that are not finite", good))
+                    raise _diverged(run, "weights that are not finite", checkpoints.latest(train.max_steps))
                 with logger.apart():
                     checkpoints.save(done, state, loss.kept)
             if signum and not last:
@@ -212,7 +205,9 @@ def is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _explain_end(run: RunFolder, what: str, good: int) -> str:
-    """Why a run whose numbers are not finite was ended, and where it can be taken up."""
+def _diverged(run: RunFolder, what: str, good: int) -> DivergedError:
+    """Why a run whose numbers are not finite is ended, and where it can be taken up."""
     checkpoint = checkpoint_path(run.checkpoints, good) if good else "none, the run had just begun"
-    return f"{run.path}: {what}; try a lower train.learning_rate or loss weight. The last good checkpoint: {checkpoint}"
+    return DivergedError(
+        f"{run.path}: {what}; try a lower train.learning_rate or loss weight. The last good checkpoint: {checkpoint}"
+    )

@@ -102,7 +102,8 @@ def test_a_frechet_distance_is_named_for_its_features(
     run = fresh_run("kd")
     protocol = json.loads((run / "evaluation/metrics.json").read_text())["protocol"]
     edit_metrics(run, protocol=protocol | {"features": features})
-    assert table_of(run).titles[2] == title
+    table = table_of(run)
+    assert (table.titles[2], table.short_titles[2]) == (title, f"{title.split()[0]} ↓")
 
 
 def test_a_metric_has_a_column_where_a_run_has_it(fresh_run: Callable[[str], Path]) -> None:

@@ -19,7 +19,8 @@ from shd_diffusion.losses.term import Batch, StepOutputs, Term, TermConfig
 from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
 from shd_diffusion.models.teacher import Teacher
-from shd_diffusion.training.build import _check_masking, build
+from shd_diffusion.training.build import build
+from shd_diffusion.training.checks import check_masking
 from shd_diffusion.training.objectives import TrainingLoss
 
 CONFIGS = ROOT / "configs" / "digits"
@@ -77,11 +78,11 @@ def test_without_masking_what_only_it_trains_is_frozen(tmp_path: Path) -> None:
 def test_models_that_cannot_share_a_mask_are_named() -> None:
     dit = DiTTransformer2DModel(num_layers=1, out_channels=1, num_embeds_ada_norm=10, **SIZES)
     with pytest.raises(ValueError, match="DiTTransformer2DModel takes no token mask"):
-        _check_masking(mdtv2(), Teacher(dit), 0.3)
+        check_masking(mdtv2(), Teacher(dit), 0.3)
     with pytest.raises(ValueError, match="16 tokens of the student and 4 of the teacher"):
-        _check_masking(mdtv2(), Teacher(mdtv2(patch_size=4)), 0.3)
+        check_masking(mdtv2(), Teacher(mdtv2(patch_size=4)), 0.3)
     with pytest.raises(ValueError, match=r"mask_ratio 0\.79"):
-        _check_masking(mdtv2(patch_size=4), None, 0.79)
+        check_masking(mdtv2(patch_size=4), None, 0.79)
 
 
 @pytest.fixture(scope="module")
