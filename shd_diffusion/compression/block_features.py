@@ -76,7 +76,8 @@ def attended_features(
     targets: Mapping[str, Sequence[Tensor]],
     rows: int | None,
 ) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """See `Features`; H has a 1 appended where the values have a bias."""
+    """See `Features`; H has a 1 appended where the values have a bias. Rows of padding, which no other sees, are left
+    out."""
     outputs, values = head_layout(model, name).outputs, value_slices(model, name)
     streams, drawn = output_streams(model, name), torch.Generator().manual_seed(0)
     for number, (records, inputs) in enumerate(records_and_inputs(model, name, calls)):
@@ -94,8 +95,12 @@ def attended_features(
                     features = [
                         a @ h[samples, None].to(a.dtype) for a, h in zip(split, made_from, strict=True)
                     ]
-                    joined = torch.cat(features, 3).transpose(1, 2)  # (samples, rows, N, c)
-                    yield output.layer, joined.flatten(0, 1), target[samples][:, index].flatten(0, 1)
+                    joined = torch.cat(features, 3).transpose(1, 2).flatten(0, 1)  # (samples · rows, N, c)
+                    wanted = target[samples][:, index].flatten(0, 1)
+                    counted = record.some_counted(samples, index)
+                    if counted is not None:
+                        joined, wanted = joined[counted.flatten()], wanted[counted.flatten()]
+                    yield output.layer, joined, wanted
 
 
 def samples_at_once(record: AttentionRecord, width: int, rows: int | None = None) -> list[slice]:

@@ -16,7 +16,7 @@ from shd_diffusion.compression.attention import HeadOptions, check_can_be_squeez
 from shd_diffusion.compression.compress import compress
 from shd_diffusion.compression.lockstep import Lockstep
 from shd_diffusion.compression.walk import Batch, Predict, passes, relative_change
-from shd_diffusion.models.layouts import feed_forwards, head_layout
+from shd_diffusion.models.layouts import HeadLayout, feed_forwards, head_layout
 from shd_diffusion.models.squeezed import (
     PREFIX,
     cut_heads,
@@ -29,6 +29,7 @@ from shd_diffusion.models.widths import OWN, STREAM, Axis, axes, fixed_positions
 from shd_diffusion.squeezing.channels import Reader, choose_channels, place_channels, refit_layer
 from shd_diffusion.squeezing.moments import Moments
 from shd_diffusion.squeezing.plan import Round
+from shd_diffusion.squeezing.shared_keys import key_value_counts
 
 Choose = Callable[[Sequence[Reader], int], Tensor]
 Kept = Mapping[str, Tensor]
@@ -112,6 +113,8 @@ def check_can_be_squeezed_into(student: ModelMixin, teacher: ModelMixin, origins
             raise ValueError(
                 f"`{name}` has {count} {what}, the teacher's {have.get(name, 0)}; give it at most those"
             )
+        if name not in neurons:
+            _check_keys(name, head_layout(student, name), head_layout(twin, name))
     options = _head_options(student, twin)
     for name in shape(student) if options.head_dim is not None else ():
         if name not in neurons:
@@ -134,6 +137,21 @@ def check_can_be_squeezed_into(student: ModelMixin, teacher: ModelMixin, origins
                 f"`{name}` {shapes[0]} cannot be cut from the teacher's; make all else in their configs equal, "
                 "or set it to `random`"
             )
+
+
+def _check_keys(name: str, own: HeadLayout, theirs: HeadLayout) -> None:
+    """Raise ValueError unless a student's heads share as many keys as those that are left of its teacher's."""
+    counts = key_value_counts(theirs.heads, theirs.key_value_heads)
+    if own.heads not in counts:
+        raise ValueError(
+            f"`{name}` has {own.heads} heads, which {theirs.heads} that share {theirs.key_value_heads} keys cannot "
+            f"become; take one of {', '.join(map(str, counts))}"
+        )
+    if own.key_value_heads != counts[own.heads]:
+        raise ValueError(
+            f"`{name}` has {own.key_value_heads} keys for its {own.heads} heads; so many of the teacher's "
+            f"{theirs.heads} have {counts[own.heads]}: set it so"
+        )
 
 
 # --- blocks, heads and neurons --------------------------------------------------------------------------------

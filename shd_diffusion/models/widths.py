@@ -48,6 +48,19 @@ def _attention(path: str, space: str = STREAM) -> Table:
     return {rf"{path}\.to_[qkv]": ("", space), rf"{path}\.to_out\.0": (space, "")}
 
 
+def _joint_attention(path: str, text: str) -> Table:
+    """Image and text each by layers of their own."""
+    return {
+        **_attention(path),
+        rf"{path}\.add_[qkv]_proj": ("", text),
+        rf"{path}\.to_add_out": (text, ""),
+    }
+
+
+def _gated_feed_forward(values_and_gates: str, out: str) -> Table:
+    return {values_and_gates: ("", STREAM), out: (STREAM, "")}
+
+
 def _embedder(path: str, hidden: str, out: str, start: str = "") -> Table:
     """An embedding by two linear layers."""
     return {rf"{path}\.linear_1": (hidden, start), rf"{path}\.linear_2": (out, hidden)}
@@ -98,9 +111,8 @@ _SD3: Table = {
     r"context_embedder": ("context", ""),
     rf"{_BLOCK}\.norm1\.linear": ("stream+", "condition"),
     rf"{_BLOCK}\.norm1_context\.linear": ("context+", "condition"),
-    **_attention(rf"{_BLOCK}\.attn2?"),
-    rf"{_BLOCK}\.attn\.add_[qkv]_proj": ("", "context"),
-    rf"{_BLOCK}\.attn\.to_add_out": ("context", ""),
+    **_joint_attention(rf"{_BLOCK}\.attn", "context"),
+    **_attention(rf"{_BLOCK}\.attn2"),
     **_feed_forward(rf"{_BLOCK}\.ff", STREAM),
     **_feed_forward(rf"{_BLOCK}\.ff_context", "context"),
     r"norm_out\.linear": ("stream+", "condition"),
@@ -122,12 +134,132 @@ _MDTV2: Table = {
     r"proj_out_2": ("", STREAM),
 }
 
+# In the single blocks of Flux and its kin text and image go through the same layers, one behind the other: one stream.
+
+_SINGLE_BLOCK = r"single_transformer_blocks\.\d+"
+
+_CHROMA: Table = {
+    r"(x|context)_embedder": (STREAM, ""),
+    r"distilled_guidance_layer\.out_proj": (STREAM, ""),  # shifts, scales and gates
+    **_joint_attention(rf"{_BLOCK}\.attn", STREAM),
+    **_feed_forward(rf"{_BLOCK}\.ff(_context)?", STREAM),
+    rf"{_SINGLE_BLOCK}\.(attn\.to_[qkv]|proj_mlp)": ("", STREAM),
+    rf"{_SINGLE_BLOCK}\.proj_out": (STREAM, ""),
+    r"proj_out": ("", STREAM),
+}
+
+_FLUX: Table = {
+    **_CHROMA,
+    **_embedder(r"time_text_embed\.timestep_embedder", "timestep", "condition"),
+    **_embedder(r"time_text_embed\.guidance_embedder", "guidance", "condition"),
+    **_embedder(r"time_text_embed\.text_embedder", "pooled", "condition"),
+    rf"{_BLOCK}\.norm1(_context)?\.linear|{_SINGLE_BLOCK}\.norm\.linear|norm_out\.linear": (
+        "stream+",
+        "condition",
+    ),
+}
+
+_FLUX2: Table = {
+    r"(x|context)_embedder": (STREAM, ""),
+    **_embedder(r"time_guidance_embed\.timestep_embedder", "timestep", "condition"),
+    **_embedder(r"time_guidance_embed\.guidance_embedder", "guidance", "condition"),
+    r"(double_stream_modulation_(img|txt)|single_stream_modulation|norm_out)\.linear": (
+        "stream+",
+        "condition",
+    ),
+    **_joint_attention(rf"{_BLOCK}\.attn", STREAM),
+    **_gated_feed_forward(rf"{_BLOCK}\.ff(_context)?\.linear_in", rf"{_BLOCK}\.ff(_context)?\.linear_out"),
+    **_gated_feed_forward(rf"{_SINGLE_BLOCK}\.attn\.to_qkv_mlp_proj", rf"{_SINGLE_BLOCK}\.attn\.to_out"),
+    r"proj_out": ("", STREAM),
+}
+
+_AURA_BLOCK = r"(joint|single)_transformer_blocks\.\d+"
+
+_AURAFLOW: Table = {
+    r"pos_embed\.proj": (STREAM, ""),
+    r"pos_embed\.pos_embed|register_tokens": ("", "", STREAM),
+    r"context_embedder": (STREAM, ""),
+    **_embedder(r"time_step_proj", "timestep", "condition"),
+    rf"{_AURA_BLOCK}\.norm1(_context)?\.linear|norm_out\.linear": ("stream+", "condition"),
+    **_joint_attention(rf"{_AURA_BLOCK}\.attn", STREAM),
+    **_gated_feed_forward(
+        rf"{_AURA_BLOCK}\.ff(_context)?\.linear_[12]", rf"{_AURA_BLOCK}\.ff(_context)?\.out_projection"
+    ),
+    r"proj_out": ("", STREAM),
+}
+
+_QWEN: Table = {
+    r"img_in": (STREAM, ""),
+    r"txt_in": ("context", ""),
+    **_embedder(r"time_text_embed\.timestep_embedder", "timestep", "condition"),
+    rf"{_BLOCK}\.img_mod\.1|norm_out\.linear": ("stream+", "condition"),
+    rf"{_BLOCK}\.txt_mod\.1": ("context+", "condition"),
+    **_joint_attention(rf"{_BLOCK}\.attn", "context"),
+    **_feed_forward(rf"{_BLOCK}\.img_mlp", STREAM),
+    **_feed_forward(rf"{_BLOCK}\.txt_mlp", "context"),
+    r"proj_out": ("", STREAM),
+}
+
+_LUMINA_BLOCK = r"(?:(?:noise|context)_refiner|layers)\.\d+"
+
+_LUMINA2: Table = {
+    r"x_embedder|time_caption_embed\.caption_embedder\.1": (STREAM, ""),
+    **_embedder(r"time_caption_embed\.timestep_embedder", "timestep", "condition"),
+    rf"{_LUMINA_BLOCK}\.norm1\.linear|norm_out\.linear_1": ("stream+", "condition"),
+    rf"{_LUMINA_BLOCK}\.(norm1(\.norm)?|norm2|ffn_norm[12])": (STREAM,),
+    **_attention(rf"{_LUMINA_BLOCK}\.attn"),
+    **_gated_feed_forward(
+        rf"{_LUMINA_BLOCK}\.feed_forward\.linear_[13]", rf"{_LUMINA_BLOCK}\.feed_forward\.linear_2"
+    ),
+    r"norm_out\.linear_2": ("", STREAM),
+}
+
+_Z_IMAGE: Table = {
+    r"all_x_embedder\.[\d-]+|cap_embedder\.1": (STREAM, ""),
+    r"(x|cap)_pad_token": ("", STREAM),
+    r"t_embedder\.mlp\.2": ("condition", ""),
+    rf"{_LUMINA_BLOCK}\.adaLN_modulation\.0|all_final_layer\.[\d-]+\.adaLN_modulation\.1": (
+        "stream+",
+        "condition",
+    ),
+    rf"{_LUMINA_BLOCK}\.(attention|ffn)_norm[12]": (STREAM,),
+    **_attention(rf"{_LUMINA_BLOCK}\.attention"),
+    **_gated_feed_forward(rf"{_LUMINA_BLOCK}\.feed_forward\.w[13]", rf"{_LUMINA_BLOCK}\.feed_forward\.w2"),
+    r"all_final_layer\.[\d-]+\.linear": ("", STREAM),
+}
+
+_WAN_BLOCK = r"blocks\.\d+"
+
+_WAN: Table = {
+    r"patch_embedding": (STREAM,),
+    # as PixArt's: the embedded timestep is added to the last scale and shift
+    **_embedder(r"condition_embedder\.time_embedder", "timestep", STREAM),
+    r"condition_embedder\.time_proj": ("stream+", STREAM),
+    **_embedder(r"condition_embedder\.text_embedder", "caption", "context"),
+    rf"(?:{_WAN_BLOCK}\.)?scale_shift_table": ("", "", STREAM),
+    **_attention(rf"{_WAN_BLOCK}\.attn1"),
+    rf"{_WAN_BLOCK}\.attn2\.to_q": ("", STREAM),
+    rf"{_WAN_BLOCK}\.attn2\.to_[kv]": ("", "context"),
+    rf"{_WAN_BLOCK}\.attn2\.to_out\.0": (STREAM, ""),
+    rf"{_WAN_BLOCK}\.norm2": (STREAM,),
+    **_feed_forward(rf"{_WAN_BLOCK}\.ffn", STREAM),
+    r"proj_out": ("", STREAM),
+}
+
 WIDTHS: dict[str, Table] = {
     "DiTTransformer2DModel": _DIT,
     "PixArtTransformer2DModel": _PIXART,
     "CogView4Transformer2DModel": _COGVIEW4,
     "SD3Transformer2DModel": _SD3,
     "MDTv2Transformer2DModel": _MDTV2,
+    "FluxTransformer2DModel": _FLUX,
+    "Flux2Transformer2DModel": _FLUX2,
+    "ChromaTransformer2DModel": _CHROMA,
+    "AuraFlowTransformer2DModel": _AURAFLOW,
+    "QwenImageTransformer2DModel": _QWEN,
+    "Lumina2Transformer2DModel": _LUMINA2,
+    "ZImageTransformer2DModel": _Z_IMAGE,
+    "WanTransformer3DModel": _WAN,
 }
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from torch.nn.functional import silu
 
 from shd_diffusion.compression.narrow import check_can_be_squeezed_into, squeeze_into
+from shd_diffusion.models.layouts import Slice, feed_forwards, head_layout
+from shd_diffusion.models.squeezed import shape
 from shd_diffusion.models.widths import axes
 
 ANOTHER_WIDTH = {"num_attention_heads": 2, "attention_head_dim": 6}
@@ -24,6 +26,14 @@ NARROWER: dict[str, dict[str, Any]] = {
     "pixart": {"num_attention_heads": 2, "cross_attention_dim": 16},
     "cogview4": {"num_attention_heads": 2},
     "sd3": {"num_attention_heads": 2, "caption_projection_dim": 16},
+    "flux": {"num_attention_heads": 2},
+    "chroma": {"num_attention_heads": 2},
+    "flux2": {"num_attention_heads": 2},
+    "auraflow": {"num_attention_heads": 2, "caption_projection_dim": 16},
+    "qwen-image": {"num_attention_heads": 2},
+    "lumina2": {"num_attention_heads": 2, "num_kv_heads": 2, "hidden_size": 12},
+    "z-image": {"dim": 16, "n_heads": 2, "n_kv_heads": 2},
+    "wan": {"num_attention_heads": 2, "ffn_dim": 12},
 }
 
 
@@ -95,10 +105,9 @@ def test_what_padding_has_added_leaves_without_loss(name: str) -> None:
 def pad(small: nn.Module, big: nn.Module) -> None:
     """Write a model's weights into one of twice its channels, heads and neurons, which then computes the same."""
     spaces, source = axes(small), small.state_dict()
-    heads_and_neurons = {}  # layers that read them
-    for path, module in small.named_modules():
-        if path.endswith(("to_out.0", "to_add_out", "net.2")):
-            heads_and_neurons[f"{path}.weight"] = module
+    places = list(zip(heads_and_neurons(small), heads_and_neurons(big), strict=True))
+    layouts = [head_layout(small, name) for name in shape(small) if name not in feed_forwards(small)]
+    normed = {part.layer for each in layouts if each.query_norms for part in (*each.queries, *each.keys)}
     for key, tensor in [*big.state_dict().items(), *big.named_buffers()]:
         if key not in source:
             own = dict(small.named_buffers()).get(key)
@@ -115,13 +124,35 @@ def pad(small: nn.Module, big: nn.Module) -> None:
                 [torch.cat([chunk, torch.zeros_like(chunk) if reads else chunk], dim) for chunk in chunks],
                 dim,
             )
-        if value.shape != tensor.shape:  # heads or neurons, whose further ones stay random
-            dim = next(d for d in range(value.ndim) if value.shape[d] != tensor.shape[d])
-            tensor.narrow(dim, 0, value.shape[dim]).copy_(value)
-            if key in heads_and_neurons:
-                tensor.narrow(dim, value.shape[dim], value.shape[dim]).zero_()
-        else:
+        if value.shape == tensor.shape:
             tensor.copy_(value)
+            continue
+        dim = next(d for d in range(value.ndim) if value.shape[d] != tensor.shape[d])
+        if "norm" in key:  # over all heads, of which the further ones are the first again
+            tensor.copy_(torch.cat([value, value]))
+            continue
+        tensor.narrow(dim, 0, value.shape[dim]).copy_(value)  # what is by head, such as a table of biases
+        for (axis_, own), (_, new) in places:
+            if (own.layer, axis_) != (key.rpartition(".")[0], dim):
+                continue
+            into = tensor.narrow(dim, new.start, new.length)
+            into.narrow(dim, 0, own.length).copy_(value.narrow(dim, own.start, own.length))
+            further = into.narrow(dim, own.length, new.length - own.length)
+            if dim == 1:  # nothing reads the further ones, which stay random
+                further.zero_()
+            elif own.layer in normed:
+                further.copy_(value.narrow(dim, own.start, own.length))
+
+
+def heads_and_neurons(model: nn.Module) -> list[tuple[int, Slice]]:
+    """Where they lie: along which axis of a layer's weight, and which part of it."""
+    neurons = feed_forwards(model)
+    found = []
+    for name in shape(model):
+        outputs = (neurons[name].output,) if name in neurons else head_layout(model, name).outputs
+        inputs = neurons[name].inputs if name in neurons else head_layout(model, name).inputs
+        found += [*((0, part) for part in inputs), *((1, part) for part in outputs)]
+    return found
 
 
 def test_a_shallower_student_has_the_blocks_of_its_layer_map() -> None:
@@ -164,7 +195,14 @@ def test_a_shallower_student_has_the_blocks_of_its_layer_map() -> None:
             lambda: small_dit(4),
             "`proj_out_2.weight` .* all else .* equal",
         ),
-        (FAMILIES["flux"].build, FAMILIES["flux"].build, "a FluxTransformer2DModel are not known"),
+        (
+            lambda: narrow(
+                FAMILIES["lumina2"], {"num_attention_heads": 2, "num_kv_heads": 1, "hidden_size": 12}
+            ),
+            FAMILIES["lumina2"].build,
+            "has 1 keys for its 2 heads; so many of the teacher's 4 have 2",
+        ),
+        (FAMILIES["sana"].build, FAMILIES["sana"].build, "a SanaTransformer2DModel are not known"),
     ],
 )
 def test_what_cannot_be_cut_is_refused(student: Any, teacher: Any, message: str) -> None:
