@@ -27,6 +27,7 @@ from shd_diffusion.randomness import generator
 from shd_diffusion.reporting import write_report
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.sample_run import sample_run
+from shd_diffusion.training import squeeze_student
 from shd_diffusion.training.run import train
 
 CAPTIONS = [["a cat"], ["a red fox jumps", "fox"], ["tree"], ["two owls"], ["a cat"]]
@@ -252,3 +253,21 @@ def test_the_loss_on_fixed_captions_while_training(distilled, tmp_path: Path) ->
     assert len(logs[1]) == 3  # logged with each validation
     assert all(line["validation"]["terms"].keys() == line["terms"].keys() for line in logs[1])
     assert logs[1][-1]["terms"] == logs[0][-1]["terms"]
+
+
+@pytest.mark.parametrize("name", ["flux-schnell", "lumina2", "wan"])
+def test_a_narrow_student_that_is_squeezed_begins_closer_to_its_teacher(
+    name: str, distilled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(squeeze_student, "CALIBRATION_IMAGES", 128)
+    root, first = distilled(name).path.parent, {}
+    for init in ("random", "squeeze"):
+        tree = yaml.safe_load((root / "config.yaml").read_text())
+        tree["output"] = str(tmp_path / init)
+        tree["student"]["init"] = init
+        tree["train"] |= {"max_steps": 1, "batch_size": 32}
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+        train(read_config(tmp_path / "config.yaml", DistillConfig), tmp_path / init, "config.yaml")
+        (line,) = (tmp_path / init / "metrics.jsonl").read_text().splitlines()
+        first[init] = json.loads(line)["terms"]["output"]["value"]
+    assert first["squeeze"] < 0.7 * first["random"]
