@@ -57,6 +57,14 @@ def _joint_attention(path: str, text: str) -> Table:
     }
 
 
+def _cross_attention(path: str) -> Table:
+    return {
+        rf"{path}\.to_q": ("", STREAM),
+        rf"{path}\.to_[kv]": ("", "context"),
+        rf"{path}\.to_out\.0": (STREAM, ""),
+    }
+
+
 def _gated_feed_forward(values_and_gates: str, out: str) -> Table:
     return {values_and_gates: ("", STREAM), out: (STREAM, "")}
 
@@ -84,9 +92,7 @@ _PIXART: Table = {
     r"adaln_single\.linear": ("stream+", STREAM),
     **_embedder(r"caption_projection", "caption", "context"),
     **_attention(rf"{_BLOCK}\.attn1"),
-    rf"{_BLOCK}\.attn2\.to_q": ("", STREAM),
-    rf"{_BLOCK}\.attn2\.to_[kv]": ("", "context"),
-    rf"{_BLOCK}\.attn2\.to_out\.0": (STREAM, ""),
+    **_cross_attention(rf"{_BLOCK}\.attn2"),
     **_feed_forward(rf"{_BLOCK}\.ff", STREAM),
     rf"(?:{_BLOCK}\.)?scale_shift_table": ("", STREAM),
     r"proj_out": ("", STREAM),
@@ -238,9 +244,7 @@ _WAN: Table = {
     **_embedder(r"condition_embedder\.text_embedder", "caption", "context"),
     rf"(?:{_WAN_BLOCK}\.)?scale_shift_table": ("", "", STREAM),
     **_attention(rf"{_WAN_BLOCK}\.attn1"),
-    rf"{_WAN_BLOCK}\.attn2\.to_q": ("", STREAM),
-    rf"{_WAN_BLOCK}\.attn2\.to_[kv]": ("", "context"),
-    rf"{_WAN_BLOCK}\.attn2\.to_out\.0": (STREAM, ""),
+    **_cross_attention(rf"{_WAN_BLOCK}\.attn2"),
     rf"{_WAN_BLOCK}\.norm2": (STREAM,),
     **_feed_forward(rf"{_WAN_BLOCK}\.ffn", STREAM),
     r"proj_out": ("", STREAM),
