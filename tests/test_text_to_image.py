@@ -262,12 +262,9 @@ def test_a_narrow_student_that_is_squeezed_begins_closer_to_its_teacher(
     monkeypatch.setattr(squeeze_student, "CALIBRATION_IMAGES", 128)
     root, first = distilled(name).path.parent, {}
     for init in ("random", "squeeze"):
-        tree = yaml.safe_load((root / "config.yaml").read_text())
-        tree["output"] = str(tmp_path / init)
-        tree["student"]["init"] = init
-        tree["train"] |= {"max_steps": 1, "batch_size": 32}
-        (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
-        train(read_config(tmp_path / "config.yaml", DistillConfig), tmp_path / init, "config.yaml")
+        changes = [f"student.init={init}", "train.max_steps=1", "train.batch_size=32"]
+        config = read_config(root / "config.yaml", DistillConfig, changes)
+        train(config, tmp_path / init, "config.yaml")
         (line,) = (tmp_path / init / "metrics.jsonl").read_text().splitlines()
         first[init] = json.loads(line)["terms"]["output"]["value"]
     assert first["squeeze"] < 0.7 * first["random"]

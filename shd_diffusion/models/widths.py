@@ -40,33 +40,26 @@ Table = dict[str, tuple[str, ...]]
 _BLOCK = r"transformer_blocks\.(\d+)"
 
 
+def _branch(reads: str, writes: str, space: str = STREAM) -> Table:
+    """Layers that read a space, and those that write back into it what heads or neurons have made of it."""
+    return {reads: ("", space), writes: (space, "")}
+
+
 def _feed_forward(path: str, space: str) -> Table:
-    return {rf"{path}\.net\.0\.proj": ("", space), rf"{path}\.net\.2": (space, "")}
+    return _branch(rf"{path}\.net\.0\.proj", rf"{path}\.net\.2", space)
 
 
-def _attention(path: str, space: str = STREAM) -> Table:
-    return {rf"{path}\.to_[qkv]": ("", space), rf"{path}\.to_out\.0": (space, "")}
+def _attention(path: str) -> Table:
+    return _branch(rf"{path}\.to_[qkv]", rf"{path}\.to_out\.0")
 
 
 def _joint_attention(path: str, text: str) -> Table:
     """Image and text each by layers of their own."""
-    return {
-        **_attention(path),
-        rf"{path}\.add_[qkv]_proj": ("", text),
-        rf"{path}\.to_add_out": (text, ""),
-    }
+    return {**_attention(path), **_branch(rf"{path}\.add_[qkv]_proj", rf"{path}\.to_add_out", text)}
 
 
 def _cross_attention(path: str) -> Table:
-    return {
-        rf"{path}\.to_q": ("", STREAM),
-        rf"{path}\.to_[kv]": ("", "context"),
-        rf"{path}\.to_out\.0": (STREAM, ""),
-    }
-
-
-def _gated_feed_forward(values_and_gates: str, out: str) -> Table:
-    return {values_and_gates: ("", STREAM), out: (STREAM, "")}
+    return {**_branch(rf"{path}\.to_q", rf"{path}\.to_out\.0"), rf"{path}\.to_[kv]": ("", "context")}
 
 
 def _embedder(path: str, hidden: str, out: str, start: str = "") -> Table:
@@ -149,8 +142,7 @@ _CHROMA: Table = {
     r"distilled_guidance_layer\.out_proj": (STREAM, ""),  # shifts, scales and gates
     **_joint_attention(rf"{_BLOCK}\.attn", STREAM),
     **_feed_forward(rf"{_BLOCK}\.ff(_context)?", STREAM),
-    rf"{_SINGLE_BLOCK}\.(attn\.to_[qkv]|proj_mlp)": ("", STREAM),
-    rf"{_SINGLE_BLOCK}\.proj_out": (STREAM, ""),
+    **_branch(rf"{_SINGLE_BLOCK}\.(attn\.to_[qkv]|proj_mlp)", rf"{_SINGLE_BLOCK}\.proj_out"),
     r"proj_out": ("", STREAM),
 }
 
@@ -174,8 +166,8 @@ _FLUX2: Table = {
         "condition",
     ),
     **_joint_attention(rf"{_BLOCK}\.attn", STREAM),
-    **_gated_feed_forward(rf"{_BLOCK}\.ff(_context)?\.linear_in", rf"{_BLOCK}\.ff(_context)?\.linear_out"),
-    **_gated_feed_forward(rf"{_SINGLE_BLOCK}\.attn\.to_qkv_mlp_proj", rf"{_SINGLE_BLOCK}\.attn\.to_out"),
+    **_branch(rf"{_BLOCK}\.ff(_context)?\.linear_in", rf"{_BLOCK}\.ff(_context)?\.linear_out"),
+    **_branch(rf"{_SINGLE_BLOCK}\.attn\.to_qkv_mlp_proj", rf"{_SINGLE_BLOCK}\.attn\.to_out"),
     r"proj_out": ("", STREAM),
 }
 
@@ -188,7 +180,7 @@ _AURAFLOW: Table = {
     **_embedder(r"time_step_proj", "timestep", "condition"),
     rf"{_AURA_BLOCK}\.norm1(_context)?\.linear|norm_out\.linear": ("stream+", "condition"),
     **_joint_attention(rf"{_AURA_BLOCK}\.attn", STREAM),
-    **_gated_feed_forward(
+    **_branch(
         rf"{_AURA_BLOCK}\.ff(_context)?\.linear_[12]", rf"{_AURA_BLOCK}\.ff(_context)?\.out_projection"
     ),
     r"proj_out": ("", STREAM),
@@ -214,9 +206,7 @@ _LUMINA2: Table = {
     rf"{_LUMINA_BLOCK}\.norm1\.linear|norm_out\.linear_1": ("stream+", "condition"),
     rf"{_LUMINA_BLOCK}\.(norm1(\.norm)?|norm2|ffn_norm[12])": (STREAM,),
     **_attention(rf"{_LUMINA_BLOCK}\.attn"),
-    **_gated_feed_forward(
-        rf"{_LUMINA_BLOCK}\.feed_forward\.linear_[13]", rf"{_LUMINA_BLOCK}\.feed_forward\.linear_2"
-    ),
+    **_branch(rf"{_LUMINA_BLOCK}\.feed_forward\.linear_[13]", rf"{_LUMINA_BLOCK}\.feed_forward\.linear_2"),
     r"norm_out\.linear_2": ("", STREAM),
 }
 
@@ -230,7 +220,7 @@ _Z_IMAGE: Table = {
     ),
     rf"{_LUMINA_BLOCK}\.(attention|ffn)_norm[12]": (STREAM,),
     **_attention(rf"{_LUMINA_BLOCK}\.attention"),
-    **_gated_feed_forward(rf"{_LUMINA_BLOCK}\.feed_forward\.w[13]", rf"{_LUMINA_BLOCK}\.feed_forward\.w2"),
+    **_branch(rf"{_LUMINA_BLOCK}\.feed_forward\.w[13]", rf"{_LUMINA_BLOCK}\.feed_forward\.w2"),
     r"all_final_layer\.[\d-]+\.linear": ("", STREAM),
 }
 

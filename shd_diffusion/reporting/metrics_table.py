@@ -131,7 +131,7 @@ def title_of(column: Column, runs: Sequence[Run]) -> str:
 
 
 def short_title_of(column: Column, runs: Sequence[Run]) -> str:
-    """The same for where space is scarce: FID is on Inception's features alone, on others it is FD."""
+    """The same for where space is scarce; of a Fréchet distance without the features, FID or FD as its title says."""
     return title_of(column, runs).split(" (")[0] if column.key == "fid" else column.short
 
 

@@ -104,9 +104,9 @@ def test_what_padding_has_added_leaves_without_loss(name: str) -> None:
 
 def pad(small: nn.Module, big: nn.Module) -> None:
     """Write a model's weights into one of twice its channels, heads and neurons, which then computes the same."""
-    spaces, source = axes(small), small.state_dict()
+    spaces, source, neurons = axes(small), small.state_dict(), feed_forwards(small)
     places = list(zip(heads_and_neurons(small), heads_and_neurons(big), strict=True))
-    layouts = [head_layout(small, name) for name in shape(small) if name not in feed_forwards(small)]
+    layouts = [head_layout(small, name) for name in shape(small) if name not in neurons]
     normed = {part.layer for each in layouts if each.query_norms for part in (*each.queries, *each.keys)}
     for key, tensor in [*big.state_dict().items(), *big.named_buffers()]:
         if key not in source:
