@@ -8,6 +8,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from shd_diffusion.attention.kernels import MASKED
+
 Kind = Literal["self", "cross", "joint"]
 Index: TypeAlias = Tensor | slice
 
@@ -17,7 +19,8 @@ class AttentionRecord:
     """Queries, keys and values as the attention kernel received them, and the output weight behind it.
 
     B samples, H heads of width d, Q queries, K keys. Rotary embeddings, normalised queries and keys, and
-    repeated groups of keys are already applied, so `maps() @ value` is the kernel's own output.
+    repeated groups of keys are already applied, so `maps() @ value` is the kernel's own output, but for rows that may
+    see no key: there a kernel puts out zeros or what it likes, and the maps are uniform. Such rows do not count.
 
     Attributes:
         name: module path inside the model, e.g. `transformer_blocks.3.attn1`.
@@ -102,6 +105,21 @@ class AttentionRecord:
         logits = (query * (self.scale / temperature)) @ key.mT  # (samples, H, rows, d) @ (samples, H, d, K)
         mask = taken(self.mask, samples, rows)
         return logits if mask is None else logits + mask.to(dtype) / temperature
+
+    def comparable_logits(
+        self, temperature: float = 1.0, samples: Index | None = None, rows: Index | None = None
+    ) -> Tensor:
+        """As `logits`; rows that do not count attend to the first key alone, in every head of every model.
+
+        So they differ nowhere: no coefficient and no divergence has anything from them.
+        """
+        logits = self.logits(temperature, samples, rows)
+        counted = self.some_counted(samples, rows)
+        if counted is None:
+            return logits
+        first = torch.full_like(logits[0, 0, 0], MASKED)
+        first[0] = 0
+        return torch.where(counted[:, None, :, None], logits, first)
 
     def maps(
         self, temperature: float = 1.0, samples: Index | None = None, rows: Index | None = None

@@ -478,8 +478,8 @@ def _look(model: nn.Module, name: str, calls: Sequence[Call], factor: bool) -> S
             weight = record.output_weight.detach().double().T.unflatten(0, (record.heads, -1))  # (M, d, C)
             grams = weight @ weight.mT
             for samples in samples_at_once(record, record.key.shape[2]):
-                maps = record.maps(samples=samples)
-                seen.movements += head_movements(maps, record.value[samples].to(maps.dtype), grams)
+                maps, counted = record.maps(samples=samples), record.some_counted(samples)
+                seen.movements += head_movements(maps, record.value[samples].to(maps.dtype), grams, counted)
         have = sum(len(record.query) for record in seen.records)
         wanted = min(_MATCHED_ON[0], -(-_MATCHED_ON[1] // records[MAIN].query.shape[2]))
         if have < wanted:
@@ -516,7 +516,7 @@ def _merge(seen: Sights, layout: HeadLayout, heads: int, pairing: Pairing) -> Me
 def _map_stream(record: AttentionRecord) -> MapStream:
     batch, heads, rows, _ = record.query.shape
     shape = batch, heads, rows, record.key.shape[2]
-    return stream(shape, lambda part: record.logits(samples=part[0], rows=part[1]), record.query.device)
+    return stream(shape, lambda part: record.comparable_logits(1.0, *part), record.query.device)
 
 
 def _cut_mask(call: Call, heads: int, kept: Sequence[int]) -> None:

@@ -9,7 +9,7 @@ from torch import Tensor
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction
 from shd_diffusion.losses.map_divergence import Pool, SqueezedTeacher, log_maps, map_stream, pooled
-from shd_diffusion.losses.padding import comparable_logits, mean_of_rows
+from shd_diffusion.losses.padding import mean_of_rows
 from shd_diffusion.squeezing.map_stream import EVERYTHING, kept
 from shd_diffusion.squeezing.merge_weights import mixture
 from shd_diffusion.squeezing.residual import relative_residual, residual_energies
@@ -48,7 +48,7 @@ def inspect_block(
     value = record.value.to(weights.dtype)
     weight = record.output_weight.to(value.device)
     energies = residual_energies(maps, value, weight, weights, teacher.squeezer.groups)
-    softened = comparable_logits(record, teacher.temperature).softmax(-1)
+    softened = record.comparable_logits(teacher.temperature).softmax(-1)
     squeezed = pooled(mixture(weights, teacher.squeezer.groups)(EVERYTHING, softened), teacher.pool)
     log_student = log_maps(student, EVERYTHING, teacher.temperature, pool)
     if teacher.granularity == "sample":

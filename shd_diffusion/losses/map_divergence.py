@@ -17,7 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.divergence import DivergenceFunction, forward_kl, forward_kl_of_logits, safe_log
-from shd_diffusion.losses.padding import comparable_logits, row_share
+from shd_diffusion.losses.padding import row_share
 from shd_diffusion.losses.token_grid import Pool
 from shd_diffusion.operations import is_readable
 from shd_diffusion.squeezing.coefficients import Coefficient
@@ -165,13 +165,13 @@ def _chunk(
 ) -> tuple[Tensor, Tensor]:
     """Divergence of each target row (samples, H, rows) and its gradient by the student's logits."""
     if pool == (1, 1) and divergence is forward_kl:
-        logits = comparable_logits(student, temperature, *part)
+        logits = student.comparable_logits(temperature, *part)
         if student.mask is not None:  # 0 · -∞
             logits = logits.clamp_min_(torch.finfo(logits.dtype).min)
         return forward_kl_of_logits(target, logits)
     if pool == (1, 1):
         return divergence(target, log_maps(student, part, temperature))
-    maps = comparable_logits(student, temperature, *part).softmax(-1)
+    maps = student.comparable_logits(temperature, *part).softmax(-1)
     coarse = pooled(maps, pool)
     value, gradient = divergence(target, safe_log(coarse))
     # log q of the pooled map stands for its logits; from there through log and pooling to the map itself
@@ -182,7 +182,7 @@ def _chunk(
 
 def log_maps(record: AttentionRecord, part: Part, temperature: float = 1.0, pool: Pool = (1, 1)) -> Tensor:
     """log q of a chunk of a record's maps on the targets' grid; finite at masked keys too, so that 0 · log 0 = 0."""
-    logits = comparable_logits(record, temperature, *part)
+    logits = record.comparable_logits(temperature, *part)
     if pool != (1, 1):
         return safe_log(pooled(logits.softmax(-1), pool))
     found = logits.log_softmax(-1)
@@ -283,7 +283,7 @@ def map_stream(
     batch, heads, rows, _ = record.query.shape
 
     def logits(part: Part) -> Tensor:
-        return comparable_logits(record, temperature, *part)
+        return record.comparable_logits(temperature, *part)
 
     shape = batch, heads, rows, record.key.shape[2]
     return stream(shape, logits, _counts_as_on(record.query), chunk_rows, multiple)

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from shd_diffusion.attention.kernels import MASKED
 from shd_diffusion.attention.probe import CONTEXT
-from shd_diffusion.attention.records import AttentionRecord, Index
+from shd_diffusion.attention.records import AttentionRecord
 from shd_diffusion.losses.term import Records
 from shd_diffusion.models.denoiser import Condition
 from shd_diffusion.models.families import TEXT_MASK
@@ -57,22 +56,6 @@ def alike(teacher: AttentionRecord, student: AttentionRecord) -> tuple[Attention
         return teacher, student
     counted = known[0] if len(known) == 1 else known[0] & known[1].to(known[0].device)
     return replace(teacher, counted=counted), replace(student, counted=counted.to(student.query.device))
-
-
-def comparable_logits(
-    record: AttentionRecord, temperature: float = 1.0, samples: Index | None = None, rows: Index | None = None
-) -> Tensor:
-    """As `record.logits`; rows that do not count attend to the first key alone, in every head of every model.
-
-    So they differ nowhere: no coefficient and no divergence has anything from them.
-    """
-    logits = record.logits(temperature, samples, rows)
-    counted = record.some_counted(samples, rows)
-    if counted is None:
-        return logits
-    first = torch.full_like(logits[0, 0, 0], MASKED)
-    first[0] = 0
-    return torch.where(counted[:, None, :, None], logits, first)
 
 
 def row_share(record: AttentionRecord, pool: int, dtype: torch.dtype) -> Tensor:

@@ -21,19 +21,24 @@ ROUNDS = 8
 RIDGE = 1e-5
 
 
-def head_movements(maps: Tensor, values: Tensor, grams: Tensor) -> Tensor:
+def head_movements(maps: Tensor, values: Tensor, grams: Tensor, counted: Tensor | None = None) -> Tensor:
     """How much each head moves the output: |A_h X_h - its mean over the queries|², summed over samples.
 
     Args:
         maps: A, (B, M, Q, K).
         values: V, (B, M, K, d).
         grams: W_h W_hᵀ of the heads' output weights W_h (d, C), (M, d, d).
+        counted: which queries count, (B, Q); None where all do.
 
     Returns:
         (M,), float64.
     """
     attended = maps @ values  # A_h V_h, (B, M, Q, d)
-    centred = (attended - attended.mean(-2, keepdim=True)).double()
+    if counted is None:
+        counted = attended.new_ones(len(maps), maps.shape[-2], dtype=torch.bool)
+    rows = counted[:, None, :, None]
+    mean = (attended * rows).sum(-2, keepdim=True) / rows.sum(-2, keepdim=True).clamp_min(1)
+    centred = ((attended - mean) * rows).double()
     products = (centred.mT @ centred).sum(0)
     return (products * grams.to(products)).sum((-2, -1))
 

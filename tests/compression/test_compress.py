@@ -216,6 +216,23 @@ def test_the_output_of_heads_that_share_keys_is_the_least_squares_fit_of_what_th
     assert part.lost == pytest.approx(((wanted - fitted) ** 2).sum() / (wanted**2).sum(), rel=1e-3)
 
 
+def test_of_heads_that_merge_one_stays_that_moves_rows_which_count():
+    """The second head sees all keys alike, so that it moves rows of padding alone, which see none; and these by far."""
+    family, name = FAMILIES["chroma"], "single_transformer_blocks.0.attn"
+    teacher = family.build()
+    module = teacher.get_submodule(name)
+    for linear, factor in ((module.to_q, 0.0), (module.to_v, 100.0)):
+        for parameter in linear.parameters():
+            parameter.data.unflatten(0, (3, -1))[1] *= factor
+    first, _, third = module.to_q.weight.data.clone().unflatten(0, (3, -1))
+    options = HeadOptions(pairing="adjacent")
+    found = compress(teacher, batches_of(family), run_family, heads={name: 2}, options=options)
+    assert found.groups[name] == ((0, 1), (2,))
+    torch.testing.assert_close(
+        found.model.get_submodule(name).to_q.weight, torch.cat([first, third]), rtol=0, atol=0
+    )
+
+
 def test_heads_and_neurons_of_one_projection_are_fitted_together():
     """Of Flux's single block: no weights and bias on what it is given do better, but for the penalty."""
     family = FAMILIES["flux"]

@@ -210,6 +210,11 @@ def test_movements_are_what_the_output_varies_over_queries_and_the_largest_is_se
     contributions = (maps.double() @ values.double() @ weights.double()).numpy()  # (B, M, Q, C)
     moved = contributions - contributions.mean(2, keepdims=True)
     np.testing.assert_allclose(found, (moved**2).sum((0, 2, 3)), rtol=1e-5)  # the maps are float32
+    counted = torch.tensor([[True] * 7, [True] * 4 + [False] * 3])
+    found = head_movements(maps, values, weights @ weights.mT, counted)
+    of_each = [each[:, rows] for each, rows in zip(contributions, counted.numpy(), strict=True)]
+    expected = sum(((each - each.mean(1, keepdims=True)) ** 2).sum((1, 2)) for each in of_each)
+    np.testing.assert_allclose(found, expected, rtol=1e-5)
     assert select_heads(((0, 1), (2,), (3,)), torch.tensor([1.0, 2.0, 0.1, 0.2])) == (1, 2, 3)
 
 
