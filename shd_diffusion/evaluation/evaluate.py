@@ -58,15 +58,7 @@ def compute_metrics(
         UserError: images, reference or weights that cannot be read, or a metric that they do not allow.
     """
     generated = _open(images)
-    if len(generated) < FEWEST_IMAGES and config.metrics != []:
-        raise UserError(
-            f"{generated.name(0)}: {len(generated)} images are too few; sample {FEWEST_IMAGES} or more"
-        )
-    for what, given in (("labels", labels), ("prompts", prompts)):
-        if given is not None and len(given) != len(generated):
-            raise UserError(
-                f"{generated.name(0)}: {len(given)} {what} for {len(generated)} images; sample them anew"
-            )
+    _check_counts(generated, config, labels=labels, prompts=prompts)
     _, height, width = generated[0].shape
     source = reference if config.reference is None else config.reference
     if source is None:
@@ -82,10 +74,7 @@ def compute_metrics(
     if prompts is None and about_prompts and isinstance(generated, FolderImages):
         prompts = image_prompts(generated.folder, generated.paths)
     classes = torch.tensor(labels) if labels is not None else generated.labels
-    if config.classes is not None and classes is not None and classes.max() >= len(config.classes):
-        raise UserError(
-            f"evaluate.classes: {len(config.classes)} logits, but images are of class {classes.max()}; name one a class"
-        )
+    _check_classes(config, classes)
     possible = _possible_needs(config, extractor, clip, real, classes, prompts, captions)
     metrics = choose_metrics(config.metrics, possible)
     roles = extract_features(generated, extractor, config.batch_size, "images")
@@ -111,21 +100,36 @@ def compute_metrics(
         prompts,
         captions,
     )
-    depends_on: dict[str, Any] = {
-        metric.name: metric.protocol(inputs) for metric in metrics if metric.protocol
-    }
-    if config.classes is not None:
-        depends_on["classes"] = config.classes
-    if clip is not None and (image_text is not None or clip is extractor):
-        depends_on["clip_model"] = _encoder(clip).protocol()
     entries: dict[str, Any] = {}
     for metric in metrics:
         entries |= _compute(metric, inputs)
+    own: dict[str, Any] = {metric.name: metric.protocol(inputs) for metric in metrics if metric.protocol}
+    if clip is not None and (image_text is not None or clip is extractor):
+        own["clip_model"] = _encoder(clip).protocol()
     size = f"{width}×{height}"
     return entries | {
-        "protocol": {**(protocol or {}), **_protocol(config, extractor, inputs, real, size), **depends_on},
+        "protocol": {**(protocol or {}), **_protocol(config, extractor, inputs, real, size), **own},
         "warnings": _warnings(metrics, inputs, real, size),
     }
+
+
+def _check_counts(images: ImageSet, config: EvaluateConfig, **given: Sequence[object] | None) -> None:
+    """Raise UserError unless the images are enough, and as many as their labels and prompts."""
+    if len(images) < FEWEST_IMAGES and config.metrics != []:
+        raise UserError(f"{images.name(0)}: {len(images)} images are too few; sample {FEWEST_IMAGES} or more")
+    for what, of_each in given.items():
+        if of_each is not None and len(of_each) != len(images):
+            raise UserError(
+                f"{images.name(0)}: {len(of_each)} {what} for {len(images)} images; sample them anew"
+            )
+
+
+def _check_classes(config: EvaluateConfig, classes: Tensor | None) -> None:
+    """Raise UserError unless `evaluate.classes` names a logit for every class of the images."""
+    if config.classes is not None and classes is not None and classes.max() >= len(config.classes):
+        raise UserError(
+            f"evaluate.classes: {len(config.classes)} logits, but images are of class {classes.max()}; name one a class"
+        )
 
 
 def load_models(config: EvaluateConfig, data: str | None) -> tuple[Extractor, Extractor | None]:
@@ -212,7 +216,7 @@ def _protocol(
 ) -> dict[str, Any]:
     """All that the metrics depend on beside the images themselves."""
     count, width = inputs.features.shape
-    return {
+    found: dict[str, Any] = {
         "name": f"FID on {extractor.reported} features",
         "features": extractor.reported,
         "feature_width": width,
@@ -227,6 +231,7 @@ def _protocol(
         "evaluation_batch_size": config.batch_size,
         "versions": {name: importlib.metadata.version(name) for name in ("torch", "torch-fidelity")},
     }
+    return found if config.classes is None else found | {"classes": config.classes}
 
 
 def _warnings(metrics: list[Metric], inputs: MetricInputs, reference: Reference, size: str) -> list[str]:
