@@ -82,7 +82,8 @@ def calibrate(
         process = ForwardProcess.from_scheduler(scheduler)
     except ValueError as error:
         raise UserError(f"{path}: cannot be compressed by this config's data ({error})") from error
-    batches = calibration_batches(config, model, source, process, images, timestep_weights=timestep_weights)
+    size = min(64, config.train.micro_batch_size or 64)
+    batches = calibration_batches(config, model, source, process, images, size, timestep_weights)
     return Calibration(path, config, teacher, model, source, scheduler, batches)
 
 

@@ -135,7 +135,7 @@ def _batches(
     samples = _take(drawn, slice(plan.calibration, None))
     for step in range(plan.timesteps):
         shares = torch.full((len(samples.clean),), (2 * step + 1) / (2 * plan.timesteps), dtype=torch.float64)
-        timesteps = process.timesteps(shares.to(model.device))
+        timesteps = process.timesteps(shares).to(model.device)
         noised = process.noised(samples.clean, samples.noise, timesteps)
         yield replace(samples, noised=noised, timesteps=timesteps)
 

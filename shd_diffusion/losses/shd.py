@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import ClassVar, Literal
 
 import torch
@@ -271,15 +271,16 @@ class SHDLoss:
     @torch.no_grad()
     def inspect(
         self, teacher_records: Records, student_records: Records, size: tuple[int, ...] | None = None
-    ) -> dict[str, Inspection]:
-        """What the loss compares in each student block, on all query rows and samples: for the report."""
-        found = {}
+    ) -> Iterator[tuple[str, Inspection]]:
+        """What the loss compares in each student block, by its name, on all query rows and samples: for the report.
+
+        The maps of a block are many: it is best let go before the next one.
+        """
         for name, by in self.pairs(teacher_records, student_records).items():
             teacher, student, pool = self._prepare(
                 name, teacher_records[by], student_records[name], None, size
             )
-            found[name] = inspect_block(teacher, student, DIVERGENCES[self.config.divergence], pool)
-        return found
+            yield name, inspect_block(teacher, student, DIVERGENCES[self.config.divergence], pool)
 
 
 class SHD(Term):

@@ -11,13 +11,13 @@ from matplotlib.patches import Rectangle
 
 from shd_diffusion.data.images import to_bytes
 from shd_diffusion.reporting.attention_words import WordBlock, word_blocks
-from shd_diffusion.reporting.maps import map_pixels, reduced
+from shd_diffusion.reporting.maps import map_pixels
 from shd_diffusion.reporting.pictures import Pixels, data_uri, enlarge, mosaic, picture_plot
 from shd_diffusion.reporting.plot_style import LIGHT, Line, Plot, PlotStyle, Styles, finish, line_plot, panel
 from shd_diffusion.reporting.runs import Array, Attention, BlockAttention, Run
 
-MAX_SIDE = 64
-"""Rows and columns of a map: larger ones are shown reduced, by the mean over areas."""
+SIDE = 64
+"""Pixels of a map, at least."""
 
 SQUEEZE_STYLE = PlotStyle("ink", "o")
 """What belongs to the squeezing alone, and so to no run."""
@@ -151,24 +151,23 @@ def membership(weights: Array) -> list[list[int]]:
 def _block(members: Sequence[tuple[Run, BlockAttention]], prefix: str) -> BlockView:
     """One block; `members` differ in the student's maps only."""
     block = members[0][1]
-    teacher, squeezed = (reduced(maps, MAX_SIDE, MAX_SIDE) for maps in (block.teacher, block.squeezed))
-    students = [(run, kept, reduced(kept.student, MAX_SIDE, MAX_SIDE)) for run, kept in members]
-    kinds = [("teacher", teacher), ("squeezed", squeezed), *((run.name, maps) for run, _, maps in students)]
+    students = [(run.name, kept.student) for run, kept in members]
+    kinds = [("teacher", block.teacher), ("squeezed", block.squeezed), *students]
     brightest = float(np.quantile(np.concatenate([maps.ravel() for _, maps in kinds]), 0.995)) or 1.0
     weights = block.weights.mean(axis=0)
 
     def pixels(attention_map: Array) -> Pixels:
-        return enlarge(map_pixels(attention_map, brightest), MAX_SIDE)
+        return enlarge(map_pixels(attention_map, brightest), SIDE)
 
     def head(maps: Array, number: int, detail: str) -> Head:
         return Head(number + 1, data_uri(pixels(maps[number])), detail)
 
     groups = [
         Group(
-            teacher=[head(teacher, m, f"{weights[n, m]:.2f}") for m in heads],
-            squeezed=head(squeezed, n, f"{block.residual[:, n].mean():#.2g}"),
+            teacher=[head(block.teacher, m, f"{weights[n, m]:.2f}") for m in heads],
+            squeezed=head(block.squeezed, n, f"{block.residual[:, n].mean():#.2g}"),
             students=[
-                (run, head(maps, n, f"{kept.divergence[:, n].mean():#.2g}")) for run, kept, maps in students
+                (run, head(kept.student, n, f"{kept.divergence[:, n].mean():#.2g}")) for run, kept in members
             ],
         )
         for n, heads in enumerate(membership(block.weights))

@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shd_diffusion.reporting.maps import map_pixels, reduced
+from shd_diffusion.reporting.maps import map_pixels
 from shd_diffusion.reporting.pictures import data_uri, enlarge, mosaic, picture_plot
 from shd_diffusion.reporting.plot_style import Plot
 from shd_diffusion.reporting.runs import Array, Attention, BlockAttention, Run, Word
 from shd_diffusion.reporting.tables import significant
 
 MAX_WORDS = 16
-MAX_SIDE = 32
-"""Patches of a map: larger ones are shown reduced, by the mean over areas."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +53,7 @@ def word_blocks(members: Sequence[tuple[Run, Attention]], prefix: str) -> list[W
         prefix: begins the names of the plots.
     """
     attention = members[0][1]
-    able = [number for number, block in enumerate(attention.blocks) if block.text and block.grid]
+    able = [number for number, block in enumerate(attention.blocks) if block.text]
     chosen = dict.fromkeys([able[0], able[len(able) // 2], able[-1]] if able else [])
     return [
         _block(
@@ -70,12 +68,14 @@ def _block(
     number: int, members: Sequence[tuple[Run, BlockAttention]], attention: Attention, name: str
 ) -> WordBlock:
     block = members[0][1]
-    words = numbered(block) if attention.words is None else attention.words
-    teacher = word_maps(block, block.teacher, words)
+    text = block.text
+    assert text is not None
+    words = numbered(text.teacher) if attention.words is None else attention.words
+    teacher = word_maps(text.teacher, words)
     shown = most_attended(words, teacher.mean(axis=(1, 2)), attention.prompt or "")
     words = [words[i] for i in shown]
-    kinds = [("teacher", teacher[shown]), ("squeezed", word_maps(block, block.squeezed, words))]
-    kinds += [(run.name, word_maps(block, own.student, words)) for run, own in members]
+    kinds = [("teacher", teacher[shown]), ("squeezed", word_maps(text.squeezed, words))]
+    kinds += [(run.name, word_maps(own.text.student, words)) for run, own in members if own.text]
     pixels = [
         [map_pixels(maps[i], _brightest([each[i] for _, each in kinds])) for _, maps in kinds]
         for i in range(len(words))
@@ -100,27 +100,15 @@ def _block(
     return WordBlock(number, block.name, views, len(teacher) - len(shown), plot)
 
 
-def numbered(block: BlockAttention) -> list[Word]:
-    """The text keys that the teacher attends to, where it is not known which word they are."""
-    assert block.text
-    first, after = block.text
-    attended = block.teacher[:, :, first:after].max(axis=(0, 1)) > 0
-    return [
-        Word(text=f"token {key + 1}", encoder="", keys=[key]) for key in np.flatnonzero(attended).tolist()
-    ]
+def numbered(text: Array) -> list[Word]:
+    """The keys of a text that are attended to (keys, rows, columns), where it is not known which word they are."""
+    attended = np.flatnonzero(text.max(axis=(1, 2)) > 0).tolist()
+    return [Word(text=f"token {key + 1}", encoder="", keys=[key]) for key in attended]
 
 
-def word_maps(block: BlockAttention, maps: Array, words: Sequence[Word]) -> Array:
-    """How much of its attention each patch gives to each word, mean over the heads: (words, rows, columns).
-
-    Args:
-        maps: (H, Q, K), of the block.
-    """
-    assert block.text and block.grid
-    first, mean = block.text[0], maps.mean(axis=0)
-    by_word = [mean[:, [first + key for key in word.keys]].sum(axis=-1).reshape(block.grid) for word in words]
-    shrink = min(1.0, MAX_SIDE / max(block.grid))
-    return reduced(np.stack(by_word), *(max(1, round(side * shrink)) for side in block.grid))
+def word_maps(text: Array, words: Sequence[Word]) -> Array:
+    """What patches attend to of each word, (words, rows, columns), from that of each key."""
+    return np.stack([text[word.keys].sum(axis=0) for word in words])
 
 
 def most_attended(words: Sequence[Word], attention: Array, prompt: str) -> list[int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap
-from PIL import Image
 
 from shd_diffusion.reporting.pictures import Pixels
 from shd_diffusion.reporting.runs import Array
@@ -13,13 +12,6 @@ COLOURS = LinearSegmentedColormap.from_list(
     "maps", ["#ffffff", "#d5e0f5", "#8fb0e8", "#4a6fc9", "#2c3a94", "#150f45"]
 )
 """From nothing (white) to much (indigo); the page inverts it in the dark."""
-
-
-def reduced(maps: Array, rows: int, columns: int) -> Array:
-    """Maps (H, Q, K) with at most so many rows and columns, by the mean over areas."""
-    size = min(columns, maps.shape[2]), min(rows, maps.shape[1])
-    pictures = (Image.fromarray(each.astype(np.float32)) for each in maps)
-    return np.stack([np.asarray(picture.resize(size, Image.Resampling.BOX), float) for picture in pictures])
 
 
 def map_pixels(values: Array, brightest: float) -> Pixels:

@@ -216,6 +216,15 @@ class Word(Result):
 
 
 @dataclass(frozen=True, slots=True)
+class Texts:
+    """How much of its attention each patch gives to each text key, mean over the heads: (keys, rows, columns)."""
+
+    teacher: Array
+    squeezed: Array
+    student: Array
+
+
+@dataclass(frozen=True, slots=True)
 class BlockAttention:
     """One student block: M teacher heads squeezed to N, on one image and over S images.
 
@@ -232,8 +241,7 @@ class BlockAttention:
     weights: Array  # (S, N, M), mean over rows
     residual: Array  # (S, N)
     divergence: Array  # (S, N)
-    grid: tuple[int, int] | None = None
-    text: tuple[int, int] | None = None
+    text: Texts | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,9 +467,14 @@ def read_attention(path: Path) -> Attention:
     try:
         with safe_open(path, framework="numpy") as file:
             description = json.loads((file.metadata() or {})["description"])
+            names = [block["student"] for block in description["blocks"]]
             blocks = [
-                _block(block, {f: file.get_tensor(f"{block['student']}/{f}").astype(float) for f in fields})
-                for block in description["blocks"]
+                _block(
+                    name,
+                    {f: file.get_tensor(f"{name}/{f}").astype(float) for f in fields},
+                    _texts(file, name),
+                )
+                for name in names
             ]
             image = file.get_tensor("image").astype(float)
             words = description.get("words")
@@ -481,27 +494,27 @@ def read_attention(path: Path) -> Attention:
     )
 
 
-def _block(described: dict[str, Any], tensors: dict[str, Array]) -> BlockAttention:
+def _block(name: str, tensors: dict[str, Array], text: Texts | None) -> BlockAttention:
     weights = tensors.pop("weights")  # by row (S, N, M, Q)
     return BlockAttention(
-        described["student"],
-        weights=weights.mean(-1) if weights.ndim == 4 else weights,
-        grid=described.get("grid"),
-        text=described.get("text"),
-        **tensors,
+        name, weights=weights.mean(-1) if weights.ndim == 4 else weights, text=text, **tensors
     )
 
 
+def _texts(file: Any, name: str) -> Texts | None:
+    """What a block's patches attend to of its text, from an open file of tensors."""
+    if f"{name}/teacher_text" not in file.keys():  # noqa: SIM118
+        return None
+    kinds = ("teacher", "squeezed", "student")
+    return Texts(*(file.get_tensor(f"{name}/{kind}_text").astype(float) for kind in kinds))
+
+
 def _check_words(words: Sequence[Word], blocks: Sequence[BlockAttention]) -> None:
-    """See that words and patches are within the maps. Raises ValueError: they are not."""
+    """See that words are within the text that is attended to. Raises ValueError: they are not."""
     keys = [0, *(key for word in words for key in word.keys)]
     for block in blocks:
-        queries, count = block.student.shape[1:]
-        first, after = block.text or (0, count)
-        if block.text and not 0 <= first <= first + min(keys) <= first + max(keys) < after <= count:
-            raise ValueError(f"{block.name}: its maps have not the keys of the prompt")
-        if block.grid and block.grid[0] * block.grid[1] != queries:
-            raise ValueError(f"{block.name}: its maps have not the rows of the patches")
+        if block.text and not 0 <= min(keys) <= max(keys) < len(block.text.teacher):
+            raise ValueError(f"{block.name}: its text has not the keys of the prompt")
 
 
 def _read_config(path: Path) -> dict[str, Any]:

@@ -170,11 +170,12 @@ def collect(study: StudyConfig, planned: Sequence[Planned], known: Known) -> Res
     found = {**known.outcomes, **{each.place: read_outcome(each, study) for each in complete}}
     outcomes = [found[each.place] for each in planned if each.place in found]
     commits = {read_as(each.run.environment_file, Environment).commit for each in complete}
-    own = [read_as(each.run.evaluation_file, Metrics).protocol for each in complete[:1]]
-    for file, protocol in known.protocols.items():
-        for first in own:
-            _check_protocol(file, protocol, first, study.varied)
-    protocols = [*own, *known.protocols.values()]
+    files = {each.run.evaluation_file: f"`shd-diffusion evaluate {each.run.path}` anew" for each in complete}
+    own = {file: read_as(file, Metrics).protocol for file in files}
+    protocols = own | known.protocols
+    for file, protocol in protocols.items():
+        remedy = files.get(file, "take it out of `known`")
+        _check_protocol(file, protocol, next(iter(protocols.items())), study.varied, remedy)
     return Results(
         study=study,
         planned=len(planned),
@@ -182,29 +183,31 @@ def collect(study: StudyConfig, planned: Sequence[Planned], known: Known) -> Res
         rows=make_rows(study, outcomes),
         comparisons=[each for metric in study.compared for each in compare_variants(study, outcomes, metric)],
         teacher=_teacher_metrics(planned),
-        protocol=protocols[0] if protocols else {},
+        protocol=next(iter(protocols.values()), {}),
         commits=sorted({*filter(None, commits), *known.commits}),
         environment=describe_environment(),
     )
 
 
 def _check_protocol(
-    file: Path, protocol: Mapping[str, Any], own: Mapping[str, Any], varied: Collection[str]
+    file: Path,
+    protocol: Mapping[str, Any],
+    first: tuple[Path, Mapping[str, Any]],
+    varied: Collection[str],
+    remedy: str,
 ) -> None:
-    """See that runs from elsewhere were measured as the study's own, but for what varies within it.
+    """See that runs were measured as the first ones were, but for what varies within the study.
 
     Raises:
         UserError: they were not, as far as both tell.
     """
     flat = [
         {k: v for k, v in flatten(each).items() if not {*k.split(".")} & {*varied, "seed"}}
-        for each in (protocol, own)
+        for each in (protocol, first[1])
     ]
     common = flat[0].keys() & flat[1].keys()
     if different := differing(*({k: v for k, v in each.items() if k in common} for each in flat)):
-        raise UserError(
-            f"{file}: its runs were measured otherwise than those here ({different[0]}); take it out of `known`"
-        )
+        raise UserError(f"{file}: measured otherwise than {first[0]} ({different[0]}); {remedy}")
 
 
 def _teacher_metrics(planned: Sequence[Planned]) -> dict[str, float]:

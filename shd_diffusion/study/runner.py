@@ -9,10 +9,12 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeAlias
+
+import torch
 
 from shd_diffusion.config import RunConfig, TrainTeacherConfig, read_config
 from shd_diffusion.errors import UserError
@@ -58,7 +60,7 @@ class Job:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         return [*WORKER, command_line, json.dumps(self.commands)]
 
-    def start(self, command_line: str, threads: int) -> Process:
+    def start(self, command_line: str, environment: Mapping[str, str]) -> Process:
         """Carry it out in a process that appends to the log."""
         worker = self.worker(command_line)
         with self.log.open("ab") as log:
@@ -67,7 +69,7 @@ class Job:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={"OMP_NUM_THREADS": str(threads), **os.environ},
+                env={**os.environ, **environment},
                 start_new_session=True,  # Ctrl-C reaches it once, through `_interrupt`
             )
 
@@ -81,6 +83,10 @@ class Job:
             lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
             says = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
             raise UserError(says[-1] if says else f"{self.log}: {self.name} could not begin")
+
+
+Start: TypeAlias = Callable[[Job, int], Process]
+"""Begins a job in one of so many slots."""
 
 
 def carry_out(
@@ -126,13 +132,23 @@ def carry_out(
     return _run_all(jobs, study.budget, study.processes, start)
 
 
-def _starter(study: StudyConfig, output: Path, command_line: str) -> Callable[[Job], Process]:
+def _starter(study: StudyConfig, output: Path, command_line: str) -> Start:
     """How jobs are begun: as processes of this machine, or on the cluster that the study names."""
     if study.submitit is None:
-        threads = max(1, (os.cpu_count() or 1) // study.processes)
-        return lambda job: job.start(command_line, threads)
+        return lambda job, slot: job.start(command_line, _share(slot, study.processes))
     executor = make_executor(study.submitit, output / "logs" / "submitit")
-    return lambda job: Submitted(executor.submit(Work(job.worker(command_line), job.log)))
+    return lambda job, _: Submitted(executor.submit(Work(job.worker(command_line), job.log)))
+
+
+def _share(slot: int, processes: int) -> dict[str, str]:
+    """The environment of one of several processes: its share of the cores, and of several GPUs one."""
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    environment = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads))}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    gpus = visible.split(",") if visible else [str(gpu) for gpu in range(torch.cuda.device_count())]
+    return environment | (
+        {"CUDA_VISIBLE_DEVICES": gpus[slot % len(gpus)]} if processes > 1 < len(gpus) else {}
+    )
 
 
 def _compression(study: StudyConfig, teacher: str, name: str, output: Path) -> Job:
@@ -176,17 +192,15 @@ def _missing(run: RunFolder, config: RunConfig, train: list[str]) -> list[list[s
 # --- processes -----------------------------------------------------------------------------------------------
 
 
-def _run_all(
-    jobs: Iterable[Job], budget: Budget, processes: int, start: Callable[[Job], Process]
-) -> list[str]:
+def _run_all(jobs: Iterable[Job], budget: Budget, processes: int, start: Start) -> list[str]:
     """Run jobs until all are done or the budget is spent; the names of those that failed."""
     waiting = deque(job for job in jobs if job.commands)
-    total, done, started = len(waiting), 0, time.monotonic()
-    active: list[tuple[Job, Process]] = []
+    total, begun, done, started = len(waiting), 0, 0, time.monotonic()
+    active: dict[int, tuple[Job, Process]] = {}  # by slot, of as many as there are processes
     failed: list[str] = []
 
     def affordable() -> bool:
-        hours, begun = (time.monotonic() - started) / 3600, total - len(waiting)
+        hours = (time.monotonic() - started) / 3600
         in_time = budget.hours is None or hours < budget.hours
         return in_time and (budget.runs is None or begun < budget.runs)
 
@@ -199,7 +213,7 @@ def _run_all(
             done += 1
             needed = next(name for name in lost.after if name in failed)
             announce(f"{lost.name}: not begun, since {needed} failed")
-        pending = {job.name for job in waiting} | {job.name for job, _ in active}
+        pending = {job.name for job in waiting} | {job.name for job, _ in active.values()}
         return next((job for job in waiting if pending.isdisjoint(job.after)), None)
 
     terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no orphans
@@ -208,11 +222,13 @@ def _run_all(
             while len(active) < processes and affordable() and (ready := next_ready()) is not None:
                 job = ready
                 waiting.remove(job)
-                active.append((job, start(job)))
+                slot = min({*range(processes)} - active.keys())
+                active[slot] = job, start(job, slot)
+                begun += 1
                 announce(f"{job.name}: begun, {total - len(waiting)} of {total}")
             time.sleep(0.1)
-            for job, process in [each for each in active if each[1].poll() is not None]:
-                active.remove((job, process))
+            for slot in [slot for slot, (_, process) in active.items() if process.poll() is not None]:
+                job, process = active.pop(slot)
                 code = process.returncode or 0
                 job.check(code)
                 done += 1
@@ -223,7 +239,7 @@ def _run_all(
                 left = (time.monotonic() - started) / done * (total - done)
                 announce(f"{job.name}: {outcome}, {done} of {total}, about {left / 60:.0f} min to go")
     finally:
-        _interrupt([process for _, process in active])
+        _interrupt([process for _, process in active.values()])
         signal.signal(signal.SIGTERM, terminate)
     if waiting:
         announce(f"the budget is spent, runs left: {len(waiting)}; the same command goes on with them")

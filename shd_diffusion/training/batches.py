@@ -246,7 +246,10 @@ def make_batch(
     items = {name: moved(item) for name, item in items.items()}
     latent_noise = None if noise.latent_noise is None else moved(noise.latent_noise)
     clean = source.clean(items, moved(noise.flipped), latent_noise)
-    drawn, timesteps = moved(noise.noise), process.timesteps(moved(noise.shares))
+    drawn, timesteps = (
+        moved(noise.noise),
+        moved(process.timesteps(noise.shares)),
+    )  # shares are float64, which not every device has
     condition = drop_condition(source.condition(items), null, moved(noise.dropped))
     if noise.guidance is not None:  # what the data have is for a scale of 1
         condition["guidance"] = condition["guidance"] * moved(noise.guidance)

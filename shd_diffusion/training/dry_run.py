@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from accelerate import Accelerator
 from diffusers import ModelMixin
@@ -43,7 +44,7 @@ from shd_diffusion.training.loop import take_step
 from shd_diffusion.training.made_up import MadeUpSamples, make_up_samples
 from shd_diffusion.training.memory import memory
 from shd_diffusion.training.objectives import TrainingLoss
-from shd_diffusion.training.run import place_teacher
+from shd_diffusion.training.run import place_models
 from shd_diffusion.training.train_state import TrainState
 
 SECONDS = 30.0  # that the last step may take
@@ -181,10 +182,9 @@ def measure(parts: Parts, most: int, activations: int, accelerator: Accelerator)
     parts = materialised(parts, torch.device("cpu"))
     if parts.config.train.gradient_checkpointing:
         parts.model.enable_gradient_checkpointing()
-    if parts.teacher is not None and isinstance(parts.config, DistillConfig):
-        place_teacher(parts.teacher.model, parts.config, accelerator)
-    for module in (parts.model, *parts.terms.values()):
-        module.to(accelerator.device)
+    place_models(parts, accelerator)
+    for term in parts.terms.values():
+        term.to(accelerator.device)
     loss = training_loss(parts)
     teacher = loss.teacher_parameters(), loss.teacher_rate
     state = TrainState.prepare(parts.model, loss.parameters(), parts.config.train, accelerator, teacher)
@@ -221,7 +221,7 @@ def _step(
 def _free_memory(accelerator: Accelerator) -> int:
     if accelerator.device.type == "cuda":
         return torch.cuda.mem_get_info(accelerator.device)[0]
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return psutil.virtual_memory().available
 
 
 def _peak_memory(accelerator: Accelerator) -> int:

@@ -9,14 +9,19 @@ from typing import Any
 from diffusers import ModelMixin
 from safetensors.torch import load_file
 
-from shd_diffusion.config import DistillConfig, RunConfig, ValidationConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import locked, read_as, replacing_folder, write_json
 from shd_diffusion.model_card import write_card
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder, as_step
 from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path, checkpoint_steps
-from shd_diffusion.training.run import open_run, place_teacher, try_attention_maps, write_pipeline
+from shd_diffusion.training.run import (
+    open_run,
+    place_models,
+    to_look_at,
+    try_attention_maps,
+    write_pipeline,
+)
 from shd_diffusion.training.train_state import scatter
 
 
@@ -44,7 +49,7 @@ def export_checkpoint(run: RunFolder, checkpoint: str) -> RunFolder:
             f"{run.path}: --checkpoint {checkpoint}: there is no such checkpoint; there are those of steps "
             f"{', '.join(map(str, steps))}"
         )
-    opened = open_run(_to_look_at(config), run, str(run.config_file))
+    opened = open_run(to_look_at(config), run, str(run.config_file))
     present = CheckpointFolder(run.checkpoints, run.identity(config), opened.accelerator, keep_last=1)
     if wanted is None:
         step = present.latest(config.train.max_steps)
@@ -68,26 +73,10 @@ def export_checkpoint(run: RunFolder, checkpoint: str) -> RunFolder:
                 folder.forget_after(step)
                 write_pipeline(opened, folder, f"{run.path.name} at step {step}", model, step)
             write_card(place)
-    if opened.parts.teacher is not None and isinstance(config, DistillConfig):
-        place_teacher(opened.parts.teacher.model, config, opened.accelerator)
-        try_attention_maps(place, opened.parts, model, None)
+    place_models(opened.parts, opened.accelerator)
+    try_attention_maps(place, opened.parts, model, None)
     state.wait_for_everyone()
     return place
-
-
-def _to_look_at(config: Any) -> Any:
-    """The config of a run that is opened, but not to train: by whatever processes look at it, without validation."""
-    alone: dict[str, Any] = {
-        "num_processes": None,
-        "shard": False,
-        "mixed_precision": "no",
-        "trackers": [],
-        "compile": False,
-        "micro_batch_size": None,
-        "validation": ValidationConfig(),
-    }
-    assert isinstance(config, RunConfig)
-    return config.model_copy(update={"train": config.train.model_copy(update=alone)})
 
 
 def _load_average(model: ModelMixin, path: Path) -> None:

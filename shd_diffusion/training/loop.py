@@ -86,6 +86,7 @@ def fit(
             seed_model(
                 generator(config.seed, "model", step, layout.process).initial_seed(), accelerator.device
             )
+            rate = float(state.lr_scheduler.get_last_lr()[0])  # of this step; after it, the next one's
             terms, norm = take_step(
                 state, loss, loader.step(step), layout.num_passes, step, train, accelerator
             )
@@ -102,7 +103,6 @@ def fit(
             else:
                 skipped = 0
                 if last or validating or is_due(done, train.log_every):
-                    rate = float(state.lr_scheduler.get_last_lr()[0])
                     by_block = {
                         name: sum_ * layout.share(1) for name, sum_ in loss.shd_by_block(step).items()
                     }
@@ -122,7 +122,7 @@ def fit(
                 raise InterruptedRun(
                     f"{run.path}: interrupted after step {done}; the same command goes on from there", signum
                 )
-    return state.export(), end
+    return state.finish(), end
 
 
 def _validate(

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch._dynamo.exc import BackendCompilerFailed
 
-from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig
+from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, ValidationConfig
 from shd_diffusion.data import LatentSource, Source, build_source
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.evaluation import check_settings, extractor_name
@@ -54,7 +56,7 @@ from shd_diffusion.training.launch import (
 from shd_diffusion.training.loop import Validation, fit
 from shd_diffusion.training.objectives import TrainingLoss
 from shd_diffusion.training.squeeze_student import squeeze_student
-from shd_diffusion.training.train_state import shard
+from shd_diffusion.training.train_state import place, unsharded
 from shd_diffusion.training.validation import make_validation
 from shd_diffusion.training.validation_loss import make_validation_loss
 
@@ -97,12 +99,14 @@ def train(
     complete = folder.is_complete(config)
     run = None if complete and not folder.reads_elsewhere(config) else open_run(config, folder, source)
     if run is None or complete:
+        run = None  # its models make room
         with locked(folder.path, processes()):
             if processes().is_main_process:
                 folder.write_config(config)
                 if not (folder.pipeline / "README.md").exists():  # killed before it was written
                     write_card(folder)
-            _finish_attention_maps(folder, config, source)
+            if isinstance(config, DistillConfig) and not folder.attention_file.exists():
+                _finish_attention_maps(folder, config, source)
         announce(f"{folder.path}: complete, nothing to do")
         return
     if finish and not _checkpoints(run).latest(config.train.max_steps):
@@ -130,8 +134,7 @@ def _train(run: Run, finish: bool) -> None:
         if accelerator.is_main_process and not matched:
             write_text(folder.merge_plans_file, plans_to_json(plans))
         accelerator.wait_for_everyone()
-    if teacher is not None and isinstance(config, DistillConfig):
-        place_teacher(teacher, config, accelerator)
+    place_models(parts, accelerator)
     for term in parts.terms.values():
         term.to(accelerator.device)
     loss = TrainingLoss(
@@ -149,11 +152,14 @@ def _train(run: Run, finish: bool) -> None:
         tracker.finish()
 
 
-def place_teacher(teacher: ModelMixin, config: DistillConfig, accelerator: Accelerator) -> None:
-    """Bring a teacher, in place, to where it computes."""
-    teacher.to("cpu" if config.teacher.device == "cpu" else accelerator.device)
-    if config.train.shard and config.teacher.device == "accelerator":
-        shard(teacher)
+def place_models(parts: Parts, accelerator: Accelerator) -> None:
+    """Bring student and teacher, in place, to where they compute."""
+    config = parts.config
+    place(parts.model, accelerator.device, config.train.shard)
+    if parts.teacher is not None and isinstance(config, DistillConfig):
+        on_cpu = config.teacher.device == "cpu"
+        device = torch.device("cpu") if on_cpu else accelerator.device
+        place(parts.teacher.model, device, config.train.shard and not on_cpu)
 
 
 def _checkpoints(run: Run) -> CheckpointFolder:
@@ -161,6 +167,21 @@ def _checkpoints(run: Run) -> CheckpointFolder:
     return CheckpointFolder(
         run.folder.checkpoints, run.folder.identity(config), run.accelerator, config.train.keep_last
     )
+
+
+def to_look_at(config: Any) -> Any:
+    """The config of a run that is opened, but not to train: by whatever processes look at it, without validation."""
+    alone: dict[str, Any] = {
+        "num_processes": None,
+        "shard": False,
+        "mixed_precision": "no",
+        "trackers": [],
+        "compile": False,
+        "micro_batch_size": None,
+        "validation": ValidationConfig(),
+    }
+    assert isinstance(config, RunConfig)
+    return config.model_copy(update={"train": config.train.model_copy(update=alone)})
 
 
 # --- before the first step ----------------------------------------------------------------------------------------
@@ -205,7 +226,6 @@ def open_run(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, sour
         check_image_size(extractor_name(config.evaluate.extractor, config.data.name), data.image_size)
     except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
-    parts.model.to(accelerator.device)  # where captures and terms look for it
     return Run(folder, parts, sampler, vae, validation, accelerator, inputs)
 
 
@@ -240,7 +260,10 @@ def _calibrate(shd: SHD, teacher: ModelMixin, run: Run) -> None:
         size,
         parts.config.seed,
     )
-    plans = shd.loss.calibrate(paired_records(shd, teacher, parts.model, batches))
+    plans = shd.loss.calibrate(
+        (of_teacher, of_student)
+        for _, of_teacher, of_student in paired_records(shd, teacher, parts.model, batches)
+    )
     # A tie that is broken by rounding must be broken alike in every process.
     shared = broadcast_object_list([plans_to_json(plans)])[0]
     if accelerator.is_main_process:
@@ -293,8 +316,9 @@ def _validation_loss(run: Run, loss: TrainingLoss) -> Validation | None:
 
 def _save(run: Run, trained: ModelMixin, steps: int) -> None:
     """Save the pipeline, then the summary: a run that has one for all its steps is complete."""
-    if run.accelerator.is_main_process:
-        write_pipeline(run, run.folder, run_name(run.folder.path), trained, steps)
+    whole = unsharded(trained, keep=run.accelerator.is_main_process)
+    if run.accelerator.is_main_process and whole is not None:
+        write_pipeline(run, run.folder, run_name(run.folder.path), whole, steps)
         write_card(run.folder)
 
 
@@ -330,12 +354,12 @@ def summarize(name: str, parts: Parts, model: ModelMixin, steps: int) -> Summary
     )
 
 
-def _finish_attention_maps(folder: RunFolder, config: RunConfig, source: str) -> None:
+def _finish_attention_maps(folder: RunFolder, config: DistillConfig, source: str) -> None:
     """Make the attention maps of a complete run that has none, such as one that ran out of memory over them."""
-    if folder.attention_file.exists() or not isinstance(config, DistillConfig):
-        return
-    parts = build(config, source, build_source(config.trained_on))
-    try_attention_maps(folder, parts, load_model(str(folder.path)).eval(), None)
+    run = open_run(to_look_at(config), folder, source)
+    parts = replace(run.parts, model=load_model(str(folder.path)).eval())
+    place_models(parts, run.accelerator)
+    try_attention_maps(folder, parts, parts.model, None)
 
 
 def try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, shd: SHD | None) -> None:
@@ -354,17 +378,6 @@ def try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, shd
             record.query.shape[1] * record.query.shape[2] * record.key.shape[2]
             for record in parts.teacher_trace.records.values()
         )
-        save_attention_maps(
-            shd,
-            parts.teacher.model,
-            trained,
-            parts.data,
-            parts.process,
-            parts.null,
-            config.seed,
-            folder.attention_file,
-            elements,
-            folder.pipeline,
-        )
+        save_attention_maps(shd, parts, trained, folder.attention_file, elements, folder.pipeline)
     except Exception as error:  # whatever it is, out of memory for one: the run itself is complete
         announce(f"{folder.path}: the report will show no attention maps ({one_line(error)})")

@@ -46,5 +46,5 @@ def squeeze_student(parts: Parts, accelerator: Accelerator) -> dict[str, Plan]:
         plans = {name: plan_groups(of_block) for name, of_block in groups.items()}
     if accelerator.num_processes > 1:
         for tensor in student.state_dict().values():
-            tensor.copy_(broadcast(tensor.contiguous()))
+            tensor.copy_(broadcast(tensor.to(accelerator.device)))
     return plans

@@ -27,7 +27,6 @@ class TrainState:
     """A model with its optimiser, learning rate and averaged weights.
 
     Attributes:
-        model_class: before it was sharded.
         model: as it was built; its parameters may be sharded over the processes.
         parameters: the model's.
         aux_parameters: those of the loss, and of a teacher that trains too; trained with the model, not averaged, not
@@ -38,7 +37,6 @@ class TrainState:
         ema: the averaged weights.
     """
 
-    model_class: type[ModelMixin]
     model: ModelMixin
     parameters: list[nn.Parameter]
     aux_parameters: list[nn.Parameter]
@@ -56,11 +54,7 @@ class TrainState:
         accelerator: Accelerator,
         teacher: tuple[list[nn.Parameter], float | None] = ([], None),
     ) -> TrainState:
-        """Everything on its device, ready for step 0; `teacher` is what trains at a rate of its own."""
-        model_class = type(model)
-        model.to(accelerator.device)
-        if config.shard:
-            shard(model)
+        """A model that is on its device with all that trains it; `teacher` is what trains at a rate of its own."""
         parameters = list(model.parameters())
         groups: list[dict[str, Any]] = [{"params": part} for part in (parameters, aux_parameters) if part]
         if teacher[0]:
@@ -77,7 +71,7 @@ class TrainState:
         ema = EMAModel(parameters, decay=config.ema_decay, foreach=not config.shard)
         optimizer, lr_scheduler = accelerator.prepare(optimizer, lr_scheduler)
         wrapped = model if config.shard else _distributed(model, accelerator)
-        return cls(model_class, model, parameters, aux_parameters, wrapped, optimizer, lr_scheduler, ema)
+        return cls(model, parameters, aux_parameters, wrapped, optimizer, lr_scheduler, ema)
 
     def is_finite(self) -> bool:
         """Whether all weights are numbers, in every process."""
@@ -98,14 +92,10 @@ class TrainState:
             self.ema.restore(self.parameters)
             forget_whole(self.model)
 
-    def export(self) -> ModelMixin:
-        """The trained model with its averaged weights, whole in every process; training is over then."""
+    def finish(self) -> ModelMixin:
+        """The trained model with its averaged weights, sharded if it was; training is over then."""
         self.ema.copy_to(self.parameters)
-        if type(self.model) is self.model_class:
-            return self.model.eval()
-        model = self.model_class.from_config(self.model.config).to(self.model.device)
-        scatter(gather(_weights(self.model), keep=True), _weights(model))
-        return model.eval()
+        return self.model.eval()
 
     # --- checkpoints: whole tensors and plain values, whatever the number of processes -----------------------------
 
@@ -155,7 +145,8 @@ def _distributed(model: ModelMixin, accelerator: Accelerator) -> nn.Module:
     if accelerator.num_processes == 1:
         return model
     device = accelerator.device
-    return DistributedDataParallel(model, device_ids=None if device.type == "cpu" else [device.index])
+    devices = None if device.type == "cpu" else [device.index]
+    return DistributedDataParallel(model, device_ids=devices, gradient_as_bucket_view=True)
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:
@@ -165,9 +156,18 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
 # --- models that outgrow one card: sharded over the processes (FSDP2) --------------------------------------------
 
 
+def place(model: nn.Module, device: torch.device, sharded: bool) -> None:
+    """Bring a model, in place, to where it computes: whole, or sharded over all processes."""
+    if sharded:
+        shard(model)
+    else:
+        model.to(device)
+
+
 def shard(model: nn.Module) -> None:
     """Shard a model over all processes, in place: each block of its block lists by itself, then the rest.
 
+    From the CPU no more than one block is whole on a device at a time.
     The first block of a list stays whole after its forward pass: DiT computes its last layer's condition with it.
     """
     for blocks in model.children():
@@ -185,6 +185,22 @@ def forget_whole(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
+
+
+def unsharded(model: ModelMixin, keep: bool) -> ModelMixin | None:
+    """A model that may be sharded, whole: then on the CPU, in a process that is to keep it, None elsewhere.
+
+    Every process must call this.
+    """
+    kind: Any = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    if kind is type(model):
+        return model
+    weights = gather(_weights(model), keep)
+    if not keep:
+        return None
+    found: ModelMixin = kind.from_config(model.config)
+    scatter(weights, _weights(found))
+    return found.eval()
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -149,7 +149,7 @@ def test_memory_grows_no_faster_than_the_tokens(options):
 def test_an_inspection_is_what_the_loss_compares(granularity):
     teacher, student = pair()
     loss = shd(temperature=2.0, granularity=granularity, rows=0.5)
-    found = loss.inspect(teacher, student)
+    found = dict(loss.inspect(teacher, student))
     assert list(found) == ["s0", "s1"]
     one = found["s1"]
     torch.testing.assert_close(one.teacher, softmax(teacher["t3"], 2.0))

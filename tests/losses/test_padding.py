@@ -79,7 +79,7 @@ def test_what_padded_rows_hold_changes_nothing() -> None:
     expected = loss({"block": teacher}, {"block": student})
     other = teacher.query.masked_fill(~COUNTED[:, None, :, None], 7.0)
     assert torch.equal(loss({"block": replace(teacher, query=other)}, {"block": student}), expected)
-    found = loss.inspect({"block": teacher}, {"block": student})["block"].divergence
+    found = dict(loss.inspect({"block": teacher}, {"block": student}))["block"].divergence
     torch.testing.assert_close(found.mean(), expected, rtol=1e-12, atol=0)
 
 

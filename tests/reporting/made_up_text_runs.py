@@ -126,8 +126,12 @@ def write_word_attention(path: Path, noise: float, words: bool = True, samples: 
             f"{name}/residual": rng.gamma(9, 0.035, (samples, 5)),
             f"{name}/divergence": own.gamma(5, 0.04, (samples, 5)),
         }  # fmt: skip
+        if text:
+            for part in ("teacher", "squeezed", "student"):
+                of_text = tensors[f"{name}/{part}"][:, :, text[0] : text[1]].mean(axis=0)
+                tensors[f"{name}/{part}_text"] = of_text.T.reshape(TEXT, *GRID)
         kind = "self" if text is None else "cross" if keys == TEXT else "joint"
-        blocks.append({"student": name, "teacher": name, "kind": kind, "grid": GRID, "text": text})
+        blocks.append({"student": name, "teacher": name, "kind": kind})
     tensors["image"] = np.asarray(picture_of("a red disc", 0, 0)).transpose(2, 0, 1) / 127.5 - 1
     keys_of = [[0], [1], [2], [3], [4, 5], [6], [7], [8], [9]]
     told = [{"text": t, "encoder": "text_encoder", "keys": k} for t, k in zip(WORDS, keys_of, strict=True)]

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
@@ -27,9 +26,9 @@ from shd_diffusion.reporting.attention_words import (
 )
 from shd_diffusion.reporting.maps import map_pixels
 from shd_diffusion.reporting.page import run_styles
-from shd_diffusion.reporting.runs import Attention, BlockAttention, Run, Word, read_runs
+from shd_diffusion.reporting.runs import Attention, Run, Word, read_runs
 
-from .made_up_text_runs import GRID, TEXT, WORDS, make_text_run, write_word_attention
+from .made_up_text_runs import TEXT, WORDS, make_text_run
 
 
 @pytest.fixture(scope="module")
@@ -44,11 +43,6 @@ def attention_of(folder: Path) -> tuple[Run, Attention]:
     return run, run.attention
 
 
-def block_of(teacher: NDArray[np.float64], grid: tuple[int, int], text: tuple[int, int]) -> BlockAttention:
-    nothing = np.zeros((1, 1))
-    return BlockAttention("b", teacher, teacher, teacher, nothing, nothing, nothing, nothing, grid, text)
-
-
 def described(folder: Path, **changes: Any) -> None:
     """Change what attention.safetensors says of its maps."""
     path = folder / "attention.safetensors"
@@ -58,24 +52,10 @@ def described(folder: Path, **changes: Any) -> None:
     save_file(tensors, path, metadata={"description": json.dumps(description)})
 
 
-def test_a_words_map_is_the_mean_over_heads_of_the_attention_to_its_tokens() -> None:
-    teacher = np.random.default_rng(0).random((3, 6, 9))
-    block = block_of(teacher, (2, 3), (4, 9))
+def test_a_words_map_is_the_sum_over_its_tokens() -> None:
+    text = np.random.default_rng(0).random((5, 2, 3))
     words = [Word(text="fox", encoder="", keys=[0, 2]), Word(text="a", encoder="", keys=[4])]
-    expected = np.zeros((2, 2, 3))
-    for patch in range(6):
-        for head in range(3):
-            expected[0, patch // 3, patch % 3] += (teacher[head, patch, 4] + teacher[head, patch, 6]) / 3
-            expected[1, patch // 3, patch % 3] += teacher[head, patch, 8] / 3
-    np.testing.assert_allclose(word_maps(block, teacher, words), expected, rtol=1e-6)
-
-
-def test_large_maps_keep_the_ratio_of_the_image() -> None:
-    teacher = np.random.default_rng(0).random((1, 64 * 96, 2))
-    block = block_of(teacher, (64, 96), (0, 2))
-    (found,) = word_maps(block, teacher, [Word(text="a", encoder="", keys=[1])])
-    assert found.shape == (21, 32)
-    assert found.mean() == pytest.approx(teacher[0, :, 1].mean(), rel=0.01)  # by areas that differ by a pixel
+    np.testing.assert_allclose(word_maps(text, words), [text[0] + text[2], text[4]], rtol=1e-12)
 
 
 def test_every_word_has_a_map_of_teacher_squeezed_heads_and_each_student(folders: list[Path]) -> None:
@@ -90,18 +70,17 @@ def test_every_word_has_a_map_of_teacher_squeezed_heads_and_each_student(folders
     assert {word.encoder for word in block.words} == {None}
     assert [each.kind for each in block.words[0].maps] == ["teacher", "squeezed", "kd", "kd-shd"]
     tensors = load_file(folders[1] / "attention.safetensors")
-    patches = GRID[0] * GRID[1]
-    maps = [tensors[f"b.attn/{part}"].mean(0)[:, patches + 3] for part in ("teacher", "squeezed")]
+    maps = [tensors[f"b.attn/{part}_text"][3] for part in ("teacher", "squeezed")]
     disc = block.words[3]
     assert disc.maps[0].share == f"{100 * maps[0].mean():#.3g} %"
-    of_kd = load_file(folders[0] / "attention.safetensors")["b.attn/student"].mean(0)[:, patches + 3]
-    of_shd = tensors["b.attn/student"].mean(0)[:, patches + 3]
+    of_kd = load_file(folders[0] / "attention.safetensors")["b.attn/student_text"][3]
+    of_shd = tensors["b.attn/student_text"][3]
     brightest = float(np.quantile(np.concatenate([*maps, of_kd, of_shd]), 0.995))
     for shown, expected in zip(disc.maps, [*maps, of_kd, of_shd], strict=True):
         content = base64.b64decode(shown.uri.removeprefix("data:image/png;base64,"))
         with Image.open(io.BytesIO(content)) as image:
             found = np.asarray(image.convert("RGB"))
-        wanted = map_pixels(expected.reshape(GRID), brightest)
+        wanted = map_pixels(expected, brightest)
         assert np.abs(found.astype(int) - wanted.astype(int)).max() <= 8  # one step of 256 colours
 
 
@@ -118,8 +97,10 @@ def test_the_first_the_middle_and_the_last_block_are_shown(folders: list[Path]) 
 
 def test_tokens_are_numbered_where_their_words_are_not_known(folders: list[Path], tmp_path: Path) -> None:
     run, attention = attention_of(folders[0])
-    block = attention.blocks[1]
-    assert [word.text for word in numbered(block)] == [f"token {n}" for n in range(1, TEXT - 1)]  # no padding
+    text = attention.blocks[1].text
+    assert text and [word.text for word in numbered(text.teacher)] == [
+        f"token {n}" for n in range(1, TEXT - 1)
+    ]  # no padding
     unknown = Attention(attention.image, None, None, attention.blocks)
     blocks: list[WordBlock] = word_blocks([(run, unknown)], "x")
     assert [word.text for word in blocks[1].words][:2] == ["token 1", "token 2"]
@@ -164,9 +145,6 @@ def test_figures_of_words_are_beside_the_page(folders: list[Path]) -> None:
         {"words": [{"text": "a", "encoder": "e", "keys": []}]},
         {"words": [{"text": "a"}]},
         {"words": "a"},
-        {"blocks": [{"student": "a.attn2", "grid": [6, 8], "text": [0, TEXT + 1]}]},
-        {"blocks": [{"student": "a.attn2", "grid": [6, 9], "text": [0, TEXT]}]},
-        {"blocks": [{"student": "a.attn2", "grid": [48], "text": [0, TEXT]}]},
     ],
 )
 def test_words_that_are_not_in_the_maps_are_damage(change: dict[str, Any], tmp_path: Path) -> None:
@@ -177,8 +155,12 @@ def test_words_that_are_not_in_the_maps_are_damage(change: dict[str, Any], tmp_p
     assert "\n" not in str(caught.value)
 
 
-def test_maps_of_earlier_runs_have_no_words(tmp_path: Path) -> None:
-    run = make_text_run(tmp_path / "kd", 0.1, images=1)
-    write_word_attention(run / "attention.safetensors", 0.1)
-    described(run, words=None, prompt=None, blocks=[{"student": "a.attn1"}, {"student": "a.attn2"}])
-    assert word_blocks([attention_of(run)], "x") == []
+def test_a_text_that_lacks_a_tensor_is_damage(tmp_path: Path) -> None:
+    path = make_text_run(tmp_path / "kd", 0.1, images=1) / "attention.safetensors"
+    tensors = load_file(path)
+    with safe_open(path, "numpy") as file:
+        metadata = file.metadata()
+    del tensors["a.attn2/student_text"]
+    save_file(tensors, path, metadata)
+    with pytest.raises(UserError, match=r"attention\.safetensors: damaged .*student_text"):
+        read_runs([path.parent])

@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from shd_diffusion.reporting.attention import attention_views, membership
-from shd_diffusion.reporting.maps import map_pixels, reduced
+from shd_diffusion.reporting.maps import map_pixels
 from shd_diffusion.reporting.neighbour_page import neighbour_plots, neighbourhoods, short_name
 from shd_diffusion.reporting.page import run_styles
 from shd_diffusion.reporting.pictures import data_uri, mosaic
@@ -113,13 +113,6 @@ def test_maps_keep_their_pixels_in_the_page() -> None:
 def test_map_pixels_darken_with_attention() -> None:
     row = map_pixels(np.linspace(0, 2, 9)[None], brightest=1.0)[0].astype(int).sum(axis=-1)
     assert row[0] == 3 * 255 and (np.diff(row)[:4] < 0).all() and (row[4:] == row[4]).all()
-
-
-def test_large_maps_are_averaged_over_areas() -> None:
-    maps = np.random.default_rng(0).random((2, 256, 128))
-    expected = maps.reshape(2, 64, 4, 64, 2).mean(axis=(2, 4))
-    np.testing.assert_allclose(reduced(maps, 64, 64), expected, rtol=1e-5)
-    np.testing.assert_allclose(reduced(maps[:, :16, :16], 64, 64), maps[:, :16, :16], rtol=1e-6)
 
 
 def test_figures_take_the_colours_of_the_page(runs: dict[str, Path]) -> None:

@@ -81,7 +81,10 @@ class Process:
 def test_nothing_begins_before_what_it_waits_for(fails: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
-    def start(job: runner.Job) -> Process:
+    slots: dict[str, int] = {}
+
+    def start(job: runner.Job, slot: int) -> Process:
+        slots[job.name] = slot
         return Process(int(fails and job.name == "a"))
 
     monkeypatch.setattr(runner, "announce", events.append)
@@ -92,6 +95,32 @@ def test_nothing_begins_before_what_it_waits_for(fails: bool, monkeypatch: pytes
     begun = [event.partition(":")[0] for event in events if ": begun," in event]
     assert begun == (["a", "d"] if fails else ["a", "d", "b", "c"])
     assert failed == (["a", "b", "c"] if fails else [])
+    assert slots == ({"a": 0, "d": 1} if fails else {"a": 0, "d": 1, "b": 0, "c": 0})
     if not fails:  # "a" and "d" run side by side, "c" waits for "b"
         assert events.index("b: begun, 3 of 4") > next(i for i, e in enumerate(events) if "a: done" in e)
         assert events.index("c: begun, 4 of 4") > next(i for i, e in enumerate(events) if "b: done" in e)
+
+
+def test_runs_that_cannot_begin_cost_no_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[str] = []
+    monkeypatch.setattr(runner, "announce", events.append)
+    monkeypatch.setattr(runner.time, "sleep", lambda _: None)
+    after = {"a": (), "b": ("a",), "c": ("b",), "d": (), "e": ()}
+    jobs = [runner.Job(name, [["x"]], Path("x"), needed) for name, needed in after.items()]
+    runner._run_all(jobs, Budget(runs=2), 1, lambda job, _: Process(int(job.name == "a")))
+    assert [event.partition(":")[0] for event in events if ": begun," in event] == ["a", "d"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "processes", "expected"),
+    [(None, 4, ["0", "1", "2", "0"]), ("5,7", 3, ["5", "7", "5"]), (None, 1, [None]), ("3", 2, [None, None])],
+)
+def test_runs_side_by_side_have_a_gpu_each(
+    visible: str | None, processes: int, expected: list[str | None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(runner.torch.cuda, "device_count", lambda: 3)
+    found = [runner._share(slot, processes).get("CUDA_VISIBLE_DEVICES") for slot in range(processes)]
+    assert found == expected
