@@ -518,7 +518,7 @@ def _explain(error: ValidationError, kind: type[BaseModel]) -> str:
     if first["type"] == "missing":
         return f"key `{key}` is missing; add it"
     if first["type"] == "value_error":
-        return f"key `{key}`: {first['ctx']['error']}"
+        return f"key `{key}`: {first['ctx']['error']}" if key else str(first["ctx"]["error"])
     message = first["msg"][0].lower() + first["msg"][1:]
     return f"key `{key}` is {reprlib.repr(first['input'])}: {message}"
 

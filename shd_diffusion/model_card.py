@@ -60,9 +60,10 @@ BY_OWN_CLASS = """{imports}from shd_diffusion.sampling import ClassConditionalPi
 
 pipeline = ClassConditionalPipeline.from_pretrained("{path}")
 images = pipeline({asked}, num_inference_steps=25).images"""
-BY_PROMPT = """from diffusers import DiffusionPipeline
+BY_PROMPT = """import torch
+from diffusers import DiffusionPipeline
 {imports}
-pipeline = DiffusionPipeline.from_pretrained("{path}")
+pipeline = DiffusionPipeline.from_pretrained("{path}", torch_dtype=torch.float32)
 image = pipeline("a cat").images[0]"""
 OF_CLASSES = ("num_embeds_ada_norm", "num_classes", "num_class_embeds")
 OWN_CLASSES = "import shd_diffusion.models  # pip install shd-diffusion: classes that diffusers has not\n"

@@ -15,12 +15,13 @@ import yaml
 from commands import command
 from diffusers import DiffusionPipeline, EDMEulerScheduler
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE, t5
 
 from shd_diffusion.config import DistillConfig, TrainTeacherConfig, read_config, read_prepare_config
 from shd_diffusion.data.prepare import prepare
 from shd_diffusion.errors import UserError
-from shd_diffusion.models.factory import load_model
+from shd_diffusion.models.factory import load_model, stored_dtype
 from shd_diffusion.training.run import train
 
 FAMILY = "pixart-sigma"
@@ -125,6 +126,14 @@ def other_images(root: Path) -> None:
     Image.new("RGB", SIZE, "blue").save(root / "images-2" / "0.png")
 
 
+def change_null(root: Path) -> None:
+    file = root / "cache" / "null.safetensors"
+    save_file({name: tensor + 1 for name, tensor in load_file(file).items()}, file)
+
+
+SIDE = 8
+"""Pixels of a latent's, of which a patch has 2."""
+
 Spoil = Callable[[Path], object]
 Change = Callable[[dict[str, Any]], object]
 NOTHING: Any = lambda _: None  # noqa: E731
@@ -219,6 +228,41 @@ REFUSED: dict[str, tuple[str, Spoil, Change, list[str]]] = {
         NOTHING,
         lambda c: c.update(sample={"labels": [3, 5]}),
         ["config.yaml", "`sample.labels`", "by class"],
+    ),
+    "no pipeline where the teacher should be": (
+        "prepare",
+        NOTHING,
+        lambda c: c["teacher"].update(path=c["teacher"]["path"] + "-2"),
+        [
+            "config.yaml",
+            "key `teacher.path` or `pipeline`",
+            "teacher-2 holds no pipeline",
+            "model_index.json",
+        ],
+    ),
+    "a tokenizer that is missing": (
+        "prepare",
+        lambda root: shutil.rmtree(root / "teacher" / "tokenizer"),
+        NOTHING,
+        ["teacher", "its folder `tokenizer` is missing"],
+    ),
+    "sizes that the patches do not divide": (
+        "prepare",
+        NOTHING,
+        lambda c: c["data"].update(buckets=[[64, 64], [SIDE + 64, 64 - SIDE]]),
+        ["config.yaml", f"multiples of {2 * SIDE}, not {SIDE + 64}×{64 - SIDE}", "`data.buckets`"],
+    ),
+    "a condition for none that has changed": (
+        "distill",
+        change_null,
+        NOTHING,
+        ["null.safetensors: damaged (has changed)", "prepare"],
+    ),
+    "a condition for none that is gone": (
+        "distill",
+        lambda root: (root / "cache" / "null.safetensors").unlink(),
+        NOTHING,
+        ["null.safetensors: damaged", "prepare"],
     ),
     "two denoisers": (
         "prepare",
@@ -327,6 +371,14 @@ def test_a_teacher_of_half_precision_stays_one(root: Path) -> None:
     assert sizes[1] < sizes[0]
     results = json.loads((root / "small" / "compression.json").read_text())
     assert results["dtype"] == "bfloat16"
+
+
+def test_a_variant_beside_the_weights_does_not_say_their_precision(root: Path) -> None:
+    DiffusionPipeline.from_pretrained(root / "teacher").save_pretrained(root / "both")
+    half = DiffusionPipeline.from_pretrained(root / "teacher", dtype=torch.float16)
+    half.save_pretrained(root / "both", variant="fp16")
+    assert len([*(root / "both" / "transformer").glob("*.safetensors")]) == 2
+    assert stored_dtype(root / "both" / "transformer") == torch.float32
 
 
 def test_files_that_diffusers_has_to_load_first_are_told(root: Path) -> None:

@@ -104,14 +104,29 @@ def check_can_be_squeezed_into(student: ModelMixin, teacher: ModelMixin, origins
     if kinds[0] != kinds[1]:
         raise ValueError(f"a {kinds[0]} cannot be cut from a {kinds[1]}; take the teacher's class")
     axes(student)  # refuses a class that has no table, before anything else
+    for key, own in student.config.items():
+        theirs = teacher.config.get(key)
+        if (
+            own != theirs
+            and not key.startswith("_")
+            and any(isinstance(x, str | bool) for x in (own, theirs))
+        ):
+            raise ValueError(
+                f"`{key}` is {own!r}, the teacher's {theirs!r}: not a smaller model but another; make them equal"
+            )
     with torch.device("meta"):
         twin = _shallower(type(teacher).from_config(teacher.config), student, origins)
     have, neurons = shape(twin), feed_forwards(student)
     for name, count in shape(student).items():
         what = "neurons" if name in neurons else "heads"
-        if name not in have or count > have[name]:
+        if name not in have:
             raise ValueError(
-                f"`{name}` has {count} {what}, the teacher's {have.get(name, 0)}; give it at most those"
+                f"the block that the student's `{name}` learns from has no such layer; set the key of its config that "
+                "says which blocks have one by the student's own blocks"
+            )
+        if count > have[name]:
+            raise ValueError(
+                f"`{name}` has {count} {what}, the teacher's {have[name]}; give it at most those"
             )
         if name not in neurons:
             _check_keys(name, head_layout(student, name), head_layout(twin, name))
@@ -172,6 +187,11 @@ def _shallower(teacher: ModelMixin, student: ModelMixin, origins: Mapping[str, s
             )
         sources = [origins.get(path, path) for path in paths]
         if sources != [f"{name}.{index}" for index in range(len(theirs))]:
+            if hasattr(teacher, "distilled_guidance_layer"):  # Chroma's, told the number of each block
+                raise ValueError(
+                    f"a {type(teacher).__name__} tells its blocks apart by their numbers, so none can leave; "
+                    f"keep all {len(theirs)} of `{name}`"
+                )
             blocks = (copy.deepcopy(teacher.get_submodule(source)) for source in sources)
             setattr(model, name, nn.ModuleList(blocks))
     return model

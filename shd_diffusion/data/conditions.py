@@ -14,8 +14,9 @@ from shd_diffusion.data.image_sets import Images
 from shd_diffusion.errors import UserError
 from shd_diffusion.models.convention import check_convention
 from shd_diffusion.models.denoiser import NOT_DROPPED, pad
+from shd_diffusion.models.families import family_of
 from shd_diffusion.models.forward_process import ForwardProcess
-from shd_diffusion.models.prompts import PromptEncoder
+from shd_diffusion.models.prompts import PromptEncoder, denoiser_name
 
 
 class LabelEncoder:
@@ -75,6 +76,15 @@ class CaptionEncoder:
             ValueError: its scheduler's process is not known.
         """
         ForwardProcess.from_scheduler(self.pipeline.scheduler)
+        model: Any = getattr(self.pipeline, denoiser_name(self.pipeline))
+        patch = family_of(model).patch or model.config.get("patch_size") or 1
+        side = self.images.shape[-1] // shape[-1] * (patch if isinstance(patch, int) else max(patch))
+        for height, width in self.images.buckets:
+            if height % side or width % side:
+                raise UserError(
+                    f"its images have sides that are multiples of {side}, not {height}×{width}; change "
+                    "`data.image_size` or `data.buckets`"
+                )
         check_convention(self._encoder(self.images.shape[1:]), shape)
 
     def encode(self, indices: Sequence[int]) -> list[list[dict[str, Tensor]]]:

@@ -28,7 +28,7 @@ from torch.utils.data import Dataset
 from shd_diffusion.data.latent_space import LatentScaling, load_vae, sample_latents
 from shd_diffusion.data.source import Source, mirrored_where
 from shd_diffusion.data.unreadable import Unreadable
-from shd_diffusion.errors import UserError
+from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import json_sha256, read_json, sha256
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.processes import processes
@@ -114,7 +114,7 @@ class LatentSource(Source):
         self.class_names = manifest.get("class_names")
         self.image_size = tuple(manifest["identity"]["image_shape"][-2:])
         self.condition_names = list(manifest["conditions"])
-        self.null = load_file(folder / manifest["null"]) if manifest["null"] else {}
+        self.null = _read_null(folder / manifest["null"], manifest) if manifest["null"] else {}
         self.needs_noise = manifest["has_variance"]
         self.vae: str = manifest["vae"]["path"]
         self.vae_sha256: str = manifest["identity"]["vae"]
@@ -264,6 +264,20 @@ def _check_shards(folder: Path, shards: list[dict[str, Any]], verify: bool) -> N
             bar.update()
 
 
+def _read_null(path: Path, manifest: dict[str, Any]) -> dict[str, Tensor]:
+    """The condition that stands for none.
+
+    Raises:
+        UserError: it is missing, torn, or not what was written.
+    """
+    try:
+        if manifest.get("null_sha256", digest := sha256(path)) != digest:
+            raise damaged(path, "has changed")
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, one_line(error)) from None
+
+
 def damaged(path: Path, reason: str) -> UserError:
-    """What to say of a damaged shard."""
+    """What to say of a damaged file."""
     return UserError(f"{path}: damaged ({reason}); run `shd-diffusion prepare` again to write it anew")

@@ -145,6 +145,7 @@ def _prepare(
     if state.is_main_process:
         if null := encoder.null:
             save_tensors(null, output / NULL)
+            manifest["null_sha256"] = sha256(output / NULL)
         if not (output / MANIFEST).exists():
             write_manifest(output, manifest)
     state.wait_for_everyone()
@@ -193,11 +194,15 @@ def open_encoder(config: PrepareConfig, images: Images, source: str) -> LabelEnc
     pipeline = None if config.pipeline is None else find_pipeline(config.pipeline)
     if pipeline is None or not pipeline.takes_prompts:
         if config.data.caption_column is not None or isinstance(images, Prompts):
+            if config.pipeline is not None and pipeline is None:
+                raise UserError(
+                    f"{source}: key `teacher.path` or `pipeline`: {config.pipeline} holds no pipeline, which is a "
+                    "model_index.json beside its denoiser's folder; give the folder or the hub name of one"
+                )
             named = config.pipeline or "nothing here"
-            fix = "no pipeline is there" if pipeline is None else "it makes no images from prompts"
             raise UserError(
-                f"{source}: key `data.caption_column`: captions are for a text-to-image pipeline, and {named} is none "
-                f"({fix}); name one, or remove the key"
+                f"{source}: key `data.caption_column`: captions are for a text-to-image pipeline, and {named} is none; "
+                "name one, or remove the key"
             )
         return LabelEncoder(images)
     if not images.captions(0):

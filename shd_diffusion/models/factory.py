@@ -253,7 +253,10 @@ def stored_dtype(folder: Path) -> torch.dtype:
         UserError: it holds no safetensors.
     """
     counts: Counter[torch.dtype] = Counter()
-    for file in folder.glob("*.safetensors"):
+    files = [*folder.glob("*.safetensors")]
+    for file in [
+        file for file in files if file.name.count(".") == 1
+    ] or files:  # not *.fp16.safetensors beside them
         with safe_open(file, framework="pt") as weights:
             for name in weights.keys():  # noqa: SIM118
                 part = weights.get_slice(name)

@@ -321,6 +321,9 @@ def load_for_prompts(
         name = denoiser_part(index)
         if name is None:
             raise ValueError(f"a {index.get('_class_name')} has none of transformer, unet")
+        parts = [part for part, entry in index.items() if isinstance(entry, list) and entry[0] is not None]
+        if Path(path).is_dir() and (lacking := [part for part in parts if not (Path(path) / part).is_dir()]):
+            raise ValueError(f"its folder `{lacking[0]}` is missing")  # a tokenizer would be made of nothing
         kind: Any = model_class(index[name][1])
         config = kind.load_config(path, subfolder=name)
         with init_empty_weights():

@@ -267,7 +267,7 @@ def axes(model: nn.Module) -> dict[str, tuple[Axis | None, ...]]:
     if table is None:
         raise ValueError(
             f"the channels of a {type(model).__name__} are not known, only those of {', '.join(WIDTHS)}; "
-            "set it to `random`"
+            "set it to `random`, or make the student by `shd-diffusion compress` and name it as `student.pretrained`"
         )
     state = model.state_dict()
     found = {name: spaces for name in state if (spaces := _spaces(table, name)) is not None}

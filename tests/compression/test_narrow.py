@@ -203,8 +203,23 @@ def test_a_shallower_student_has_the_blocks_of_its_layer_map() -> None:
             "has 1 keys for its 2 heads; so many of the teacher's 4 have 2",
         ),
         (FAMILIES["sana"].build, FAMILIES["sana"].build, "a SanaTransformer2DModel are not known"),
+        (
+            lambda: narrow(FAMILIES["sd3"], {"qk_norm": None}),
+            FAMILIES["sd3"].build,
+            "`qk_norm` is None, the teacher's 'rms_norm': not a smaller model but another",
+        ),
     ],
 )
 def test_what_cannot_be_cut_is_refused(student: Any, teacher: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         check_can_be_squeezed_into(student(), teacher(), {})
+
+
+def test_chroma_whose_blocks_have_numbers_keeps_them() -> None:
+    family = FAMILIES["chroma"]
+    teacher = narrow(family, {"num_single_layers": 2})
+    origins = {"single_transformer_blocks.0": "single_transformer_blocks.1"}
+    with pytest.raises(
+        ValueError, match="tells its blocks apart by their numbers, so none can leave; keep all 2"
+    ):
+        check_can_be_squeezed_into(family.build(), teacher, origins)
