@@ -56,7 +56,7 @@ from shd_diffusion.training.launch import (
 from shd_diffusion.training.loop import Validation, fit
 from shd_diffusion.training.objectives import TrainingLoss
 from shd_diffusion.training.squeeze_student import squeeze_student
-from shd_diffusion.training.train_state import place, unsharded
+from shd_diffusion.training.train_state import forget_whole, place, unsharded
 from shd_diffusion.training.validation import make_validation
 from shd_diffusion.training.validation_loss import make_validation_loss
 
@@ -264,6 +264,7 @@ def _calibrate(shd: SHD, teacher: ModelMixin, run: Run) -> None:
         (of_teacher, of_student)
         for _, of_teacher, of_student in paired_records(shd, teacher, parts.model, batches)
     )
+    forget_whole(parts.model)  # what trains are its shards
     # A tie that is broken by rounding must be broken alike in every process.
     shared = broadcast_object_list([plans_to_json(plans)])[0]
     if accelerator.is_main_process:

@@ -34,6 +34,7 @@ HALVES = {
     ],
 }
 
+MATCHED = ["losses.shd.pairing=matched", "losses.shd.calibration_batches=1"]
 SQUEEZED = ["train.batch_size=8", "train.max_steps=2", "student.init=squeeze"]
 
 # What each of the launched processes does: the runs in turn, the last of them interrupted after its first half.
@@ -75,7 +76,7 @@ def dealt(tmp_path_factory: pytest.TempPathFactory) -> Path:
         command("train-teacher", TEACHER_CONFIG, "--output", folder / "teacher", *sets(*STEPS, *TEACHER))[0]
         == 0
     )
-    alone = {"alone": ALONE, "squeezed alone": [*ALONE, *SQUEEZED]}
+    alone = {"alone": ALONE, "squeezed alone": [*ALONE, *SQUEEZED], "matched alone": [*ALONE, *MATCHED]}
     alone |= {name: HALVES[name] for name in ("accumulated", "in threes")}
     for name, overrides in alone.items():
         run = folder / name
@@ -83,6 +84,7 @@ def dealt(tmp_path_factory: pytest.TempPathFactory) -> Path:
     script = folder / "together.py"
     script.write_text(TOGETHER)
     runs = {str(folder / "squeezed"): [*common, *SQUEEZED]}
+    runs[str(folder / "matched")] = [*common, *HALVES["sharded"], *MATCHED]
     runs |= {str(folder / name): [*common, *HALVES[name]] for name in ("two", "maps alone", "sharded")}
     launch(2, script, DISTILL_CONFIG, json.dumps(runs))
     return folder
@@ -159,6 +161,16 @@ def test_a_loss_on_maps_alone_trains_in_two_processes(dealt: Path) -> None:
     entries = log(dealt / "maps alone")
     assert [entry["step"] for entry in entries] == [1, 2, 3, 4]
     assert all(set(entry["terms"]) == {"shd"} for entry in entries)
+
+
+def test_a_sharded_student_is_trained_after_it_was_looked_at(dealt: Path) -> None:
+    """By the calibration of matched pairs, a forward pass that no backward pass follows."""
+    ours, theirs = log(dealt / "matched"), log(dealt / "matched alone")
+    plans = [
+        json.loads((dealt / name / "merge_plans.json").read_text()) for name in ("matched", "matched alone")
+    ]
+    assert plans[0] == plans[1]
+    assert [entry["loss"] for entry in ours] == pytest.approx([entry["loss"] for entry in theirs], rel=1e-5)
 
 
 def test_a_sharded_run_is_resumed_with_the_same_weights(dealt: Path) -> None:
