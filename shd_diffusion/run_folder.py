@@ -144,7 +144,7 @@ class RunFolder:
         """What was sampled of a checkpoint, by its step; of `latest` the last one of these.
 
         Raises:
-            UserError: nothing.
+            UserError: it is no number, or nothing was sampled of it.
         """
         steps = sorted(int(path.name[5:]) for path in self.steps.glob("step-*"))
         step = (steps or [0])[-1] if checkpoint == "latest" else as_step(checkpoint)

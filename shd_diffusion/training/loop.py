@@ -163,7 +163,7 @@ def take_step(
     weights = loss.weights(step)
     sums: dict[str, Tensor] = {}
     for number, (batch, share) in enumerate(batches, start=1):
-        # gradients are summed over the processes once, in the last pass's backward
+        # gradients are summed over the processes once, in the last backward; a sharded model's, for room, in each
         with nullcontext() if number == num_passes else accelerator.no_sync(state.wrapped):
             with accelerator.autocast():
                 terms = loss(state.wrapped, batch, step)
