@@ -55,5 +55,9 @@ def test_a_run_is_set_up_on_the_accelerator(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(build, "load_teacher", lambda _: Teacher(freeze(small_dit(12, layers=6))))
     config = read_config(DISTILL_CONFIG, DistillConfig, ["losses.features.weight=1"])
     opened = run.open_run(config, run.RunFolder(tmp_path / "run"), "distill.yaml")
-    assert {parameter.device for parameter in opened.parts.model.parameters()} == {device}
+    run.place_models(opened.parts, opened.accelerator)
+    teacher = opened.parts.teacher
+    assert teacher is not None
+    for model in (opened.parts.model, teacher.model):
+        assert {parameter.device for parameter in model.parameters()} == {device}
     assert not (tmp_path / "run").exists()
