@@ -18,6 +18,7 @@ from shd_diffusion.training.build import build
 from shd_diffusion.training.launch import make_accelerator
 from shd_diffusion.training.loop import take_step
 from shd_diffusion.training.objectives import TrainingLoss
+from shd_diffusion.training.run import place_models
 from shd_diffusion.training.train_state import TrainState
 
 OVERRIDES = [
@@ -33,6 +34,7 @@ def test_they_reach_the_student_and_the_projectors_and_nobody_else(
     teacher = small_dit(12)  # not even frozen
     parts = build(config, "here", build_source(config.data), Teacher(teacher))
     accelerator = make_accelerator(config.train, tmp_path)
+    place_models(parts, accelerator)
     loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, config.train.max_steps)
     state = TrainState.prepare(parts.model, loss.parameters(), config.train, accelerator)
     monkeypatch.setattr(state.optimizer, "zero_grad", lambda: None)
@@ -62,6 +64,7 @@ def test_a_projector_rests_until_its_term_counts(tmp_path: Path) -> None:
     teacher = small_dit(12).requires_grad_(False)
     parts = build(config, "here", build_source(config.data), Teacher(teacher))
     accelerator = make_accelerator(config.train, tmp_path)
+    place_models(parts, accelerator)
     loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, 4)
     state = TrainState.prepare(parts.model, loss.parameters(), config.train, accelerator)
     layout, weights = BatchLayout(4), [p.detach().clone() for p in loss.parameters()]
