@@ -18,6 +18,7 @@ from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path
 from shd_diffusion.training.run import (
     open_run,
     place_models,
+    take_teacher_of,
     to_look_at,
     try_attention_maps,
     write_pipeline,
@@ -73,6 +74,7 @@ def export_checkpoint(run: RunFolder, checkpoint: str) -> RunFolder:
                 folder.forget_after(step)
                 write_pipeline(opened, folder, f"{run.path.name} at step {step}", model, step)
             write_card(place)
+    take_teacher_of(checkpoint_path(run.checkpoints, step), opened.parts)
     place_models(opened.parts, opened.accelerator)
     try_attention_maps(place, opened.parts, model, None)
     state.wait_for_everyone()

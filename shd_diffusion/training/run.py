@@ -12,6 +12,7 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from diffusers import ModelMixin
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from safetensors.torch import load_file
 from torch._dynamo.exc import BackendCompilerFailed
 
 from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, ValidationConfig
@@ -45,7 +46,7 @@ from shd_diffusion.training.build import (
     squeezed_by,
     teacher_rate,
 )
-from shd_diffusion.training.checkpoints import CheckpointFolder
+from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
 from shd_diffusion.training.launch import (
     describe_launch,
@@ -54,9 +55,9 @@ from shd_diffusion.training.launch import (
     start_trackers,
 )
 from shd_diffusion.training.loop import Validation, fit
-from shd_diffusion.training.objectives import TrainingLoss
+from shd_diffusion.training.objectives import TEACHER, TrainingLoss
 from shd_diffusion.training.squeeze_student import squeeze_student
-from shd_diffusion.training.train_state import forget_whole, place, unsharded
+from shd_diffusion.training.train_state import forget_whole, place, scatter, unsharded
 from shd_diffusion.training.validation import make_validation
 from shd_diffusion.training.validation_loss import make_validation_loss
 
@@ -359,8 +360,22 @@ def _finish_attention_maps(folder: RunFolder, config: DistillConfig, source: str
     """Make the attention maps of a complete run that has none, such as one that ran out of memory over them."""
     run = open_run(to_look_at(config), folder, source)
     parts = replace(run.parts, model=load_model(str(folder.path)).eval())
+    checkpoint = checkpoint_path(folder.checkpoints, folder.read_summary().steps)
+    if teacher_rate(config) is not None and not checkpoint.is_dir():
+        announce(
+            f"{folder.path}: the report will show no attention maps (its teacher trained too, but {checkpoint} is gone)"
+        )
+        return
+    take_teacher_of(checkpoint, parts)
     place_models(parts, run.accelerator)
     try_attention_maps(folder, parts, parts.model, None)
+
+
+def take_teacher_of(checkpoint: Path, parts: Parts) -> None:
+    """Put a teacher that trains too back to what it was at a checkpoint; one that does not is as it always was."""
+    if parts.teacher is not None and teacher_rate(parts.config) is not None:
+        kept, teacher = load_file(checkpoint / "loss.safetensors"), parts.teacher.model.state_dict()
+        scatter({name: kept[f"{TEACHER}.{name}"] for name in teacher}, teacher)
 
 
 def try_attention_maps(folder: RunFolder, parts: Parts, trained: ModelMixin, shd: SHD | None) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import FEW_IMAGES, TEACHER_CONFIG, command, sets
+from commands import DISTILL_CONFIG, FEW_IMAGES, TEACHER_CONFIG, command, sets
 from safetensors.torch import load_file
 
 from shd_diffusion.models.factory import load_model
@@ -115,3 +115,22 @@ def test_a_student_shows_what_it_attends_to(runs: Path) -> None:
     run = RunFolder(runs / "kd-shd")
     assert command("sample", run.path, "--checkpoint", "10", *sets(*FEW_IMAGES))[0] == 0
     assert run.at_step(10).attention_file.exists()
+
+
+def test_a_teacher_that_trained_too_is_shown_as_it_was_then(runs: Path, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    overrides = sets(*SHORT, f"teacher.path={runs / 'teacher'}", "teacher.learning_rate=0.05")
+    distill = ("distill", DISTILL_CONFIG, "--output", run.path, *overrides)
+    assert command(*distill)[0] == 0
+    expected = load_file(run.attention_file)
+    run.attention_file.unlink()
+    assert command(*distill)[0] == 0
+    assert command("sample", run.path, "--checkpoint", "15", *sets(*FEW_IMAGES))[0] == 0
+    for file in (run.attention_file, run.at_step(15).attention_file):
+        found = load_file(file)
+        for name, maps in expected.items():
+            torch.testing.assert_close(found[name], maps, rtol=1e-4, atol=1e-6)  # as made, with other kernels
+    shutil.rmtree(run.checkpoints)
+    run.attention_file.unlink()
+    code, _, errors = command(*distill)
+    assert code == 0 and "its teacher trained too" in errors and not run.attention_file.exists()
