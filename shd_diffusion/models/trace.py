@@ -80,6 +80,7 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
             name: value.to("meta", twin.dtype if value.is_floating_point() else None)
             for name, value in condition.items()
         }
+        calls = _calls(twin)
         try:
             blocks = {name: block.capturable for name, block in attention_blocks(twin).items()}
             attentions = [name for name, can in blocks.items() if can]
@@ -97,6 +98,7 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
         except Exception as error:  # of any kind, a ZeroDivisionError of a model without heads for one
             given = ", ".join(moved) or "no condition"
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            reason = f"`{calls[-1]}`: {reason}" if calls else reason
             raise ValueError(
                 f"{type(model).__name__} takes no samples {tuple(shape)} with {given} ({reason})"
             ) from error
@@ -115,6 +117,23 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
         padded_outputs=frozenset(name for name in streams if padded and streams[name] != "image"),
         unreached=unreached,
     )
+
+
+def _calls(model: ModelMixin) -> list[str]:
+    """The names of the model's parts that are being called, the innermost last; after an error those it came out of."""
+    open_: list[str] = []
+
+    def enter(path: str, *_: object) -> None:
+        open_.append(path)
+
+    def leave(*_: object) -> None:
+        open_.pop()
+
+    for path, module in model.named_modules():
+        if path:
+            module.register_forward_pre_hook(partial(enter, path))
+            module.register_forward_hook(leave)
+    return open_
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import yaml
@@ -85,10 +86,10 @@ def row_table(results: Results) -> Lines:
         *(["Condition"] * conditions), "Variant", "Seeds", *results.study.compared,
         "Training", "Extra parameters", *(f"To FID {target:g}" for target in results.study.targets),
     ]  # fmt: skip
-    return [head, *(_row(row, conditions) for row in results.rows)]
+    return [head, *(_row(row, conditions, results.study.compared) for row in results.rows)]
 
 
-def _row(row: Row, conditions: bool) -> list[str]:
+def _row(row: Row, conditions: bool, metrics: Sequence[str]) -> list[str]:
     reached = [
         f"{each.steps.mean:.0f} steps, {duration(each.seconds.mean)} ({each.n} of {each.of})"
         if each.steps and each.seconds
@@ -97,7 +98,7 @@ def _row(row: Row, conditions: bool) -> list[str]:
     ]
     return [
         *([row.condition] * conditions), row.variant, str(len(row.seeds)),
-        *(_with_interval(value) for value in row.metrics.values()),
+        *(_with_interval(row.metrics[metric]) if metric in row.metrics else "–" for metric in metrics),
         duration(row.training_seconds.mean), count(row.extra_parameters), *reached,
     ]  # fmt: skip
 

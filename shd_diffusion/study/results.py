@@ -146,7 +146,8 @@ def read_known(study: StudyConfig, planned: Sequence[Planned]) -> Known:
         outcomes = {(o.condition, o.variant, o.seed): o for o in published.outcomes}
         for place in (each.place for each in planned if each.place in outcomes):
             condition, variant, _ = place
-            for lacking in (metric for metric in study.compared if metric not in outcomes[place].metrics):
+            slow = {*published.study.compared} - {*published.study.metrics}
+            for lacking in {*study.compared} - {*outcomes[place].metrics} - slow:
                 raise UserError(f"{file}: `{run_name(*place)}` has no `{lacking}`; take it out of `known`")
             if published.study.asked(condition, variant) != study.asked(condition, variant):
                 raise UserError(
@@ -231,10 +232,11 @@ def read_outcome(planned: Planned, study: StudyConfig) -> Outcome:
         if entry.validation and entry.validation.fid is not None:
             validation.append(ValidationPoint(last, seconds, entry.validation.fid))
     metrics = dict(read_as(run.evaluation_file, Metrics).values)
+    if study.after_seconds and trained and not validation:
+        raise UserError(f"{run.metrics_file}: has no validation, which `after_seconds` needs; take it out")
     for after in study.after_seconds:
-        if not validation or validation[0].seconds > after:
-            raise UserError(f"{run.metrics_file}: no validation in {after:g} s; see `after_seconds`")
-        metrics[validation_after(after)] = fid_after(validation, after)
+        if validation and validation[0].seconds <= after:  # a slow run has none by then
+            metrics[validation_after(after)] = fid_after(validation, after)
     if lacking := [metric for metric in study.metrics if metric not in metrics]:
         raise UserError(f"{run.evaluation_file}: has no `{lacking[0]}`; take it out of `metrics`")
     summary = run.read_summary()
@@ -266,7 +268,11 @@ def make_rows(study: StudyConfig, outcomes: Sequence[Outcome]) -> list[Row]:
             condition=condition,
             variant=variant,
             seeds=[outcome.seed for outcome in members],
-            metrics={m: estimate([outcome.metrics[m] for outcome in members]) for m in study.compared},
+            metrics={
+                metric: estimate(values)
+                for metric in study.compared
+                if (values := [outcome.metrics[metric] for outcome in members if metric in outcome.metrics])
+            },
             training_seconds=estimate([outcome.training_seconds for outcome in members]),
             parameters=members[0].parameters,
             extra_parameters=members[0].extra_parameters,
@@ -298,9 +304,10 @@ def compare_variants(study: StudyConfig, outcomes: Sequence[Outcome], metric: st
     """Every variant against the reference, condition by condition; Holm's correction is over all of these."""
     pairs: dict[tuple[str, str], Paired] = {}
     for condition in study.conditions:
-        reference = {o.seed: o.metrics[metric] for o in _members(outcomes, condition, study.reference)}
+        measured = [o for o in outcomes if metric in o.metrics]
+        reference = {o.seed: o.metrics[metric] for o in _members(measured, condition, study.reference)}
         for variant in study.variants:
-            both = [o for o in _members(outcomes, condition, variant) if o.seed in reference]
+            both = [o for o in _members(measured, condition, variant) if o.seed in reference]
             if variant != study.reference and both:
                 values = [o.metrics[metric] for o in both]
                 pairs[condition, variant] = paired(values, [reference[o.seed] for o in both])

@@ -6,8 +6,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import PixArtTransformer2DModel
 from families_with_conditions import TAUGHT
 from small_models import small_dit
+from tiny_pipelines import pixart_transformer
 
 from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.models.denoiser import predict
@@ -102,12 +104,16 @@ def test_a_variance_is_seen_in_the_output() -> None:
 def test_what_a_model_does_not_take_is_said_with_the_reason() -> None:
     model = small_dit(2)
     with pytest.raises(
-        ValueError, match=r"DiTTransformer2DModel takes no samples \(3, 8, 8\) with class_labels \(\w"
+        ValueError,
+        match=r"DiTTransformer2DModel takes no samples \(3, 8, 8\) with class_labels \(`pos_embed.proj`: \w",
     ):
         trace(model, (3, 8, 8), LABEL)
-    with pytest.raises(ValueError, match=r"\(1, 8, 8\) with no condition \(\w"):
+    with pytest.raises(ValueError, match=r"\(1, 8, 8\) with no condition \(`.*embedding_table`: \w"):
         trace(model, (1, 8, 8), {})
     with pytest.raises(ValueError, match=r"with text \(.*unexpected keyword argument 'text'"):
         trace(model, (1, 8, 8), {"text": torch.zeros(1, 5, 6)})
     with pytest.raises(ValueError, match=r"\(1, 8, 16\) .*\(.*shape"):  # diffusers' DiT puts out squares only
         trace(model, (1, 8, 16), LABEL)
+    unfit = dict(pixart_transformer(4, 64).config) | {"cross_attention_dim": 36}
+    with pytest.raises(ValueError, match=r"\(`transformer_blocks.0.attn2.to_k`: \w"):
+        trace(PixArtTransformer2DModel(**unfit), (4, 8, 8), {"encoder_hidden_states": torch.zeros(1, 5, 8)})

@@ -220,6 +220,34 @@ def test_the_distance_after_equal_seconds(study: StudyConfig) -> None:
     assert study.model_copy(update={"after_seconds": [2.5]}).compared == ["fid", "validation_fid_after_2.5_s"]
 
 
+def test_a_run_too_slow_for_a_time_is_left_out_there(results: Results, tmp_path: Path) -> None:
+    study = results.study.model_copy(update={"after_seconds": [5.0]})
+    after = "validation_fid_after_5_s"
+    timed = [
+        o
+        if o.variant == "mean" or o.seed == 0
+        else replace(o, metrics={**o.metrics, after: 2 * o.metrics["fid"]})
+        for o in results.outcomes
+    ]
+    rows = {(row.condition, row.variant): row for row in make_rows(study, timed)}
+    assert rows["short", "kd"].metrics[after].n == 2 and rows["short", "kd"].metrics["fid"].n == 3
+    assert after not in rows["short", "mean"].metrics
+    compared = {(c.condition, c.variant): c for c in compare_variants(study, timed, after)}
+    assert set(compared) == {("short", "shd"), ("long", "shd")}
+    assert compared["short", "shd"].paired.difference.mean == pytest.approx(2 * (-260 - 320) / 2)
+    written = replace(results, study=study, outcomes=timed, rows=list(rows.values()))
+    write_study(written, tmp_path / "study.html")
+    assert "| short | mean | 2 | 112 (80.7 to 144) | – |" in (tmp_path / "study.md").read_text()
+    write_results(written, tmp_path)
+    run = Planned(
+        "short", "mean", 0, RunFolder(tmp_path / "none"), read_config(DISTILL_CONFIG, DistillConfig), ()
+    )
+    known = {"known": [str(tmp_path / "study.json")]}
+    assert read_known(study.model_copy(update=known), [run]).outcomes  # asked for there, and too slow
+    with pytest.raises(UserError, match="`short mean seed 0` has no `validation_fid_after_9_s`"):
+        read_known(study.model_copy(update={**known, "after_seconds": [9.0]}), [run])
+
+
 @pytest.fixture
 def planned(study: StudyConfig, tmp_path: Path) -> list[Planned]:
     """All runs of the study, none of which is made here."""
