@@ -25,14 +25,14 @@ def push(run: RunFolder, name: str, private: bool = False) -> str:
     Raises:
         UserError: the run is not finished, or the hub refuses.
     """
-    run.read_summary()
-    trained = run.pipeline != run.path  # `compress` writes other words, which name no folder of this machine
+    pipeline = run.finished_pipeline()
+    trained = pipeline != run.path  # `compress` writes other words, which name no folder of this machine
     api = HfApi()
     try:
         address = api.create_repo(name, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=name,
-            folder_path=run.pipeline,
+            folder_path=pipeline,
             ignore_patterns=[*NOT_THE_PIPELINE, *(["README.md"] if trained else [])],
             commit_message=f"The pipeline of {run.path.name}",
         )

@@ -296,6 +296,20 @@ class RunFolder:
             )
         return read_as(self.summary_file, Summary)
 
+    def finished_pipeline(self) -> Path:
+        """The pipeline that training left behind.
+
+        Raises:
+            UserError: training has not ended yet, or the pipeline was deleted since.
+        """
+        self.read_summary()
+        if not (self.pipeline / "model_index.json").is_file():
+            raise UserError(
+                f"{self.pipeline}: has no pipeline any more; the command of its training makes it anew from the last "
+                "checkpoint"
+            )
+        return self.pipeline
+
 
 def _training_keys(config: RunConfig, with_places: Sequence[str] = ()) -> dict[str, Any]:
     """All that a run's weights follow from, by dotted key; where that lies only as far as wanted."""

@@ -380,6 +380,29 @@ def test_a_run_goes_on_where_its_teacher_has_moved(runs: Path, tmp_path: Path) -
     assert code == 2 and "what `teacher.path` names has changed" in errors
 
 
+def test_a_pipeline_that_was_deleted_is_made_anew_from_the_last_checkpoint(
+    runs: Path, tmp_path: Path
+) -> None:
+    run = RunFolder(tmp_path / "run")
+    shutil.copytree(runs / "teacher", run.path)
+    expected = weights(run.path)
+    shutil.rmtree(run.pipeline)
+    train = ["train-teacher", TEACHER_CONFIG, "--output", run.path, *sets(*SHORT)]
+    for stage in ("sample", "benchmark", "push"):
+        code, _, errors = command(stage, run.path, *(["me/model"] if stage == "push" else []))
+        assert (
+            code == 2 and f"{run.pipeline}: has no pipeline any more; the command of its training" in errors
+        )
+    assert command(*train)[0] == 0
+    found = weights(run.path)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+    for folder in (run.pipeline, run.checkpoints):
+        shutil.rmtree(folder)
+    code, _, errors = command(*train)
+    assert code == 2 and f"nor has {run.checkpoints} its last step" in errors
+    assert run.summary_file.exists() and run.metrics_file.exists()
+
+
 @pytest.mark.parametrize(
     ("stage", "key"), [("evaluate", "sample.num_images=8"), ("sample", "train.max_steps=30")]
 )

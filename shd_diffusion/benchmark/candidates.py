@@ -64,12 +64,12 @@ def find_run(name: str) -> RunFolder | None:
     """The run of that name; None where it is something else.
 
     Raises:
-        UserError: its training has not ended.
+        UserError: its training has not ended, or its pipeline was deleted.
     """
     run = RunFolder(Path(name))
     if not run.config_file.exists():
         return None
-    run.read_summary()
+    run.finished_pipeline()
     return run
 
 

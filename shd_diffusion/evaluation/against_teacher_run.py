@@ -55,7 +55,7 @@ def compare_with_teacher(
             "sample more, or lower it"
         )
     sample = _sampling_of(sampled)
-    pipeline = open_pipeline(str(run.pipeline), sample.dtype)
+    pipeline = open_pipeline(str(run.finished_pipeline()), sample.dtype)
     if sample.scheduler != type(pipeline.scheduler).__name__ or sample.scheduler_arguments:
         pipeline.scheduler = own_scheduler(sample, pipeline.scheduler)
     student, teacher = (

@@ -56,7 +56,7 @@ def sample_run(
     # a checkpoint, or a run that was stopped
     if summary.steps != train.max_steps and summary.stage != "compress":
         trained["steps_planned"] = train.max_steps
-    pipeline = open_pipeline(str(run.pipeline), config.sample.dtype)
+    pipeline = open_pipeline(str(run.finished_pipeline()), config.sample.dtype)
     name, source = str(run.path), str(run.config_file)
     sampled = sample_pipeline(pipeline, config.sample, folder, trained, name, source, run_config=config)
     if npz and processes().is_main_process:

@@ -97,7 +97,8 @@ def train(
     folder = RunFolder(output)
     folder.check(config, moved=True)
     check_outside(output, config.reads)
-    complete = folder.is_complete(config)
+    lost = folder.is_complete(config) and not folder.pipeline.is_dir()
+    complete = folder.is_complete(config) and not lost
     run = None if complete and not folder.reads_elsewhere(config) else open_run(config, folder, source)
     if run is None or complete:
         run = None  # its models make room
@@ -112,6 +113,11 @@ def train(
         return
     if finish and not _checkpoints(run).latest(config.train.max_steps):
         raise UserError(f"{output}: --finish: has no checkpoint yet, so nothing can be saved; leave it out")
+    if lost and _checkpoints(run).latest(config.train.max_steps) < config.train.max_steps:
+        raise UserError(
+            f"{folder.pipeline}: has no pipeline any more, nor has {folder.checkpoints} its last step; give another "
+            "--output, or delete the folder"
+        )
     with locked(folder.path, run.accelerator):
         folder.check(config, moved=True)  # again, as another command may have been here meanwhile
         _train(run, finish)
