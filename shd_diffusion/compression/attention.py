@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +16,12 @@ from shd_diffusion.attention import AttentionRecord
 from shd_diffusion.attention.blocks import kernel_calls
 from shd_diffusion.attention.probe import MAIN
 from shd_diffusion.compression.block_features import (
-    Features,
     attended_features,
     output_streams,
     records_and_inputs,
     samples_at_once,
 )
+from shd_diffusion.compression.head_fits import Merge, fit_outputs, fit_values_and_output, output_fits
 from shd_diffusion.compression.head_weights import (
     has_bias,
     has_shift,
@@ -32,11 +31,9 @@ from shd_diffusion.compression.head_weights import (
     values_and_outputs,
     with_one,
     write_head,
-    write_output,
-    write_values,
 )
 from shd_diffusion.compression.lockstep import Call
-from shd_diffusion.models.layouts import HeadLayout, Slice, head_layout
+from shd_diffusion.models.layouts import HeadLayout, head_layout
 from shd_diffusion.models.squeezed import (
     check_heads_can_be_widened,
     cut_heads,
@@ -49,19 +46,15 @@ from shd_diffusion.models.squeezed import (
 )
 from shd_diffusion.squeezing import match_merges, plan_merges
 from shd_diffusion.squeezing.heads import (
-    RIDGE,
     ROUNDS,
     factor_queries_keys,
     head_movements,
     heads_to_keep,
-    merge_values,
-    refit_heads,
     select_heads,
-    value_bases,
 )
 from shd_diffusion.squeezing.map_stream import MapStream, stream
 from shd_diffusion.squeezing.matching import merge_rounds
-from shd_diffusion.squeezing.moments import Moments, ridge, solve
+from shd_diffusion.squeezing.moments import Moments
 from shd_diffusion.squeezing.norms import ChannelMoments
 from shd_diffusion.squeezing.plan import Plan, Round, members
 from shd_diffusion.squeezing.shared_keys import (
@@ -75,11 +68,7 @@ Method = Literal["merge", "drop", "magnitude", "random"]
 Pairing = Literal["adjacent", "matched"]
 Queries = Literal["select", "factor"]
 
-Merge: TypeAlias = tuple[Round, tuple[int, ...]]
-"""Groups of heads, and of each group the head whose map it takes."""
-
 _MATCHED_ON = 64, 2**12  # samples on which pairs are found, and their query rows, at most
-_WIDEST = 2**11  # features of all heads; beyond it values are looked for in fewer directions
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,9 +184,9 @@ def squeeze_attention(
     seen_again = partial(attended_features, model, name, calls, targets, options.rows)
     with_values = options.method == "merge" and len(layout.outputs) == 1 and layout.sharing == 1
     if with_values:
-        lost = _fit_values_and_output(model, name, seen_again, value, outputs, groups, options.rounds)
+        lost = fit_values_and_output(model, name, seen_again, value, outputs, groups, options.rounds)
     else:
-        lost = _fit_outputs(model, name, seen_again, value, outputs, groups)
+        lost = fit_outputs(model, name, seen_again, value, outputs, groups)
     return groups, *lost
 
 
@@ -233,7 +222,7 @@ def head_losses(
     value, outputs = values_and_outputs(model, name)
     seen = _look(model, name, calls, False)
     merges = [_merge(seen, layout, count, options.pairing) for count in counts]
-    fits = _output_fits(
+    fits = output_fits(
         model,
         name,
         partial(attended_features, model, name, calls, targets, options.rows),
@@ -320,116 +309,7 @@ def _kept(
     return heads_to_keep(moments.centred() if has_bias(model, output) else moments, outputs, heads)
 
 
-# --- fitting ------------------------------------------------------------------------------------------------
-
-
-def _fit_values_and_output(
-    model: nn.Module, name: str, seen: Features, value: Tensor, outputs: Tensor, groups: Round, rounds: int
-) -> tuple[float, float]:
-    """Fit values and the one output layer of a block whose queries and keys are there already."""
-    layout = head_layout(model, name)
-    (output,) = layout.outputs
-    heads, inputs = len(groups), value.shape[1]
-    bases = own = None
-    if heads * inputs > _WIDEST:
-        own = _own_grams(seen, value.new_zeros(heads, inputs, inputs), rows=4 * inputs)
-        bases = value_bases(merge_values(value, outputs, groups, own, _WIDEST // heads)[0], own.sum(0))
-        inputs = bases.shape[2]
-    moments = Moments.zeros(heads * inputs, outputs.shape[2], value.device)
-    for _, features, target in seen():
-        if bases is not None:
-            features = torch.einsum("rjc,jck->rjk", features, bases.to(features))
-        moments.add(features.flatten(1), target)
-    fitted = moments.centred() if has_bias(model, output) else moments
-    blocks = fitted.gram.unflatten(0, (heads, inputs)).unflatten(2, (heads, inputs))
-    if own is None:
-        own = torch.stack([blocks[j, :, j] for j in range(heads)])
-    values, merged = merge_values(value, outputs, groups, own, layout.width)
-    if bases is not None:  # they hold what a smaller rank is closest by, too
-        values = bases.mT @ values
-    started = fitted.loss((values @ merged).flatten(0, 1))
-    values, merged, _ = refit_heads(fitted, values, merged, rounds)
-    circuits = (values @ merged).flatten(0, 1)
-    write_values(model, name, values if bases is None else bases @ values)
-    write_output(model, output, merged.flatten(0, 1), moments.constant(circuits))
-    return started / float(fitted.energy), fitted.loss(circuits) / float(fitted.energy)
-
-
-def _fit_outputs(
-    model: nn.Module, name: str, seen: Features, value: Tensor, outputs: Tensor, groups: Round
-) -> tuple[float, float]:
-    """Merge the values of a block whose queries and keys are there already, and fit each of its output layers."""
-    (fit,) = _output_fits(model, name, seen, value, outputs, [(groups, tuple(range(len(groups))))])
-    weights, *lost = fit.solve(model)
-    write_values(model, name, fit.values)
-    for part, weight in weights.items():
-        write_output(model, part, weight, fit.moments[part].constant(weight))
-    return lost[0], lost[1]
-
-
-@dataclass(slots=True)
-class _OutputFit:
-    """A merge whose output layers are to be fitted.
-
-    Attributes:
-        values: of the merged heads, (G', c, d).
-        merged: output weights of all streams to start from, (N, d, C).
-        moments: of what the heads attend to, by columns of an output layer.
-    """
-
-    values: Tensor
-    merged: Tensor
-    moments: dict[Slice, Moments]
-
-    def solve(self, model: nn.Module) -> tuple[dict[Slice, Tensor], float, float]:
-        """The weight of each output layer (N·d, C), and what was lost before the fit and after."""
-        started = lost = energy = 0.0
-        weights: dict[Slice, Tensor] = {}
-        parts = self.merged.flatten(0, 1).split([each.cross.shape[1] for each in self.moments.values()], 1)
-        for (part, moments), before in zip(self.moments.items(), parts, strict=True):
-            fitted = moments.centred() if has_bias(model, part) else moments
-            gram = fitted.gram.clone()
-            gram.diagonal().add_(ridge(gram, RIDGE))
-            weights[part] = solve(gram, fitted.cross)
-            started, lost = started + fitted.loss(before), lost + fitted.loss(weights[part])
-            energy += float(fitted.energy)
-        return weights, started / energy, lost / energy
-
-
-def _output_fits(
-    model: nn.Module, name: str, seen: Features, value: Tensor, outputs: Tensor, merges: Sequence[Merge]
-) -> list[_OutputFit]:
-    """Of each merge the merged values and the moments of what they make of the features."""
-    layout, inputs = head_layout(model, name), value.shape[1]
-    width = layout.width
-    own = _own_grams(seen, value.new_zeros(layout.heads, inputs, inputs))
-    fits = []
-    for groups, selected in merges:
-        sharing = len(groups) // key_value_counts(layout.heads, layout.key_value_heads)[len(groups)]
-        values, merged = merge_values(value, outputs, groups, own[list(selected)], width, sharing)
-        moments = {
-            part: Moments.zeros(len(groups) * width, len(output_columns(model, part)), value.device)
-            for part in layout.outputs
-        }
-        fits.append(_OutputFit(values, merged, moments))
-    by_layer = {part.layer: part for part in layout.outputs}
-    for path, features, target in seen():
-        for fit, (groups, selected) in zip(fits, merges, strict=True):
-            values = fit.values.repeat_interleave(len(groups) // len(fit.values), 0)
-            mixed = torch.einsum("rjc,jcd->rjd", features[:, list(selected)].double(), values)
-            fit.moments[by_layer[path]].add(mixed.flatten(1), target)
-    return fits
-
-
-def _own_grams(seen: Features, own: Tensor, rows: float = math.inf) -> Tensor:
-    """F_jᵀF_j of each head from so many rows or a few more, added to zeros (heads, c, c), float64."""
-    for _, features, _ in seen():
-        by_head = features.transpose(0, 1).double()
-        own.baddbmm_(by_head.mT, by_head)
-        rows -= len(features)
-        if rows <= 0:
-            break
-    return own
+# --- norms ------------------------------------------------------------------------------------------------
 
 
 def _fit_norms(

@@ -13,7 +13,7 @@ from families import FAMILIES, output
 from torch import nn
 
 from shd_diffusion.attention import AttentionCapture, attention_blocks
-from shd_diffusion.compression import attention, compress
+from shd_diffusion.compression import compress, head_fits
 from shd_diffusion.compression.attention import HeadOptions
 from shd_diffusion.models.layouts import feed_forwards, head_layout
 from shd_diffusion.models.squeezed import cut_heads, shape, squeezed_class
@@ -318,7 +318,7 @@ def test_values_looked_for_in_fewer_directions_lose_little_more(monkeypatch):
     whole = compress(random_dit(4), dit_batches(), run_dit, heads=2)
     losses = []
     for widest in (10, 40, 60):
-        monkeypatch.setattr(attention, "_WIDEST", widest)
+        monkeypatch.setattr(head_fits, "_WIDEST", widest)
         narrow = compress(random_dit(4), dit_batches(), run_dit, heads=2).parts[0]
         assert narrow.lost < narrow.lost_before
         losses.append(narrow.lost)
