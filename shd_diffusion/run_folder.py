@@ -211,8 +211,9 @@ class RunFolder:
         return self.summary_file.exists() and self.read_summary().steps == config.train.max_steps
 
     def identity(self, config: RunConfig) -> str:
-        """A hash of all that a run's weights follow from."""
-        return json_sha256(_training_keys(config))
+        """A hash of all that a run's weights follow from, as far as it is not the default: of a later version, which
+        has more keys, it is the same."""
+        return json_sha256(_training_keys(config, changed=True))
 
     def create(self, config: RunConfig, inputs: dict[str, str]) -> None:
         """Write the config, what identifies the inputs, and the environment, before a training or what is left of it.
@@ -311,9 +312,15 @@ class RunFolder:
         return self.pipeline
 
 
-def _training_keys(config: RunConfig, with_places: Sequence[str] = ()) -> dict[str, Any]:
-    """All that a run's weights follow from, by dotted key; where that lies only as far as wanted."""
-    flat = flatten(config.model_dump(mode="json", by_alias=True))
+def _training_keys(
+    config: RunConfig, with_places: Sequence[str] = (), changed: bool = False
+) -> dict[str, Any]:
+    """All that a run's weights follow from, by dotted key; where that lies only as far as wanted.
+
+    Args:
+        changed: leave out what has its default.
+    """
+    flat = flatten(config.model_dump(mode="json", by_alias=True, exclude_defaults=changed))
     free = [key for key in (*FREE, *PLACES) if key not in with_places]
     return {
         key: value

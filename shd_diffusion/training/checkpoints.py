@@ -44,17 +44,31 @@ class CheckpointFolder:
         self.keep_last, self.keep_every = keep_last, keep_every
 
     def latest(self, max_steps: int) -> int:
-        """The last step, at most `max_steps`, of which there is an undamaged checkpoint; 0 if there is none."""
-        found = [0]
+        """The last step, at most `max_steps`, of which there is an undamaged checkpoint; 0 if there are no checkpoints.
+
+        Raises:
+            UserError: there are some, but none can be used.
+        """
+        found: list[int | str] = [0]
         if self.accelerator.is_main_process:
-            for step in reversed(checkpoint_steps(self.folder)):
+            steps = checkpoint_steps(self.folder)
+            for step in reversed(steps):
                 path = checkpoint_path(self.folder, step)
-                if damage := self.find_damage(path, max_steps):
-                    announce(f"{path}: {damage}; using the checkpoint before it")
-                else:
+                damage = self.find_damage(path, max_steps)
+                if damage is None:
                     found = [step]
                     break
-        return broadcast_object_list(found)[0]
+                if step != steps[0]:
+                    announce(f"{path}: {damage}; using the checkpoint before it")
+                else:
+                    found = [
+                        f"{path}: {damage}, and no other checkpoint can be used; give another --output, or delete "
+                        f"{self.folder} to begin anew"
+                    ]
+        (step_or_fault,) = broadcast_object_list(found)
+        if isinstance(step_or_fault, str):
+            raise UserError(step_or_fault)
+        return step_or_fault
 
     def find_damage(self, path: Path, max_steps: int) -> str | None:
         """What is wrong with a checkpoint; None if it is as it was written, in this run."""

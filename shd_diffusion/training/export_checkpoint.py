@@ -54,8 +54,6 @@ def export_checkpoint(run: RunFolder, checkpoint: str) -> RunFolder:
     present = CheckpointFolder(run.checkpoints, run.identity(config), opened.accelerator, keep_last=1)
     if wanted is None:
         step = present.latest(config.train.max_steps)
-    if not step:
-        raise UserError(f"{run.path}: --checkpoint latest: all of its checkpoints are damaged")
     if damage := present.find_damage(checkpoint_path(run.checkpoints, step), config.train.max_steps):
         raise UserError(f"{checkpoint_path(run.checkpoints, step)}: {damage}; choose another --checkpoint")
     model, place = opened.parts.model, run.at_step(step)

@@ -90,16 +90,16 @@ def describe_losses(terms: Mapping[str, Term]) -> str:
 def start_trackers(accelerator: Accelerator, config: RunConfig, folder: RunFolder) -> None:
     """Start the trackers with what the run is defined by; a value that is no plain one is told as text.
 
-    On Weights & Biases a run that goes on is the one that it was, by when its folder was begun.
+    On Weights & Biases a run that goes on is the one that it was, by how and when its folder was begun.
     """
     values = flatten(config.model_dump(mode="json", by_alias=True))
     plain = {
         key: value if isinstance(value, int | float | str) else str(value) for key, value in values.items()
     }
-    run = [folder.identity(config), folder.read_environment().get("started")]
+    began = {k: v for k, v in folder.read_environment().items() if k != "resumed"}
     wandb = {
         "name": run_name(folder.path),
-        "id": json_sha256(run)[:16],
+        "id": json_sha256(began)[:16],
         "resume": "allow",
         "dir": str(folder.path),
     }

@@ -35,10 +35,11 @@ def fit(
     run: RunFolder,
     config: RunConfig,
     accelerator: Accelerator,
+    start: int = 0,
     validations: Sequence[Validation] = (),
     finish: bool = False,
 ) -> tuple[ModelMixin, int]:
-    """Train a denoiser, continuing from the run's last checkpoint.
+    """Train a denoiser, from the weights that it has or from a checkpoint of the run.
 
     Args:
         model: with the weights to start from.
@@ -47,6 +48,7 @@ def fit(
         run: gets metrics and checkpoints.
         config: of the run; noise, timesteps, dropped conditions and data order follow from its seed and the step.
         accelerator: see `make_accelerator`.
+        start: the step whose checkpoint it goes on from, see `CheckpointFolder.latest`; 0 for none.
         validations: of the averaged model, every `config.train.validation.every` steps.
         finish: take no step, but what the last checkpoint has.
 
@@ -67,8 +69,7 @@ def fit(
     checkpoints = CheckpointFolder(
         run.checkpoints, run.identity(config), accelerator, train.keep_last, train.keep_every
     )
-    start = checkpoints.latest(train.max_steps)
-    end = start if finish else train.max_steps
+    good, end = start, start if finish else train.max_steps
     if start:
         checkpoints.load(start, state, loss.kept)
     if accelerator.is_main_process:
@@ -99,7 +100,7 @@ def fit(
                 culprits = logger.log_skipped(done, terms)
                 if skipped == train.max_skipped_steps or (last and not state.ema.optimization_step):
                     what = f"{skipped} steps in a row had no finite {' or '.join(culprits)} and were left out"
-                    raise _diverged(run, what, checkpoints.latest(train.max_steps))
+                    raise _diverged(run, what, good)
             else:
                 skipped = 0
                 if last or validating or is_due(done, train.log_every):
@@ -115,9 +116,10 @@ def fit(
             signum = interruption.noted()
             if last or signum or (is_due(done, train.checkpoint_every) and not skipped):
                 if not state.is_finite():  # its last step has made them so
-                    raise _diverged(run, "weights that are not finite", checkpoints.latest(train.max_steps))
+                    raise _diverged(run, "weights that are not finite", good)
                 with logger.apart():
                     checkpoints.save(done, state, loss.kept)
+                good = done
             if signum and not last:
                 raise InterruptedRun(
                     f"{run.path}: interrupted after step {done}; the same command goes on from there", signum

@@ -46,7 +46,7 @@ from shd_diffusion.training.build import (
     squeezed_by,
     teacher_rate,
 )
-from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path
+from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path, checkpoint_steps
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
 from shd_diffusion.training.launch import (
     describe_launch,
@@ -111,20 +111,21 @@ def train(
                 _finish_attention_maps(folder, config, source)
         announce(f"{folder.path}: complete, nothing to do")
         return
-    if finish and not _checkpoints(run).latest(config.train.max_steps):
+    if finish and not checkpoint_steps(folder.checkpoints):
         raise UserError(f"{output}: --finish: has no checkpoint yet, so nothing can be saved; leave it out")
-    if lost and _checkpoints(run).latest(config.train.max_steps) < config.train.max_steps:
-        raise UserError(
-            f"{folder.pipeline}: has no pipeline any more, nor has {folder.checkpoints} its last step; give another "
-            "--output, or delete the folder"
-        )
     with locked(folder.path, run.accelerator):
         folder.check(config, moved=True)  # again, as another command may have been here meanwhile
-        _train(run, finish)
+        start = _checkpoints(run).latest(config.train.max_steps)
+        if lost and start < config.train.max_steps:
+            raise UserError(
+                f"{folder.pipeline}: has no pipeline any more, nor has {folder.checkpoints} its last step; give "
+                "another --output, or delete the folder"
+            )
+        _train(run, start, finish)
 
 
-def _train(run: Run, finish: bool) -> None:
-    """All that writes."""
+def _train(run: Run, start: int, finish: bool) -> None:
+    """All that writes, from the checkpoint of a step on."""
     folder, parts, accelerator, config = run.folder, run.parts, run.accelerator, run.parts.config
     accelerator.wait_for_everyone()  # everyone has seen the folder as it was
     if accelerator.is_main_process:
@@ -135,7 +136,7 @@ def _train(run: Run, finish: bool) -> None:
     start_trackers(accelerator, config, folder)
     teacher = None if parts.teacher is None else parts.teacher.model
     squeezed = isinstance(config, DistillConfig) and config.student.init == "squeeze"
-    if squeezed and not _checkpoints(run).latest(config.train.max_steps):
+    if squeezed and not start:
         plans = squeeze_student(parts, accelerator)
         matched = config.losses["shd"].pairing == "matched"  # type: ignore[attr-defined]  # those are found below
         if accelerator.is_main_process and not matched:
@@ -152,7 +153,7 @@ def _train(run: Run, finish: bool) -> None:
             _calibrate(loss.shd, teacher, run)
         loss.shd.take_plans(_known_plans(folder, config))
     with loss:
-        trained, steps = _fit(run, loss, finish)
+        trained, steps = _fit(run, loss, start, finish)
     _save(run, trained, steps)  # first of all: nothing that follows can lose it
     try_attention_maps(folder, parts, trained, loss.shd)
     for tracker in accelerator.trackers:
@@ -279,7 +280,7 @@ def _calibrate(shd: SHD, teacher: ModelMixin, run: Run) -> None:
     accelerator.wait_for_everyone()
 
 
-def _fit(run: Run, loss: TrainingLoss, finish: bool) -> tuple[ModelMixin, int]:
+def _fit(run: Run, loss: TrainingLoss, start: int, finish: bool) -> tuple[ModelMixin, int]:
     """The trained model with its averaged weights, and its steps."""
     parts, device = run.parts, run.accelerator.device
     validations = [each for each in (run.validation, _validation_loss(run, loss)) if each is not None]
@@ -291,6 +292,7 @@ def _fit(run: Run, loss: TrainingLoss, finish: bool) -> tuple[ModelMixin, int]:
             run.folder,
             parts.config,
             run.accelerator,
+            start,
             validations,
             finish,
         )

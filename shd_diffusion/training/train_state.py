@@ -74,8 +74,9 @@ class TrainState:
         return cls(model, parameters, aux_parameters, wrapped, optimizer, lr_scheduler, ema)
 
     def is_finite(self) -> bool:
-        """Whether all weights are numbers, in every process."""
-        local = (p.to_local() if isinstance(p, DTensor) else p for p in self.parameters)
+        """Whether all weights that train are numbers, in every process."""
+        trained = chain(self.parameters, self.aux_parameters)
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in trained)
         finite = all(bool(p.detach().isfinite().all()) for p in local)
         return all(gather_object([finite]))
 

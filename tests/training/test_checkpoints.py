@@ -15,7 +15,9 @@ from commands import TEACHER_CONFIG, command, sets, start
 from forks import Fork
 from safetensors.torch import load_file
 
-from shd_diffusion.files import locked
+from shd_diffusion.config import TrainTeacherConfig, read_config
+from shd_diffusion.files import json_sha256, locked
+from shd_diffusion.run_folder import RunFolder
 
 SHORT = ["train.max_steps=40", "train.batch_size=8", "train.checkpoint_every=5", "train.log_every=1"]
 TINY = [f"model.arguments.{key}={value}" for key, value in (("num_layers", 1), ("num_attention_heads", 2))]
@@ -112,7 +114,7 @@ def test_a_damaged_checkpoint_is_reported_and_passed_over(
     assert_same_run(run, uninterrupted)
 
 
-@pytest.mark.parametrize("trick", ["swapped", "renamed beyond the end", "of another seed"])
+@pytest.mark.parametrize("trick", ["renamed beyond the end", "of another seed"])
 def test_checkpoints_of_another_step_or_run_are_passed_over(
     trick: str, uninterrupted: Path, tmp_path: Path
 ) -> None:
@@ -122,10 +124,6 @@ def test_checkpoints_of_another_step_or_run_are_passed_over(
     (run / "summary.json").unlink()
     folder = run / "checkpoints"
     match trick:
-        case "swapped":
-            (folder / "step-00000040").rename(tmp_path / "kept")
-            (folder / "step-00000035").rename(folder / "step-00000040")
-            (tmp_path / "kept").rename(folder / "step-00000035")
         case "renamed beyond the end":
             (folder / "step-00000040").rename(folder / "step-00000099")
         case "of another seed":
@@ -136,6 +134,48 @@ def test_checkpoints_of_another_step_or_run_are_passed_over(
     code, _, errors = command(*ARGUMENTS, "--output", run)
     assert code == 0 and "using the checkpoint before it" in errors
     assert_same_run(run, uninterrupted)
+
+
+@pytest.mark.parametrize("fault", ["damaged", "of another run", "renamed"])
+def test_where_no_checkpoint_can_be_used_nothing_is_begun_anew(
+    fault: str, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """It would take the log with it, and keep none of its own checkpoints beside later ones."""
+    run = tmp_path / "run"
+    shutil.copytree(uninterrupted, run)
+    (run / "summary.json").unlink()
+    folder = run / "checkpoints"
+    if fault == "renamed":
+        (folder / "step-00000040").rename(tmp_path / "kept")
+        (folder / "step-00000035").rename(folder / "step-00000040")
+        (tmp_path / "kept").rename(folder / "step-00000035")
+    for path in folder.iterdir():
+        manifest = json.loads((path / "manifest.json").read_text())
+        if fault == "damaged":
+            (path / "ema.safetensors").write_bytes(b"")
+        elif fault == "of another run":
+            del manifest["sha256"]
+            manifest["run"] = "0" * 64
+            (path / "manifest.json").write_text(json.dumps(manifest | {"sha256": json_sha256(manifest)}))
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    code, _, errors = command(*ARGUMENTS, "--output", run)
+    assert code == 2 and f"step-00000035: {fault}" in errors and "no other checkpoint can be used" in errors
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+    shutil.rmtree(folder)
+    assert command(*ARGUMENTS, "--output", run)[0] == 0
+    assert_same_run(run, uninterrupted)
+
+
+def test_a_run_is_the_same_to_a_later_version_that_has_more_keys() -> None:
+    class Later(TrainTeacherConfig):
+        another: int = 3
+
+    config = read_config(TEACHER_CONFIG, TrainTeacherConfig)
+    folder = RunFolder(Path("nowhere"))
+    later = Later.model_validate(config.model_dump(by_alias=True))
+    assert folder.identity(later) == folder.identity(config)
+    assert folder.identity(later.model_copy(update={"another": 4})) != folder.identity(config)
+    assert folder.identity(config.model_copy(update={"seed": 7})) != folder.identity(config)
 
 
 def test_other_names_beside_the_checkpoints_are_none_of_ours(uninterrupted: Path, tmp_path: Path) -> None:

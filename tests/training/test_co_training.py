@@ -18,6 +18,7 @@ from shd_diffusion.models.teacher import Teacher
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.training.batches import BatchLayout
 from shd_diffusion.training.build import Parts, build
+from shd_diffusion.training.checkpoints import CheckpointFolder
 from shd_diffusion.training.launch import make_accelerator
 from shd_diffusion.training.loop import fit
 from shd_diffusion.training.objectives import TrainingLoss
@@ -53,7 +54,9 @@ def train(parts: Parts, folder: RunFolder, steps: int) -> tuple[dict[str, Tensor
     accelerator = make_accelerator(config.train, folder.path)
     loss = TrainingLoss(parts.process, parts.terms, parts.model, parts.teacher.model, STEPS, RATE)
     with loss:
-        fit(parts.model, loss, parts.loader(accelerator.device), folder, config, accelerator)
+        checkpoints = CheckpointFolder(folder.checkpoints, folder.identity(config), accelerator, keep_last=1)
+        start = checkpoints.latest(steps)
+        fit(parts.model, loss, parts.loader(accelerator.device), folder, config, accelerator, start)
     return parts.model.state_dict(), parts.teacher.model.state_dict()
 
 
