@@ -132,9 +132,29 @@ def locked(folder: Path, processes: Processes | None = None) -> Iterator[None]:
             ) from None
         except OSError as error:  # a file system without locks
             announce(f"{folder}: cannot be locked ({one_line(error)}); see that no other command uses it")
-        for left in [path for path in folder.rglob(".*") if TEMPORARY.fullmatch(path.name)]:
+        for left in list(_left_behind(folder)):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         yield
+
+
+def _left_behind(folder: Path) -> Iterator[Path]:
+    """What lies under temporary names, but for folders in which another command is at work."""
+    for root, folders, files in os.walk(folder):
+        yield from (Path(root, name) for name in [*folders, *files] if TEMPORARY.fullmatch(name))
+        others = (name for name in folders if not TEMPORARY.fullmatch(name))
+        folders[:] = [name for name in others if not _is_locked(Path(root, name))]
+
+
+def _is_locked(folder: Path) -> bool:
+    """Whether another command is at work in a folder."""
+    if not (folder / LOCK).exists():
+        return False
+    with (folder / LOCK).open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return isinstance(error, BlockingIOError)
+    return False
 
 
 def check_ours(output: Path, *marks: str) -> None:

@@ -82,6 +82,20 @@ def test_what_a_killed_command_has_left_is_removed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.rglob("*") if path.is_file()} == {*kept, ".lock"}
 
 
+def test_what_another_command_is_writing_within_stays(tmp_path: Path) -> None:
+    """As `sample RUN --checkpoint latest` does in `steps/` while the run goes on."""
+    with locked(tmp_path / "steps"):
+        (tmp_path / "steps" / ".step-1.tmp").mkdir()
+        (tmp_path / "checkpoints" / ".step-2.tmp").mkdir(parents=True)
+        with locked(tmp_path):
+            pass
+        assert (tmp_path / "steps" / ".step-1.tmp").exists()
+        assert not (tmp_path / "checkpoints" / ".step-2.tmp").exists()
+    with locked(tmp_path):
+        pass
+    assert not (tmp_path / "steps" / ".step-1.tmp").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "holds"),
     [

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from shd_diffusion.compression.lockstep import Call
 from shd_diffusion.models.layouts import feed_forwards
 from shd_diffusion.models.squeezed import cut_neurons
-from shd_diffusion.squeezing.moments import Moments
+from shd_diffusion.squeezing.moments import Moments, share
 from shd_diffusion.squeezing.neurons import remove_neurons
 
 
@@ -46,8 +46,7 @@ def squeeze_feed_forward(
     for call in calls:
         cut = channels_last(last, call.args[0])[..., kept]
         call.args = (channels_first(last, cut), *call.args[1:])
-    energy = float(fitted.energy)
-    return fitted.loss(before) / energy, fitted.loss(whole) / energy
+    return share(fitted.loss(before), fitted.energy), share(fitted.loss(whole), fitted.energy)
 
 
 def neuron_losses(
@@ -70,7 +69,7 @@ def neuron_losses(
     fitted = moments if last.bias is None else moments.centred()
     weight = last.weight.detach().flatten(1).T
     *_, objective = remove_neurons(fitted, weight, min(counts), fixed=layout.output.start)
-    return {count: objective[layout.neurons - count] / float(fitted.energy) for count in counts}
+    return {count: share(objective[layout.neurons - count], fitted.energy) for count in counts}
 
 
 def _moments(layer: Any, calls: Sequence[Call], targets: Sequence[Tensor]) -> Moments:

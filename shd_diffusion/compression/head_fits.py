@@ -14,7 +14,7 @@ from shd_diffusion.compression.block_features import Features
 from shd_diffusion.compression.head_weights import has_bias, output_columns, write_output, write_values
 from shd_diffusion.models.layouts import Slice, head_layout
 from shd_diffusion.squeezing.heads import RIDGE, merge_values, refit_heads, value_bases
-from shd_diffusion.squeezing.moments import Moments, ridge, solve
+from shd_diffusion.squeezing.moments import Moments, ridge, share, solve
 from shd_diffusion.squeezing.plan import Round
 from shd_diffusion.squeezing.shared_keys import key_value_counts
 
@@ -66,7 +66,7 @@ def fit_values_and_output(
     circuits = (values @ merged).flatten(0, 1)
     write_values(model, name, values if bases is None else bases @ values)
     write_output(model, output, merged.flatten(0, 1), moments.constant(circuits))
-    return started / float(fitted.energy), fitted.loss(circuits) / float(fitted.energy)
+    return share(started, fitted.energy), share(fitted.loss(circuits), fitted.energy)
 
 
 def fit_outputs(
@@ -107,7 +107,7 @@ class OutputFit:
             weights[part] = solve(gram, fitted.cross)
             started, lost = started + fitted.loss(before), lost + fitted.loss(weights[part])
             energy += float(fitted.energy)
-        return weights, started / energy, lost / energy
+        return weights, share(started, energy), share(lost, energy)
 
 
 def output_fits(

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from shd_diffusion.compression.feed_forward import channels_last
 from shd_diffusion.compression.lockstep import Call, Lockstep, Note
 from shd_diffusion.models.layouts import Slice, feed_forwards, head_layout
+from shd_diffusion.squeezing.moments import share
 
 Batch: TypeAlias = tuple[Tensor, Tensor, Any]
 """Noised samples (B, C, ...), timesteps (B,), and whatever `predict` takes as their condition."""
@@ -51,7 +52,7 @@ def relative_change(changed: Iterable[Tensor], outputs: Iterable[Tensor]) -> flo
     for other, output in zip(changed, outputs, strict=True):
         error += float((other - output).double().square().sum())
         energy += float(output.double().square().sum())
-    return error / energy
+    return share(error, energy)
 
 
 def walk_beside(

@@ -77,15 +77,17 @@ class ImageFolder(ImageFiles):
         return printable_path(self.paths[index])
 
     def content(self) -> str:
-        """Names, sizes in bytes and times of modification of all images, and their captions."""
+        """Names and sizes of all images, some of the images themselves, and the captions of all; no times, since a copy
+        has others."""
         digest = hashlib.sha256()
         for path in self.paths:
             digest.update(os.fsencode(os.path.relpath(path, self.folder)))
             try:
-                status = Path(path).stat()
-                digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+                digest.update(f"\0{Path(path).stat().st_size}\0".encode())
             except OSError:  # a link that leads nowhere is an image that cannot be read
                 digest.update(b"\0unreadable\0")
+        for file in self.some_files():
+            digest.update(file)
         if self.caption_column is not None:
             digest.update(json_sha256(self.texts).encode())
         return digest.hexdigest()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,6 @@ from shd_diffusion.data.image_sets import ImageFiles
 from shd_diffusion.errors import UserError, did_you_mean, one_line
 from shd_diffusion.files import json_sha256
 from shd_diffusion.models.hub import go_offline_without_hub, try_hub
-
-LOOKED_AT = 100  # images whose bytes tell data sets of the same sizes apart
 
 
 class HubImages(ImageFiles):
@@ -85,10 +82,8 @@ class HubImages(ImageFiles):
         digest = hashlib.sha256()
         for batch in self.images.with_format("arrow").iter(1000):
             digest.update(repr(_sizes(batch[self.image_column])).encode())
-        for index in range(0, len(self), -(-len(self) // LOOKED_AT)):
-            with suppress(UnreadableImage, OSError):
-                file = self.file(index)
-                digest.update(file if isinstance(file, bytes) else file.read_bytes())
+        for file in self.some_files():
+            digest.update(file)
         if self.labels is not None:
             digest.update(self.labels.numpy().tobytes())
         if self.caption_column is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shd_diffusion.data.decoding import decode, read_geometry
+from shd_diffusion.data.decoding import UnreadableImage, decode, read_geometry
 from shd_diffusion.data.framing import Framing, Geometry, Size
 from shd_diffusion.data.images import to_rgb
 from shd_diffusion.files import json_sha256
+
+LOOKED_AT = 100  # files that are read for a fingerprint
 
 
 class Images(Dataset[dict[str, Tensor]]):
@@ -96,6 +99,13 @@ class ImageFiles(Images):
     @abstractmethod
     def content(self) -> str:
         """A hash that changes when image files, captions or conditions do; nothing is decoded for it."""
+
+    def some_files(self) -> Iterator[bytes]:
+        """The content of some image files, evenly spread: it tells data sets apart whose sizes are the same."""
+        for index in range(0, len(self), -(-len(self) // LOOKED_AT)):
+            with suppress(UnreadableImage, OSError):
+                file = self.file(index)
+                yield file if isinstance(file, bytes) else file.read_bytes()
 
     @property
     def buckets(self) -> Sequence[Size]:

@@ -66,12 +66,15 @@ class ShardedImages(ImageFiles):
         return f"{printable_path(self.shards[shard])}: {printable_path(name)}"
 
     def content(self) -> str:
-        """Names, sizes in bytes and times of modification of all shards, and the captions of their images."""
+        """Names and sizes of all shards, where their images lie, some of these themselves, and the captions of all; no
+        times, since a copy has others."""
         digest = hashlib.sha256()
         for path, index in zip(self.shards, self.indices, strict=True):
-            status = path.stat()
-            digest.update(f"{printable_path(path.name)}\0{status.st_size}\0{status.st_mtime_ns}\0".encode())
+            digest.update(f"{printable_path(path.name)}\0{path.stat().st_size}\0".encode())
+            digest.update(index.spans.numpy().tobytes())
             digest.update(index.text.numpy().tobytes())
+        for file in self.some_files():
+            digest.update(file)
         return digest.hexdigest()
 
     def _find(self, index: int) -> tuple[int, int]:

@@ -17,6 +17,10 @@ class Statistics:
     mean: Tensor
     covariance: Tensor
 
+    def to(self, device: torch.device) -> Statistics:
+        """The same on a device."""
+        return Statistics(self.mean.to(device), self.covariance.to(device))
+
     @cached_property
     def root(self) -> Tensor:
         """Factor R (D, rank) of the covariance, R Rᵀ = Σ; kept, as one reference meets many sets of samples.

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -205,11 +206,10 @@ def _from_images(images: ImageSet, source: str, extractor: Extractor, batch_size
     labels = None if images.labels is None else images.labels.tolist()
     key = f"{source} {fingerprint} {labels} {extractor.name} {extractor.sha256}".encode()
     cached = cache_folder() / "references" / f"{hashlib.sha256(key).hexdigest()[:32]}.safetensors"
-    if cached.exists():
-        try:
-            return replace(load_reference(cached, extractor), images=images)
-        except UserError:
-            announce(f"{cached}: damaged, and computed anew")
+    state = processes()
+    kept = _kept(cached, extractor)
+    if all(gather_object([kept is not None])) and kept is not None:  # they extract together, or none does
+        return replace(kept, images=images)
     found = extract_features(images, extractor, batch_size, source)
     statistics = {role: feature_statistics(found[role]) for role in found if role in ("features", "spatial")}
     _, height, width = images[0].shape
@@ -217,12 +217,23 @@ def _from_images(images: ImageSet, source: str, extractor: Extractor, batch_size
     reference = Reference(
         source, fingerprint, len(images), statistics, found["features"], images.labels, image_size, images
     )
-    if processes().is_main_process:
+    if state.is_local_main_process:  # nodes may have caches of their own
         try:
             save_reference(reference, extractor, cached)
         except OSError as error:
             announce(f"{cached}: cannot be kept ({one_line(error)}), and is computed each time")
     return reference
+
+
+def _kept(cached: Path, extractor: Extractor) -> Reference | None:
+    """What this machine has kept of a reference, if it has."""
+    if not cached.exists():
+        return None
+    try:
+        return load_reference(cached, extractor)
+    except UserError:
+        announce(f"{cached}: damaged, and computed anew")
+        return None
 
 
 def _published_statistics(path: Path, extractor: Extractor) -> dict[str, Statistics]:

@@ -132,7 +132,8 @@ class FrechetDistance(ImageMetric):
             for side in (SIDES[False], SIDES[True])
         )
         real = reference.statistics() if self.reference is None else self.reference
-        distance = frechet_distance(generated.statistics(), real)
+        # where the reference is, since it keeps the root that takes long
+        distance = frechet_distance(generated.statistics().to(real.mean.device), real)
         return torch.tensor(distance, dtype=torch.float64, device=self.device)
 
 

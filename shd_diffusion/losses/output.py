@@ -59,6 +59,7 @@ class OutputDistillation(Term):
         assert target is not None
         if scale is not None:
             assert null is not None
+            target, null = target.float(), null.float()  # guidance multiplies rounding
             target = null + scale * (target - null)
         process, timesteps, weights = outputs.process, outputs.batch.timesteps, None
         if self.config.truncated_snr:

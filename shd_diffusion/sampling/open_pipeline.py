@@ -28,7 +28,8 @@ def open_pipeline(name: str, precision: str = "float32") -> DiffusionPipeline:
     """A pipeline that samples by prompt, by class or unconditionally, by its folder or hub name; its weights are there.
 
     diffusers' own pipelines by class are taken apart and sampled as a run's: DiTPipeline's call gives the generators of
-    the images to no scheduler, and takes 1,000 for the null class of every model. Those by prompt are as they are.
+    the images to no scheduler, and takes 1,000 for the null class of every model. Those by prompt are as they are, but
+    for their safety checker, which is left out.
 
     Raises:
         UserError: there is none, the hub cannot be reached, its images are made from something else, or it is damaged.
@@ -58,7 +59,11 @@ def open_pipeline(name: str, precision: str = "float32") -> DiffusionPipeline:
                 raise ValueError(
                     f"a {kind} is not sampled by prompt, by class or unconditionally; {known} are"
                 )
-            pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype)
+            # what it takes for unsafe it would black out, and metrics would count that
+            takes = inspect.signature(getattr(diffusers, kind).__init__).parameters
+            off = {"safety_checker": None, "requires_safety_checker": False}
+            off = {key: value for key, value in off.items() if key in takes}
+            pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype, **off)
         for model in _models(pipeline):
             check_weights(model)
         # nothing is sampled without these

@@ -74,6 +74,11 @@ class Moments:
         return float((self.energy + (weight * (fitted - 2 * self.cross)).sum()).clamp_min(0))
 
 
+def share(error: float, energy: float | Tensor) -> float:
+    """|error|² / |target|²; 0 where there is nothing to lose, as in a block that puts out nothing."""
+    return error / float(energy) if energy > 0 else 0.0
+
+
 def ridge(gram: Tensor, strength: float) -> float:
     """λ: `strength` times the mean of the Gram matrix's diagonal."""
     return strength * float(gram.diagonal().mean())

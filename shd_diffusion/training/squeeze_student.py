@@ -11,6 +11,7 @@ from torch import nn
 
 from shd_diffusion.compression.narrow import squeeze_into
 from shd_diffusion.config import DistillConfig
+from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.models.denoiser import predict
 from shd_diffusion.progress import announce
 from shd_diffusion.squeezing.plan import Plan, plan_groups
@@ -29,6 +30,9 @@ def squeeze_student(parts: Parts, accelerator: Accelerator) -> dict[str, Plan]:
 
     Returns:
         In the main process, by block, the plans by which heads merged; nothing elsewhere.
+
+    Raises:
+        UserError: least squares has no answer.
     """
     plans: dict[str, Plan] = {}
     config, student = parts.config, parts.model
@@ -40,7 +44,13 @@ def squeeze_student(parts: Parts, accelerator: Accelerator) -> dict[str, Plan]:
         teacher = nn.Module.to(copy.deepcopy(parts.teacher.model), device, torch.float32)
         size = min(64, config.train.batch_size, config.train.micro_batch_size or config.train.batch_size)
         batches = calibration_batches(config, twin, parts.data, parts.process, CALIBRATION_IMAGES, size)
-        lost, groups = squeeze_into(twin, teacher, batches, predict, parts.origins)
+        try:
+            lost, groups = squeeze_into(twin, teacher, batches, predict, parts.origins)
+        except (ValueError, torch.linalg.LinAlgError) as error:
+            raise UserError(
+                f"key `student.init`: the teacher cannot be squeezed ({one_line(error)}); see that its weights are "
+                "finite, or leave `squeeze` out"
+            ) from error
         announce(f"student.init: its prediction differs from the teacher's by {lost:.4f} of its square")
         student.load_state_dict(twin.state_dict())
         plans = {name: plan_groups(of_block) for name, of_block in groups.items()}

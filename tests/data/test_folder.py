@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
@@ -90,7 +91,15 @@ def test_a_fingerprint_follows_the_files(images: Path):
 
     before = fingerprint()
     assert fingerprint() == before
-    (images / "dog" / "12.png").rename(images / "cat" / "12.png")
+    copied = images.with_name("copied")
+    shutil.copytree(images, copied, copy_function=shutil.copyfile)  # with times of its own
+    assert build_source(folder_config(copied)).dataset.fingerprint() == before
+    file = images / "dog" / "12.png"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # of the same size
+    assert fingerprint() != before
+    file.write_bytes(content)
+    file.rename(images / "cat" / "12.png")
     assert fingerprint() != before
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import sys
 import tarfile
 from collections.abc import Callable
@@ -181,6 +182,12 @@ def test_only_what_is_asked_for_is_read(folder: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(Path, "open", lambda self, *a: opened.append(self.name) or original(self, *a))
     found[5], found.captions(0), found.name(0)
     assert opened == ["part-002.tar"]
+
+
+def test_a_copy_of_shards_is_the_same(folder: Path, tmp_path: Path):
+    shutil.copytree(folder, tmp_path / "copied", copy_function=shutil.copyfile)  # with times of its own
+    found = [shards_of(f"{path}/*.tar").fingerprint() for path in (folder, tmp_path / "copied")]
+    assert found[0] == found[1]
 
 
 def test_a_fingerprint_follows_the_captions(folder: Path):

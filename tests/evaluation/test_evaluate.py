@@ -234,6 +234,34 @@ def test_two_processes_extract_what_one_does(digits, tmp_path):
         torch.testing.assert_close(first, load_extractor("digits-classifier")(digits[0][:101]))
 
 
+HALF_KEPT = """
+import os
+import sys
+from accelerate.utils import gather_object
+from shd_diffusion.data.digits import digits_uint8
+from shd_diffusion.evaluation.extractors import load_extractor
+from shd_diffusion.evaluation.references import open_reference
+from shd_diffusion.processes import processes
+
+extractor, rank = load_extractor("digits-classifier"), processes().process_index
+images = digits_uint8()[0][:40].expand(-1, 3, -1, -1)
+if rank == 1:  # on another node, with a cache of its own that has nothing yet
+    os.environ["XDG_CACHE_HOME"] = sys.argv[1]
+reference = open_reference(images, extractor, 16)
+assert gather_object([rank]) == [0, 1]  # all have gone through the same exchanges
+assert reference.features.shape == (40, 64)
+processes().destroy_process_group()
+"""
+
+
+def test_processes_of_which_some_have_the_reference_extract_it_together(digits, tmp_path):
+    images = digits[0][:40].expand(-1, 3, -1, -1)
+    open_reference(images, load_extractor("digits-classifier"), 16)
+    script = tmp_path / "half.py"
+    script.write_text(HALF_KEPT)
+    launch(2, script, tmp_path / "elsewhere")
+
+
 def test_classes_are_named_among_the_logits(digits):
     """The ten logits in their own order give the accuracy that they give unnamed; others and too few are refused."""
     images, labels = digits

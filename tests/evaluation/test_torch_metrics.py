@@ -11,10 +11,10 @@ from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
 from shd_diffusion.config import EvaluateConfig
-from shd_diffusion.evaluation import compute_metrics
+from shd_diffusion.evaluation import compute_metrics, torch_metrics
 from shd_diffusion.evaluation.cmmd import cmmd
 from shd_diffusion.evaluation.extractors import load_extractor
-from shd_diffusion.evaluation.frechet import feature_statistics
+from shd_diffusion.evaluation.frechet import Statistics, feature_statistics
 from shd_diffusion.evaluation.inception_score import inception_score
 from shd_diffusion.evaluation.kid import kernel_distance
 from shd_diffusion.evaluation.metrics import METRICS
@@ -138,6 +138,24 @@ def test_real_images_stay_or_are_given_as_statistics(features):
     forgetful.update(generated, real=False)
     with pytest.raises(ValueError, match="2 samples or more, not 0"):
         forgetful.compute()
+
+
+def test_the_reference_may_be_on_another_device_than_the_images(features, monkeypatch):
+    """As in validation on an accelerator; the meta device stands in for the other one."""
+    met = []
+
+    def distance(generated, reference):
+        met.append({each.device.type for side in (generated, reference) for each in vars(side).values()})
+        return 0.0
+
+    monkeypatch.setattr(torch_metrics, "frechet_distance", distance)
+    real = feature_statistics(features[1])
+    given = FrechetDistance(
+        Features(), reference=Statistics(real.mean.to("meta"), real.covariance.to("meta"))
+    )
+    given.update(features[0], real=False)
+    given.compute()
+    assert met == [{"meta"}]
 
 
 def test_the_inception_score_heeds_no_real_images():

@@ -15,12 +15,16 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DiffusionPipeline,
     DiTPipeline,
     DiTTransformer2DModel,
     UNet2DModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from huggingface_hub.utils import httpx
 from safetensors.torch import load_file, save_file
+from tiny_pipelines import stable_diffusion
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from shd_diffusion.errors import UserError
 from shd_diffusion.sampling.open_pipeline import hash_pipeline, open_pipeline
@@ -165,3 +169,21 @@ def test_a_hub_that_cannot_be_reached_is_one_line(
     with pytest.raises(UserError, match=r"nobody/nothing: no such run.* on the hub") as refused:
         open_pipeline("nobody/nothing")
     assert "\n" not in str(refused.value) and asked
+
+
+def test_no_safety_checker_blacks_out_what_is_measured(tmp_path: Path) -> None:
+    """One that flags everything: left on, the images would be black."""
+    side = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    vision = {**side, "image_size": 32, "patch_size": 16}
+    checker = StableDiffusionSafetyChecker(
+        CLIPConfig(text_config=side, vision_config=vision, projection_dim=4)
+    )
+    checker.concept_embeds_weights.data.fill_(-10)
+    pipeline = stable_diffusion()
+    extractor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
+    pipeline.register_modules(safety_checker=checker, feature_extractor=extractor)
+    pipeline.register_to_config(requires_safety_checker=True)
+    pipeline.save_pretrained(tmp_path)
+    call = {"prompt": "a", "num_inference_steps": 1, "output_type": "np", "height": 64, "width": 64}
+    assert not DiffusionPipeline.from_pretrained(tmp_path)(**call).images.any()
+    assert open_pipeline(str(tmp_path))(**call).images.any()
