@@ -183,10 +183,11 @@ class RunFolder:
                 f"be {config.train.max_steps}; it may grow only"
             )
 
-    def check_inputs(self, inputs: dict[str, str]) -> None:
+    def check_inputs(self, config: RunConfig, inputs: dict[str, str]) -> None:
         """See that a run goes on with what it began with.
 
         Args:
+            config: tells where the inputs are.
             inputs: hashes, by the key of the config that names the data or the model.
 
         Raises:
@@ -195,11 +196,13 @@ class RunFolder:
         if not self.inputs_file.exists():
             return
         began_with = read_as(self.inputs_file, dict[str, str])
+        flat = flatten(config.model_dump(mode="json", by_alias=True))
         for key, found in inputs.items():
             if began_with.get(key, found) != found:  # earlier versions knew fewer
+                place = flat.get(key) or flat.get(f"{key}.path")
                 raise UserError(
-                    f"{self.path}: what `{key}` names has changed since this run began; bring it back, or give another "
-                    "--output"
+                    f"{self.path}: what `{key}` names{f' ({place})' if place else ''} has changed since this run "
+                    "began; bring it back, or give another --output"
                 )
 
     def reads_elsewhere(self, config: RunConfig) -> bool:

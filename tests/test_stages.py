@@ -308,7 +308,7 @@ def test_a_run_does_not_go_on_from_another_teacher(runs: Path, tmp_path: Path) -
     next(iter(changed.values())).mul_(1.01)
     save_file(changed, file, metadata={"format": "pt"})
     code, _, errors = command(*arguments, *sets("train.max_steps=2"))
-    assert code == 2 and "what `teacher.path` names has changed since this run began" in errors
+    assert code == 2 and f"what `teacher.path` names ({teacher}) has changed since this run began" in errors
     inputs = json.loads((run / "inputs.json").read_text())
     (run / "inputs.json").write_text(json.dumps(inputs | {"data": "other"}))
     code, _, errors = command(*arguments, *sets("train.max_steps=2"))
@@ -377,7 +377,7 @@ def test_a_run_goes_on_where_its_teacher_has_moved(runs: Path, tmp_path: Path) -
     other = tmp_path / "other"
     moved.rename(other)  # a complete run has not learnt from this one
     code, _, errors = command(*arguments, *sets(*SHORT, f"teacher.path={other}", "train.max_steps=21"))
-    assert code == 2 and "what `teacher.path` names has changed" in errors
+    assert code == 2 and f"what `teacher.path` names ({other}) has changed" in errors
 
 
 def test_a_pipeline_that_was_deleted_is_made_anew_from_the_last_checkpoint(

@@ -170,7 +170,9 @@ def squeeze_attention(
         layout = head_layout(model, name)
         grams = seen.query_inputs.gram, seen.key_inputs.centred().gram
         for j, group in enumerate(groups):
-            shares = seen.movements[list(group)] / seen.movements[list(group)].sum()
+            moved = seen.movements[list(group)]
+            moved = moved if moved.any() else torch.ones_like(moved)  # heads that put out nothing
+            shares = moved / moved.sum()
             merged_query, merged_key = factor_queries_keys(
                 query[list(group)], key[list(group)], shares, *grams, wider
             )

@@ -213,7 +213,7 @@ def open_run(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, sour
     key, trained = model_section(config)
     if trained.pretrained is not None:
         inputs[f"{key}.pretrained"] = hash_model(parts.model)
-    folder.check_inputs(inputs)
+    folder.check_inputs(config, inputs)
     try:
         vae, validation = None, None
         kind = None if parts.pipeline is None else parts.pipeline.pipeline_class

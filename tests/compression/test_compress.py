@@ -551,3 +551,29 @@ def test_baselines_are_for_blocks_of_one_stream():
     family = FAMILIES["sd3"]
     with pytest.raises(ValueError, match="take the method `merge`"):
         compress(family.build(), batches_of(family), run_family, heads=1, options=HeadOptions(method="drop"))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        HeadOptions(),
+        HeadOptions(pairing="adjacent"),
+        HeadOptions(method="drop"),
+        HeadOptions(queries="factor"),
+    ],
+)
+def test_what_puts_out_nothing_loses_nothing(options):
+    """A pruned block, or one that never learned anything."""
+    teacher = random_dit(4)
+    block = teacher.transformer_blocks[0]
+    for layer in (block.attn1.to_out[0], block.ff.net[2]):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+    batches = dit_batches()
+    found = compress(teacher, batches, run_dit, heads=2, neurons=16, options=options)
+    assert {part.name: part.lost for part in found.parts}.items() >= {
+        ("transformer_blocks.0.attn1", 0.0),
+        ("transformer_blocks.0.ff", 0.0),
+    }
+    assert all(parameter.isfinite().all() for parameter in found.model.parameters())
+    assert run_dit(found.model, *batches[0]).isfinite().all()
