@@ -21,7 +21,7 @@ from typing import Annotated, Any, Literal, ParamSpec
 
 import typer
 
-from shd_diffusion.errors import UserError, refusal
+from shd_diffusion.errors import OUT_OF_MEMORY, UserError, refusal
 from shd_diffusion.progress import printable
 from shd_diffusion.shipped import find_config
 
@@ -155,10 +155,12 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
                         "This is a fault of shd-diffusion itself; please report it, with all of the above."
                     )
                 raise
+            code = UserError.exit_code
             if "out of memory" in refused:
+                code = OUT_OF_MEMORY
                 refused += f"; lower {LOWER.get(function.__name__, 'what is asked for')}"
             typer.echo(f"error: {printable(refused)}", err=True)
-            raise typer.Exit(UserError.exit_code) from None
+            raise typer.Exit(code) from None
 
     return guarded
 
@@ -471,7 +473,9 @@ def evaluate(
     from shd_diffusion.run_folder import RunFolder
 
     options = {"reference": reference, "extractor": extractor, "extractor_weights": extractor_weights}
-    quoted = (f"evaluate.{key}={json.dumps(value)}" for key, value in options.items() if value)
+    quoted = (
+        f"evaluate.{key}={json.dumps(value, ensure_ascii=False)}" for key, value in options.items() if value
+    )
     overrides = [*(set_ or []), *quoted]
     overrides += [f"evaluate.metrics=[{metrics}]"] if metrics else []
     if output is not None and (len(targets) > 1 or not is_pipeline(str(targets[0]))):

@@ -36,6 +36,10 @@ def printable_path(path: str | Path) -> str:
     return os.fsencode(path).decode("utf-8", "backslashreplace").replace("\n", "\\n")
 
 
+OUT_OF_MEMORY = 4
+"""The exit code of what does not fit into memory. Other runs of a study may."""
+
+
 def refusal(error: BaseException) -> str | None:
     """What the machine has refused, in one line with the fix; None of an error that is no refusal but a fault here."""
     if isinstance(error, OSError) and error.strerror is not None:

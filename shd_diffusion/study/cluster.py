@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 PATIENCE = 60.0
 """Seconds for a step and its checkpoint, where a job is to be ended; submitit is told 90 s before it is."""
 
+TIMEOUTS = 1000
+"""So often SLURM may end a job for its time, and it is queued again: each time it has a checkpoint more."""
+
 
 class Work:
     """What a job does: one process, whose output is appended to a log. It is put into the queue again where the
@@ -104,10 +107,10 @@ def make_executor(settings: Mapping[str, Any], folder: Path) -> AutoExecutor:
             "key `submitit` needs the library of that name; pip install 'shd-diffusion[slurm]'"
         ) from None
     parameters = dict(settings)
-    cluster = parameters.pop("cluster", None)
+    cluster, timeouts = parameters.pop("cluster", None), parameters.pop("slurm_max_num_timeout", TIMEOUTS)
 
     def make(place: Path | str) -> AutoExecutor:
-        executor = AutoExecutor(place, cluster=cluster)
+        executor = AutoExecutor(place, cluster=cluster, slurm_max_num_timeout=timeouts)
         executor.update_parameters(**parameters)
         return executor
 

@@ -100,6 +100,13 @@ class StudyConfig(Section):
                 raise ValueError(f"`{name}` names a folder: use letters, digits, `-`, `_`, `+` and `.`")
         return value
 
+    @field_validator("variants")
+    @classmethod
+    def _are_named(cls, value: dict[str, Overrides]) -> dict[str, Overrides]:
+        if "" in value:
+            raise ValueError("a variant has no name; give it one")
+        return value
+
     @model_validator(mode="after")
     def _is_a_plan(self) -> StudyConfig:
         if self.reference not in self.variants:
@@ -229,7 +236,9 @@ def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
                 before = follows(study.variants[variant])
                 paths = {VARIANT + b: str(run_folder(output, condition, b, seed)) for b in before}
                 tree = {key: with_paths(value, paths) for key, value in tree.items()}
-                overrides = tuple(f"{key}={json.dumps(value)}" for key, value in tree.items())
+                overrides = tuple(
+                    f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in tree.items()
+                )
                 config = read_config(Path(study.distill), DistillConfig, overrides)
                 run = RunFolder(run_folder(output, condition, variant, seed))
                 check(run, config)

@@ -9,7 +9,7 @@ from shd_diffusion.files import check_ours, check_outside
 from shd_diffusion.study.config import StudyConfig, check_inputs, plan_runs
 from shd_diffusion.study.page import write_study
 from shd_diffusion.study.results import collect, read_known, write_results
-from shd_diffusion.study.runner import carry_out
+from shd_diffusion.study.runner import Ended, carry_out
 
 
 def run_study(study: StudyConfig, output: Path, command_line: str) -> Path:
@@ -22,18 +22,23 @@ def run_study(study: StudyConfig, output: Path, command_line: str) -> Path:
         The page. Beside it are `study.json`, `runs.csv`, `results.csv`, `comparisons.csv` and `study.md`.
 
     Raises:
-        UserError: the study's config is wrong, a folder holds another run, or runs failed (after the
-            others are written up).
+        UserError: the study's config is wrong, a folder holds another run, another command carries the study out, or
+            runs failed or ask a person to fix something (after the others are written up).
     """
     check_ours(output, "study.json", "logs")
     planned = plan_runs(study, output)
     check_inputs(planned)
     for each in planned:
         check_outside(output, each.config.reads)
-    failed = carry_out(study, planned, read_known(study, planned).outcomes, output, command_line)
+    known, ended = read_known(study, planned).outcomes, Ended()
+    if (
+        study.budget.runs != 0
+    ):  # without, what there is is written up, also while another command carries it out
+        ended = carry_out(study, planned, known, output, command_line)
     results = collect(study, planned, read_known(study, planned))  # again, as there is a teacher now
     write_results(results, output)
     page = write_study(results, output / "study.html")
-    if failed:
-        raise UserError(f"{output / 'logs'}: runs failed ({', '.join(failed)}); their logs say why")
+    if ended.to_mend or ended.failed:
+        names = ", ".join(ended.failed)
+        raise UserError(ended.to_mend or f"{output / 'logs'}: runs failed ({names}); their logs say why")
     return page

@@ -10,7 +10,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol, TypeAlias
 
@@ -18,11 +18,12 @@ import torch
 
 from shd_diffusion.config import RunConfig, TrainTeacherConfig, read_config
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import read_as, read_json, write_json
+from shd_diffusion.files import json_sha256, locked, read_as, read_json, sha256, write_json
+from shd_diffusion.models.factory import find_model_folder
 from shd_diffusion.progress import announce
 from shd_diffusion.reporting.runs import Samples
 from shd_diffusion.run_folder import RunFolder
-from shd_diffusion.study.cluster import Submitted, Work, make_executor
+from shd_diffusion.study.cluster import PATIENCE, Submitted, Work, make_executor
 from shd_diffusion.study.config import Budget, Place, Planned, StudyConfig, compressed_folder
 
 WORKER = (sys.executable, "-m", "shd_diffusion.study.worker")
@@ -73,16 +74,21 @@ class Job:
                 start_new_session=True,  # Ctrl-C reaches it once, through `_interrupt`
             )
 
-    def check(self, code: int) -> None:
-        """See why it ended.
+    def to_mend(self, code: int) -> str | None:
+        """What it asks a person to fix, which every other run would ask too; None where it ended otherwise."""
+        if code != UserError.exit_code:
+            return None
+        lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
+        says = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
+        return says[-1] if says else f"{self.log}: {self.name} could not begin"
 
-        Raises:
-            UserError: it asks a person to fix something, which every other run would ask too.
-        """
-        if code == UserError.exit_code:
-            lines = self.log.read_text(encoding="utf-8", errors="replace").splitlines()
-            says = [line.removeprefix("error: ") for line in lines if line.startswith("error: ")]
-            raise UserError(says[-1] if says else f"{self.log}: {self.name} could not begin")
+
+@dataclass(slots=True)
+class Ended:
+    """How jobs ended: the names of those that failed, and what a person must fix before any can go on."""
+
+    failed: list[str] = field(default_factory=list)
+    to_mend: str | None = None
 
 
 Start: TypeAlias = Callable[[Job, int], Process]
@@ -91,7 +97,7 @@ Start: TypeAlias = Callable[[Job, int], Process]
 
 def carry_out(
     study: StudyConfig, planned: Sequence[Planned], known: Collection[Place], output: Path, command_line: str
-) -> list[str]:
+) -> Ended:
     """Run what is missing, within the budget; an interrupted run goes on from its last checkpoint.
 
     Args:
@@ -100,15 +106,22 @@ def carry_out(
         command_line: the module whose `app` carries out the commands.
 
     Returns:
-        The names of the runs that failed.
+        How the runs ended. Where one asks a person to fix something, no other is begun after it.
 
     Raises:
-        UserError: a run says that a person must fix something, the teacher failed, or there is no such cluster.
+        UserError: the teacher or a model that is made of it failed, there is no such cluster, or another command is at
+            work on the study.
     """
     start = _starter(study, output, command_line)
+    with locked(output / "logs"):
+        return _carry_out(study, planned, known, output, start)
 
+
+def _carry_out(
+    study: StudyConfig, planned: Sequence[Planned], known: Collection[Place], output: Path, start: Start
+) -> Ended:
     def job(name: str, run: RunFolder, config: RunConfig, train: list[str]) -> Job:
-        log = output / "logs" / f"{name.replace(' ', '-')}.log"
+        log = output / "logs" / f"{name.replace(' seed ', ' seed-').replace(' ', '/')}.log"
         return Job(name, _missing(run, config, train), log)
 
     if study.teacher is not None:
@@ -116,13 +129,18 @@ def carry_out(
         run = RunFolder(Path(planned[0].config.teacher.path))
         run.check(config)
         teacher = job("teacher", run, config, ["train-teacher", study.teacher])
-        if _run_all([teacher], Budget(), 1, start):
-            raise UserError(f"{teacher.log}: the teacher's training failed; the log says why")
+        ended = _run_all([teacher], Budget(), 1, start)
+        if ended.to_mend or ended.failed:
+            raise UserError(
+                ended.to_mend or f"{teacher.log}: the teacher's training failed; the log says why"
+            )
     path = planned[0].config.teacher.path
     made = [_compression(study, path, name, output) for name in study.compressed]
-    if failed := _run_all(made, Budget(), 1, start):
+    ended = _run_all(made, Budget(), 1, start)
+    if ended.to_mend or ended.failed:
+        names = ", ".join(ended.failed)
         raise UserError(
-            f"{output / 'logs'}: models could not be made ({', '.join(failed)}); their logs say why"
+            ended.to_mend or f"{output / 'logs'}: models could not be made ({names}); their logs say why"
         )
     jobs: list[Job] = []
     for p in reversed(planned):  # a run that another one begins with stands before it
@@ -155,9 +173,10 @@ def _compression(study: StudyConfig, teacher: str, name: str, output: Path) -> J
     """A model to be made of the teacher, unless it is there.
 
     Raises:
-        UserError: it is, but made by other options.
+        UserError: it is, but made by other options or of another teacher.
     """
-    folder, asked = compressed_folder(output, name), study.compressed[name]
+    folder, options = compressed_folder(output, name), study.compressed[name]
+    asked = {**options, "teacher": teacher, "teacher_sha256": _weights_sha256(teacher)}
     note = folder.with_name(f"{name}.json")  # what it was made by, for the next command
     if not folder.exists():
         write_json(note, asked)
@@ -166,10 +185,19 @@ def _compression(study: StudyConfig, teacher: str, name: str, output: Path) -> J
             f"compressed.{name}: {folder} was made with {before}, not {asked}; name it otherwise, or delete it"
         )
     command = ["compress", teacher, "--output", str(folder)]
-    for key, value in asked.items():
-        command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
+    for key, value in options.items():
+        if value is not False:
+            command += [f"--{key}"] if value is True else [f"--{key}", str(value)]
     log = output / "logs" / f"compress-{name}.log"
     return Job(f"compress {name}", [] if folder.exists() else [command], log)
+
+
+def _weights_sha256(model: str) -> str | None:
+    """A hash of the files of a model's weights; None of one on the hub."""
+    folder = find_model_folder(Path(model))
+    if folder is None:
+        return None
+    return json_sha256({file.name: sha256(file) for file in folder.glob("*.safetensors")})
 
 
 def _sets(overrides: Iterable[str]) -> list[str]:
@@ -192,17 +220,18 @@ def _missing(run: RunFolder, config: RunConfig, train: list[str]) -> list[list[s
 # --- processes -----------------------------------------------------------------------------------------------
 
 
-def _run_all(jobs: Iterable[Job], budget: Budget, processes: int, start: Start) -> list[str]:
-    """Run jobs until all are done or the budget is spent; the names of those that failed."""
+def _run_all(jobs: Iterable[Job], budget: Budget, processes: int, start: Start) -> Ended:
+    """Run jobs until all are done, the budget is spent, or a person must fix something; what has begun ends."""
     waiting = deque(job for job in jobs if job.commands)
     total, begun, done, started = len(waiting), 0, 0, time.monotonic()
     active: dict[int, tuple[Job, Process]] = {}  # by slot, of as many as there are processes
-    failed: list[str] = []
+    ended = Ended()
+    failed = ended.failed
 
     def affordable() -> bool:
         hours = (time.monotonic() - started) / 3600
         in_time = budget.hours is None or hours < budget.hours
-        return in_time and (budget.runs is None or begun < budget.runs)
+        return ended.to_mend is None and in_time and (budget.runs is None or begun < budget.runs)
 
     def next_ready() -> Job | None:
         """The first whose predecessor is done; those whose predecessor failed leave."""
@@ -230,7 +259,7 @@ def _run_all(jobs: Iterable[Job], budget: Budget, processes: int, start: Start) 
             for slot in [slot for slot, (_, process) in active.items() if process.poll() is not None]:
                 job, process = active.pop(slot)
                 code = process.returncode or 0
-                job.check(code)
+                ended.to_mend = job.to_mend(code) or ended.to_mend
                 done += 1
                 outcome = "done"
                 if code:
@@ -241,17 +270,18 @@ def _run_all(jobs: Iterable[Job], budget: Budget, processes: int, start: Start) 
     finally:
         _interrupt([process for _, process in active.values()])
         signal.signal(signal.SIGTERM, terminate)
-    if waiting:
+    if waiting and ended.to_mend is None:
         announce(f"the budget is spent, runs left: {len(waiting)}; the same command goes on with them")
-    return failed
+    return ended
 
 
 def _interrupt(processes: Sequence[Process]) -> None:
     """End processes as Ctrl-C would: each run keeps its last checkpoint."""
     for process in processes:
         process.send_signal(signal.SIGINT)
+    until = time.monotonic() + PATIENCE
     for process in processes:
         try:
-            process.wait(timeout=30)
+            process.wait(timeout=max(0.0, until - time.monotonic()))
         except subprocess.TimeoutExpired:
             process.kill()

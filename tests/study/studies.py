@@ -35,3 +35,19 @@ def study_file(folder: Path, teacher: Path, **changes: object) -> Path:
 def stand_in(code: int, says: str = "") -> tuple[str, ...]:
     """A worker that does nothing but end with this exit code."""
     return sys.executable, "-c", f"print({says!r}); raise SystemExit({code})"
+
+
+def in_turn(*codes: int, folder: Path, says: str = "") -> tuple[str, ...]:
+    """Workers: the first to begin ends with the first code at once, the next with the next one a second later."""
+    script = f"""
+import pathlib, sys, time
+taken = pathlib.Path({str(folder)!r})
+taken.mkdir(exist_ok=True)
+number = next(n for n in range(99) if not (taken / str(n)).exists())
+(taken / str(number)).touch()
+time.sleep(number)
+print({says!r} if {codes!r}[number] else "")
+(taken / str(number)).write_text("ended")
+raise SystemExit({codes!r}[number])
+"""
+    return sys.executable, "-c", script

@@ -60,7 +60,9 @@ def test_what_is_known_is_made_only_for_those_that_begin_with_it(
     planned = plan_runs(study, tmp_path)
     known = {each.place for each in planned if each.variant != "c" or each.seed == 1}
     begun: list[str] = []
-    monkeypatch.setattr(runner, "_run_all", lambda jobs, *_: begun.extend(job.name for job in jobs) or [])
+    monkeypatch.setattr(
+        runner, "_run_all", lambda jobs, *_: begun.extend(job.name for job in jobs) or runner.Ended()
+    )
     runner.carry_out(study, planned, known, tmp_path, "shd_diffusion.cli")
     assert begun == ["a seed 0", "b seed 0", "c seed 0"]
 
@@ -91,7 +93,7 @@ def test_nothing_begins_before_what_it_waits_for(fails: bool, monkeypatch: pytes
     monkeypatch.setattr(runner.time, "sleep", lambda _: None)
     after = {"a": (), "b": ("d", "a"), "c": ("b",), "d": ()}
     jobs = [runner.Job(name, [["x"]], Path("x"), needed) for name, needed in after.items()]
-    failed = runner._run_all(jobs, Budget(), 2, start)
+    failed = runner._run_all(jobs, Budget(), 2, start).failed
     begun = [event.partition(":")[0] for event in events if ": begun," in event]
     assert begun == (["a", "d"] if fails else ["a", "d", "b", "c"])
     assert failed == (["a", "b", "c"] if fails else [])

@@ -27,7 +27,7 @@ def test_a_study_runs_as_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert code == 0 and "0 of 2 runs are complete" in said, errors
     assert errors.count("begun") == errors.count("done") == 2
     logs = tmp_path / "study" / "logs"
-    assert [(logs / f"{name}-seed-0.log").read_text() for name in ("kd", "vkd")] == ["was here\n"] * 2
+    assert [(logs / name / "seed-0.log").read_text() for name in ("kd", "vkd")] == ["was here\n"] * 2
 
 
 def test_a_job_says_what_a_person_must_mend(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -373,6 +373,7 @@ def test_only_some_variants_run_under_a_condition(study: StudyConfig) -> None:
         ("seeds", [1, 1], "one seed twice"),
         ("variants", {"../x": {}}, "names a folder"),
         ("variants", {}, "variants"),
+        ("variants", {"kd": {}, "": {}}, "a variant has no name"),
         ("budgets", {}, "budget"),
     ],
 )

@@ -16,11 +16,11 @@ from commands import DISTILL_CONFIG, command, sets
 from forks import Fork
 from random_runs import write_summary
 from safetensors.torch import load_file
-from studies import STEPS, stand_in, study_file
+from studies import STEPS, in_turn, stand_in, study_file
 
 from shd_diffusion.config import read_config
-from shd_diffusion.errors import DivergedError, UserError
-from shd_diffusion.files import write_json
+from shd_diffusion.errors import OUT_OF_MEMORY, DivergedError, UserError
+from shd_diffusion.files import locked, write_json
 from shd_diffusion.study import runner
 from shd_diffusion.study.config import Planned, StudyConfig, plan_runs
 from shd_diffusion.study.results import collect, read_known
@@ -111,7 +111,7 @@ def test_models_are_made_of_the_teacher_before_the_runs(
         overrides={**STEPS, "train.max_steps": 2, "teacher.path": str(runs / "teacher")},
         compressed={
             "merged": {"heads": 4, "images": 64, "plain": True},
-            "dropped": {"heads": 4, "images": 64, "method": "drop"},
+            "dropped": {"heads": 4, "images": 64, "method": "drop", "plain": False},
         },
         variants={"merged": {"student.pretrained": "merged"}, "dropped": {"student.pretrained": "dropped"}},
         reference="merged",
@@ -123,9 +123,15 @@ def test_models_are_made_of_the_teacher_before_the_runs(
         assert made["method"] == method
         run = yaml.safe_load((tmp_path / f"study/runs/{name}/seed-0/config.yaml").read_text())
         assert run["student"]["pretrained"] == str(tmp_path / "study/compressed" / name)
-    study.write_text(study.read_text().replace("method: drop", "method: magnitude"))
+    text = study.read_text()
+    study.write_text(text.replace("method: drop", "method: magnitude"))
     code, said, errors = command("study", study)
     assert code == 2 and "compressed.dropped" in errors and "'method': 'magnitude'" in errors
+    note = tmp_path / "study/compressed/merged.json"
+    note.write_text(note.read_text().replace('"teacher_sha256": "', '"teacher_sha256": "another'))
+    study.write_text(text)
+    code, said, errors = command("study", study)
+    assert code == 2 and "compressed.merged" in errors and "'teacher_sha256': 'another" in errors
 
 
 def test_the_budget_ends_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,7 +156,24 @@ def test_what_a_person_must_mend_ends_the_study(tmp_path: Path, monkeypatch: pyt
     assert code == 2 and errors.endswith("error: mend this\n") and errors.count("begun") == 1
 
 
-@pytest.mark.parametrize("code", [1, DivergedError.exit_code])
+def test_what_a_person_must_mend_lets_what_runs_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = tmp_path / "taken"
+    monkeypatch.setattr(runner, "WORKER", in_turn(2, 0, folder=taken, says="error: mend this"))
+    code, _, errors = command("study", study_file(tmp_path, tmp_path / "teacher", processes=2))
+    assert code == 2 and errors.endswith("error: mend this\n") and errors.count("begun") == 2
+    assert [(taken / name).read_text() for name in "01"] == ["ended"] * 2
+    assert (tmp_path / "study" / "study.json").exists()
+
+
+def test_two_commands_do_not_carry_out_one_study(tmp_path: Path) -> None:
+    study = study_file(tmp_path, tmp_path / "teacher")
+    with locked(tmp_path / "study" / "logs"):
+        code, _, errors = command("study", study)
+        assert code == 2 and "another command is at work" in errors
+        assert command("study", study, *sets("budget.runs=0"))[0] == 0  # to look at what there is
+
+
+@pytest.mark.parametrize("code", [1, DivergedError.exit_code, OUT_OF_MEMORY])
 def test_runs_that_fail_are_named_after_the_others_ran(
     code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
