@@ -46,7 +46,7 @@ def main(
             settings = read_config(config, DistillConfig, changes)
             student = new_model(settings, settings.student)
             scores.append(diswot_score(model, student, pair_rows(rows, inspect_model(student)), shape))
-        found.append({"heads": heads, "scores": scores, "fid after training": row["figures"]["fid"]["mean"]})
+        found.append({"heads": heads, "scores": scores, "fid after training": row["metrics"]["fid"]["mean"]})
         print(heads, round(mean(scores), 4), found[-1]["fid after training"], flush=True)
     order = spearmanr(
         [-mean(each["scores"]) for each in found], [each["fid after training"] for each in found]

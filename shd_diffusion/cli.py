@@ -67,6 +67,9 @@ Arguments = ParamSpec("Arguments")
 LIGHT = ("compare",)
 """Commands that import nothing that takes seconds."""
 
+SHARED = ("prepare", "train_teacher", "distill", "sample", "evaluate")
+"""Commands whose work several processes share; others would each do it again, in each other's way."""
+
 LOWER = {
     "prepare": "prepare.batch_size",
     "train_teacher": "train.micro_batch_size",
@@ -133,6 +136,12 @@ def stage(function: Callable[Arguments, None]) -> Callable[Arguments, None]:
         # No plot needs it, and of a wrong one Matplotlib cannot be imported.
         os.environ.pop("MPLBACKEND", None)
         try:
+            launched = os.environ.get("WORLD_SIZE", "1")
+            if launched not in ("", "1") and function.__name__ not in SHARED:
+                raise UserError(
+                    f"WORLD_SIZE: {launched} processes were launched, but `{function.__name__}` is for one; start it "
+                    "without accelerate or torchrun, or unset WORLD_SIZE"
+                )
             _refuse_missing(kwargs)
             if function.__name__ not in LIGHT:
                 _tell_loading()

@@ -22,7 +22,7 @@ from shd_diffusion.config import RunConfig
 from shd_diffusion.data import LatentSource, Source, build_source
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import holds_files, replacing_folder, write_json, write_text
+from shd_diffusion.files import holds_files, locked, replacing_folder, write_json, write_text
 from shd_diffusion.models.denoiser import count_parameters, predict
 from shd_diffusion.models.factory import TeacherConfig, cast, stored_dtype
 from shd_diffusion.models.forward_process import ForwardProcess
@@ -167,7 +167,8 @@ def compress_run(
         dtype = stored_dtype(teacher.pipeline.local() / teacher.pipeline.part)
         cast(found.model, dtype)  # what is as small as its teacher's: both compute in float32
         results["dtype"] = str(dtype).removeprefix("torch.")
-    with replacing_folder(output) as temporary:
+    with locked(output), replacing_folder(output) as temporary:
+        check_output(output)  # again, as another command may have been here meanwhile
         scheduler, names = calibration.scheduler, source.class_names
         save_pipeline(found.model, teacher.pipeline, scheduler, vae, source.shape, temporary, names)
         write_json(temporary / "compression.json", results)

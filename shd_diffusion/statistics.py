@@ -10,6 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import stats
 
+DRAWN_AT_ONCE = 10**7  # values of bootstrap samples
+
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
@@ -59,6 +61,7 @@ def bootstrap(
         np.mean,
         confidence_level=confidence,
         method="percentile",
+        batch=max(1, DRAWN_AT_ONCE // n),
         rng=np.random.default_rng(seed),
     ).confidence_interval
     return Estimate(mean, float(interval.low), float(interval.high), n)

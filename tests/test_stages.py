@@ -409,3 +409,9 @@ def test_a_pipeline_that_was_deleted_is_made_anew_from_the_last_checkpoint(
 def test_an_override_without_effect_is_refused(stage: str, key: str, runs: Path) -> None:
     code, _, errors = command(stage, runs / "kd-shd", *sets(key))
     assert code == 2 and errors.startswith(f"error: --set {key}: has no effect, only `data`")
+
+
+def test_what_is_for_one_process_is_refused_in_several(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    code, _, errors = command("report", runs / "teacher")
+    assert code == 2 and "2 processes were launched, but `report` is for one" in errors

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE, t5
 
 from shd_diffusion.config import DistillConfig, TrainTeacherConfig, read_config, read_prepare_config
+from shd_diffusion.data import prepare as prepare_module
 from shd_diffusion.data.prepare import prepare
 from shd_diffusion.errors import UserError
 from shd_diffusion.models.factory import load_model, stored_dtype
@@ -393,3 +394,23 @@ def test_files_that_diffusers_has_to_load_first_are_told(root: Path) -> None:
     ):
         with pytest.raises(UserError, match=re.escape(says)):
             load_model(str(path))
+
+
+def test_a_finished_cache_keeps_its_condition_for_none(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another machine's differs in rounding, by which the cache would be another, and no run on it would go on."""
+    cache, opened = root / "cache", prepare_module.open_encoder
+    config = read_prepare_config(write(root, tree(root)))
+    prepare(config, cache, "config.yaml")  # the copy's places are noted
+    before = files(cache)
+
+    def rounded(*arguments: Any) -> Any:
+        encoder = opened(*arguments)
+        encoder.null = {name: value * (1 + 1e-6) for name, value in encoder.null.items()}
+        return encoder
+
+    monkeypatch.setattr(prepare_module, "open_encoder", rounded)
+    prepare(config, cache, "config.yaml")
+    assert files(cache) == before
+    (cache / "null.safetensors").unlink()
+    prepare(config, cache, "config.yaml")
+    assert files(cache) != before

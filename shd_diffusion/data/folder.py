@@ -38,7 +38,7 @@ class ImageFolder(ImageFiles):
         super().__init__(framing)
         self.folder, self.caption_column = folder, caption_column
         try:
-            self.paths, metadata = _image_files(folder)
+            self.paths, metadata = image_files(folder)
             classes = sorted(path.name for path in folder.iterdir() if path.is_dir())
         except OSError as error:
             raise UserError(
@@ -103,7 +103,7 @@ def _tell_order(folder: Path, classes: Sequence[str]) -> None:
         )
 
 
-def _image_files(folder: Path) -> tuple[list[str], list[str]]:
+def image_files(folder: Path) -> tuple[list[str], list[str]]:
     """All image files below a folder in torchvision's order, links followed; and all files `metadata.jsonl`.
 
     Raises:

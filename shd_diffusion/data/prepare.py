@@ -144,7 +144,8 @@ def _prepare(
     state.wait_for_everyone()
     if state.is_main_process:
         if null := encoder.null:
-            save_tensors(null, output / NULL)
+            if not _has_null(output):
+                save_tensors(null, output / NULL)
             manifest["null_sha256"] = sha256(output / NULL)
         if not (output / MANIFEST).exists():
             write_manifest(output, manifest)
@@ -292,6 +293,14 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
                 f"{output / MANIFEST}: this cache was made with another {name} ({present.get(key)} there, "
                 f"{identity.get(key)} now); give another --output or delete the folder"
             )
+
+
+def _has_null(output: Path) -> bool:
+    """Whether a cache has its condition for none: it stays, since another machine's differs in rounding, and the cache
+    would be another one."""
+    if not ((output / MANIFEST).exists() and (output / NULL).exists()):
+        return False
+    return read_manifest(output, complete=False).get("null_sha256") == sha256(output / NULL)
 
 
 Latents = Callable[[Sequence[int]], Iterator[tuple[Tensor, list[Any]]]]

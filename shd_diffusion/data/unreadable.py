@@ -18,6 +18,7 @@ MOST_CORRUPT = 0.001
 """Of the images: so many may be unreadable, and one in any case; as `prepare.max_corrupt_share` by default."""
 
 READERS = 4
+AT_ONCE = 256  # images that a reader is given
 
 Unreadable = dict[int, str]
 """Why an image cannot be read, by its index."""
@@ -87,20 +88,23 @@ def find_unreadable(images: Images) -> list[int]:
         corrupt: Unreadable = {}
         small: list[int] = []
 
-        def look(index: int) -> None:
-            try:
-                images.image(index)
-            except SmallImage:
-                small.append(index)
-            except UnreadableImage as error:
-                corrupt[index] = str(error)
+        def look(indices: range) -> int:
+            for index in indices:
+                try:
+                    images.image(index)
+                except SmallImage:
+                    small.append(index)
+                except UnreadableImage as error:
+                    corrupt[index] = str(error)
+            return len(indices)
 
         with (
             ThreadPoolExecutor(READERS) as readers,
             progress_bar(len(images), "look through the images", "image") as bar,
         ):
-            for _ in readers.map(look, range(len(images))):
-                bar.update()
+            every = range(len(images))
+            for looked_at in readers.map(look, (every[i : i + AT_ONCE] for i in every[::AT_ONCE])):
+                bar.update(looked_at)
         try:
             check_corrupt(corrupt, len(images))
         except UnreadableImage as error:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from shd_diffusion.evaluation.metric import Column, Metric, Need
-
-BLOCK = 10_000
+from shd_diffusion.evaluation.precision_recall import rows_at_once
 
 
 def density_coverage(generated: Tensor, reference: Tensor, neighbours: int = 5) -> tuple[float, float]:
@@ -24,9 +23,10 @@ def density_coverage(generated: Tensor, reference: Tensor, neighbours: int = 5) 
         raise ValueError(f"{len(reference)} reference samples have no {neighbours} neighbours each")
     hits = 0
     covered = 0
-    for balls in reference.split(BLOCK):
+    rows = rows_at_once(len(generated), len(reference))
+    for balls in reference.split(rows):
         radii = torch.cdist(balls, reference).kthvalue(neighbours + 1).values  # the nearest is itself
-        inside = [(torch.cdist(balls, part) < radii[:, None]) for part in generated.split(BLOCK)]
+        inside = [(torch.cdist(balls, part) < radii[:, None]) for part in generated.split(rows)]
         hits += sum(int(part.sum()) for part in inside)
         covered += int(torch.stack([part.any(dim=1) for part in inside]).any(dim=0).sum())
     return hits / (neighbours * len(generated)), covered / len(reference)

@@ -238,8 +238,9 @@ def _warnings(metrics: list[Metric], inputs: MetricInputs, reference: Reference,
     """What a reader of the metrics must know."""
     warnings = []
     count, width = inputs.features.shape
+    frechet = any("fid" in metric.name for metric in metrics)
     for images, number in (("images", count), ("reference images", reference.count or width + 1)):
-        if reference.statistics and number <= width:
+        if frechet and reference.statistics and number <= width:
             warnings.append(
                 f"{number} {images} are too few for {width} features: "
                 "their covariance is singular and the FID biased upwards"
@@ -247,8 +248,11 @@ def _warnings(metrics: list[Metric], inputs: MetricInputs, reference: Reference,
     cautions = [metric.caution(inputs) for metric in metrics if metric.caution]
     warnings += [caution for caution in cautions if caution]
     if reference.image_size not in (None, size):
-        warnings.append(
-            f"images are {size} but the reference is {reference.image_size}; "
+        first, second = size.split("×")
+        remedy = (
             "set `evaluate.resize` to bring it to their size"
+            if first == second
+            else "give one of their size, since `evaluate.resize` makes squares"
         )
+        warnings.append(f"images are {size} but the reference is {reference.image_size}; {remedy}")
     return warnings

@@ -9,6 +9,8 @@ import torch
 from scipy.linalg import lapack
 from torch import Tensor
 
+ROWS = 2**16  # at once
+
 
 @dataclass(frozen=True)
 class Statistics:
@@ -41,8 +43,12 @@ def feature_statistics(features: Tensor) -> Statistics:
         ValueError: fewer than 2 samples, which have no covariance.
     """
     _check_count(len(features))
-    exact = features.double()
-    return Statistics(exact.mean(dim=0), torch.cov(exact.T).reshape(exact.shape[1], exact.shape[1]))
+    mean = features.mean(dim=0, dtype=torch.float64)
+    products = features.new_zeros(features.shape[1], features.shape[1], dtype=torch.float64)
+    for part in features.split(ROWS):  # all of them in float64 may be twice as large as the memory
+        centred = part.double() - mean
+        products.addmm_(centred.T, centred)
+    return Statistics(mean, products / (len(features) - 1))
 
 
 def _check_count(count: int) -> None:

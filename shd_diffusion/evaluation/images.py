@@ -18,10 +18,10 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from shd_diffusion.data.decoding import centre_square, decode
+from shd_diffusion.data.folder import image_files
 from shd_diffusion.errors import UserError, one_line, printable_path
 from shd_diffusion.files import sha256
 
-SUFFIXES = {".png", ".jpg", ".jpeg"}
 LARGEST_IN_MEMORY = 2**34  # bytes of a compressed array; ImageNet's 50,000 at 256×256 are 0.6 of it
 
 
@@ -81,14 +81,14 @@ class FolderImages(ImageSet):
     Where every file lies in a subfolder, the subfolders are the classes, numbered in their order.
 
     Args:
-        paths: of the files; by default all of the folder and its subfolders, in the order of their paths.
+        paths: of the files; by default all that training would find in the folder, in the order of their paths.
     """
 
     def __init__(self, folder: Path, paths: Sequence[Path] | None = None) -> None:
         self.folder = folder
-        self.paths = paths or sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        self.paths = paths or sorted(map(Path, image_files(folder)[0]))
         if not self.paths:
-            raise UserError(f"{folder}: no PNG or JPEG files here; sample first, or give another folder")
+            raise UserError(f"{folder}: no image files here; sample first, or give another folder")
         groups = [path.relative_to(folder).parts[0] for path in self.paths]
         if all(path.parent != folder for path in self.paths):
             numbers = {group: number for number, group in enumerate(sorted(set(groups)))}
@@ -161,7 +161,7 @@ def open_image_files(path: Path) -> ImageSet:
     images, labels = arrays.get("arr_0"), arrays.get("arr_1")
     if images is None:
         raise UserError(
-            f"{path}: has no images `arr_0` (keys: {', '.join(arrays)}); write it with np.savez(images)"
+            f"{path}: has no images `arr_0` (keys: {', '.join(arrays)}); write it by `np.savez(FILE, images)`"
         )
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         raise UserError(f"{path}: `arr_0` is {images.dtype} {images.shape}; images are uint8 (N, H, W, 3)")

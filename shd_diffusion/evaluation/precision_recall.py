@@ -13,6 +13,12 @@ from torch_fidelity.metric_prc import KEY_METRIC_PRECISION, KEY_METRIC_RECALL, p
 from shd_diffusion.evaluation.metric import Column, Metric, Need
 
 NEIGHBOURS = 3
+DISTANCES = 2**29  # held at once
+
+
+def rows_at_once(*counts: int) -> int:
+    """Of how many samples the distances from all of the others are held: usually 10,000, of large sets fewer."""
+    return max(1, min(10_000, DISTANCES // max(counts)))
 
 
 def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float]:
@@ -25,7 +31,12 @@ def precision_recall(generated: Tensor, reference: Tensor) -> tuple[float, float
     if fewest <= NEIGHBOURS:
         raise ValueError(f"{fewest} samples have no {NEIGHBOURS} neighbours each")
     found = prc_features_to_metric(
-        generated, reference, prc_neighborhood=NEIGHBOURS, save_cpu_ram=True, verbose=False
+        generated,
+        reference,
+        prc_neighborhood=NEIGHBOURS,
+        prc_batch_size=rows_at_once(len(generated), len(reference)),
+        save_cpu_ram=True,
+        verbose=False,
     )
     return found[KEY_METRIC_PRECISION], found[KEY_METRIC_RECALL]
 

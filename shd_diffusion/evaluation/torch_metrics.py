@@ -171,9 +171,15 @@ class FeatureMetric(ImageMetric):
             dim_zero_cat(side).cpu().view(-1, int(self.width)) if len(side) else None
             for side in (self.generated, self.reference)
         )
-        if generated is None or (reference is None and Need.REFERENCE_IMAGES in self.metric.needs):
+        compares = Need.REFERENCE_IMAGES in self.metric.needs
+        if generated is None or (reference is None and compares):
             raise ValueError(
-                f"{type(self).__name__} compares generated with real images: update it with both before"
+                f"{type(self).__name__} "
+                + (
+                    "compares generated with real images: update it with both before"
+                    if compares
+                    else "is of generated images: update it with some before"
+                )
             )
         values = self.metric.compute(MetricInputs({self.role: generated}, None, {}, reference, None))
         found = torch.tensor(values, dtype=torch.float64, device=self.device)

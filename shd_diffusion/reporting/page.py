@@ -6,6 +6,7 @@ import glob
 import re
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain, count
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,9 @@ def write_page(output: Path, template: str, content: Mapping[str, Any], plots: I
         write_text(output, page)
         with replacing_folder(folder) as figures:
             for plot in plots:
-                (figures / f"{plot.name}.png").write_bytes(plot.png)
+                names = chain([plot.name], (f"{plot.name}-{number}" for number in count(2)))
+                files = (figures / f"{name}.png" for name in names)  # runs `a+b` and `a-b` have one name
+                next(file for file in files if not file.exists()).write_bytes(plot.png)
     except OSError as error:
         raise UserError(f"{output}: cannot be written ({error.strerror}); give another --output") from None
 

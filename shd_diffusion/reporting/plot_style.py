@@ -137,14 +137,16 @@ def panel(height: float = 2.7) -> Iterator[tuple[Figure, Axes]]:
 
 def finish(figure: Figure, name: str, description: str, inline: bool = True) -> Plot:
     """Render a figure; to be called inside the `panel` that made it. Only an `inline` one gets an SVG."""
-    name = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-")
+    name = re.sub(r"[^\w.-]+", "-", name).strip("-")
     raster, vector = io.BytesIO(), io.StringIO()
     figure.draw_without_rendering()  # ticks are chosen in the first layout and need room in the second
     figure.savefig(raster, format="png", dpi=180)
     if not inline:
         return Plot(name, description, Markup(), raster.getvalue())
     figure.set_layout_engine("none")  # keeps the layout just found
-    mpl.rcParams["svg.hashsalt"] = name  # identifiers are the plot's own, and the same in every run
+    mpl.rcParams["svg.hashsalt"] = (
+        f"{name} {description}"  # identifiers are the plot's own, and the same in every run
+    )
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(vector, format="svg", transparent=True, metadata=nothing)
     svg = vector.getvalue()

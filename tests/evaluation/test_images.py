@@ -12,6 +12,8 @@ import pytest
 import torch
 from PIL import ExifTags, Image
 
+from shd_diffusion.data.folder import ImageFolder
+from shd_diffusion.data.framing import square
 from shd_diffusion.errors import UserError
 from shd_diffusion.evaluation import images as images_module
 from shd_diffusion.evaluation.images import (
@@ -184,7 +186,7 @@ def test_an_image_of_too_many_pixels_is_one_line(tmp_path, monkeypatch):
 
 def test_files_that_are_no_images_are_refused(pixels, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match=r"empty: no PNG or JPEG files here"):
+    with pytest.raises(UserError, match=r"empty: no image files here"):
         open_image_files(tmp_path / "empty")
     with pytest.raises(UserError, match=r"neither a folder of images nor an \.npz"):
         open_image_files(tmp_path / "missing")
@@ -203,3 +205,20 @@ def test_files_that_are_no_images_are_refused(pixels, tmp_path):
 def test_a_tensor_of_another_type_is_refused():
     with pytest.raises(ValueError, match=r"uint8 \(N, 3, H, W\), not torch.float32 \(1, 3, 8, 8\)"):
         tensor_images(torch.zeros(1, 3, 8, 8), "images")
+
+
+def test_a_folder_has_the_images_that_training_finds(tmp_path):
+    """Of every kind, also behind a link."""
+    elsewhere = tmp_path / "elsewhere"
+    for place, kinds in (
+        (tmp_path / "set" / "a", ("png", "webp", "bmp", "tif")),
+        (elsewhere, ("jpg", "ppm")),
+    ):
+        place.mkdir(parents=True)
+        for number, kind in enumerate(kinds):
+            Image.new("RGB", (8, 8), (number, 0, 0)).save(place / f"{number}.{kind}")
+    (tmp_path / "set" / "b").symlink_to(elsewhere)
+    found = FolderImages(tmp_path / "set")
+    trained_on = ImageFolder(tmp_path / "set", square(8))
+    assert [Path(found.name(i)) for i in range(len(found))] == sorted(map(Path, trained_on.paths))
+    assert found.labels.tolist() == [0] * 4 + [1] * 2

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from shd_diffusion.evaluation import density_coverage as density_coverage_module
+from shd_diffusion.evaluation import precision_recall as precision_recall_module
 from shd_diffusion.evaluation.density_coverage import density_coverage
 from shd_diffusion.evaluation.precision_recall import precision_recall
 
@@ -54,10 +54,12 @@ def test_density_and_coverage_are_their_definitions(sides):
     assert density_coverage(generated, reference) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
 
 
-def test_blocks_do_not_change_the_metrics(sides, monkeypatch):
-    whole = density_coverage(*sides)
-    monkeypatch.setattr(density_coverage_module, "BLOCK", 7)
-    assert density_coverage(*sides) == whole
+@pytest.mark.parametrize("metric", [precision_recall, density_coverage])
+def test_blocks_do_not_change_the_metrics(metric, sides, monkeypatch):
+    whole = metric(*sides)
+    monkeypatch.setattr(precision_recall_module, "DISTANCES", 7 * max(map(len, sides)))
+    assert precision_recall_module.rows_at_once(*map(len, sides)) == 7
+    assert metric(*sides) == whole
 
 
 def test_equals_the_adm_evaluator_in_float32():

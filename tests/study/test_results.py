@@ -119,6 +119,22 @@ def test_the_page_says_what_came_out(results: Results, tmp_path: Path) -> None:
     assert "| short | shd | 3 | 103 (65.4 to 141) | 61 s | 50 | 300 steps, 30 s (2 of 3) |" in tables
 
 
+@pytest.mark.parametrize("names", [("a+b", "a-b"), ("α", "β")])
+def test_plots_of_all_conditions_are_kept(names: tuple[str, str], results: Results, tmp_path: Path) -> None:
+    """Whatever letters a name has, and where two make one file name."""
+    renamed = dict(zip(("short", "long"), names, strict=True))
+    study = results.study.model_copy(update={"conditions": {name: {} for name in names}})
+    outcomes = [replace(o, condition=renamed[o.condition]) for o in results.outcomes]
+    compared = compare_variants(study, outcomes, "fid")
+    other = replace(
+        results, study=study, outcomes=outcomes, rows=make_rows(study, outcomes), comparisons=compared
+    )
+    page = write_study(other, tmp_path / "study.html").read_text()
+    assert page.count("<svg") == len(list((tmp_path / "study-figures").glob("*.png"))) == 9
+    found = re.findall(r'<clipPath id="([^"]+)"', page)
+    assert len(found) == len({*found})
+
+
 def test_many_variants_are_lined_up_with_what_they_cost(results: Results, tmp_path: Path) -> None:
     """From the best of the first condition on; curves are of the best and of the reference alone."""
     others = {
