@@ -16,7 +16,7 @@ from typing import Any, Literal
 import torch
 from diffusers import DiffusionPipeline
 from pydantic import Field
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from shd_diffusion.data.cache_shards import Shard, plan_shards
@@ -43,7 +43,7 @@ from shd_diffusion.files import (
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.models.denoiser import pad
 from shd_diffusion.models.pipeline_folder import find_pipeline
-from shd_diffusion.models.prompts import load_for_prompts
+from shd_diffusion.models.prompts import denoiser_name, load_for_prompts
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce, progress_bar
 from shd_diffusion.section import MOST_AT_ONCE, Arguments, Section
@@ -152,7 +152,8 @@ def _prepare(
     state.wait_for_everyone()
 
     if isinstance(images, Prompts):
-        latents = teacher_latents(config, images, space, manifest["shape"], source)
+        assert isinstance(encoder, CaptionEncoder)
+        latents = teacher_latents(config, images, space, manifest["shape"], source, encoder.pipeline)
     else:
         latents = partial(encode_images, images, space, config)
     mine = shards[state.process_index :: state.num_processes]
@@ -399,9 +400,17 @@ def encode_images(
 
 
 def teacher_latents(
-    config: PrepareConfig, images: Images, space: LatentSpace, shape: list[int], source: str
+    config: PrepareConfig,
+    images: Images,
+    space: LatentSpace,
+    shape: list[int],
+    source: str,
+    opened: DiffusionPipeline,
 ) -> Latents:
     """What lets the teacher sample the latents of prompts, (b, 1, C, h, w); see `Latents`.
+
+    Args:
+        opened: its pipeline without its denoiser's weights, see `load_for_prompts`; all others are used as they are.
 
     Raises:
         UserError: the teacher cannot be loaded, or takes no such arguments.
@@ -409,7 +418,9 @@ def teacher_latents(
     settings, name = config.prepare, str(config.pipeline)
     dtype: torch.dtype = getattr(torch, settings.prompt_dtype)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(name, dtype=dtype).to(processes().device)
+        parts = {part: model for part, model in opened.components.items() if isinstance(model, nn.Module)}
+        del parts[denoiser_name(opened)]
+        pipeline = type(opened).from_pretrained(name, dtype=dtype, **parts).to(processes().device)
         sampler = LatentSampler(
             pipeline, space, images.shape[1:], shape, settings.teacher_sampling, settings.prompt_arguments
         )
