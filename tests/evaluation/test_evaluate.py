@@ -234,6 +234,51 @@ def test_two_processes_extract_what_one_does(digits, tmp_path):
         torch.testing.assert_close(first, load_extractor("digits-classifier")(digits[0][:101]))
 
 
+METRICS_OF_TWO = """
+import json
+import sys
+from pathlib import Path
+from shd_diffusion.config import EvaluateConfig
+from shd_diffusion.data.digits import digits_uint8
+from shd_diffusion.errors import UserError
+from shd_diffusion.evaluation import compute_metrics, evaluate
+from shd_diffusion.processes import processes
+
+rank, config = processes().process_index, EvaluateConfig(extractor="digits-classifier")
+images = digits_uint8()[0][:60].expand(-1, 3, -1, -1)
+if rank:
+    del evaluate._compute  # it does without
+found = compute_metrics(images[:30], images[30:], config)
+Path(sys.argv[1], f"{rank}.json").write_text(json.dumps(found))
+
+
+def refuse(*_):
+    raise UserError("not finite")
+
+
+evaluate._compute = refuse
+try:
+    compute_metrics(images[:30], images[30:], config)
+except UserError as error:
+    assert str(error) == "not finite"
+else:
+    raise AssertionError
+processes().destroy_process_group()
+"""
+
+
+def test_one_process_computes_for_all(digits, tmp_path):
+    script = tmp_path / "metrics.py"
+    script.write_text(METRICS_OF_TWO)
+    launch(2, script, tmp_path)
+    images = digits[0][:60].expand(-1, 3, -1, -1)
+    expected = compute_metrics(images[:30], images[30:], DIGITS)
+    for rank in (0, 1):
+        found = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert found.keys() == expected.keys()
+        assert found["fid"] == pytest.approx(expected["fid"], rel=1e-5)  # other batches, other kernels
+
+
 HALF_KEPT = """
 import os
 import sys
