@@ -45,6 +45,8 @@ class ImageFolder(ImageFiles):
                 f"data.path: {printable_path(folder)}: not a readable folder ({error.strerror}); "
                 "give one of images, or with a sub-folder of them a class"
             ) from None
+        except UserError as error:
+            raise UserError(f"data.path: {error}") from None
         if classes and caption_column is None:
             numbers = {name: number for number, name in enumerate(classes)}
             groups = [os.path.relpath(path, folder).partition(os.sep) for path in self.paths]
@@ -121,9 +123,7 @@ def image_files(folder: Path) -> tuple[list[str], list[str]]:
         for path in (f"{root}{os.sep}{name}" for name in folders):
             real = os.path.realpath(path)
             if real in above[root]:
-                raise UserError(
-                    f"data.path: {printable_path(path)}: links to a folder that it lies in; remove it"
-                )
+                raise UserError(f"{printable_path(path)}: links to a folder that it lies in; remove it")
             above[path] = [*above[root], real]
         files += [f"{root}{os.sep}{name}" for name in names if name.lower().endswith(IMG_EXTENSIONS)]
         metadata += [f"{root}{os.sep}{METADATA}"] if METADATA in names else []

@@ -144,9 +144,8 @@ def finish(figure: Figure, name: str, description: str, inline: bool = True) -> 
     if not inline:
         return Plot(name, description, Markup(), raster.getvalue())
     figure.set_layout_engine("none")  # keeps the layout just found
-    mpl.rcParams["svg.hashsalt"] = (
-        f"{name} {description}"  # identifiers are the plot's own, and the same in every run
-    )
+    # identifiers are the plot's own, and the same in every run
+    mpl.rcParams["svg.hashsalt"] = f"{name} {description}"
     nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     figure.savefig(vector, format="svg", transparent=True, metadata=nothing)
     svg = vector.getvalue()

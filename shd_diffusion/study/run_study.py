@@ -31,9 +31,8 @@ def run_study(study: StudyConfig, output: Path, command_line: str) -> Path:
     for each in planned:
         check_outside(output, each.config.reads)
     known, ended = read_known(study, planned).outcomes, Ended()
-    if (
-        study.budget.runs != 0
-    ):  # without, what there is is written up, also while another command carries it out
+    # of none begun, what there is is written up, also while another command is at work
+    if study.budget.runs != 0:
         ended = carry_out(study, planned, known, output, command_line)
     results = collect(study, planned, read_known(study, planned))  # again, as there is a teacher now
     write_results(results, output)
