@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
@@ -59,7 +60,8 @@ class OutputDistillation(Term):
         assert target is not None
         if scale is not None:
             assert null is not None
-            target, null = target.float(), null.float()  # guidance multiplies rounding
+            exact = torch.promote_types(target.dtype, torch.float32)  # guidance multiplies rounding
+            target, null = target.to(exact), null.to(exact)
             target = null + scale * (target - null)
         process, timesteps, weights = outputs.process, outputs.batch.timesteps, None
         if self.config.truncated_snr:

@@ -255,9 +255,8 @@ def test_a_run_too_slow_for_a_time_is_left_out_there(results: Results, tmp_path:
     write_study(written, tmp_path / "study.html")
     assert "| short | mean | 2 | 112 (80.7 to 144) | – |" in (tmp_path / "study.md").read_text()
     write_results(written, tmp_path)
-    run = Planned(
-        "short", "mean", 0, RunFolder(tmp_path / "none"), read_config(DISTILL_CONFIG, DistillConfig), ()
-    )
+    config = read_config(DISTILL_CONFIG, DistillConfig, [f"teacher.path={tmp_path / 'teacher'}"])
+    run = Planned("short", "mean", 0, RunFolder(tmp_path / "none"), config, ())
     known = {"known": [str(tmp_path / "study.json")]}
     assert read_known(study.model_copy(update=known), [run]).outcomes  # asked for there, and too slow
     with pytest.raises(UserError, match="`short mean seed 0` has no `validation_fid_after_9_s`"):
