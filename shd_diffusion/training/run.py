@@ -207,12 +207,8 @@ def open_run(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, sour
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     parts = build(config, source, data)
-    inputs = {"data": data.fingerprint(), "diffusion": json_sha256(settings_of(parts.process.scheduler))}
-    if parts.teacher is not None:
-        inputs["teacher.path"] = hash_model(parts.teacher.model)
-    key, trained = model_section(config)
-    if trained.pretrained is not None:
-        inputs[f"{key}.pretrained"] = hash_model(parts.model)
+    # one reads for all: files by the million, weights by the gigabyte
+    (inputs,) = broadcast_object_list([_hash_inputs(parts) if accelerator.is_main_process else {}])
     folder.check_inputs(config, inputs)
     try:
         vae, validation = None, None
@@ -235,6 +231,18 @@ def open_run(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, sour
     except (UserError, ValueError) as error:
         raise UserError(f"{source}: {error}") from error
     return Run(folder, parts, sampler, vae, validation, accelerator, inputs)
+
+
+def _hash_inputs(parts: Parts) -> dict[str, str]:
+    """Hashes of what a run begins with, by the key of the config that names it."""
+    process = json_sha256(settings_of(parts.process.scheduler))
+    inputs = {"data": parts.data.fingerprint(), "diffusion": process}
+    if parts.teacher is not None:
+        inputs["teacher.path"] = hash_model(parts.teacher.model)
+    key, trained = model_section(parts.config)
+    if trained.pretrained is not None:
+        inputs[f"{key}.pretrained"] = hash_model(parts.model)
+    return inputs
 
 
 def _load_vae(data: Source) -> ModelMixin | None:
