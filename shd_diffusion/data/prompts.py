@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 from torch import Tensor
 
 from shd_diffusion.data.captions import captions_of_text
-from shd_diffusion.data.hub import caption_table, captions_at, load_table
+from shd_diffusion.data.hub import caption_hashes, caption_table, captions_at, load_table
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.errors import UserError, printable_path
 from shd_diffusion.files import json_sha256
@@ -52,7 +53,9 @@ class Prompts(Images):
         return f"{printable_path(self.path)}: prompt {index}"
 
     def fingerprint(self) -> str:
-        return json_sha256(self.lines if self.caption_column is None else self.table._fingerprint)
+        if self.caption_column is None:
+            return json_sha256(self.lines)
+        return hashlib.sha256(b"".join(caption_hashes(self.table, self.caption_column))).hexdigest()
 
 
 def no_images(path: str | None) -> UserError:

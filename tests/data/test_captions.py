@@ -313,11 +313,15 @@ def test_prompts_of_a_text_file(tmp_path: Path):
     assert open_dataset(prompts_of(path)).fingerprint() != before
 
 
-def test_prompts_of_a_column(write_table: Callable[..., Path]):
+def test_prompts_of_a_column(write_table: Callable[..., Path], tmp_path: Path):
     path = write_table(caption=["one", "two", "three"], many=[["a"], ["b", "c"], ["d"]])
     found = open_dataset(prompts_of(path, caption_column="many"))
     assert len(found) == 3 and found.captions(1) == ["b", "c"]
     assert found.fingerprint() != open_dataset(prompts_of(path, caption_column="caption")).fingerprint()
+    folder = path if path.is_dir() else path.parent
+    copied = shutil.copytree(folder, tmp_path / "copied", copy_function=shutil.copyfile)  # of another time
+    again = prompts_of(copied if path.is_dir() else copied / path.name, caption_column="many")
+    assert open_dataset(again).fingerprint() == found.fingerprint()
     refused(lambda: open_dataset(prompts_of(path, caption_column="mane")), "did you mean `many`?")
 
 
