@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import atexit
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cache
+from typing import Any, TypeVar
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.progress import announce
+
+Found = TypeVar("Found")
 
 
 def processes() -> PartialState:
@@ -42,6 +47,20 @@ def processes() -> PartialState:
     if state.is_main_process:
         tell_launch(state.num_processes, state.device.type)
     return state
+
+
+def by_main_process(find: Callable[[], Found]) -> Found:
+    """What the main process finds, in every process, and so what a person can fix. Every process must call this."""
+    found: tuple[Any, UserError | None] = None, None
+    if processes().is_main_process:
+        try:
+            found = find(), None
+        except UserError as error:
+            found = None, error
+    ((value, fault),) = broadcast_object_list([found])
+    if fault is not None:
+        raise fault
+    return value
 
 
 @cache

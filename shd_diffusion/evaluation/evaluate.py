@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from shd_diffusion.config import EvaluateConfig
@@ -31,7 +30,7 @@ from shd_diffusion.evaluation.references import (
     data_of,
     open_reference,
 )
-from shd_diffusion.processes import processes
+from shd_diffusion.processes import by_main_process, processes
 
 
 def compute_metrics(
@@ -101,7 +100,9 @@ def compute_metrics(
         prompts,
         captions,
     )
-    entries = _entries(metrics, inputs)
+    entries = by_main_process(  # the others would need as much memory again
+        lambda: {key: entry for metric in metrics for key, entry in _compute(metric, inputs).items()}
+    )
     own: dict[str, Any] = {metric.name: metric.protocol(inputs) for metric in metrics if metric.protocol}
     if clip is not None and (image_text is not None or clip is extractor):
         own["clip_model"] = _encoder(clip).protocol()
@@ -196,20 +197,6 @@ def _possible_needs(
     }
     wanted = OF_THE_IMAGES.union(provided(config, extractor.spec), {Need.IMAGE_TEXT})
     return {need for need in wanted if met.get(need, True)}
-
-
-def _entries(metrics: list[Metric], inputs: MetricInputs) -> dict[str, Any]:
-    """The entries of all metrics, in every process; one computes, as the others would need as much memory again."""
-    found: dict[str, Any] | str = {}
-    if processes().is_main_process:
-        try:
-            found = {key: entry for metric in metrics for key, entry in _compute(metric, inputs).items()}
-        except UserError as error:
-            found = str(error)
-    (found,) = broadcast_object_list([found])
-    if isinstance(found, str):
-        raise UserError(found)
-    return found
 
 
 def _compute(metric: Metric, inputs: MetricInputs) -> dict[str, Any]:

@@ -14,12 +14,12 @@ import shutil
 from pathlib import Path
 
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from safetensors.torch import load_file
 from torch import nn
 
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import json_sha256, read_json, replacing_folder, save_tensors, sha256, write_json
+from shd_diffusion.processes import by_main_process
 from shd_diffusion.progress import announce
 from shd_diffusion.training.train_state import TrainState, gather, scatter
 
@@ -49,26 +49,21 @@ class CheckpointFolder:
         Raises:
             UserError: there are some, but none can be used.
         """
-        found: list[int | str] = [0]
-        if self.accelerator.is_main_process:
-            steps = checkpoint_steps(self.folder)
-            for step in reversed(steps):
-                path = checkpoint_path(self.folder, step)
-                damage = self.find_damage(path, max_steps)
-                if damage is None:
-                    found = [step]
-                    break
-                if step != steps[0]:
-                    announce(f"{path}: {damage}; using the checkpoint before it")
-                else:
-                    found = [
-                        f"{path}: {damage}, and no other checkpoint can be used; give another --output, or delete "
-                        f"{self.folder} to begin anew"
-                    ]
-        (step_or_fault,) = broadcast_object_list(found)
-        if isinstance(step_or_fault, str):
-            raise UserError(step_or_fault)
-        return step_or_fault
+        return by_main_process(lambda: self._latest(max_steps))
+
+    def _latest(self, max_steps: int) -> int:
+        steps = checkpoint_steps(self.folder)
+        for step in reversed(steps):
+            path = checkpoint_path(self.folder, step)
+            if (damage := self.find_damage(path, max_steps)) is None:
+                return step
+            if step == steps[0]:
+                raise UserError(
+                    f"{path}: {damage}, and no other checkpoint can be used; give another --output, or delete "
+                    f"{self.folder} to begin anew"
+                )
+            announce(f"{path}: {damage}; using the checkpoint before it")
+        return 0
 
     def find_damage(self, path: Path, max_steps: int) -> str | None:
         """What is wrong with a checkpoint; None if it is as it was written, in this run."""

@@ -28,7 +28,7 @@ from shd_diffusion.models.denoiser import count_parameters, num_classes
 from shd_diffusion.models.factory import load_model
 from shd_diffusion.models.forward_process import settings_of
 from shd_diffusion.models.quantised import put_on_grid
-from shd_diffusion.processes import processes
+from shd_diffusion.processes import by_main_process, processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder, run_name
 from shd_diffusion.sampling import check_sampling, save_pipeline
@@ -97,8 +97,8 @@ def train(
     folder = RunFolder(output)
     folder.check(config, moved=True)
     check_outside(output, config.reads)
-    lost = folder.is_complete(config) and not folder.pipeline.is_dir()
-    complete = folder.is_complete(config) and not lost
+    ended = folder.is_complete(config)
+    complete = ended and folder.pipeline.is_dir()
     run = None if complete and not folder.reads_elsewhere(config) else open_run(config, folder, source)
     if run is None or complete:
         run = None  # its models make room
@@ -116,7 +116,7 @@ def train(
     with locked(folder.path, run.accelerator):
         folder.check(config, moved=True)  # again, as another command may have been here meanwhile
         start = _checkpoints(run).latest(config.train.max_steps)
-        if lost and start < config.train.max_steps:
+        if ended and start < config.train.max_steps:
             raise UserError(
                 f"{folder.pipeline}: has no pipeline any more, nor has {folder.checkpoints} its last step; give "
                 "another --output, or delete the folder"
@@ -207,8 +207,7 @@ def open_run(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, sour
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
     parts = build(config, source, data)
-    # one reads for all: files by the million, weights by the gigabyte
-    (inputs,) = broadcast_object_list([_hash_inputs(parts) if accelerator.is_main_process else {}])
+    inputs = by_main_process(partial(_hash_inputs, parts))  # files by the million, weights by the gigabyte
     folder.check_inputs(config, inputs)
     try:
         vae, validation = None, None
