@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from shd_diffusion.compression.compress import block_plans
 from shd_diffusion.compression.narrow import squeeze_into
 from shd_diffusion.config import DistillConfig, override_config, read_config
 from shd_diffusion.data.datasets import build_source, reference_images
@@ -27,7 +28,7 @@ from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.open_pipeline import open_pipeline
 from shd_diffusion.sampling.sample_run import sample_pipeline
 from shd_diffusion.squeezing.channels import Reader
-from shd_diffusion.squeezing.plan import PLANS_FILE, plan_groups, plans_to_json
+from shd_diffusion.squeezing.plan import PLANS_FILE, plans_to_json
 from shd_diffusion.training.build import build
 from shd_diffusion.training.calibration import calibration_batches
 from shd_diffusion.training.run import train
@@ -95,7 +96,7 @@ def _begin(settings: DistillConfig, name: str, folder: Path) -> dict[str, float]
         batches = calibration_batches(settings, model, parts.data, parts.process, CALIBRATION_IMAGES)
         began = time.perf_counter()
         lost, groups = squeeze_into(student, model, batches, predict, parts.origins, **arguments)
-        plans = {block: plan_groups(of_block) for block, of_block in groups.items()}
+        plans = block_plans(groups, parts.origins)
         write_text(folder / PLANS_FILE, plans_to_json(plans))  # SHD goes by them
         found = {"lost": lost, "seconds": round(time.perf_counter() - began, 1)}
     student.save_pretrained(folder)

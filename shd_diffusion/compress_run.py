@@ -14,7 +14,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from shd_diffusion.attention import attention_blocks
 from shd_diffusion.compression.attention import HeadOptions, Method
 from shd_diffusion.compression.budget import Budget, ShapePlan, plan_shape
-from shd_diffusion.compression.compress import Counts, Part, compress
+from shd_diffusion.compression.compress import Counts, Part, block_plans, compress
 from shd_diffusion.compression.costs import cost_of
 from shd_diffusion.compression.describe import readme
 from shd_diffusion.compression.walk import Batch, first_sample
@@ -31,7 +31,7 @@ from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import save_pipeline
-from shd_diffusion.squeezing.plan import PLANS_FILE, plan_groups, plans_to_json
+from shd_diffusion.squeezing.plan import PLANS_FILE, plans_to_json
 from shd_diffusion.summary import Summary
 from shd_diffusion.training.build import check_data
 from shd_diffusion.training.calibration import calibration_batches
@@ -49,6 +49,7 @@ class Calibration:
         source: of the data.
         scheduler: of the forward process.
         batches: noised as in training.
+        vae: that its pipeline by class decodes latents by; None for pixels, and where the pipeline has its own.
     """
 
     path: str
@@ -58,6 +59,7 @@ class Calibration:
     source: Source
     scheduler: SchedulerMixin
     batches: list[Batch]
+    vae: ModelMixin | None
 
 
 def calibrate(
@@ -82,9 +84,13 @@ def calibrate(
         process = ForwardProcess.from_scheduler(scheduler)
     except ValueError as error:
         raise UserError(f"{path}: cannot be compressed by this config's data ({error})") from error
+    if teacher.pipeline is not None:
+        teacher.pipeline.local()  # what the result is saved with is had first: nothing that follows can miss it
+    own = isinstance(source, LatentSource) and source.prompts_sha256 is None
+    vae = source.load_vae() if own and isinstance(source, LatentSource) else None
     size = min(64, config.train.micro_batch_size or 64)
     batches = calibration_batches(config, model, source, process, images, size, timestep_weights)
-    return Calibration(path, config, teacher, model, source, scheduler, batches)
+    return Calibration(path, config, teacher, model, source, scheduler, batches, vae)
 
 
 def plan_run(calibration: Calibration, budget: Budget) -> ShapePlan:
@@ -148,9 +154,6 @@ def compress_run(
         )
     except ValueError as error:
         raise UserError(f"{path}: cannot be compressed so: {error}") from error
-    source, vae = calibration.source, None
-    if isinstance(source, LatentSource) and source.prompts_sha256 is None:
-        vae = source.load_vae()  # a pipeline by prompts has its own
     results = {
         "teacher": path,
         "images": sum(len(noised) for noised, *_ in calibration.batches),
@@ -169,11 +172,19 @@ def compress_run(
         results["dtype"] = str(dtype).removeprefix("torch.")
     with locked(output), replacing_folder(output) as temporary:
         check_output(output)  # again, as another command may have been here meanwhile
-        scheduler, names = calibration.scheduler, source.class_names
-        save_pipeline(found.model, teacher.pipeline, scheduler, vae, source.shape, temporary, names)
+        source, scheduler = calibration.source, calibration.scheduler
+        save_pipeline(
+            found.model,
+            teacher.pipeline,
+            scheduler,
+            calibration.vae,
+            source.shape,
+            temporary,
+            source.class_names,
+        )
         write_json(temporary / "compression.json", results)
         if method == "merge":
-            plans = {name: plan_groups(groups) for name, groups in found.groups.items()}
+            plans = block_plans(found.groups, found.origins)
             write_text(temporary / PLANS_FILE, plans_to_json(plans))
         write_text(temporary / "README.md", readme(results, teacher.pipeline, found.model))
         _describe_run(RunFolder(temporary), output.name, calibration, found.model)

@@ -55,7 +55,8 @@ def refusal(error: BaseException) -> str | None:
 
 
 _OUT_OF_MEMORY = re.compile(
-    r"^OutOfMemoryError|^RuntimeError: .*(can't allocate memory|bad_alloc)", re.DOTALL
+    r"^OutOfMemoryError|^(Runtime|Accelerator)Error: .*(can't allocate memory|bad_alloc|out of memory|_ALLOC_FAILED)",
+    re.DOTALL,
 )
 
 

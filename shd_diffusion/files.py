@@ -57,37 +57,27 @@ def replacing_file(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def replacing_folder(path: Path, processes: Processes | None = None) -> Iterator[Path]:
+def replacing_folder(path: Path) -> Iterator[Path]:
     """As `replacing_file`, for a folder with all that it holds, which is on disk before it gets its name.
 
     All in it may be read by whom the umask says, whatever libraries have made of that.
-
-    Several processes may write into one folder: each enters with its `processes` (an accelerator will do).
     """
     temporary = path.with_name(f".{path.name}.tmp")
-    leads = processes is None or processes.is_main_process
-    wait = processes.wait_for_everyone if processes else lambda: None
-    if leads:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    wait()
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
     try:
         with naming(path):
             yield temporary
-            wait()
-            if leads:
-                mode = temporary.stat().st_mode
-                for inside in temporary.rglob("*"):
-                    inside.chmod(mode if inside.is_dir() else mode & 0o666)
-                    if inside.is_file():
-                        _sync(inside)
-                shutil.rmtree(path, ignore_errors=True)
-                temporary.replace(path)
-                _sync(path.parent)
-        wait()
+            mode = temporary.stat().st_mode
+            for inside in temporary.rglob("*"):
+                inside.chmod(mode if inside.is_dir() else mode & 0o666)
+                if inside.is_file():
+                    _sync(inside)
+            shutil.rmtree(path, ignore_errors=True)
+            temporary.replace(path)
+            _sync(path.parent)
     finally:
-        if leads:
-            shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextmanager

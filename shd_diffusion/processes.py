@@ -31,7 +31,7 @@ def processes() -> PartialState:
     try:
         launched = int(os.environ.get("WORLD_SIZE", 1))
         # Who dies takes the others down by the launcher; who is slow, over images or shards, is waited for.
-        state = PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=7))
+        state = PartialState(cpu=not _has_accelerator(), timeout=timedelta(days=7))
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"WORLD_SIZE, RANK, MASTER_ADDR: processes cannot be joined by these ({one_line(error)}); launch them by "
@@ -47,6 +47,11 @@ def processes() -> PartialState:
     if state.is_main_process:
         tell_launch(state.num_processes, state.device.type)
     return state
+
+
+def _has_accelerator() -> bool:
+    """Whether there is one to compute on: Apple's have no float64, in which noise levels and least squares are."""
+    return torch.accelerator.is_available() and not torch.backends.mps.is_available()
 
 
 def by_main_process(find: Callable[[], Found]) -> Found:

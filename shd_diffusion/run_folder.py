@@ -49,8 +49,17 @@ FREE = (
 PLACES = ("data.path", "teacher.path", "pipeline", "model.pretrained", "student.pretrained")
 
 
+PIPELINE = "pipeline"
+"""Where its pipeline is, in a run's folder."""
+
 STEPS = "steps"
 """Where checkpoints that were looked at are, in a run's folder."""
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """Steps of which there is a checkpoint, in ascending order; other names are left out."""
+    names = (path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ()
+    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-[0-9]{8,}", name))
 
 
 def as_step(checkpoint: str) -> int:
@@ -114,7 +123,7 @@ class RunFolder:
     @property
     def pipeline(self) -> Path:
         """The folder itself where `compress` made it."""
-        return self.path if (self.path / "model_index.json").is_file() else self.path / "pipeline"
+        return self.path if (self.path / "model_index.json").is_file() else self.path / PIPELINE
 
     @property
     def samples(self) -> Path:
@@ -146,7 +155,7 @@ class RunFolder:
         Raises:
             UserError: it is no number, or nothing was sampled of it.
         """
-        steps = sorted(int(path.name[5:]) for path in self.steps.glob("step-*"))
+        steps = checkpoint_steps(self.steps)
         step = (steps or [0])[-1] if checkpoint == "latest" else as_step(checkpoint)
         if step not in steps:
             raise UserError(

@@ -193,5 +193,10 @@ def test_a_refusal_of_the_machine_is_no_fault_of_the_project() -> None:
     assert all(
         "out of memory" in str(refusal(error)) for error in (memory, of_torch, torch.OutOfMemoryError("CUDA"))
     )
+    for told in (
+        "CUDA error: out of memory",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate`",
+    ):
+        assert "out of memory" in str(refusal(RuntimeError(told)))
     for fault in (RuntimeError("shapes"), ValueError("x"), KeyError("x"), OSError("no number")):
         assert refusal(fault) is None

@@ -23,9 +23,9 @@ _KERNEL_INSTEAD = {
     "SlicedAttnProcessor": "AttnProcessor2_0",
     "AttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
     "SlicedAttnAddedKVProcessor": "AttnAddedKVProcessor2_0",
-    "CustomDiffusionAttnProcessor": "CustomDiffusionAttnProcessor2_0",
-    "IPAdapterAttnProcessor": "IPAdapterAttnProcessor2_0",
 }
+# Those that have weights of their own, which no other processor has, or attend to images beside the text.
+_NO_KERNEL = ("CustomDiffusionAttnProcessor", "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +94,11 @@ def text_keys(model: nn.Module, record: AttentionRecord) -> range | None:
 
 
 def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | None:
-    """Weight (C, H·d) of the projection behind the heads; None where the stream ends in the block."""
+    """Weight (C, H·d) of the projection behind the heads; None where the stream ends in the block.
+
+    Raises:
+        ValueError: the projection multiplies by something else than a weight.
+    """
     module: Any = model.get_submodule(name)
     if stream == CONTEXT and _two_queries(module):
         context: Any = _first(module, "to_add_out", "txt_attn_proj")
@@ -111,7 +115,15 @@ def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | N
         projection = getattr(parent, "proj_out", None)
     if isinstance(projection, (nn.ModuleList, nn.Sequential)):
         projection = projection[0]
+    if hasattr(projection, "base_layer"):
+        raise ValueError(
+            f"{type(projection).__name__} adds to the output projection; fuse the LoRA and unload it"
+        )
     weight: Tensor = projection.weight
+    if not weight.is_floating_point():
+        raise ValueError(
+            f"its output projection is quantised to {weight.dtype}; load the model in floating point"
+        )
     width = _heads(module) * _head_dim(module)
     return weight[:, :width] if weight.shape[1] > width else weight
 
@@ -142,6 +154,8 @@ def _describe(model: nn.Module, name: str, module: Any) -> AttentionBlock:
     except (AttributeError, TypeError, IndexError) as error:
         lacks = f"{type(module).__name__} is of an unknown layout: {error}"
         return AttentionBlock(name, "self", 0, 0, 0, lacks)
+    except ValueError as error:
+        return AttentionBlock(name, "self", 0, 0, 0, str(error))
     reason = _reason(module)
     kind: Kind = _kind(module) if reason is None else "self"
     return AttentionBlock(name, kind, heads, _key_value_heads(module, heads, head_dim), head_dim, reason)
@@ -186,6 +200,8 @@ def _reason(module: Any) -> str | None:
         return LINEAR
     if name in _KERNEL_INSTEAD:
         return f"{name} calls no attention kernel; call set_processor({_KERNEL_INSTEAD[name]}()) on it"
+    if name in _NO_KERNEL:
+        return f"{name} attends by weights of its own; unload the adapter"
     if name.startswith("XFormers") and not is_xformers_available():
         return f"{name} needs xformers; pip install 'shd-diffusion[xformers]'"
     if getattr(module, "use_differential", False):

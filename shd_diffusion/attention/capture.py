@@ -63,6 +63,11 @@ class AttentionCapture:
         for name, tap in self._taps.items():
             remove(self._model.get_submodule(name), tap)
 
+    def forget(self) -> None:
+        """Let go of the last pass, whose queries, keys and values are held as long as the capture is."""
+        for tap in self._taps.values():
+            tap.notes = None
+
     @property
     def records(self) -> dict[str, AttentionRecord]:
         """Records of the last forward pass by name, in order of depth; empty before the first.

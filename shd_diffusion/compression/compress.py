@@ -38,7 +38,7 @@ from shd_diffusion.compression.walk import (
 from shd_diffusion.models.layouts import feed_forwards
 from shd_diffusion.models.squeezed import declare_shape, shape, squeezed_class
 from shd_diffusion.squeezing.blocks import blocks_to_remove
-from shd_diffusion.squeezing.plan import Round
+from shd_diffusion.squeezing.plan import BlockPlan, Round, plan_groups
 
 Counts: TypeAlias = int | float | Mapping[str, int] | None
 """A count for every module, a share of what each has, counts by module path in the teacher, or None: all of them."""
@@ -76,12 +76,14 @@ class CompressedModel:
         parts: in the order in which they were squeezed.
         lost: |teacher's prediction - its own|² / |teacher's prediction|² on the calibration batches.
         groups: by module path in the model, the teacher's heads behind each head of an attention block that lost some.
+        origins: the teacher's path of each block by its own, where blocks left.
     """
 
     model: ModelMixin
     parts: tuple[Part, ...]
     lost: float
     groups: Mapping[str, Round]
+    origins: Mapping[str, str]
 
 
 @torch.no_grad()
@@ -142,10 +144,10 @@ def compress(
     if blocks is not None:
         origins = _squeeze_depth(student, blocks, held, predict, tell)
     stock = shape(student)
-    wanted = {name: asked[_origin(name, origins)] for name in stock if _origin(name, origins) in asked}
+    wanted = {name: asked[origin(name, origins)] for name in stock if origin(name, origins) in asked}
 
     predicted: tuple[list[Tensor], list[Tensor]] = [], []
-    of_teacher = {name: _origin(name, origins) for name in wanted}
+    of_teacher = {name: origin(name, origins) for name in wanted}
     walk = walk_beside(
         teacher,
         student,
@@ -177,7 +179,13 @@ def compress(
         student.register_to_config(**plain_shape)
     else:
         declare_shape(student, stock)
-    return CompressedModel(student, tuple(parts), relative_change(predicted[1], predicted[0]), groups)
+    lost = relative_change(predicted[1], predicted[0])
+    return CompressedModel(student, tuple(parts), lost, groups, origins)
+
+
+def block_plans(groups: Mapping[str, Round], origins: Mapping[str, str]) -> dict[str, BlockPlan]:
+    """The plans by which heads merged, by block; see `CompressedModel`."""
+    return {name: BlockPlan(plan_groups(merged), origin(name, origins)) for name, merged in groups.items()}
 
 
 # --- what is asked for --------------------------------------------------------------------------------------
@@ -276,8 +284,8 @@ def _wanted(have: Mapping[str, int], counts: Counts, what: str) -> dict[str, int
 # --- depth ------------------------------------------------------------------------------------------------
 
 
-def _origin(name: str, origins: Mapping[str, str]) -> str:
-    """A module's path before blocks left."""
+def origin(name: str, origins: Mapping[str, str]) -> str:
+    """The teacher's path of a module, from that of each block that is another there."""
     for block, before in origins.items():
         if name.startswith(f"{block}."):
             return before + name.removeprefix(block)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from shd_diffusion.compression.block_features import Features
 from shd_diffusion.compression.head_weights import has_bias, output_columns, write_output, write_values
 from shd_diffusion.models.layouts import Slice, head_layout
-from shd_diffusion.squeezing.heads import RIDGE, merge_values, refit_heads, value_bases
-from shd_diffusion.squeezing.moments import Moments, ridge, share, solve
+from shd_diffusion.squeezing.heads import merge_values, refit_heads, value_bases
+from shd_diffusion.squeezing.moments import RIDGE, Moments, ridge, share, solve
 from shd_diffusion.squeezing.plan import Round
 from shd_diffusion.squeezing.shared_keys import key_value_counts
 

@@ -79,6 +79,7 @@ class Lockstep:
 
         Raises:
             RuntimeError: the passes came to different modules.
+            ValueError: the machine has no more threads.
             Exception: what the model raised.
         """
         calls = [call for each in self._passes if (call := each.advance()) is not None]
@@ -122,8 +123,15 @@ class _Pass:
         if self.ended:
             return None
         if self.thread is None:
-            self.thread = _Thread(self)
-            self.thread.start()
+            thread = _Thread(self)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                raise ValueError(
+                    f"each calibration batch takes a thread ({error}); take fewer images, or a larger "
+                    "`train.micro_batch_size`"
+                ) from error
+            self.thread = thread
         else:
             self.go.release()
         self.paused.acquire()

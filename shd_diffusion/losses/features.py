@@ -94,6 +94,10 @@ class FeatureTerm(Term):
         for (name, by), projector in zip(self.pairs.items(), self.projectors, strict=True):
             features, target = matched_tokens(student.outputs, name, teacher.outputs, by, size)
             counted = student.records[self.rows[name]].counted if name in self.rows else None
+            if (
+                counted is not None
+            ):  # where a block of a single stream puts out two, the text's rows are the first
+                counted = counted[:, : features.shape[1]]
             yield projector(features), target, counted
 
     def forward(self, outputs: StepOutputs) -> Tensor:
@@ -201,10 +205,14 @@ def rows_of_outputs(names: Iterable[str], attentions: Mapping[str, str], trace: 
     """
     rows = {}
     for name in names:
-        attention = attentions[name.partition(":")[0]]
-        record = trace.records.get(f"{attention}{CONTEXT}" if name in trace.text_outputs else attention)
-        count = tokens(trace.outputs[name]).shape[1]
-        if name in trace.padded_outputs and record is not None and record.query.shape[2] == count:
+        attention, is_text = attentions[name.partition(":")[0]], name in trace.text_outputs
+        own = trace.records.get(f"{attention}{CONTEXT}") if is_text else None
+        record = own or trace.records.get(attention)
+        if record is None or name not in trace.padded_outputs:
+            continue
+        count, queries = tokens(trace.outputs[name]).shape[1], record.query.shape[2]
+        single = is_text and own is None and record.own_keys is None
+        if count == queries or (single and count < queries):
             rows[name] = record.name
     return rows
 

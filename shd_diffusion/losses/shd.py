@@ -32,7 +32,15 @@ from shd_diffusion.operations import is_readable
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.matching import match_merges
 from shd_diffusion.squeezing.merge_weights import Granularity, Squeezer, prepare_squeezer
-from shd_diffusion.squeezing.plan import Merge, Plan, check_merge, check_plan, parse_plan, plan_merges
+from shd_diffusion.squeezing.plan import (
+    BlockPlan,
+    Merge,
+    Plan,
+    check_merge,
+    check_plan,
+    parse_plan,
+    plan_merges,
+)
 
 
 class SHDConfig(MappedTermConfig):
@@ -99,7 +107,7 @@ class SHDLoss:
 
     def __init__(self, config: SHDConfig | None = None, seed: int = 0) -> None:
         self.config, self.seed = config or SHDConfig(), seed
-        self.plans: dict[str, Plan] = {}
+        self.plans: dict[str, BlockPlan] = {}
         self.last: tuple[tuple[str, ...], Tensor] | None = None
         self._squeezers: dict[str, tuple[Tensor, int, Plan, Squeezer]] = {}
 
@@ -238,7 +246,7 @@ class SHDLoss:
         pairing, block = self.config.pairing, name.partition(":")[0]  # whose streams share its heads
         known = self.plans.get(name, self.plans.get(block))
         if known is not None and pairing in (None, "matched"):
-            return known
+            return known.plan
         if pairing == "matched":
             raise ValueError(f"no matched plan for block {name}: calibrate the loss, or load its plans")
         return parse_plan(pairing) if isinstance(pairing, list) else plan_merges(heads, target)
@@ -246,7 +254,7 @@ class SHDLoss:
     # --- matched plans, and what the loss compares -------------------------------------------------------------
 
     @torch.no_grad()
-    def calibrate(self, batches: Iterable[tuple[Records, Records]]) -> dict[str, Plan]:
+    def calibrate(self, batches: Iterable[tuple[Records, Records]]) -> dict[str, BlockPlan]:
         """Find `plans` for `pairing="matched"` on a few batches of (teacher records, student records).
 
         Returns:
@@ -254,8 +262,10 @@ class SHDLoss:
         """
         seen: dict[str, list[AttentionRecord]] = {}
         heads: dict[str, int] = {}
+        pairs: dict[str, str] = {}
         for teacher_records, student_records in batches:
-            for name, by in self.pairs(teacher_records, student_records).items():
+            pairs = self.pairs(teacher_records, student_records)
+            for name, by in pairs.items():
                 seen.setdefault(name, []).append(teacher_records[by])
                 heads[name] = student_records[name].heads
         for name, records in seen.items():
@@ -263,9 +273,10 @@ class SHDLoss:
             weight = records[0].output_weight.to(records[0].query.device)
             strategy = self.config.granularity, self.config.merge, self.config.coefficient
             try:
-                self.plans[name] = match_merges(batches_of_block, weight, heads[name], *strategy)
+                plan = match_merges(batches_of_block, weight, heads[name], *strategy)
             except ValueError as error:
                 raise ValueError(f"block {name}: {error}") from error
+            self.plans[name] = BlockPlan(plan, pairs[name])
         return self.plans
 
     @torch.no_grad()
@@ -312,21 +323,27 @@ class SHD(Term):
             except ValueError as error:
                 raise ValueError(f"block {name}: {error}") from error
 
-    def take_plans(self, plans: Mapping[str, Plan]) -> None:
+    def take_plans(self, plans: Mapping[str, BlockPlan]) -> None:
         """Squeeze by the plans that the student's own heads were merged by, unless another pairing is asked for.
 
         Args:
             plans: by student block.
 
         Raises:
-            ValueError: the teacher has other heads than those that merged.
+            ValueError: the teacher has other heads than those that merged, or a block learns from another than the one
+                whose heads merged into its own.
         """
         for name, heads in self.heads.items():
-            plan = plans.get(name.partition(":")[0])
-            if plan is None or self.config.pairing is not None:
+            known, by = plans.get(name.partition(":")[0]), self.pairs[name].partition(":")[0]
+            if known is None or self.config.pairing is not None:
                 continue
+            if known.teacher not in (None, by):
+                raise ValueError(
+                    f"block {name} has merged heads of the teacher's {known.teacher} and learns from {by}; give "
+                    "`layer_map` the blocks that stayed, or set `adjacent` or `matched`"
+                )
             try:
-                check_plan(plan, *heads)
+                check_plan(known.plan, *heads)
             except ValueError as error:
                 raise ValueError(
                     f"the student was squeezed from another teacher: block {name}: {error}; set `adjacent` or `matched`"

@@ -6,7 +6,7 @@ import argparse
 import math
 import pickle
 import re
-from collections.abc import Iterable
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Literal
 
@@ -249,9 +249,9 @@ def _sincos(model: ModelMixin) -> Tensor:
     return get_2d_sincos_pos_embed(width, grid, base_size=grid)[None]
 
 
-def _listed(keys: Iterable[str], limit: int = 20) -> str:
-    names = sorted(keys)
-    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")
+def _listed(keys: Collection[str]) -> str:
+    first, rest = sorted(keys)[:20], len(keys) - 20
+    return ", ".join(first) + (f" and {rest} more" if rest > 0 else "")
 
 
 def _shift(name: str, by: int) -> str:

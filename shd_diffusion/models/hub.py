@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-import urllib.error
-import urllib.request
 from functools import cache
 from pathlib import Path
 
 from huggingface_hub import constants
+from huggingface_hub.utils import get_session
 
 from shd_diffusion.progress import announce
 
@@ -41,12 +40,9 @@ def go_offline_without_hub() -> None:
     """
     if constants.HF_HUB_OFFLINE:
         return
-    request = urllib.request.Request(constants.ENDPOINT, method="HEAD")
     try:
-        urllib.request.urlopen(request, timeout=PATIENCE).close()
-    except urllib.error.HTTPError:  # an answer
-        return
-    except (OSError, ValueError) as error:
+        get_session().head(constants.ENDPOINT, timeout=PATIENCE)
+    except Exception as error:  # of whichever client the hub's library has
         announce(
             f"{constants.ENDPOINT}: does not answer ({error}); only what has been downloaded before is used"
         )

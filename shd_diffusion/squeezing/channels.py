@@ -9,9 +9,7 @@ import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
-from shd_diffusion.squeezing.moments import Moments, ridge, solve
-
-RIDGE = 1e-5
+from shd_diffusion.squeezing.moments import RIDGE, Moments, ridge, solve
 
 
 @dataclass(frozen=True, slots=True)

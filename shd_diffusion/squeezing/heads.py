@@ -14,11 +14,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.moments import Moments, inverse_root, ridge, solve
+from shd_diffusion.squeezing.moments import RIDGE, Moments, inverse_root, ridge, solve
 from shd_diffusion.squeezing.plan import Group, Round
 
 ROUNDS = 8
-RIDGE = 1e-5
 
 
 def head_movements(maps: Tensor, values: Tensor, grams: Tensor, counted: Tensor | None = None) -> Tensor:

@@ -7,6 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+RIDGE = 1e-5
+"""λ over the mean of a Gram matrix's diagonal."""
+
 _COLUMNS = 512  # of a Gram matrix that are computed at once
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shd_diffusion.squeezing.moments import Moments, ridge, solve
+from shd_diffusion.squeezing.moments import RIDGE, Moments, ridge, solve
 
-RIDGE = 1e-5
 _TOGETHER = 128  # removals whose corrections are applied to the large matrices in one product
 
 

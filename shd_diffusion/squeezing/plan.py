@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Literal, TypeAlias
+from dataclasses import asdict, dataclass
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BeforeValidator, TypeAdapter
 
 PLANS_FILE = "merge_plans.json"
 """Plans by block, beside a model whose heads were merged by them, and in a run that found some."""
@@ -16,6 +19,20 @@ Group: TypeAlias = tuple[int, ...]
 Round: TypeAlias = tuple[Group, ...]
 Plan: TypeAlias = tuple[Round, ...]
 """Rounds of groups; a group lists heads *of that round's input*, heads that stay alone as 1-tuples."""
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """The plan of a student's block, and the teacher's block whose heads merge by it; None where that is not told."""
+
+    plan: Plan
+    teacher: str | None = None
+
+
+StoredPlan = Annotated[
+    BlockPlan, BeforeValidator(lambda entry: {"plan": entry} if isinstance(entry, list) else entry)
+]
+"""In JSON; files once held the plan alone."""
 
 
 def num_merges(heads: int, target: int) -> int:
@@ -107,11 +124,15 @@ def parse_plan(rounds: Iterable[Iterable[Sequence[int]]]) -> Plan:
     return tuple(tuple(tuple(group) for group in groups) for groups in rounds)
 
 
-def plans_to_json(plans: Mapping[str, Plan]) -> str:
-    """Plans by block as JSON."""
-    return json.dumps(plans, indent=1)
+def plans_to_json(plans: Mapping[str, BlockPlan]) -> str:
+    """Plans by student block as JSON."""
+    return json.dumps({name: asdict(plan) for name, plan in plans.items()}, indent=1)
 
 
-def plans_from_json(text: str) -> dict[str, Plan]:
-    """What `plans_to_json` wrote."""
-    return {name: parse_plan(plan) for name, plan in json.loads(text).items()}
+def plans_from_json(text: str) -> dict[str, BlockPlan]:
+    """What `plans_to_json` wrote.
+
+    Raises:
+        ValueError: it did not.
+    """
+    return TypeAdapter(dict[str, StoredPlan]).validate_json(text)

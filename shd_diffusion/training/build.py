@@ -29,7 +29,8 @@ from shd_diffusion.models.teacher import Teacher, load_teacher, scheduler_for
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
-from shd_diffusion.squeezing.plan import PLANS_FILE, Plan, parse_plan
+from shd_diffusion.run_folder import PIPELINE
+from shd_diffusion.squeezing.plan import PLANS_FILE, BlockPlan, StoredPlan
 from shd_diffusion.training.batches import BatchLayout, BatchLoader, noise_settings
 from shd_diffusion.training.checks import (
     check_classes,
@@ -297,20 +298,26 @@ def is_quantised(config: RunConfig) -> bool:
     return isinstance(config, DistillConfig) and config.student.quantise is not None
 
 
-def squeezed_by(config: TrainTeacherConfig | DistillConfig) -> dict[str, Plan]:
-    """By block, the plans by which a student's heads merged before it is trained; none where it was not squeezed."""
+def squeezed_by(config: TrainTeacherConfig | DistillConfig) -> dict[str, BlockPlan]:
+    """By block, the plans by which a student's heads merged before it is trained; none where it was not squeezed.
+
+    They lie beside the model, or where that is a run's pipeline in the run.
+    """
     path = config.student.pretrained if isinstance(config, DistillConfig) else None
-    file = None if path is None else Path(first_of(path)) / PLANS_FILE
-    return {} if file is None or not file.is_file() else read_plans(file)
+    if path is None:
+        return {}
+    folder = Path(first_of(path))
+    file = (folder.parent if folder.name == PIPELINE else folder) / PLANS_FILE
+    return read_plans(file) if file.is_file() else {}
 
 
-def read_plans(file: Path) -> dict[str, Plan]:
-    """The merge plans of a `merge_plans.json`, by block.
+def read_plans(file: Path) -> dict[str, BlockPlan]:
+    """The merge plans of a `merge_plans.json`, by student block.
 
     Raises:
         UserError: it is damaged.
     """
-    return {name: parse_plan(plan) for name, plan in read_as(file, dict[str, list[list[list[int]]]]).items()}
+    return read_as(file, dict[str, StoredPlan])
 
 
 @contextmanager

@@ -9,7 +9,6 @@ loss.safetensors         parameters of the loss, and of a teacher that trains to
 
 from __future__ import annotations
 
-import re
 import shutil
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import json_sha256, read_json, replacing_folder, save_tensors, sha256, write_json
 from shd_diffusion.processes import by_main_process
 from shd_diffusion.progress import announce
+from shd_diffusion.run_folder import checkpoint_steps
 from shd_diffusion.training.train_state import TrainState, gather, scatter
 
 MANIFEST = "manifest.json"
@@ -138,12 +138,6 @@ class CheckpointFolder:
         for old in checkpoint_steps(self.folder)[: -self.keep_last]:
             if not (self.keep_every and old % self.keep_every == 0):
                 shutil.rmtree(checkpoint_path(self.folder, old))
-
-
-def checkpoint_steps(folder: Path) -> list[int]:
-    """Steps of which there is a checkpoint, in ascending order; other names are left out."""
-    names = (path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else ()
-    return sorted(int(name[5:]) for name in names if re.fullmatch(r"step-[0-9]{8,}", name))
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:

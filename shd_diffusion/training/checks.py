@@ -22,7 +22,7 @@ from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.models.mdtv2 import num_kept_tokens
 from shd_diffusion.models.pipeline_folder import PipelineFolder
 from shd_diffusion.models.teacher import Teacher
-from shd_diffusion.processes import processes
+from shd_diffusion.processes import by_main_process, processes
 from shd_diffusion.training.batches import BatchLayout
 
 
@@ -72,7 +72,7 @@ def check_prompts(pipeline: PipelineFolder | None, data: Source) -> None:
             f"{pipeline.name} makes images from prompts; name where the captions are, add a section `prepare`, and "
             "run `shd-diffusion prepare` first"
         )
-    if encoded != pipeline.hash_prompt_parts():
+    if encoded != by_main_process(pipeline.hash_prompt_parts):  # gigabytes of text encoders
         raise ValueError(
             f"the captions in the cache were encoded by other text encoders or tokenizers than {pipeline.name} has; "
             "run `shd-diffusion prepare` with another `prepare.output`"
@@ -97,6 +97,20 @@ def check_co_training(config: RunConfig) -> None:
             raise ValueError(
                 f"a teacher that trains too wants other settings: {hindrance}; or remove this key"
             )
+
+
+def check_scaled_gradients(terms: Mapping[str, Term], shard: bool, precision: str) -> None:
+    """See that float16's gradients can be scaled: one optimiser scales those of shards, or those of whole parameters.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    whole = [name for name, term in terms.items() if any(True for _ in term.parameters())]
+    if shard and precision == "fp16" and whole:
+        raise ValueError(
+            f"key `train.mixed_precision`: fp16 cannot scale the gradients of `losses.{whole[0]}`, whose parameters "
+            "are whole, beside those of `train.shard`; set bf16"
+        )
 
 
 NOT_OF_IMAGES = {"path", "horizontal_flip", "verify", "num_workers"}

@@ -21,7 +21,7 @@ from shd_diffusion.losses.term import Batch
 from shd_diffusion.models.factory import cast, ready
 from shd_diffusion.models.quantised import quantise
 from shd_diffusion.operations import Meter
-from shd_diffusion.squeezing.plan import plan_merges
+from shd_diffusion.squeezing.plan import BlockPlan, plan_merges
 from shd_diffusion.training.batches import BatchLayout
 from shd_diffusion.training.build import Parts, is_quantised, teacher_rate
 from shd_diffusion.training.made_up import MadeUpSamples
@@ -130,7 +130,7 @@ def training_loss(parts: Parts) -> TrainingLoss:
     steps, rate = parts.config.train.max_steps, teacher_rate(parts.config)
     loss = TrainingLoss(parts.process, parts.terms, parts.model, teacher, steps, rate)
     if loss.shd is not None:
-        loss.shd.loss.plans = {name: plan_merges(*heads) for name, heads in loss.shd.heads.items()}
+        loss.shd.loss.plans = {name: BlockPlan(plan_merges(*heads)) for name, heads in loss.shd.heads.items()}
     return loss
 
 

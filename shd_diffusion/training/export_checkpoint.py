@@ -13,8 +13,8 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.files import locked, read_as, replacing_folder, write_json
 from shd_diffusion.model_card import write_card
 from shd_diffusion.processes import processes
-from shd_diffusion.run_folder import RunFolder, as_step
-from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path, checkpoint_steps
+from shd_diffusion.run_folder import RunFolder, as_step, checkpoint_steps
+from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path
 from shd_diffusion.training.run import (
     open_run,
     place_models,

@@ -13,7 +13,7 @@ from rich.table import Table
 from shd_diffusion.attention import AttentionBlock, AttentionRecord, attention_blocks
 from shd_diffusion.losses.layer_map import LayerMap, map_blocks
 from shd_diffusion.losses.token_grid import common_grid
-from shd_diffusion.models.denoiser import Condition, count_parameters, null_condition, sample_shape
+from shd_diffusion.models.denoiser import count_parameters, null_condition, sample_shape
 from shd_diffusion.models.trace import trace
 from shd_diffusion.squeezing.plan import Plan, members, plan_merges
 
@@ -40,20 +40,13 @@ class BlockRow:
         return str(queries) if queries == keys else f"{queries} × {keys}"
 
 
-def inspect_model(
-    model: ModelMixin, shape: tuple[int, ...] | None = None, condition: Condition | None = None
-) -> list[BlockRow]:
-    """The attention blocks of a model in order of depth.
-
-    Args:
-        shape: of a sample, (C, H, W); None for that of its config.
-        condition: of one sample; None for a label, if it takes one.
-    """
-    shape = shape or sample_shape(model)
+def inspect_model(model: ModelMixin) -> list[BlockRow]:
+    """The attention blocks of a model in order of depth, as they see a sample of the size in its config."""
+    shape = sample_shape(model)
     records: Mapping[str, AttentionRecord] = {}
     if shape is not None:
         with suppress(ValueError):  # it wants more than a label
-            records = trace(model, shape, null_condition(model) if condition is None else condition).records
+            records = trace(model, shape, null_condition(model)).records
     return rows_of(model, records)
 
 

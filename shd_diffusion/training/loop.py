@@ -174,8 +174,10 @@ def take_step(
         for name, term in terms.items():
             sums[name] = sums.get(name, 0) + term.detach() * share
     average_gradients(loss.parameters_at(step), accelerator)
-    parameters = [*state.parameters, *state.aux_parameters]
+    parameters = [*state.parameters, *loss.parameters()]
     norm = whole(accelerator.clip_grad_norm_(parameters, config.max_grad_norm))
+    of_teacher = nn.utils.clip_grad_norm_(loss.teacher_parameters(), config.max_grad_norm)
+    norm = norm if of_teacher.isfinite() else of_teacher
     finite = bool(norm.isfinite())
     if not finite:
         state.optimizer.zero_grad()

@@ -215,7 +215,9 @@ class TrainingLoss:
             if not any(term.reaches_output for term in active.values()):
                 # Distributed training waits for a gradient of every parameter, those behind the last map too.
                 first = next(iter(active))
-                terms[first] = terms[first] + 0 * prediction.sum()
+                terms[first] = (
+                    terms[first] + prediction.flatten()[:0].sum()
+                )  # 0, whatever half precision sums up to
         return terms
 
     def _regression(self, prediction: Tensor, batch: Batch) -> Tensor:
@@ -261,6 +263,8 @@ class _Capture:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+        if self._records is not None:
+            self._records.forget()
 
     def read(self, batch: Batch) -> Captured:
         """Of the last pass, which was on this batch."""

@@ -30,11 +30,11 @@ from shd_diffusion.models.forward_process import settings_of
 from shd_diffusion.models.quantised import put_on_grid
 from shd_diffusion.processes import by_main_process, processes
 from shd_diffusion.progress import announce
-from shd_diffusion.run_folder import RunFolder, run_name
+from shd_diffusion.run_folder import RunFolder, checkpoint_steps, run_name
 from shd_diffusion.sampling import check_sampling, save_pipeline
 from shd_diffusion.sampling.by_prompt import call_arguments
 from shd_diffusion.sampling.schedulers import check_sampling_by_prompt, usual_scheduler
-from shd_diffusion.squeezing.plan import Plan, plans_to_json
+from shd_diffusion.squeezing.plan import BlockPlan, plans_to_json
 from shd_diffusion.summary import Summary
 from shd_diffusion.training.batches import BatchLayout, noise_settings
 from shd_diffusion.training.build import (
@@ -46,7 +46,8 @@ from shd_diffusion.training.build import (
     squeezed_by,
     teacher_rate,
 )
-from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path, checkpoint_steps
+from shd_diffusion.training.checkpoints import CheckpointFolder, checkpoint_path
+from shd_diffusion.training.checks import check_scaled_gradients
 from shd_diffusion.training.diagnostics import paired_records, probe_batches, save_attention_maps
 from shd_diffusion.training.launch import (
     describe_launch,
@@ -135,11 +136,11 @@ def _train(run: Run, start: int, finish: bool) -> None:
     accelerator.wait_for_everyone()
     start_trackers(accelerator, config, folder)
     teacher = None if parts.teacher is None else parts.teacher.model
-    squeezed = isinstance(config, DistillConfig) and config.student.init == "squeeze"
-    if squeezed and not start:
-        plans = squeeze_student(parts, accelerator)
+    if isinstance(config, DistillConfig) and not start:
+        squeezed = config.student.init == "squeeze"
+        plans = squeeze_student(parts, accelerator) if squeezed else squeezed_by(config)
         matched = config.losses["shd"].pairing == "matched"  # type: ignore[attr-defined]  # those are found below
-        if accelerator.is_main_process and not matched:
+        if accelerator.is_main_process and plans and not matched:
             write_text(folder.merge_plans_file, plans_to_json(plans))
         accelerator.wait_for_everyone()
     place_models(parts, accelerator)
@@ -210,6 +211,7 @@ def open_run(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, sour
     inputs = by_main_process(partial(_hash_inputs, parts))  # files by the million, weights by the gigabyte
     folder.check_inputs(config, inputs)
     try:
+        check_scaled_gradients(parts.terms, config.train.shard, accelerator.mixed_precision)
         vae, validation = None, None
         kind = None if parts.pipeline is None else parts.pipeline.pipeline_class
         if kind is not None and parts.pipeline is not None and parts.pipeline.takes_prompts:
@@ -255,7 +257,7 @@ def _load_vae(data: Source) -> ModelMixin | None:
         raise UserError(f"key `data.path`: the VAE in its manifest.json: {error}") from error
 
 
-def _known_plans(folder: RunFolder, config: TrainTeacherConfig | DistillConfig) -> dict[str, Plan]:
+def _known_plans(folder: RunFolder, config: TrainTeacherConfig | DistillConfig) -> dict[str, BlockPlan]:
     """The plans that a run keeps, or else those by which its student was squeezed."""
     file = folder.merge_plans_file
     return read_plans(file) if file.exists() else squeezed_by(config)

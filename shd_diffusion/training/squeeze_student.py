@@ -9,12 +9,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast
 from torch import nn
 
+from shd_diffusion.compression.compress import block_plans
 from shd_diffusion.compression.narrow import squeeze_into
 from shd_diffusion.config import DistillConfig
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.models.denoiser import predict
 from shd_diffusion.progress import announce
-from shd_diffusion.squeezing.plan import Plan, plan_groups
+from shd_diffusion.squeezing.plan import BlockPlan
 from shd_diffusion.training.build import Parts
 from shd_diffusion.training.calibration import calibration_batches
 
@@ -22,7 +23,7 @@ CALIBRATION_IMAGES = 512
 
 
 @torch.no_grad()
-def squeeze_student(parts: Parts, accelerator: Accelerator) -> dict[str, Plan]:
+def squeeze_student(parts: Parts, accelerator: Accelerator) -> dict[str, BlockPlan]:
     """Squeeze the teacher's weights into the student's, in place: the main process does, the others are told.
 
     Calibrated on the run's own data, noised as it trains, of steps that it never takes. Every process calls this,
@@ -34,7 +35,7 @@ def squeeze_student(parts: Parts, accelerator: Accelerator) -> dict[str, Plan]:
     Raises:
         UserError: least squares has no answer.
     """
-    plans: dict[str, Plan] = {}
+    plans: dict[str, BlockPlan] = {}
     config, student = parts.config, parts.model
     assert isinstance(config, DistillConfig) and parts.teacher is not None
     if accelerator.is_main_process:
@@ -53,7 +54,7 @@ def squeeze_student(parts: Parts, accelerator: Accelerator) -> dict[str, Plan]:
             ) from error
         announce(f"student.init: its prediction differs from the teacher's by {lost:.4f} of its square")
         student.load_state_dict(twin.state_dict())
-        plans = {name: plan_groups(of_block) for name, of_block in groups.items()}
+        plans = block_plans(groups, parts.origins)
     if accelerator.num_processes > 1:
         for tensor in student.state_dict().values():
             tensor.copy_(broadcast(tensor.to(accelerator.device)))

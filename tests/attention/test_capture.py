@@ -23,7 +23,13 @@ from diffusers.models.attention_dispatch import (
     _AttentionBackendRegistry,
     attention_backend,
 )
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
+from diffusers.models.attention_processor import (
+    AttnProcessor,
+    AttnProcessor2_0,
+    CustomDiffusionAttnProcessor,
+    IPAdapterAttnProcessor2_0,
+    SlicedAttnProcessor,
+)
 from families import FAMILIES, output
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -295,6 +301,39 @@ def test_a_processor_without_kernel_is_refused_with_the_remedy(processor: Any) -
         AttentionCapture(model)
     assert not attention_blocks(model)[SECOND].capturable
     AttentionCapture(model, [FIRST])
+
+
+@pytest.mark.parametrize(
+    "processor", [IPAdapterAttnProcessor2_0(16, 16), CustomDiffusionAttnProcessor(hidden_size=16)]
+)
+def test_a_processor_with_weights_of_its_own_is_refused(processor: Any) -> None:
+    model = DIT.build()
+    model.transformer_blocks[1].attn1.set_processor(processor)
+    with pytest.raises(ValueError, match="attends by weights of its own; unload the adapter"):
+        AttentionCapture(model)
+
+
+def test_an_output_projection_that_is_more_than_its_weight_is_refused() -> None:
+    class LoRA(nn.Linear):
+        base_layer = None
+
+    for projection, remedy in ((LoRA(16, 16), "fuse the LoRA"), (nn.Linear(16, 16), "in floating point")):
+        model = DIT.build()
+        if type(projection) is nn.Linear:  # codes, which bitsandbytes scales row by row
+            codes = torch.zeros(16, 16, dtype=torch.int8)
+            projection.weight = nn.Parameter(codes, requires_grad=False)
+        model.transformer_blocks[1].attn1.to_out[0] = projection
+        with pytest.raises(ValueError, match=rf"`{SECOND}` .* cannot be captured: .*{remedy}"):
+            AttentionCapture(model)
+
+
+def test_what_was_noted_is_let_go() -> None:
+    model = DIT.build()
+    with AttentionCapture(model) as capture:
+        run(model)
+    query = weakref.ref(capture.records[FIRST].query)
+    capture.forget()
+    assert query() is None and not capture.records
 
 
 def test_linear_attention_is_left_out_and_refused_by_name() -> None:

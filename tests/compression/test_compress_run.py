@@ -20,7 +20,7 @@ from shd_diffusion.models.denoiser import freeze
 from shd_diffusion.models.teacher import Teacher
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline
-from shd_diffusion.squeezing.plan import members, plan_merges, plans_from_json
+from shd_diffusion.squeezing.plan import BlockPlan, members, plan_merges, plans_from_json
 from shd_diffusion.training.build import build
 
 
@@ -62,6 +62,8 @@ def test_it_is_evaluated_and_healed_like_any_other(compressed: Path, runs: Path,
     code, _, errors = command("distill", config, "--output", tmp_path / "healed", *more)
     assert code == 0, errors
     assert json.loads((tmp_path / "healed" / "summary.json").read_text())["heads"] == 6
+    kept, plans = ((run / "merge_plans.json") for run in (tmp_path / "healed", compressed))
+    assert kept.read_bytes() == plans.read_bytes()
     # its config.yaml reads back: it is sampled, and goes on
     assert command("sample", tmp_path / "healed", *sets(*FEW_IMAGES))[0] == 0
     more += sets("train.max_steps=3")
@@ -93,7 +95,8 @@ def test_its_heads_learn_from_those_that_merged_into_them(
     compressed: Path, runs: Path, tmp_path: Path
 ) -> None:
     plans = plans_from_json((compressed / "merge_plans.json").read_text())
-    assert {len(members(plan, 12)) for plan in plans.values()} == {6}
+    assert {len(members(plan.plan, 12)) for plan in plans.values()} == {6}
+    assert all(name == plan.teacher for name, plan in plans.items())
     text = DISTILL_CONFIG.read_text()
     start, end = text.index("student:"), text.index("losses:")
     path = tmp_path / "heal.yaml"
@@ -107,10 +110,28 @@ def test_its_heads_learn_from_those_that_merged_into_them(
         return term
 
     own, adjacent = shd(), shd("losses.shd.pairing=adjacent")
-    assert {name: own.loss.plan(name, 12, 6) for name in plans} == plans
-    assert {adjacent.loss.plan(name, 12, 6) for name in plans} == {plan_merges(12, 6)} != set(plans.values())
+    merged = {name: plan.plan for name, plan in plans.items()}
+    assert {name: own.loss.plan(name, 12, 6) for name in plans} == merged
+    assert {adjacent.loss.plan(name, 12, 6) for name in plans} == {plan_merges(12, 6)} != set(merged.values())
+    first = "transformer_blocks.0.attn1"
     with pytest.raises(ValueError, match="squeezed from another teacher"):
-        own.take_plans({"transformer_blocks.0.attn1": plan_merges(10, 6)})
+        own.take_plans({first: BlockPlan(plan_merges(10, 6))})
+    other = {first: BlockPlan(merged[first], "transformer_blocks.1.attn1")}
+    with pytest.raises(
+        ValueError, match=r"of the teacher's \S+1\.attn1 and learns from \S+0\.attn1; give `layer_map`"
+    ):
+        own.take_plans(other)
+    adjacent.take_plans(other)
+
+    run = tmp_path / "run"  # of a run's pipeline they lie in the run
+    run.mkdir()
+    (run / "pipeline").symlink_to(compressed)
+    again = f"student.pretrained={run / 'pipeline'}"
+    assert {name: shd(again).loss.plan(name, 12, 6) for name in plans} == dict.fromkeys(
+        plans, plan_merges(12, 6)
+    )
+    (run / "merge_plans.json").write_text(json.dumps({first: merged[first]}))  # as it was once written
+    assert shd(again).loss.plan(first, 12, 6) == merged[first]
 
 
 @pytest.mark.parametrize(

@@ -43,6 +43,21 @@ def test_an_error_in_the_model_reaches_the_caller_and_no_pass_is_left_behind():
     assert threading.active_count() == before
 
 
+def test_a_machine_without_more_threads_says_what_takes_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, before, start = chain(), threading.active_count(), threading.Thread.start
+
+    def third(self: threading.Thread) -> None:
+        if threading.active_count() >= before + 2:
+            raise RuntimeError("can't start new thread")
+        start(self)
+
+    monkeypatch.setattr(threading.Thread, "start", third)
+    passes = [lambda: model(torch.zeros(1, 1))] * 3
+    with pytest.raises(ValueError, match=r"new thread.*fewer images"), Lockstep(model, ["1"], passes) as walk:
+        walk.advance()
+    assert threading.active_count() == before
+
+
 def test_a_walk_that_is_left_ends_its_passes():
     model, before, results = chain(), threading.active_count(), []
     with Lockstep(model, ["1"], [lambda: results.append(model(torch.zeros(1, 1)))] * 3) as walk:

@@ -17,12 +17,12 @@ def test_matched_plans_are_calibrated_once_and_kept():
     with pytest.raises(ValueError, match=r"s0.*calibrate"):
         loss(teacher, student)
     plans = loss.calibrate([(teacher, student), pair(teacher_heads=6, student_heads=3, samples=1)])
-    assert set(plans) == {"s0", "s1"}
+    assert {name: plan.teacher for name, plan in plans.items()} == {"s0": "t1", "s1": "t3"}
     again = shd(pairing="matched")
     again.plans = plans_from_json(plans_to_json(plans))
     assert again(teacher, student) == loss(teacher, student)
-    explicit = shd(pairing=plans["s0"], layer_map={"s0": "t1"})(teacher, student)
-    assert explicit == shd(pairing=plans["s0"], layer_map=[1, None])(teacher, student)
+    explicit = shd(pairing=plans["s0"].plan, layer_map={"s0": "t1"})(teacher, student)
+    assert explicit == shd(pairing=plans["s0"].plan, layer_map=[1, None])(teacher, student)
 
 
 def test_calibrating_on_numbers_that_are_not_finite_names_the_block():

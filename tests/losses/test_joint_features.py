@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -10,13 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel, ModelMixin, SD3Transformer2DModel
 
+from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.attention.outputs import OutputCapture
 from shd_diffusion.losses import TERMS, Term
 from shd_diffusion.losses.features import squared_distance
+from shd_diffusion.losses.padding import with_text_mask
 from shd_diffusion.losses.term import Batch, Captured, StepOutputs
 from shd_diffusion.models.denoiser import freeze, predict
+from shd_diffusion.models.families import TEXT_MASK
 from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
 from shd_diffusion.models.trace import Trace, trace
 from shd_diffusion.training.objectives import TrainingLoss
@@ -147,6 +151,37 @@ def test_image_tokens_meet_image_tokens_and_text_meets_text(
         distances.append(np.mean(of_samples))
     assert term(outputs_of(term, teacher, student)).item() == pytest.approx(np.mean(distances), rel=1e-12)
     assert (left_out > 0) == ("within_deviations" in options)
+
+
+@pytest.mark.parametrize("name", ["features", "attention_output", "vkd"])
+@pytest.mark.parametrize("family", MODELS)
+def test_what_padded_text_puts_out_changes_nothing(family: str, name: str) -> None:
+    teacher, student = MODELS[family]
+    of, mask = batch(), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]).bool()
+    condition = {**of.condition, TEXT_MASK: mask}
+    one = {key: value[:1] for key, value in condition.items()}
+    torch.manual_seed(0)
+    traces = [trace(model, (4, 8, 8), one) for model in (student, teacher)]
+    term = TERMS[name](TERMS[name].Config(), *traces).double()
+    found = outputs_of(term, teacher, student)
+    with AttentionCapture(student) as capture:
+        predict(student, of.noised, of.timesteps, condition)
+        records = with_text_mask(capture.records, condition)
+
+    def with_in(rows: torch.Tensor, value: float) -> float:
+        """The term where these rows of the text hold a value, whatever else a module puts out."""
+
+        def filled(outputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+            wide = {n: F.pad(rows, (0, output.shape[1] - TEXT)) for n, output in outputs.items()}
+            return {
+                n: output if output.shape[1] == 16 else output.masked_fill(wide[n][..., None], value)
+                for n, output in outputs.items()
+            }
+
+        ours, theirs = (filled(each.outputs) for each in (found.student, found.teacher))
+        return term(replace(found, student=Captured(records, ours), teacher=Captured({}, theirs))).item()
+
+    assert with_in(~mask, 7.0) == with_in(~mask, -3.0) != with_in(mask, -3.0)
 
 
 @pytest.mark.parametrize("family", MODELS)

@@ -3,7 +3,7 @@ import random
 import pytest
 
 from shd_diffusion.squeezing import plan_merges, plans_from_json, plans_to_json
-from shd_diffusion.squeezing.plan import check_merge, check_plan, members, plan_groups
+from shd_diffusion.squeezing.plan import BlockPlan, check_merge, check_plan, members, plan_groups
 
 
 @pytest.mark.parametrize("heads", range(1, 41))
@@ -45,8 +45,11 @@ def test_a_plan_that_does_not_fit_is_refused(plan):
 
 
 def test_plans_come_back_from_json():
-    plans = {"a": plan_merges(12, 5), "b": ()}
+    plans = {"a": BlockPlan(plan_merges(12, 5), "t"), "b": BlockPlan(())}
     assert plans_from_json(plans_to_json(plans)) == plans
+    assert plans_from_json('{"a": [[[0, 1], [2]]]}') == {
+        "a": BlockPlan((((0, 1), (2,)),))
+    }  # as they once were
 
 
 @pytest.mark.parametrize("seed", range(20))

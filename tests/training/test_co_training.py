@@ -44,7 +44,9 @@ def parts_of(*more: str) -> Parts:
     )
 
 
-def train(parts: Parts, folder: RunFolder, steps: int) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def train(
+    parts: Parts, folder: RunFolder, steps: int, rate: float | None = RATE
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Student and teacher after so many steps."""
     assert parts.teacher is not None
     config = parts.config.model_copy(
@@ -52,7 +54,7 @@ def train(parts: Parts, folder: RunFolder, steps: int) -> tuple[dict[str, Tensor
     )
     folder.create(config, {})
     accelerator = make_accelerator(config.train, folder.path)
-    loss = TrainingLoss(parts.process, parts.terms, parts.model, parts.teacher.model, STEPS, RATE)
+    loss = TrainingLoss(parts.process, parts.terms, parts.model, parts.teacher.model, STEPS, rate)
     with loss:
         checkpoints = CheckpointFolder(folder.checkpoints, folder.identity(config), accelerator, keep_last=1)
         start = checkpoints.latest(steps)
@@ -79,6 +81,18 @@ def test_it_learns_its_own_regression_and_goes_on_from_a_checkpoint(tmp_path: Pa
     resumed = train(parts_of(), again, STEPS)
     for ours, theirs in zip(resumed, (student, found), strict=True):
         assert all(torch.equal(weight, theirs[name]) for name, weight in ours.items())
+
+
+def test_neither_gradient_is_clipped_for_the_others_sake(tmp_path: Path) -> None:
+    clipped = "train.max_grad_norm=1e-3"
+    (with_teacher, taught), (alone, _) = (
+        train(parts_of(clipped), RunFolder(tmp_path / str(rate)), 1, rate) for rate in (RATE, None)
+    )
+    assert all(torch.equal(weight, with_teacher[name]) for name, weight in alone.items())
+    parts = parts_of()
+    assert parts.teacher is not None
+    before = parts.teacher.model.state_dict()
+    assert any(not torch.equal(weight, before[name]) for name, weight in taught.items())
 
 
 @pytest.mark.parametrize(

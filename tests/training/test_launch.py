@@ -11,11 +11,13 @@ import pytest
 import torch
 from accelerate.tracking import WandBTracker
 from commands import DISTILL_CONFIG
+from torch import nn
 
 from shd_diffusion.config import DistillConfig, TrainConfig, read_config
 from shd_diffusion.losses.term import TermConfig
 from shd_diffusion.processes import processes
 from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.training.checks import check_scaled_gradients
 from shd_diffusion.training.launch import describe_launch, describe_losses, start_trackers
 
 
@@ -39,6 +41,15 @@ def test_losses_are_told() -> None:
     terms: Any = {name: SimpleNamespace(config=config) for name, config in configs.items()}
     told = "losses: denoise 1, features 1 from 0% to 50%, shd 20 with cosine decay"
     assert describe_losses(terms) == told
+
+
+def test_float16_does_not_scale_whole_gradients_beside_shards() -> None:
+    whole: Any = {"output": nn.Identity(), "features": nn.Linear(2, 2)}
+    none: Any = {"output": nn.Identity()}
+    with pytest.raises(ValueError, match=r"`train\.mixed_precision`: fp16 .*`losses\.features`.*; set bf16"):
+        check_scaled_gradients(whole, True, "fp16")
+    for terms, shard, precision in ((none, True, "fp16"), (whole, False, "fp16"), (whole, True, "bf16")):
+        check_scaled_gradients(terms, shard, precision)
 
 
 def test_a_run_that_goes_on_is_the_same_one_on_weights_and_biases(

@@ -14,6 +14,7 @@ import torch
 from commands import DISTILL_CONFIG, TEACHER_CONFIG, command, sets
 from safetensors.torch import load_file
 
+from shd_diffusion.models.denoiser import predict
 from shd_diffusion.reporting.runs import read_log
 from shd_diffusion.training.objectives import TrainingLoss, _Capture
 
@@ -73,6 +74,19 @@ def assert_left_out(run: Path, before: Path, causes: list[str]) -> None:
             for folder, step in ((run, 3), (before, 2))
         )
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_what_a_prediction_sums_up_to_is_of_no_account_where_no_term_looks_at_it(
+    teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def huge(*args: Any) -> torch.Tensor:  # as float16's sums soon are
+        return predict(*args).sign() * torch.finfo(torch.float32).max
+
+    monkeypatch.setattr("shd_diffusion.training.objectives.predict", huge)
+    none = [f"losses.{term}.weight=0" for term in TERMS[:-1]]
+    assert distill(teacher, tmp_path / "run", 1, *none)[0] == 0
+    (entry,) = log(tmp_path / "run")
+    assert "skipped" not in entry and math.isfinite(entry["gradient_norm"]) and entry["loss"] > 0
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

@@ -61,7 +61,7 @@ def test_a_narrow_student_is_squeezed_once(tmp_path: Path, monkeypatch: pytest.M
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
     (plan,) = plans_from_json((run / "merge_plans.json").read_text()).values()
-    assert len(members(plan, 4)) == 2  # what SHD teaches these heads by
+    assert len(members(plan.plan, 4)) == 2 and plan.teacher == "transformer_blocks.1.attn1"
 
     monkeypatch.setattr(run_module, "squeeze_student", None)  # from a checkpoint on it is not called
     more = [*overrides, *sets("train.max_steps=2")]

@@ -17,6 +17,7 @@ from shd_diffusion.models.denoiser import freeze
 from shd_diffusion.models.forward_process import DiffusionConfig, ForwardProcess, make_scheduler_of_process
 from shd_diffusion.models.teacher import Teacher
 from shd_diffusion.models.trace import trace
+from shd_diffusion.squeezing.plan import BlockPlan
 from shd_diffusion.training import build, run
 from shd_diffusion.training.objectives import TrainingLoss
 
@@ -40,7 +41,7 @@ def test_a_teacher_on_the_cpu_teaches_a_student_on_another_device(pairing: str) 
         with TrainingLoss(process, terms, student, teacher, 1) as loss:
             assert loss.shd is not None
             if pairing == "matched":
-                loss.shd.loss.plans = dict.fromkeys(loss.shd.pairs, (((0, 2), (1, 3)),))
+                loss.shd.loss.plans = dict.fromkeys(loss.shd.pairs, BlockPlan((((0, 2), (1, 3)),)))
             found = loss(student, batch, step=0)
     assert teacher.device.type == "cpu"
     assert {name: term.device.type for name, term in found.items()} == dict.fromkeys(
