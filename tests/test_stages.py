@@ -369,6 +369,10 @@ def test_a_run_goes_on_where_its_teacher_has_moved(runs: Path, tmp_path: Path) -
     assert RunFolder(run).read_config().teacher.path == str(moved)
     code, _, errors = command(*arguments, *settings, *sets("train.max_steps=21"))
     assert code == 0 and "another run" not in errors and RunFolder(run).read_summary().steps == 21
+    measured = (run / "evaluation" / "metrics.json").read_bytes()
+    code, _, errors = command("evaluate", run)  # the samples are older
+    assert code == 2 and "its images are of step 20, and the run has come to 21 since; delete" in errors
+    assert (run / "evaluation" / "metrics.json").read_bytes() == measured
 
     file = moved / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors"
     changed = load_file(file)

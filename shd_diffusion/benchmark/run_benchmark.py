@@ -27,6 +27,7 @@ from shd_diffusion.processes import processes
 from shd_diffusion.progress import progress_bar
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.execution import as_written, matmul_precision, set_execution
+from shd_diffusion.sampling.sample_run import with_prompt_arguments
 
 OF_IMAGES = {"num_images", "labels", "prompts", "images_per_prompt", "batch_size", "pass_size", "seed"}
 """Keys of sampling on which no cost depends."""
@@ -141,6 +142,8 @@ def _sampling(
     sample = config.sample if config is not None else SampleConfig()
     sample = override_config(EvaluationConfig(sample=sample), overrides, "--set").sample
     check_read(overrides, ("sample",), "a benchmark only samples")
+    if config is not None and config.prepare is not None:
+        sample = with_prompt_arguments(sample, config.prepare)
     pixels = plan.image_size
     if pixels is None and config is not None and config.within is not None:
         pixels = config.data.image_size

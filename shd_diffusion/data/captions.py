@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import reprlib
 
 from shd_diffusion.errors import UserError, did_you_mean
@@ -25,10 +26,24 @@ def captions_of(value: object, where: str) -> list[str]:
             raise UserError(f"{KEY}: {where} is {reprlib.repr(caption)}; give a string or a list of strings")
         if not caption.strip():
             raise UserError(f"{KEY}: {where} is {caption!r}; write a caption there, or remove the image")
+        check_characters(caption, f"{KEY}: {where}")
         captions.append(caption)
     if captions:
         return captions
     raise UserError(f"{KEY}: {where} is an empty list; write a caption there, or remove the image")
+
+
+def check_characters(text: str, where: str) -> None:
+    """See that a text is made of whole characters, as tokenizers and files take them.
+
+    Raises:
+        UserError: it holds half of one, as what was cut by UTF-16's count does.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        place = f"its character {error.start + 1} is half of one ({text[error.start]!r})"
+        raise UserError(f"{where}: {place}; mend it") from None
 
 
 def captions_of_text(content: bytes, where: str, key: str = KEY) -> list[str]:
@@ -42,7 +57,8 @@ def captions_of_text(content: bytes, where: str, key: str = KEY) -> list[str]:
         UserError: it is not in UTF-8, or holds none.
     """
     try:
-        lines = [line.strip() for line in content.decode("utf-8-sig").splitlines()]
+        # not str.splitlines, which splits at characters that stand within a caption
+        lines = [line.strip() for line in re.split(r"\r\n?|\n", content.decode("utf-8-sig"))]
     except UnicodeDecodeError as error:
         raise UserError(f"{key}: {where}: not a text in UTF-8 ({error.reason}); convert it") from None
     if captions := [line for line in lines if line]:

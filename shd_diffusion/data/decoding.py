@@ -23,6 +23,10 @@ class UnreadableImage(UserError):
     """An image that is corrupt, cut off, too large, or of a kind that Pillow does not know."""
 
 
+class UnreadFile(UnreadableImage):
+    """An image whose file could not be read; it may be another time."""
+
+
 class SmallImage(UnreadableImage):
     """An image that is smaller than `data.least_size`."""
 
@@ -125,6 +129,9 @@ def _opened(file: Path | bytes, name: str) -> Iterator[Image.Image]:
             yield image
     except UnreadableImage:
         raise
+    except OSError as error:
+        kind = UnreadableImage if error.errno is None else UnreadFile  # Pillow's own errors have no number
+        raise kind(f"{name}: not a readable image ({one_line(error)})") from None
     # decoders raise errors of any kind on corrupt files, zlib's and struct's among them
     except Exception as error:
         raise UnreadableImage(f"{name}: not a readable image ({one_line(error)})") from None

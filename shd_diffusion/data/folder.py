@@ -53,7 +53,7 @@ class ImageFolder(ImageFiles):
             self.paths = [path for path, (_, inside, _) in zip(self.paths, groups, strict=True) if inside]
             self.labels = torch.tensor([numbers[name] for name, inside, _ in groups if inside])
             self.num_classes, self.class_names = len(classes), list(map(printable_path, classes))
-            _tell_order(folder, classes)
+            tell_order(folder, classes)
             if empty := set(range(len(classes))) - set(self.labels.tolist()):
                 names = ", ".join(self.class_names[number] for number in sorted(empty))
                 raise UserError(
@@ -95,7 +95,7 @@ class ImageFolder(ImageFiles):
         return digest.hexdigest()
 
 
-def _tell_order(folder: Path, classes: Sequence[str]) -> None:
+def tell_order(folder: Path, classes: Sequence[str]) -> None:
     """Tell of class folders that are named by numbers, but not numbered by them: 0, 1, 10, 2."""
     if all(name.isdecimal() for name in classes) and list(classes) != sorted(classes, key=int):
         shown = ", ".join(classes[:4])

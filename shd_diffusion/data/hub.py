@@ -128,7 +128,8 @@ def check_column(table: Any, key: str, column: str, path: str) -> None:
     """
     if column not in table.features:
         known = did_you_mean(column, table.features)
-        raise UserError(f"data.{key}: {path} has no column `{column}`; {known}")
+        none = ", or null for none" if key.startswith(("label", "caption")) else ""
+        raise UserError(f"data.{key}: {path} has no column `{column}`; {known}{none}")
 
 
 def caption_table(table: Any, column: str, path: str, name: Callable[[int], str]) -> Any:

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from torch import Tensor
 
-from shd_diffusion.data.decoding import SmallImage, UnreadableImage
+from shd_diffusion.data.decoding import SmallImage, UnreadableImage, UnreadFile
 from shd_diffusion.data.image_sets import ImageFiles, Images
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import cache_folder, read_as, write_json
@@ -87,6 +87,7 @@ def find_unreadable(images: Images) -> list[int]:
             return read_as(file, list[int])
         corrupt: Unreadable = {}
         small: list[int] = []
+        unread: list[int] = []
 
         def look(indices: range) -> int:
             for index in indices:
@@ -96,6 +97,8 @@ def find_unreadable(images: Images) -> list[int]:
                     small.append(index)
                 except UnreadableImage as error:
                     corrupt[index] = str(error)
+                    if isinstance(error, UnreadFile):
+                        unread.append(index)
             return len(indices)
 
         with (
@@ -112,6 +115,8 @@ def find_unreadable(images: Images) -> list[int]:
         for reason in corrupt.values():
             announce(f"{reason}: left out")
         found = sorted([*corrupt, *small])
+        if unread:  # it may be another time, so this is not kept
+            return found
         try:
             write_json(file, found)
         except OSError as error:

@@ -56,8 +56,7 @@ def compare_with_teacher(
         )
     sample = _sampling_of(sampled)
     pipeline = open_pipeline(str(run.finished_pipeline()), sample.dtype)
-    if sample.scheduler != type(pipeline.scheduler).__name__ or sample.scheduler_arguments:
-        pipeline.scheduler = own_scheduler(sample, pipeline.scheduler)
+    pipeline.scheduler = own_scheduler(sample, pipeline.scheduler)
     student, teacher = (
         _sampler(each, sample, sampled) for each in (pipeline, with_denoiser_of(pipeline, path))
     )
@@ -96,7 +95,10 @@ def chosen_images(sampled: Summary, count: int) -> list[int]:
 def _sampling_of(sampled: Summary) -> SampleConfig:
     """How the samples were made."""
     known = {key: value for key, value in sampled.protocol.items() if key in SampleConfig.model_fields}
-    return SampleConfig(**{**known, "images_per_prompt": 1})  # its prompts are told image by image
+    clip = bool(sampled.protocol.get("clip"))
+    return SampleConfig(
+        **{**known, "clip": clip, "images_per_prompt": 1}
+    )  # its prompts are told image by image
 
 
 def _sampler(pipeline: DiffusionPipeline, sample: SampleConfig, sampled: Summary) -> ImageSampler:

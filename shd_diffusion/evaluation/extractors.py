@@ -104,10 +104,10 @@ class Extractor(nn.Module):
 
 
 def is_published(url: str | None, sha256: str) -> bool:
-    """Whether weights are those of an address that ends in the first digits of their hash, as torch hub's do; also
-    where there is nothing to tell."""
-    published = re.search(r"-([0-9a-f]{8,})\.", Path(url or "").name)
-    return published is None or sha256.startswith(published[1])
+    """Whether weights are those of an address that has their hash, as CLIP's do, or its first digits at the end, as
+    torch hub's do; also where there is nothing to tell."""
+    published = re.search(r"/([0-9a-f]{64})/|-([0-9a-f]{8,})\.[^/]*$", url or "")
+    return published is None or sha256.startswith(published[1] or published[2])
 
 
 def extractor_name(name: str | None, data: str | None) -> str:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from shd_diffusion.data.decoding import centre_square, decode
-from shd_diffusion.data.folder import image_files
+from shd_diffusion.data.folder import image_files, tell_order
 from shd_diffusion.errors import UserError, one_line, printable_path
 from shd_diffusion.files import sha256
 
@@ -91,7 +91,9 @@ class FolderImages(ImageSet):
             raise UserError(f"{folder}: no image files here; sample first, or give another folder")
         groups = [path.relative_to(folder).parts[0] for path in self.paths]
         if all(path.parent != folder for path in self.paths):
-            numbers = {group: number for number, group in enumerate(sorted(set(groups)))}
+            classes = sorted(set(groups))
+            tell_order(folder, classes)
+            numbers = {group: number for number, group in enumerate(classes)}
             self.labels = torch.tensor([numbers[group] for group in groups])
 
     def __len__(self) -> int:

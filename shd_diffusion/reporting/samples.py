@@ -11,6 +11,7 @@ import numpy as np
 from shd_diffusion.reporting.pictures import Pixels, data_uri, mosaic, picture_plot, read_picture, thumbnail
 from shd_diffusion.reporting.plot_style import Plot
 from shd_diffusion.reporting.runs import Run, Samples
+from shd_diffusion.sample_folder import image_path
 
 Kind = Literal["labels", "prompts", "neither"]
 """What images are made from."""
@@ -162,7 +163,7 @@ def _strip(run: Run, indices: Sequence[int], layout: Layout) -> Pixels | None:
 
 
 def _sample(run: Run, index: int, layout: Layout) -> Pixels | None:
-    path = run.path / "samples" / f"{index:06d}.png"
+    path = image_path(run.path / "samples", index)
     if not path.exists():
         return None
     return thumbnail(read_picture(path, f"shd-diffusion sample {run.path}"), layout.most, layout.least)

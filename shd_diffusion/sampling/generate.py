@@ -50,7 +50,7 @@ def generate_images(
         UserError: the folder holds images of another protocol, or of another origin; or an image is not of numbers.
     """
     protocol = {**protocol, **sampler.settings()}
-    _open(folder, protocol)  # before anything is computed
+    _open(folder, protocol, sampler, config)  # before anything is computed
     state = processes()
     with closing(_make_missing(sampler, config, folder, name, state)) as made:
         first = list(islice(made, 1))  # whatever a pipeline refuses, it refuses before there is a folder
@@ -97,7 +97,7 @@ def _write(
     state: PartialState,
 ) -> dict[str, Any]:
     """All of `generate_images` that writes."""
-    summary = _open(folder, protocol) or Summary(**sampler.told(0), protocol=protocol)
+    summary = _open(folder, protocol, sampler, config) or Summary(**sampler.told(0), protocol=protocol)
     state.wait_for_everyone()  # all have seen the folder as it was
     if state.is_main_process and not summary.num_images:
         write_json(folder / SUMMARY, summary.model_dump())
@@ -126,13 +126,25 @@ def _write(
     return read_as(folder / SUMMARY, Summary).model_dump()
 
 
-def _open(folder: Path, protocol: dict[str, Any]) -> Summary | None:
-    """What is known of the images in the folder, which must have been made under the same protocol."""
+def _open(
+    folder: Path, protocol: dict[str, Any], sampler: ImageSampler, config: SampleConfig
+) -> Summary | None:
+    """What is known of the images in the folder, which must have been made under the same protocol.
+
+    Prompts that are the captions of data are as many as images need: where more or fewer are asked for, those of the
+    images that are there must be the same.
+    """
     summary = read_summary(folder)
     if summary is None:
         check_ours(folder, SUMMARY)
         return None
     there, now = flatten(summary.protocol), flatten(protocol)
+    common = min(summary.num_images, config.num_images)
+    if config.prompts is None and summary.prompts and common:
+        told = sampler.told(common)["prompts"]
+        if told == summary.prompts[:common]:
+            there.pop("prompts_sha256", None)
+            now.pop("prompts_sha256", None)
     for key in sorted(there.keys() | now.keys()):
         if there.get(key) != now.get(key):
             fix = "the model has been trained further; " if key in OF_THE_MODEL else "set it as it was, "

@@ -51,7 +51,19 @@ def write_layout(layout: str, folder: Path, prompts: Sequence[Prompt]) -> Path:
         for number, (prompt, images) in enumerate(zip(prompts, groups, strict=True)):
             _WRITERS[layout](temporary, number, prompt, images)
             bar.update()
+        _check_all_ours(folder / layout, temporary)
     return folder / layout
+
+
+def _check_all_ours(folder: Path, new: Path) -> None:
+    """See that a folder holds nothing but what is about to take its place.
+
+    Raises:
+        UserError: it does, such as what a scorer has written there.
+    """
+    for path in sorted(folder.rglob("*")):
+        if path.is_file() and not (new / path.relative_to(folder)).exists():
+            raise UserError(f"{path}: is none of these images, and would be lost; move it elsewhere")
 
 
 def check_layout(layout: str, prompts: Sequence[Prompt], per_prompt: int, source: str) -> None:

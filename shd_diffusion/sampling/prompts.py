@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from shd_diffusion.data.captions import check_characters
 from shd_diffusion.errors import UserError
 from shd_diffusion.shipped import find_config
 
@@ -114,4 +115,5 @@ def _checked(text: Any, place: str) -> str:
         raise UserError(f"{place}: its prompt is {text!r}, not a text; write it in quotes")
     if not text.strip():
         raise UserError(f"{place} is blank; write a prompt there, or remove it")
+    check_characters(text, place)
     return text.strip()

@@ -11,6 +11,7 @@ from diffusers import DiffusionPipeline
 
 from shd_diffusion.config import RunConfig, SampleConfig
 from shd_diffusion.data import open_dataset
+from shd_diffusion.data.prepare import EncodeConfig
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import check_outside
 from shd_diffusion.processes import processes
@@ -136,10 +137,15 @@ def make_sampler(
             raise UserError(f"key `sample.{wrong[0]}`: the pipeline makes images by class; remove it")
         return ByClass(pipeline, config)
     size = None if run_config is None else run_config.data.image_size
-    if run_config is not None and run_config.prepare is not None:  # prompts as the model has learnt from them
-        told = run_config.prepare.prompt_arguments | config.pipeline_arguments
-        config = config.model_copy(update={"pipeline_arguments": told})
+    if run_config is not None and run_config.prepare is not None:
+        config = with_prompt_arguments(config, run_config.prepare)
     return ByPrompt(pipeline, config, prompts_of(config, run_config), None if size is None else (size, size))
+
+
+def with_prompt_arguments(config: SampleConfig, prepare: EncodeConfig) -> SampleConfig:
+    """The call of a pipeline by which it reads prompts as the model has learnt from them."""
+    told = prepare.prompt_arguments | config.pipeline_arguments
+    return config.model_copy(update={"pipeline_arguments": told})
 
 
 def prompts_of(config: SampleConfig, run_config: RunConfig | None) -> Sequence[str]:

@@ -216,6 +216,12 @@ def run_folder(output: Path, condition: str, variant: str, seed: int) -> Path:
     return output / "runs" / condition / variant / f"seed-{seed}"
 
 
+def teacher_of(study: StudyConfig) -> str:
+    """The path of the teacher whose config the study names; variants and conditions may have others."""
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in study.overrides.items()]
+    return read_config(Path(study.distill), DistillConfig, overrides).teacher.path
+
+
 def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
     """All runs of a study, seed after seed, so that what is there is always paired.
 

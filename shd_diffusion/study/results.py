@@ -24,6 +24,7 @@ from shd_diffusion.study.config import (
     StudyConfig,
     check_inputs,
     run_name,
+    teacher_of,
     validation_after,
 )
 
@@ -134,13 +135,13 @@ def read_known(study: StudyConfig, planned: Sequence[Planned]) -> Known:
             Teachers are told apart by the metrics that are compared, see `SAME_TEACHER`.
     """
     known = Known({}, {}, set())
-    teacher = _teacher_metrics(planned)
+    teacher = _teacher_metrics(study)
     for file in map(Path, study.known):
         published = read_as(file, Published)
         common = teacher.keys() & published.teacher.keys() & {*study.metrics}
         if not all(isclose(teacher[k], published.teacher[k], rel_tol=SAME_TEACHER) for k in common):
             raise UserError(
-                f"{file}: its teacher has other metrics than {planned[0].config.teacher.path}, and runs of two "
+                f"{file}: its teacher has other metrics than {teacher_of(study)}, and runs of two "
                 "teachers do not compare; take it out of `known`"
             )
         outcomes = {(o.condition, o.variant, o.seed): o for o in published.outcomes}
@@ -183,7 +184,7 @@ def collect(study: StudyConfig, planned: Sequence[Planned], known: Known) -> Res
         outcomes=outcomes,
         rows=make_rows(study, outcomes),
         comparisons=[each for metric in study.compared for each in compare_variants(study, outcomes, metric)],
-        teacher=_teacher_metrics(planned),
+        teacher=_teacher_metrics(study),
         protocol=next(iter(protocols.values()), {}),
         commits=sorted({*filter(None, commits), *known.commits}),
         environment=describe_environment(),
@@ -211,9 +212,9 @@ def _check_protocol(
         raise UserError(f"{file}: measured otherwise than {first[0]} ({different[0]}); {remedy}")
 
 
-def _teacher_metrics(planned: Sequence[Planned]) -> dict[str, float]:
+def _teacher_metrics(study: StudyConfig) -> dict[str, float]:
     """Those of the teacher, once it is evaluated."""
-    file = RunFolder(Path(planned[0].config.teacher.path)).evaluation_file
+    file = RunFolder(Path(teacher_of(study))).evaluation_file
     return read_as(file, Metrics).values if file.exists() else {}
 
 

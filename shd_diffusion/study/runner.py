@@ -18,13 +18,13 @@ import torch
 
 from shd_diffusion.config import RunConfig, TrainTeacherConfig, read_config
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import json_sha256, locked, read_as, read_json, sha256, write_json
+from shd_diffusion.files import json_sha256, locked, read_json, sha256, write_json
 from shd_diffusion.models.factory import find_model_folder
 from shd_diffusion.progress import announce
-from shd_diffusion.reporting.runs import Samples
 from shd_diffusion.run_folder import RunFolder
+from shd_diffusion.sample_folder import read_summary
 from shd_diffusion.study.cluster import PATIENCE, Submitted, Work, make_executor
-from shd_diffusion.study.config import Budget, Place, Planned, StudyConfig, compressed_folder
+from shd_diffusion.study.config import Budget, Place, Planned, StudyConfig, compressed_folder, teacher_of
 
 WORKER = (sys.executable, "-m", "shd_diffusion.study.worker")
 
@@ -124,9 +124,10 @@ def _carry_out(
         log = output / "logs" / f"{name.replace(' seed ', ' seed-').replace(' ', '/')}.log"
         return Job(name, _missing(run, config, train), log)
 
+    path = teacher_of(study)
     if study.teacher is not None:
         config = read_config(Path(study.teacher), TrainTeacherConfig)
-        run = RunFolder(Path(planned[0].config.teacher.path))
+        run = RunFolder(Path(path))
         run.check(config)
         teacher = job("teacher", run, config, ["train-teacher", study.teacher])
         ended = _run_all([teacher], Budget(), 1, start)
@@ -134,7 +135,6 @@ def _carry_out(
             raise UserError(
                 ended.to_mend or f"{teacher.log}: the teacher's training failed; the log says why"
             )
-    path = planned[0].config.teacher.path
     made = [_compression(study, path, name, output) for name in study.compressed]
     ended = _run_all(made, Budget(), 1, start)
     if ended.to_mend or ended.failed:
@@ -206,11 +206,11 @@ def _sets(overrides: Iterable[str]) -> list[str]:
 
 def _missing(run: RunFolder, config: RunConfig, train: list[str]) -> list[list[str]]:
     """The commands that complete a run."""
-    sampling, path = run.samples / "sampling.json", str(run.path)
+    sampled, path = read_summary(run.samples), str(run.path)
     commands = []
     if not run.is_complete(config):
         commands.append([*train, "--output", path])
-    if not sampling.exists() or read_as(sampling, Samples).num_images < config.sample.num_images:
+    if sampled is None or sampled.num_images < config.sample.num_images:
         commands.append(["sample", path])
     if commands or not run.evaluation_file.exists():
         commands.append(["evaluate", path])
@@ -245,7 +245,8 @@ def _run_all(jobs: Iterable[Job], budget: Budget, processes: int, start: Start) 
         pending = {job.name for job in waiting} | {job.name for job, _ in active.values()}
         return next((job for job in waiting if pending.isdisjoint(job.after)), None)
 
-    terminate = signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C: no orphans
+    ends = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) != signal.SIG_IGN]
+    before = {each: signal.signal(each, signal.default_int_handler) for each in ends}  # as Ctrl-C: no orphans
     try:
         while active or (waiting and affordable()):
             while len(active) < processes and affordable() and (ready := next_ready()) is not None:
@@ -269,7 +270,8 @@ def _run_all(jobs: Iterable[Job], budget: Budget, processes: int, start: Start) 
                 announce(f"{job.name}: {outcome}, {done} of {total}, about {left / 60:.0f} min to go")
     finally:
         _interrupt([process for _, process in active.values()])
-        signal.signal(signal.SIGTERM, terminate)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     if waiting and ended.to_mend is None:
         announce(f"the budget is spent, runs left: {len(waiting)}; the same command goes on with them")
     return ended

@@ -32,8 +32,9 @@ class Interruption:
 
     def __enter__(self) -> Interruption:
         if threading.current_thread() is threading.main_thread():
-            # one that is ignored stays so: `nohup` has SIGHUP ignored
-            heard = [each for each in SIGNALS if signal.getsignal(each) != signal.SIG_IGN]
+            # what is ignored for a person's sake stays so: `nohup` has SIGHUP ignored. A cluster's SIGUSR1 is heard, as
+            # a shell that is not to end by it passes on that it is ignored
+            heard = [s for s in SIGNALS if s == signal.SIGUSR1 or signal.getsignal(s) != signal.SIG_IGN]
             self._before = {signum: signal.signal(signum, self._note) for signum in heard}
         return self
 

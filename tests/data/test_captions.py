@@ -16,6 +16,7 @@ from PIL import Image
 
 from shd_diffusion.config import DataConfig, dump_config, parse_config, parse_yaml
 from shd_diffusion.data import build_source, open_dataset, reference_images
+from shd_diffusion.data.captions import captions_of, captions_of_text
 from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.digits import digits
 from shd_diffusion.data.image_sets import Images
@@ -349,3 +350,10 @@ def test_prompts_that_are_none(tmp_path: Path):
     path.write_text("\n \n")
     with pytest.raises(UserError, match=r"^data\.path: .*prompts\.txt holds no text"):
         open_dataset(prompts_of(path))
+
+
+def test_a_caption_holds_what_only_looks_like_the_end_of_a_line() -> None:
+    text = "a cat\u2028on a mat\r\n\n a dog\x0chere \r\x85x"
+    assert captions_of_text(text.encode(), "a.txt") == ["a cat\u2028on a mat", "a dog\x0chere", "x"]
+    with pytest.raises(UserError, match=r"line 3: its character 5 is half of one .*; mend it"):
+        captions_of(["a", "cat \ud83d"], "line 3")

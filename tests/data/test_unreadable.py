@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from pathlib import Path
 
@@ -65,6 +66,23 @@ def test_metrics_are_taken_without_it(tmp_path: Path, capsys: pytest.CaptureFixt
     assert capsys.readouterr().err.count("left out") == 1
     reference_images(config_of(broken))
     assert "left out" not in capsys.readouterr().err  # known by now
+
+
+def test_a_file_that_could_not_be_read_is_tried_again(
+    images: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    opened = Image.open
+
+    def stale(file: Path) -> Image.Image:
+        if Path(file).name == "05.png":
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return opened(file)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Image, "open", stale)
+        assert len(reference_images(config_of(images))) == NUM_IMAGES - 1
+    assert "Stale file handle): left out" in capsys.readouterr().err
+    assert len(reference_images(config_of(images))) == NUM_IMAGES
 
 
 def test_what_was_read(images: Path) -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torchvision
 from commands import command, sets
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 from small_models import small_dit
 from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
 from torch import Tensor, nn
@@ -21,7 +22,7 @@ from shd_diffusion.config import SampleConfig
 from shd_diffusion.evaluation import compare_metrics, load_extractor
 from shd_diffusion.evaluation import lpips as lpips_module
 from shd_diffusion.evaluation.against_teacher import against_teacher, generate, summarise
-from shd_diffusion.evaluation.against_teacher_run import chosen_images, with_denoiser_of
+from shd_diffusion.evaluation.against_teacher_run import _sampling_of, chosen_images, with_denoiser_of
 from shd_diffusion.evaluation.compare import paired_difference
 from shd_diffusion.evaluation.extractors import Extractor
 from shd_diffusion.evaluation.lpips import LPIPS, lpips_is_missing
@@ -30,6 +31,7 @@ from shd_diffusion.sample_folder import Summary
 from shd_diffusion.sampling import ClassConditionalPipeline
 from shd_diffusion.sampling.by_class import ByClass, sample_images
 from shd_diffusion.sampling.by_prompt import ByPrompt
+from shd_diffusion.sampling.schedulers import own_scheduler
 
 PROMPTS = ["a red heart", "b", "the sea at night"]
 INDICES = [4, 0, 8]  # of the second, first and third prompt
@@ -208,6 +210,14 @@ def test_lpips_is_left_out_where_it_cannot_be(monkeypatch: pytest.MonkeyPatch, t
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     assert "alexnet-owt-7be5be79.pth" in str(lpips_is_missing(64, 64))
     assert "images of 8×64 are too small" in str(lpips_is_missing(64, 8))
+
+
+@pytest.mark.parametrize(("told", "clips"), [({"clip": True}, True), ({}, False)])
+def test_the_scheduler_clips_as_it_did_for_the_samples(told: dict[str, Any], clips: bool) -> None:
+    sampled = Summary(protocol={"scheduler": "DDIMScheduler", **told})
+    for present in (True, False):
+        scheduler = own_scheduler(_sampling_of(sampled), DDIMScheduler(clip_sample=present))
+        assert scheduler.config["clip_sample"] == clips
 
 
 # --- the command line -------------------------------------------------------------------------------------------

@@ -253,4 +253,6 @@ def test_dinov2_without_transformers_says_what_to_install(tmp_path, monkeypatch)
 def test_weights_that_are_not_the_published_ones_have_another_name() -> None:
     url = "https://host/weights-inception-2015-12-05-6726825d.pth"
     assert is_published(url, "6726825d" + "0" * 56) and not is_published(url, "0" * 64)
+    by_folder = f"https://host/clip/models/{'ab' * 32}/ViT-B-32.pt"
+    assert is_published(by_folder, "ab" * 32) and not is_published(by_folder, "0" * 64)
     assert is_published(None, "0" * 64) and is_published("https://host/dinov2_vits14_pretrain.pth", "0" * 64)

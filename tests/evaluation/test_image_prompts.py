@@ -40,6 +40,15 @@ def test_metadata_name_the_files(key: str, tmp_path: Path) -> None:
     assert _prompts(images) == ["the sea", "a bee"]
 
 
+def test_metadata_lie_in_sub_folders_too_and_the_first_line_of_an_image_counts(tmp_path: Path) -> None:
+    images = _images(tmp_path, "b.png", "a/c.jpg")
+    lines = ["./b.png", "b.png"], ["c.jpg"]
+    for folder, names in zip((tmp_path, tmp_path / "a"), lines, strict=True):
+        entries = [{"file_name": name, "text": f"{name} {place}"} for place, name in enumerate(names)]
+        (folder / "metadata.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    assert _prompts(images) == ["c.jpg 0", "./b.png 0"]
+
+
 def test_a_text_file_beside_each_image_has_its_prompt(tmp_path: Path) -> None:
     images = _images(tmp_path, "0.png", "1.png")
     (tmp_path / "0.txt").write_text("zero\nanother caption\n")

@@ -111,3 +111,16 @@ def test_images_that_are_not_square_leave_nothing(tmp_path: Path) -> None:
     (folder / "sampling.json").unlink()
     with pytest.raises(UserError, match="has no finished samples"):
         write_layout("dpg_bench", folder, PLAIN)
+
+
+def test_what_a_scorer_has_written_there_is_kept(tmp_path: Path) -> None:
+    prompts = [Prompt("a bench", "00000", {"tag": "single_object"})]
+    folder = _samples(tmp_path / "samples", prompts, 2)
+    to = write_layout("geneval", folder, prompts)
+    write_layout("geneval", folder, prompts)  # its own are replaced
+    (to / "results.jsonl").write_text("{}")
+    with pytest.raises(
+        UserError, match=r"geneval/results\.jsonl: is none of these images.*; move it elsewhere"
+    ):
+        write_layout("geneval", folder, prompts)
+    assert (to / "results.jsonl").exists() and (to / "00000" / "metadata.jsonl").exists()

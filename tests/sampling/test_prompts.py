@@ -62,6 +62,11 @@ def test_a_folder_has_a_prompt_a_file(tmp_path: Path) -> None:
         ("p.jsonl", b'{"prompt": ""}', r"p\.jsonl: line 1 is blank; write"),
         ("p.jsonl", b'{"prompt": "a"}\n["b"]', r"p\.jsonl: line 2 is no JSON object; write"),
         ("p.jsonl", b"a cat", r"p\.jsonl: line 1 is no JSON object; write"),
+        (
+            "p.jsonl",
+            b'{"prompt": "cat \\ud83d"}',
+            r"p\.jsonl: line 1: its character 5 is half of one .*; mend it",
+        ),
         ("d/notes.md", b"a cat", r"d: no \.txt files in this folder; give"),
         ("d/a.txt", b" \n", r"d/a\.txt is blank; write"),
     ],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,12 +17,14 @@ from tiny_pipelines import PIPELINES, SIZE
 
 from shd_diffusion.config import SampleConfig
 from shd_diffusion.errors import UserError
+from shd_diffusion.files import write_json
 from shd_diffusion.randomness import generator
 from shd_diffusion.sample_folder import read_summary
 from shd_diffusion.sampling import ClassConditionalPipeline, generate_images, sample_images
 from shd_diffusion.sampling.batching import deal_passes
 from shd_diffusion.sampling.by_class import ByClass, labels_of
 from shd_diffusion.sampling.by_prompt import ByPrompt
+from shd_diffusion.sampling.generate import _open
 from shd_diffusion.sampling.sample_run import make_sampler
 
 CONFIG = SampleConfig(num_images=7, num_inference_steps=4, pass_size=3)
@@ -238,3 +241,17 @@ def test_what_is_for_prompts_is_refused_by_class(
         UserError, match=rf"`sample\.{next(iter(given))}`: the pipeline makes images by class"
     ):
         make_sampler(pipeline, SampleConfig(**given), None)
+
+
+def test_more_captions_of_the_same_data_go_on(tmp_path: Path) -> None:
+    """Data give as many prompts as images need; a file of prompts is another one when it has more."""
+    captions = ["a", "b", "c", "d"]
+    before, now = {"prompts_sha256": "of two", "seed": 0}, {"prompts_sha256": "of four", "seed": 0}
+    write_json(tmp_path / "sampling.json", {"num_images": 2, "prompts": captions[:2], "protocol": before})
+    sampler: Any = SimpleNamespace(told=lambda count: {"prompts": captions[:count]})
+    assert _open(tmp_path, now, sampler, SampleConfig(num_images=4)) is not None
+    assert _open(tmp_path, now, sampler, SampleConfig(num_images=1)) is not None
+    for prompts, others in ((None, ["a", "x"]), ("prompts.txt", captions)):
+        sampler = SimpleNamespace(told=lambda count, others=others: {"prompts": others[:count]})
+        with pytest.raises(UserError, match=r"made with another `prompts_sha256`.*; give the prompts"):
+            _open(tmp_path, now, sampler, SampleConfig(num_images=4, prompts=prompts))

@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -22,7 +23,7 @@ from shd_diffusion.config import read_config
 from shd_diffusion.errors import OUT_OF_MEMORY, DivergedError, UserError
 from shd_diffusion.files import locked, write_json
 from shd_diffusion.study import runner
-from shd_diffusion.study.config import Planned, StudyConfig, plan_runs
+from shd_diffusion.study.config import Budget, Planned, StudyConfig, plan_runs, teacher_of
 from shd_diffusion.study.results import collect, read_known
 
 
@@ -132,6 +133,26 @@ def test_models_are_made_of_the_teacher_before_the_runs(
     study.write_text(text)
     code, said, errors = command("study", study)
     assert code == 2 and "compressed.merged" in errors and "'teacher_sha256': 'another" in errors
+
+
+def test_the_end_of_a_session_ends_the_runs() -> None:
+    sent: list[int] = []
+
+    def poll() -> None:
+        signal.raise_signal(signal.SIGHUP)
+
+    running = SimpleNamespace(poll=poll, send_signal=sent.append, wait=lambda timeout: 0)
+    before = signal.getsignal(signal.SIGHUP)
+    with pytest.raises(KeyboardInterrupt):
+        runner._run_all([runner.Job("a", [["train"]], Path("log"))], Budget(), 1, lambda job, slot: running)
+    assert sent == [signal.SIGINT] and signal.getsignal(signal.SIGHUP) == before
+
+
+def test_the_teacher_is_that_of_all_variants(tmp_path: Path) -> None:
+    teacher = tmp_path / "teacher"
+    variants = {"small": {"teacher.path": str(tmp_path / "small")}, "big": {}}
+    file = study_file(tmp_path, teacher, variants=variants, reference="big")
+    assert teacher_of(plan(file)[1]) == str(teacher)
 
 
 def test_the_budget_ends_a_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

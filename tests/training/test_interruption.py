@@ -23,3 +23,16 @@ def test_what_the_process_ignores_does_not_end_its_run(before: signal.Handlers) 
         assert signal.getsignal(signal.SIGHUP) == before
     finally:
         signal.signal(signal.SIGHUP, kept)
+
+
+def test_a_cluster_is_heard_although_a_shell_in_between_ignores_it() -> None:
+    """As `trap '' USR1` before `exec torchrun` has it, see docs/clusters.md."""
+    accelerator: Any = SimpleNamespace(num_processes=1)
+    kept = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+        with Interruption(accelerator) as interruption:
+            signal.raise_signal(signal.SIGUSR1)
+            assert interruption.noted() == signal.SIGUSR1
+            signal.raise_signal(signal.SIGUSR1)  # ends nothing, as before
+    finally:
+        signal.signal(signal.SIGUSR1, kept)
