@@ -45,8 +45,8 @@ def evaluate_run(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     sampled = read_summary(run.samples)
     if sampled is None or not sampled.num_images:
         raise UserError(f"{run.path}: has no finished samples; run `shd-diffusion sample {run.path}` first")
-    steps = run.read_summary().steps
-    if (sampled_at := sampled.protocol.get("steps_trained", steps)) != steps:
+    sampled_at = sampled.protocol.get("steps_trained")
+    if sampled_at is not None and sampled_at != (steps := run.read_summary().steps):
         raise UserError(
             f"{run.samples}: its images are of step {sampled_at}, and the run has come to {steps} since; delete the "
             f"folder, and run `shd-diffusion sample {run.path}`"

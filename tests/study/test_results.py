@@ -278,16 +278,21 @@ def elsewhere(results: Results, tmp_path: Path) -> Path:
     return tmp_path / "elsewhere" / "study.json"
 
 
-def evaluate_teacher(folder: Path, fid: float) -> None:
+def evaluate_teacher(folder: Path, fid: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shd_diffusion.study.results.teacher_of", lambda study: str(folder / "teacher"))
     (folder / "teacher" / "evaluation").mkdir(parents=True)
     RunFolder(folder / "teacher").evaluation_file.write_text(json.dumps({"fid": fid}))
 
 
 def test_runs_that_were_made_elsewhere_count(
-    results: Results, planned: list[Planned], elsewhere: Path, tmp_path: Path
+    results: Results,
+    planned: list[Planned],
+    elsewhere: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same outcomes and comparisons as there, of those that the study plans."""
-    evaluate_teacher(tmp_path, 10.0)
+    evaluate_teacher(tmp_path, 10.0, monkeypatch)
     study = results.study.model_copy(update={"known": [str(elsewhere)]})
     found = collect(study, planned, read_known(study, planned))
     assert sorted(map(repr, found.outcomes)) == sorted(map(repr, results.outcomes))
@@ -367,9 +372,13 @@ def test_runs_that_were_measured_otherwise_elsewhere_do_not_count(
 
 
 def test_runs_of_another_teacher_do_not_count(
-    study: StudyConfig, planned: list[Planned], elsewhere: Path, tmp_path: Path
+    study: StudyConfig,
+    planned: list[Planned],
+    elsewhere: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evaluate_teacher(tmp_path, 10.5)
+    evaluate_teacher(tmp_path, 10.5, monkeypatch)
     with pytest.raises(UserError, match="its teacher has other metrics than"):
         read_known(study.model_copy(update={"known": [str(elsewhere)]}), planned)
 
