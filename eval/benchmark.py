@@ -43,7 +43,7 @@ from torch_fidelity.utils import get_featuresdict_from_dataset
 from shd_diffusion.attention import AttentionCapture, AttentionRecord
 from shd_diffusion.benchmark.turns import Clock, ratio, take_turns
 from shd_diffusion.compression import compress as compress_model
-from shd_diffusion.compression.compress import Part
+from shd_diffusion.compression.compress import CompressedPart
 from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.data import build_source
 from shd_diffusion.environment import describe_environment
@@ -699,7 +699,7 @@ def compress(
     last = began = time.perf_counter()
     began_processor = time.process_time()
 
-    def tell(part: Part) -> None:
+    def tell(part: CompressedPart) -> None:
         nonlocal last
         now = time.perf_counter()
         seconds.setdefault(part.what, []).append(round(now - last, 2))

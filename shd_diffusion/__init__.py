@@ -2,7 +2,8 @@
 
 The method in four names: `plan_merges` says which heads merge when, `squeeze_heads` merges a teacher's attention
 maps into as many as the student has, `AttentionCapture` records what the blocks of a model attend to, and
-`SHDLoss` is the divergence that the student is trained with. Beside it there are the metrics as objects of
+`SHDLoss` is the divergence that the student is trained with; it squeezes as `squeeze_heads` does, but in chunks of
+maps (losses/map_divergence.py). Beside it there are the metrics as objects of
 torchmetrics, for any training loop: `FrechetDistance(extractor)` and its like.
 """
 

@@ -14,10 +14,10 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from shd_diffusion.attention import attention_blocks
 from shd_diffusion.compression.attention import HeadOptions, Method
 from shd_diffusion.compression.budget import Budget, ShapePlan, plan_shape
-from shd_diffusion.compression.compress import Counts, Part, block_plans, compress
+from shd_diffusion.compression.compress import CompressedPart, Counts, block_plans, compress
 from shd_diffusion.compression.costs import cost_of
 from shd_diffusion.compression.describe import readme
-from shd_diffusion.compression.walk import Batch, first_sample
+from shd_diffusion.compression.walk import CalibrationBatch, first_sample
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import LatentSource, Source, build_source
 from shd_diffusion.environment import describe_environment
@@ -58,7 +58,7 @@ class Calibration:
     model: ModelMixin
     source: Source
     scheduler: SchedulerMixin
-    batches: list[Batch]
+    batches: list[CalibrationBatch]
     vae: ModelMixin | None
 
 
@@ -213,5 +213,5 @@ def _describe_run(folder: RunFolder, name: str, calibration: Calibration, model:
     folder.write_summary(summary)
 
 
-def _tell(part: Part) -> None:
+def _tell(part: CompressedPart) -> None:
     announce(f"{part.name}: {part.before} → {part.after} {part.what}, lost {part.lost:.5f}")

@@ -21,7 +21,7 @@ from shd_diffusion.compression.block_features import (
     records_and_inputs,
     samples_at_once,
 )
-from shd_diffusion.compression.head_fits import Merge, fit_outputs, fit_values_and_output, output_fits
+from shd_diffusion.compression.head_fits import MergedHeads, fit_outputs, fit_values_and_output, output_fits
 from shd_diffusion.compression.head_weights import (
     has_bias,
     has_shift,
@@ -388,7 +388,7 @@ def _plan(records: Sequence[AttentionRecord], layout: HeadLayout, heads: int, pa
     return merge_rounds(batches, weight, heads, sharing_pairs(sharing, heads, key_values))
 
 
-def _merge(seen: Sights, layout: HeadLayout, heads: int, pairing: Pairing) -> Merge:
+def _merge(seen: Sights, layout: HeadLayout, heads: int, pairing: Pairing) -> MergedHeads:
     groups = members(_plan(seen.records, layout, heads, pairing), layout.heads)
     if layout.sharing == 1:
         return groups, select_heads(groups, seen.movements)

@@ -19,7 +19,7 @@ from shd_diffusion.compression.importance import (
     measure_importance,
     possible_counts,
 )
-from shd_diffusion.compression.walk import Batch, Predict
+from shd_diffusion.compression.walk import CalibrationBatch, Predict
 from shd_diffusion.errors import UserError, did_you_mean
 from shd_diffusion.models.squeezed import shape, squeezed_class
 from shd_diffusion.squeezing.knapsack import Block, Option, choose_options, most_saved
@@ -115,10 +115,10 @@ def parse_budget(text: str) -> Budget:
 
 def plan_shape(
     teacher: ModelMixin,
-    batches: Sequence[Batch],
+    batches: Sequence[CalibrationBatch],
     predict: Predict,
     budget: Budget,
-    one: Batch,
+    one: CalibrationBatch,
     options: HeadOptions | None = None,
     report: Callable[[str], object] = lambda message: None,
 ) -> ShapePlan:

@@ -27,7 +27,7 @@ from shd_diffusion.compression.depth import (
 )
 from shd_diffusion.compression.feed_forward import squeeze_feed_forward
 from shd_diffusion.compression.walk import (
-    Batch,
+    CalibrationBatch,
     Predict,
     copy_sharing,
     have_apart,
@@ -45,7 +45,7 @@ Counts: TypeAlias = int | float | Mapping[str, int] | None
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class CompressedPart:
     """What became of one module.
 
     Attributes:
@@ -80,7 +80,7 @@ class CompressedModel:
     """
 
     model: ModelMixin
-    parts: tuple[Part, ...]
+    parts: tuple[CompressedPart, ...]
     lost: float
     groups: Mapping[str, Round]
     origins: Mapping[str, str]
@@ -89,14 +89,14 @@ class CompressedModel:
 @torch.no_grad()
 def compress(
     teacher: ModelMixin,
-    batches: Iterable[Batch],
+    batches: Iterable[CalibrationBatch],
     predict: Predict,
     heads: Counts = None,
     neurons: Counts = None,
     blocks: int | Collection[str] | None = None,
     options: HeadOptions | None = None,
     plain: bool = False,
-    report: Callable[[Part], object] = lambda part: None,
+    report: Callable[[CompressedPart], object] = lambda part: None,
 ) -> CompressedModel:
     """Make a model of fewer blocks, heads and neurons from a teacher's weights, without training.
 
@@ -133,10 +133,10 @@ def compress(
         squeezed_class(kind)  # refuses a class that cannot be saved, before anything is computed
     teacher.eval()
     student = copy_sharing(teacher)  # what is squeezed has its own parameters when its turn comes
-    parts: list[Part] = []
+    parts: list[CompressedPart] = []
     groups: dict[str, Round] = {}
 
-    def tell(part: Part) -> None:
+    def tell(part: CompressedPart) -> None:
         parts.append(part)
         report(part)
 
@@ -169,7 +169,7 @@ def compress(
                     student, name, wanted[name], calls, targets, options
                 )
                 what, fit = "heads", (of_heads[0], of_heads[1])
-            tell(Part(of_teacher[name], what, stock[name], wanted[name], *fit))
+            tell(CompressedPart(of_teacher[name], what, stock[name], wanted[name], *fit))
     have_apart(student, teacher)
     if plain_shape:
         if idle := [name for name, count in wanted.items() if shape(student)[name] != count]:
@@ -295,9 +295,9 @@ def origin(name: str, origins: Mapping[str, str]) -> str:
 def _squeeze_depth(
     model: ModelMixin,
     keep: int | Collection[str],
-    batches: Sequence[Batch],
+    batches: Sequence[CalibrationBatch],
     predict: Predict,
-    tell: Callable[[Part], None],
+    tell: Callable[[CompressedPart], None],
 ) -> dict[str, str]:
     """Take out the least important blocks, or those not named; the old path of each that stays, by its new one."""
     list_name, blocks = block_list(model)
@@ -319,5 +319,5 @@ def _squeeze_depth(
         removed = [name for name in names if name not in keep]
         importances = block_importances(model, batches, predict, removed)
     for name in removed:
-        tell(Part(name, "block", 1, 0, 0.0, importances[name]))
+        tell(CompressedPart(name, "block", 1, 0, 0.0, importances[name]))
     return remove_blocks(model, removed) if removed else {}

@@ -8,7 +8,7 @@ import torch
 from diffusers import ModelMixin
 from torch import nn
 
-from shd_diffusion.compression.walk import Batch, Predict, copy_sharing, passes, relative_change
+from shd_diffusion.compression.walk import CalibrationBatch, Predict, copy_sharing, passes, relative_change
 from shd_diffusion.models.squeezed import CONFIG_KEYS
 
 
@@ -28,7 +28,7 @@ def block_list(model: ModelMixin) -> tuple[str, nn.ModuleList]:
 
 @torch.no_grad()
 def block_importances(
-    model: ModelMixin, batches: Sequence[Batch], predict: Predict, names: Collection[str]
+    model: ModelMixin, batches: Sequence[CalibrationBatch], predict: Predict, names: Collection[str]
 ) -> dict[str, float]:
     """What the model's output loses without one block: |change|² / |output|² by block.
 

@@ -18,7 +18,7 @@ from shd_diffusion.squeezing.moments import RIDGE, Moments, ridge, share, solve
 from shd_diffusion.squeezing.plan import Round
 from shd_diffusion.squeezing.shared_keys import key_value_counts
 
-Merge: TypeAlias = tuple[Round, tuple[int, ...]]
+MergedHeads: TypeAlias = tuple[Round, tuple[int, ...]]
 """Groups of heads, and of each group the head whose map it takes."""
 
 _WIDEST = 2**11  # features of all heads; beyond it values are looked for in fewer directions
@@ -111,7 +111,7 @@ class OutputFit:
 
 
 def output_fits(
-    model: nn.Module, name: str, seen: Features, value: Tensor, outputs: Tensor, merges: Sequence[Merge]
+    model: nn.Module, name: str, seen: Features, value: Tensor, outputs: Tensor, merges: Sequence[MergedHeads]
 ) -> list[OutputFit]:
     """Of each merge the merged values and the moments of what they make of the features of the block's heads.
 

@@ -20,7 +20,7 @@ from shd_diffusion.compression.attention import (
 from shd_diffusion.compression.depth import block_importances
 from shd_diffusion.compression.feed_forward import neuron_losses, squeeze_feed_forward
 from shd_diffusion.compression.walk import (
-    Batch,
+    CalibrationBatch,
     Predict,
     copy_sharing,
     passes,
@@ -70,7 +70,7 @@ def _in_steps(counts: Sequence[int]) -> list[int]:
 @torch.no_grad()
 def measure_importance(
     teacher: ModelMixin,
-    batches: Sequence[Batch],
+    batches: Sequence[CalibrationBatch],
     predict: Predict,
     counts: Mapping[str, Sequence[int]],
     blocks: Sequence[str],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from shd_diffusion.compression.attention import HeadOptions, check_can_be_squeezed
 from shd_diffusion.compression.compress import compress
 from shd_diffusion.compression.lockstep import Lockstep
-from shd_diffusion.compression.walk import Batch, Predict, passes, relative_change
+from shd_diffusion.compression.walk import CalibrationBatch, Predict, passes, relative_change
 from shd_diffusion.models.layouts import HeadLayout, feed_forwards, head_layout
 from shd_diffusion.models.squeezed import (
     PREFIX,
@@ -40,7 +40,7 @@ Kept = Mapping[str, Tensor]
 def squeeze_into(
     student: ModelMixin,
     teacher: ModelMixin,
-    batches: Iterable[Batch],
+    batches: Iterable[CalibrationBatch],
     predict: Predict,
     origins: Mapping[str, str],
     choose: Choose = choose_channels,
@@ -198,7 +198,11 @@ def _shallower(teacher: ModelMixin, student: ModelMixin, origins: Mapping[str, s
 
 
 def _refit_last_condition(
-    model: Any, teacher: ModelMixin, batches: Sequence[Batch], predict: Predict, origins: Mapping[str, str]
+    model: Any,
+    teacher: ModelMixin,
+    batches: Sequence[CalibrationBatch],
+    predict: Predict,
+    origins: Mapping[str, str],
 ) -> None:
     """DiT's last layer is told the condition as its first block embeds it; where that is another block, refit it."""
     first = "transformer_blocks.0"
@@ -250,7 +254,7 @@ def _cut_first(model: nn.Module, counts: Mapping[str, int], options: HeadOptions
 def _narrow(
     student: ModelMixin,
     model: ModelMixin,
-    batches: Sequence[Batch],
+    batches: Sequence[CalibrationBatch],
     predict: Predict,
     choose: Choose,
     refit: bool,
@@ -311,7 +315,11 @@ def _cut(tensor: Tensor, its: tuple[Axis | None, ...], kept: Kept, shape: torch.
 
 
 def _choose_all(
-    model: ModelMixin, fewer: Mapping[str, int], batches: Sequence[Batch], predict: Predict, choose: Choose
+    model: ModelMixin,
+    fewer: Mapping[str, int],
+    batches: Sequence[CalibrationBatch],
+    predict: Predict,
+    choose: Choose,
 ) -> dict[str, Tensor]:
     """The channels that stay of every space that has fewer in the student."""
     layers = {
@@ -339,7 +347,7 @@ def _choose_all(
 
 
 def _inputs(
-    model: nn.Module, layers: Iterable[str], batches: Sequence[Batch], predict: Predict
+    model: nn.Module, layers: Iterable[str], batches: Sequence[CalibrationBatch], predict: Predict
 ) -> tuple[dict[str, Moments], dict[str, list[str]]]:
     """Moments of what layers read; layers that read the same one after the other share those of the first."""
     moments: dict[str, Moments] = {}
@@ -370,7 +378,7 @@ def _refit(
     student: ModelMixin,
     model: ModelMixin,
     layers: Mapping[str, Tensor | None],
-    batches: Sequence[Batch],
+    batches: Sequence[CalibrationBatch],
     predict: Predict,
 ) -> None:
     """Fit linear layers of a student, in the order in which they run, to what the model's put out, in place.

@@ -14,7 +14,7 @@ from shd_diffusion.compression.lockstep import Call, Lockstep, Note
 from shd_diffusion.models.layouts import Slice, feed_forwards, head_layout
 from shd_diffusion.squeezing.moments import share
 
-Batch: TypeAlias = tuple[Tensor, Tensor, Any]
+CalibrationBatch: TypeAlias = tuple[Tensor, Tensor, Any]
 """Noised samples (B, C, ...), timesteps (B,), and whatever `predict` takes as their condition."""
 
 Predict: TypeAlias = Callable[[nn.Module, Tensor, Tensor, Any], Tensor]
@@ -27,11 +27,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def passes(
-    model: nn.Module, batches: Iterable[Batch], predict: Predict, into: list[Tensor] | None = None
+    model: nn.Module, batches: Iterable[CalibrationBatch], predict: Predict, into: list[Tensor] | None = None
 ) -> list[Pass]:
     """A forward pass of every batch, which also leaves its prediction in `into`."""
 
-    def run(batch: Batch) -> Tensor:
+    def run(batch: CalibrationBatch) -> Tensor:
         prediction = predict(model, *batch)
         if into is not None:
             into.append(prediction)
@@ -40,7 +40,7 @@ def passes(
     return [functools.partial(run, batch) for batch in batches]
 
 
-def first_sample(batches: Sequence[Batch]) -> Batch:
+def first_sample(batches: Sequence[CalibrationBatch]) -> CalibrationBatch:
     """A batch of one, whose call says what the model costs."""
     noised, timesteps, condition = batches[0]
     return noised[:1], timesteps[:1], {name: value[:1] for name, value in condition.items()}

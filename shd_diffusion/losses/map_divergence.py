@@ -22,7 +22,7 @@ from shd_diffusion.losses.token_grid import Pool
 from shd_diffusion.operations import is_readable
 from shd_diffusion.squeezing.coefficients import Coefficient
 from shd_diffusion.squeezing.map_stream import Chunk, MapStream, Part, sample_groups, stream
-from shd_diffusion.squeezing.merge_weights import Granularity, Squeezer, mixture, squeeze_weights
+from shd_diffusion.squeezing.merge_weights import Granularity, Squeezer, mixing_weights, mixture
 
 
 class Targets(Protocol):
@@ -271,9 +271,9 @@ class SqueezedTeacher:
             yield (samples, coarse), pooled(mix(part, chunk), self.pool)
 
     def weights(self, source: MapStream) -> tuple[Tensor, Tensor]:
-        """`squeeze_weights` of the source's maps: which share of each teacher head makes a squeezed one."""
+        """`mixing_weights` of the source's maps: which share of each teacher head makes a squeezed one."""
         value = self.source.value.to(torch.promote_types(self.source.value.dtype, torch.float32))
-        return squeeze_weights(source, value, self.squeezer, self.granularity, self.coefficient)
+        return mixing_weights(source, value, self.squeezer, self.granularity, self.coefficient)
 
 
 def map_stream(

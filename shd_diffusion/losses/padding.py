@@ -59,7 +59,7 @@ def alike(teacher: AttentionRecord, student: AttentionRecord) -> tuple[Attention
 
 
 def row_share(record: AttentionRecord, pool: int, dtype: torch.dtype) -> Tensor:
-    """What each row counts in its sample's mean over the rows that do, (B,); so many make one of a pooled map."""
+    """Weight of a query row in its sample's mean, (B,): `pool` (rows that make one of a pooled map) over those that count."""
     samples, _, rows, _ = record.query.shape
     if record.counted is None:
         return record.query.new_full((samples,), pool / rows, dtype=dtype)
@@ -67,9 +67,9 @@ def row_share(record: AttentionRecord, pool: int, dtype: torch.dtype) -> Tensor:
 
 
 def estimates_all(record: AttentionRecord, drawn: AttentionRecord, dtype: torch.dtype) -> Tensor:
-    """By what a mean over the drawn rows that count becomes an unbiased estimate of that over all of them, (B, 1).
+    """Factor (B, 1) by which the mean over the drawn rows is an unbiased estimate of that over all rows.
 
-    It is how many times more of them count than was to be expected: where few rows do, a draw may have none of them.
+    It is the number of drawn rows that count over the expected number; where few count, a draw may have none of them.
     """
     if record.counted is None or drawn.counted is None:
         return record.query.new_ones(1, 1, dtype=dtype)

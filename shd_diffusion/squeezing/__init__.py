@@ -1,4 +1,4 @@
-"""The method: which heads merge when, with which weights, and M maps squeezed into N."""
+"""The method: which heads merge when, what each counts in a merge, and M maps squeezed into N."""
 
 from shd_diffusion.squeezing.matching import match_merges
 from shd_diffusion.squeezing.merge_weights import Squeezer, prepare_squeezer

@@ -1,4 +1,4 @@
-"""Which blocks leave for a budget (docs/method.md section 8)."""
+"""Which blocks leave, of a given number (docs/method.md section 8)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """M heads into N by least squares on the weights (docs/method.md section 8).
 
-A head j of the smaller block attends with a map A'_j of its own and adds A'_j H W^V_jᵀ W^O_j to the output, with H the
-inputs of the keys and values. For fixed maps this is a regression of the teacher's output O on the features
-F_j = A'_j H with weights P_j = W^V_jᵀ W^O_j of rank d, and all that it needs are the moments of F and O.
+A head j of the smaller block attends with a map A'_j of its own and adds A'_j H W^V_j W^O_j to the output, with H the
+inputs of the keys and values. For fixed maps this is a regression of the teacher's output Y on the features
+F_j = A'_j H with weights P_j = W^V_j W^O_j of rank d, and all that it needs are the moments of F and Y.
 
 Value and output weights are held as they multiply from the right: V_j (c, d) and O_j (d, C), P_j = V_j O_j.
 """

@@ -20,8 +20,8 @@ from shd_diffusion.squeezing.merge_weights import (
     merge_step,
     merge_sums,
     merge_weights,
+    mixing_weights,
     prepare_squeezer,
-    squeeze_weights,
 )
 from shd_diffusion.squeezing.plan import Group, Merge, Plan, Round, check_heads, num_merges, plan_merges
 from shd_diffusion.squeezing.residual import residual_energies
@@ -57,7 +57,7 @@ def match_merges(
         squeezer = prepare_squeezer(candidate, output_weight, num_heads, merge)
         total = 0.0
         for maps, values in batches:
-            found, _ = squeeze_weights(maps, values, squeezer, granularity, coefficient)
+            found, _ = mixing_weights(maps, values, squeezer, granularity, coefficient)
             total += residual_energies(maps, values, output_weight, found, squeezer.groups)[0].sum().item()
         return total
 

@@ -34,7 +34,7 @@ class MergeStep:
     """Merges of one round that have the same shape, so that one batch of products serves them all.
 
     Attributes:
-        inputs: the round's input heads that each of P merges takes.
+        inputs: P groups of the round's input heads, one a merge.
         parts: the teacher heads behind each of those inputs.
         gram: `output_gram` of each merge's teacher heads, (P, w, w).
     """
@@ -108,14 +108,14 @@ def identity_weights(values: Tensor) -> Tensor:
     return torch.eye(heads, dtype=values.dtype, device=values.device).expand(batch, heads, heads)[..., None]
 
 
-def squeeze_weights(
+def mixing_weights(
     maps: MapStream,
     values: Tensor,
     squeezer: Squeezer,
     granularity: Granularity = "sample",
     coefficient: Coefficient = "closed_form",
 ) -> tuple[Tensor, Tensor]:
-    """Weights of the squeezed maps over the teacher's maps.
+    """What each of the teacher's maps counts in each squeezed map: weights of maps, not of a model.
 
     Args:
         maps: the teacher's at temperature 1, (B, M, Q, K).

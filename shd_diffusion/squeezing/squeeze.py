@@ -14,9 +14,9 @@ from shd_diffusion.squeezing.matching import match_merges
 from shd_diffusion.squeezing.merge_weights import (
     Granularity,
     Squeezer,
+    mixing_weights,
     mixture,
     prepare_squeezer,
-    squeeze_weights,
 )
 from shd_diffusion.squeezing.plan import Merge, Plan, check_heads, check_plan, plan_merges
 from shd_diffusion.squeezing.residual import relative_residual, residual_energies
@@ -124,7 +124,7 @@ def squeeze_heads(
     elif len(squeezer.groups) != num_heads:
         raise ValueError(f"the squeezer leads to {len(squeezer.groups)} heads, not to {num_heads}")
 
-    weights, coefficients = squeeze_weights(whole(maps), values, squeezer, granularity, coefficient)
+    weights, coefficients = mixing_weights(whole(maps), values, squeezer, granularity, coefficient)
     squeezed = mixture(weights, squeezer.groups)(EVERYTHING, maps)
     if not torch.compiler.is_compiling() and not torch.isfinite(squeezed.sum() + weights.sum()):
         raise ValueError("attention maps or values are not finite")

@@ -10,7 +10,7 @@ import torch
 from diffusers import ModelMixin
 from torch import Tensor
 
-from shd_diffusion.compression.walk import Batch
+from shd_diffusion.compression.walk import CalibrationBatch
 from shd_diffusion.config import RunConfig
 from shd_diffusion.data import Source
 from shd_diffusion.models.denoiser import null_condition
@@ -26,7 +26,7 @@ def calibration_batches(
     images: int,
     size: int = 64,
     timestep_weights: Sequence[float] | None = None,
-) -> list[Batch]:
+) -> list[CalibrationBatch]:
     """Training data as a run sees them, noised and with conditions dropped, but of steps that it never takes.
 
     Args:

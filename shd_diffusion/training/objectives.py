@@ -24,7 +24,7 @@ from shd_diffusion.models.forward_process import ForwardProcess
 from shd_diffusion.progress import announce
 from shd_diffusion.training.mixing import pick
 
-MASKED = "_masked"
+MASKED_SUFFIX = "_masked"
 TEACHER = "teacher"
 """Among the terms, the regression of a teacher that trains too."""
 
@@ -89,7 +89,7 @@ class TrainingLoss:
         self._keep_by_block(step, len(batch.clean))
         if batch.mask:
             masked = replace(batch, condition={**batch.condition, **batch.mask}, mask={})
-            terms |= {name + MASKED: term for name, term in self._pass(model, masked, step).items()}
+            terms |= {name + MASKED_SUFFIX: term for name, term in self._pass(model, masked, step).items()}
         return terms
 
     @cached_property
@@ -128,7 +128,7 @@ class TrainingLoss:
         """The weight of every term at a step."""
         weights = {name: term.weight(step, self.max_steps) for name, term in self._all()}
         weights |= {} if self.teacher_rate is None else {TEACHER: 1.0}
-        return weights | {name + MASKED: weight for name, weight in weights.items()}
+        return weights | {name + MASKED_SUFFIX: weight for name, weight in weights.items()}
 
     def shd_by_block(self, step: int) -> dict[str, Tensor]:
         """By student block the SHD term of the step just taken, summed over its samples; empty if it has none."""
