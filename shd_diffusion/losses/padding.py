@@ -59,7 +59,7 @@ def alike(teacher: AttentionRecord, student: AttentionRecord) -> tuple[Attention
 
 
 def row_share(record: AttentionRecord, pool: int, dtype: torch.dtype) -> Tensor:
-    """Weight of a query row in its sample's mean, (B,): 1 over those that count, of a pooled map's `pool` times that."""
+    """Weight of a query row in its sample's mean, (B,): 1 over those that count, `pool` times that in a pooled map."""
     samples, _, rows, _ = record.query.shape
     if record.counted is None:
         return record.query.new_full((samples,), pool / rows, dtype=dtype)
