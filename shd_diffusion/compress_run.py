@@ -86,8 +86,9 @@ def calibrate(
         raise UserError(f"{path}: cannot be compressed by this config's data ({error})") from error
     if teacher.pipeline is not None:
         teacher.pipeline.local()  # what the result is saved with is had first: nothing that follows can miss it
-    own = isinstance(source, LatentSource) and source.prompts_sha256 is None
-    vae = source.load_vae() if own and isinstance(source, LatentSource) else None
+    vae = None
+    if isinstance(source, LatentSource) and source.prompts_sha256 is None:
+        vae = source.load_vae()  # a pipeline by prompts has its own
     size = min(64, config.train.micro_batch_size or 64)
     batches = calibration_batches(config, model, source, process, images, size, timestep_weights)
     return Calibration(path, config, teacher, model, source, scheduler, batches, vae)

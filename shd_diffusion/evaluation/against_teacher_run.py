@@ -96,9 +96,8 @@ def _sampling_of(sampled: Summary) -> SampleConfig:
     """How the samples were made."""
     known = {key: value for key, value in sampled.protocol.items() if key in SampleConfig.model_fields}
     clip = bool(sampled.protocol.get("clip"))
-    return SampleConfig(
-        **{**known, "clip": clip, "images_per_prompt": 1}
-    )  # its prompts are told image by image
+    # its prompts are told image by image
+    return SampleConfig(**{**known, "clip": clip, "images_per_prompt": 1})
 
 
 def _sampler(pipeline: DiffusionPipeline, sample: SampleConfig, sampled: Summary) -> ImageSampler:

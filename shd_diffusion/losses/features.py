@@ -94,10 +94,8 @@ class FeatureTerm(Term):
         for (name, by), projector in zip(self.pairs.items(), self.projectors, strict=True):
             features, target = matched_tokens(student.outputs, name, teacher.outputs, by, size)
             counted = student.records[self.rows[name]].counted if name in self.rows else None
-            if (
-                counted is not None
-            ):  # where a block of a single stream puts out two, the text's rows are the first
-                counted = counted[:, : features.shape[1]]
+            # where a block of a single stream puts out two, the text's rows are the first
+            counted = None if counted is None else counted[:, : features.shape[1]]
             yield projector(features), target, counted
 
     def forward(self, outputs: StepOutputs) -> Tensor:
