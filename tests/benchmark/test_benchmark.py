@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,8 @@ from tiny_pipelines import PIPELINES, SIZE
 from torch import nn
 
 from shd_diffusion.benchmark.candidates import PROMPT
-from shd_diffusion.benchmark.run_benchmark import Plan, benchmark
+from shd_diffusion.benchmark.run_benchmark import Plan, _sampling, benchmark
+from shd_diffusion.config import SampleConfig
 
 SHORT = ["--rounds", 3, "--batch-size", "2,1"]
 STEPS = sets("sample.num_inference_steps=3")
@@ -195,3 +197,13 @@ def test_what_does_not_fit_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("shd_diffusion.benchmark.candidates.predict", full)
     code, _, errors = command("benchmark", run)
     assert code == 2 and "16 samples cannot be denoised on cpu in float32 (CUDA out of memory.)" in errors
+
+
+def test_a_pipeline_reads_prompts_as_its_run_has_learnt_from_them() -> None:
+    prepare = SimpleNamespace(prompt_arguments={"max_sequence_length": 128, "size": 1})
+    sample = SampleConfig(pipeline_arguments={"size": 2})
+    config = SimpleNamespace(sample=sample, prepare=prepare, within=None)
+    run: Any = SimpleNamespace(read_config=lambda: config)
+    plan: Any = SimpleNamespace(image_size=None)
+    found, _ = _sampling([run], plan, [])
+    assert found.pipeline_arguments == {"max_sequence_length": 128, "size": 2}
