@@ -211,7 +211,7 @@ def open_run(config: TrainTeacherConfig | DistillConfig, folder: RunFolder, sour
     inputs = by_main_process(partial(_hash_inputs, parts))  # files by the million, weights by the gigabyte
     folder.check_inputs(config, inputs)
     try:
-        check_scaled_gradients(parts.terms, config.train.shard, accelerator.mixed_precision)
+        check_scaled_gradients(parts.terms, config.train.shard, config.train.mixed_precision)
         vae, validation = None, None
         kind = None if parts.pipeline is None else parts.pipeline.pipeline_class
         if kind is not None and parts.pipeline is not None and parts.pipeline.takes_prompts:
