@@ -278,8 +278,13 @@ def elsewhere(results: Results, tmp_path: Path) -> Path:
     return tmp_path / "elsewhere" / "study.json"
 
 
-def evaluate_teacher(folder: Path, fid: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shd_diffusion.study.results.teacher_of", lambda study: str(folder / "teacher"))
+@pytest.fixture(autouse=True)
+def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may have one of their own where the configs say."""
+    monkeypatch.setattr("shd_diffusion.study.results.teacher_of", lambda study: str(tmp_path / "teacher"))
+
+
+def evaluate_teacher(folder: Path, fid: float) -> None:
     (folder / "teacher" / "evaluation").mkdir(parents=True)
     RunFolder(folder / "teacher").evaluation_file.write_text(json.dumps({"fid": fid}))
 
@@ -289,10 +294,9 @@ def test_runs_that_were_made_elsewhere_count(
     planned: list[Planned],
     elsewhere: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same outcomes and comparisons as there, of those that the study plans."""
-    evaluate_teacher(tmp_path, 10.0, monkeypatch)
+    evaluate_teacher(tmp_path, 10.0)
     study = results.study.model_copy(update={"known": [str(elsewhere)]})
     found = collect(study, planned, read_known(study, planned))
     assert sorted(map(repr, found.outcomes)) == sorted(map(repr, results.outcomes))
@@ -376,9 +380,8 @@ def test_runs_of_another_teacher_do_not_count(
     planned: list[Planned],
     elsewhere: Path,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    evaluate_teacher(tmp_path, 10.5, monkeypatch)
+    evaluate_teacher(tmp_path, 10.5)
     with pytest.raises(UserError, match="its teacher has other metrics than"):
         read_known(study.model_copy(update={"known": [str(elsewhere)]}), planned)
 
