@@ -102,7 +102,7 @@ def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | N
     module: Any = model.get_submodule(name)
     if stream == CONTEXT and _two_queries(module):
         context: Any = _first(module, "to_add_out", "txt_attn_proj")
-        return None if context is None else context.weight
+        return None if context is None else _weight(context)
     if stream == CONTEXT and processor_name(module).startswith("EasyAnimate"):
         return None  # its single-stream blocks project the image's rows alone
     projection: Any = _first(module, "to_out", "img_attn_proj")
@@ -115,6 +115,17 @@ def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | N
         projection = getattr(parent, "proj_out", None)
     if isinstance(projection, (nn.ModuleList, nn.Sequential)):
         projection = projection[0]
+    weight = _weight(projection)
+    width = _heads(module) * _head_dim(module)
+    return weight[:, :width] if weight.shape[1] > width else weight
+
+
+def _weight(projection: Any) -> Tensor:
+    """All that a projection multiplies by.
+
+    Raises:
+        ValueError: it is more than a weight, or no floating-point one.
+    """
     if hasattr(projection, "base_layer"):
         raise ValueError(
             f"{type(projection).__name__} adds to the output projection; fuse the LoRA and unload it"
@@ -124,8 +135,7 @@ def output_weight(model: nn.Module, name: str, stream: str = MAIN) -> Tensor | N
         raise ValueError(
             f"its output projection is quantised to {weight.dtype}; load the model in floating point"
         )
-    width = _heads(module) * _head_dim(module)
-    return weight[:, :width] if weight.shape[1] > width else weight
+    return weight
 
 
 def enclosing_block(attention: str) -> str:
@@ -151,6 +161,7 @@ def _describe(model: nn.Module, name: str, module: Any) -> AttentionBlock:
     try:
         heads, head_dim = _heads(module), _head_dim(module)
         output_weight(model, name)
+        output_weight(model, name, CONTEXT)
     except (AttributeError, TypeError, IndexError) as error:
         lacks = f"{type(module).__name__} is of an unknown layout: {error}"
         return AttentionBlock(name, "self", 0, 0, 0, lacks)

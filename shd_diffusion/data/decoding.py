@@ -129,12 +129,11 @@ def _opened(file: Path | bytes, name: str) -> Iterator[Image.Image]:
             yield image
     except UnreadableImage:
         raise
-    except OSError as error:
-        kind = UnreadableImage if error.errno is None else UnreadFile  # Pillow's own errors have no number
-        raise kind(f"{name}: not a readable image ({one_line(error)})") from None
     # decoders raise errors of any kind on corrupt files, zlib's and struct's among them
     except Exception as error:
-        raise UnreadableImage(f"{name}: not a readable image ({one_line(error)})") from None
+        of_system = isinstance(error, OSError) and error.errno is not None  # Pillow's own have no number
+        kind = UnreadFile if of_system else UnreadableImage
+        raise kind(f"{name}: not a readable image ({one_line(error)})") from None
 
 
 def _check_size(image: Image.Image, name: str, framing: Framing | None) -> None:

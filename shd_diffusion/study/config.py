@@ -218,8 +218,12 @@ def run_folder(output: Path, condition: str, variant: str, seed: int) -> Path:
 
 def teacher_of(study: StudyConfig) -> str:
     """The path of the teacher whose config the study names; variants and conditions may have others."""
-    overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in study.overrides.items()]
-    return read_config(Path(study.distill), DistillConfig, overrides).teacher.path
+    return read_config(Path(study.distill), DistillConfig, _assignments(study.overrides)).teacher.path
+
+
+def _assignments(overrides: Overrides) -> tuple[str, ...]:
+    """Overrides as `--set` takes them."""
+    return tuple(f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in overrides.items())
 
 
 def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
@@ -242,9 +246,7 @@ def plan_runs(study: StudyConfig, output: Path) -> list[Planned]:
                 before = follows(study.variants[variant])
                 paths = {VARIANT + b: str(run_folder(output, condition, b, seed)) for b in before}
                 tree = {key: with_paths(value, paths) for key, value in tree.items()}
-                overrides = tuple(
-                    f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in tree.items()
-                )
+                overrides = _assignments(tree)
                 config = read_config(Path(study.distill), DistillConfig, overrides)
                 run = RunFolder(run_folder(output, condition, variant, seed))
                 check(run, config)

@@ -215,9 +215,8 @@ class TrainingLoss:
             if not any(term.reaches_output for term in active.values()):
                 # Distributed training waits for a gradient of every parameter, those behind the last map too.
                 first = next(iter(active))
-                terms[first] = (
-                    terms[first] + prediction.flatten()[:0].sum()
-                )  # 0, whatever half precision sums up to
+                nothing = prediction.flatten()[:0].sum()  # 0, whatever half precision sums up to
+                terms[first] = terms[first] + nothing
         return terms
 
     def _regression(self, prediction: Tensor, batch: Batch) -> Tensor:

@@ -327,6 +327,14 @@ def test_an_output_projection_that_is_more_than_its_weight_is_refused() -> None:
             AttentionCapture(model)
 
 
+def test_so_is_that_of_the_text() -> None:
+    model = FAMILIES["sd3"].build()
+    text = model.transformer_blocks[0].attn.to_add_out
+    text.weight = nn.Parameter(torch.zeros_like(text.weight, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"`transformer_blocks\.0\.attn` .* quantised to torch\.int8"):
+        AttentionCapture(model)
+
+
 def test_what_was_noted_is_let_go() -> None:
     model = DIT.build()
     with AttentionCapture(model) as capture:
