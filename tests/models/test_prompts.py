@@ -86,6 +86,30 @@ def test_a_prompt_is_the_same_beside_any_other(name: str) -> None:
     assert same(alone[0], beside[1]) and not same(alone[0], beside[0])
 
 
+@pytest.mark.parametrize(("noise", "calls"), [(0.005, 1), (0.2, 3)])
+def test_prompts_go_together_where_a_batch_changes_rounding_alone(
+    noise: float, calls: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompts, record, batches = encoder("pixart-sigma"), PromptEncoder._record, []
+
+    def rounded(
+        self: PromptEncoder, texts: list[str], *args: Any, **guidance: Any
+    ) -> list[dict[str, Tensor]]:
+        batches.append(texts)
+        states = "encoder_hidden_states"
+        off = noise * (len(texts) > 1)  # as kernels do that differ by batch size
+        return [
+            entries | {states: entries[states] * (1 + off * torch.randn(entries[states].shape))}
+            for entries in record(self, texts, *args, **guidance)
+        ]
+
+    monkeypatch.setattr(PromptEncoder, "_record", rounded)
+    assert prompts._same_in_any_batch == (calls == 1)
+    batches.clear()
+    prompts.encode(["a cat", "a dog", "a red fox"])
+    assert len(batches) == calls
+
+
 @pytest.mark.parametrize("name", [name for name in ALL if name != "flux2"])
 def test_the_null_condition_is_that_of_the_unconditional_pass(name: str) -> None:
     """Guidance mixes the predictions of both."""
