@@ -35,7 +35,7 @@ from shd_diffusion.training.run import train
 from shd_diffusion.training.squeeze_student import CALIBRATION_IMAGES
 
 
-def largest_channels(readers: Sequence[Reader], keep: int) -> torch.Tensor:
+def largest_channels(readers: Sequence[Reader], keep: int, groups: int) -> torch.Tensor:
     """Those of greatest variance, each reader's in shares of its whole."""
     shares = torch.stack([reader.gram.diagonal() / reader.gram.trace() for reader in readers]).sum(0)
     return shares.topk(keep).indices.sort().values

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -14,7 +15,9 @@ from torch import Tensor, nn
 
 from shd_diffusion.compression.attention import HeadOptions, check_can_be_squeezed
 from shd_diffusion.compression.compress import compress
+from shd_diffusion.compression.feed_forward import channels_last
 from shd_diffusion.compression.lockstep import Lockstep
+from shd_diffusion.compression.rows import choose_places, features, input_rows, output_rows
 from shd_diffusion.compression.walk import CalibrationBatch, Predict, passes, relative_change
 from shd_diffusion.models.layouts import HeadLayout, feed_forwards, head_layout
 from shd_diffusion.models.squeezed import (
@@ -31,9 +34,11 @@ from shd_diffusion.squeezing.moments import Moments
 from shd_diffusion.squeezing.plan import Round
 from shd_diffusion.squeezing.shared_keys import key_value_counts
 
-Choose = Callable[[Sequence[Reader], int], Tensor]
+Choose = Callable[[Sequence[Reader], int, int], Tensor]
 Kept = Mapping[str, Tensor]
 """The teacher's channels of each space by the student's."""
+
+_EQUAL = "make all else in their configs equal, or set it to `random`"
 
 
 @torch.no_grad()
@@ -49,8 +54,8 @@ def squeeze_into(
     """Write into a student what least squares makes of its teacher's weights, in place.
 
     Blocks are those of the layer map. Heads and neurons leave in the teacher's own width, by `compress`. Then the
-    channels of each space that is narrower leave, and every linear layer, in the order in which they run, is fitted to
-    what the teacher's puts out, on what the student gives it.
+    channels of each space that is narrower leave, and every linear layer and convolution, in the order in which they
+    run, is fitted to what the teacher's puts out, on what the student gives it.
 
     Args:
         student: see `check_can_be_squeezed_into`.
@@ -58,7 +63,7 @@ def squeeze_into(
         batches: calibration data, noised as in training, on the models' device.
         predict: runs a model on a batch.
         origins: of every block of the student the teacher's, by module path.
-        choose: the channels that stay.
+        choose: the channels that stay, of so many groups equally many each.
         refit: False leaves the layers as they are cut.
 
     Returns:
@@ -80,7 +85,7 @@ def squeeze_into(
     if fewer:
         heads = {name: count for name, count in fewer.items() if name not in neurons}
         of_layers = {name: count for name, count in fewer.items() if name in neurons}
-        smaller = compress(model, held, predict, heads, of_layers, options=options)
+        smaller = compress(model, held, predict, heads or None, of_layers or None, options=options)
         model, groups = smaller.model, dict(smaller.groups)
         _cut_first(model, fewer, options)  # what runs in masked passes only, and with no calibration batch
     _narrow(student, model, held, predict, choose, refit)
@@ -136,6 +141,9 @@ def check_can_be_squeezed_into(student: ModelMixin, teacher: ModelMixin, origins
             check_can_be_squeezed(twin, name, options)
     _cut_first(twin, shape(student), options)
     sizes, wanted = space_sizes(twin), space_sizes(student)
+    for space in sorted(sizes.keys() ^ wanted.keys()):
+        whose = "student's" if space in wanted else "teacher's"
+        raise ValueError(f"the {whose} `{space}` is not in the other; {_EQUAL}")
     for space, size in wanted.items():
         if size > sizes[space] and space != OWN:
             raise ValueError(
@@ -146,12 +154,9 @@ def check_can_be_squeezed_into(student: ModelMixin, teacher: ModelMixin, origins
     for name, tensor in student.state_dict().items():
         shapes = [tuple(tensor.shape)]
         if name in source:
-            shapes.append(tuple(_cut(source[name], spaces.get(name, ()), kept, tensor.shape).shape))
+            shapes.append(tuple(_cut(source[name], spaces.get(name, ()), kept, sizes, tensor.shape).shape))
         if len(set(shapes)) > 1 or name not in source:
-            raise ValueError(
-                f"`{name}` {shapes[0]} cannot be cut from the teacher's; make all else in their configs equal, "
-                "or set it to `random`"
-            )
+            raise ValueError(f"`{name}` {shapes[0]} cannot be cut from the teacher's; {_EQUAL}")
 
 
 def _check_keys(name: str, own: HeadLayout, theirs: HeadLayout) -> None:
@@ -174,27 +179,46 @@ def _check_keys(name: str, own: HeadLayout, theirs: HeadLayout) -> None:
 
 def _shallower(teacher: ModelMixin, student: ModelMixin, origins: Mapping[str, str]) -> ModelMixin:
     """The teacher with those of its blocks that the student's come from, copied where they differ in number."""
-    model = copy.copy(teacher)
-    model._modules = dict(teacher._modules)
-    for name, own in student.named_children():
-        theirs = getattr(teacher, name, None)
-        if not isinstance(own, nn.ModuleList) or not isinstance(theirs, nn.ModuleList):
-            continue
-        paths = [f"{name}.{index}" for index in range(len(own))]
-        if missing := [path for path in paths if path not in origins and len(own) != len(theirs)]:
-            raise ValueError(
-                f"block `{missing[0]}` learns from none of the teacher's; give it one in `losses.shd.layer_map`"
-            )
-        sources = [origins.get(path, path) for path in paths]
-        if sources != [f"{name}.{index}" for index in range(len(theirs))]:
-            if hasattr(teacher, "distilled_guidance_layer"):  # Chroma's, told the number of each block
-                raise ValueError(
-                    f"a {type(teacher).__name__} tells its blocks apart by their numbers, so none can leave; "
-                    f"keep all {len(theirs)} of `{name}`"
-                )
-            blocks = (copy.deepcopy(teacher.get_submodule(source)) for source in sources)
-            setattr(model, name, nn.ModuleList(blocks))
-    return model
+
+    def taken(theirs: nn.Module, own: nn.Module, path: str) -> nn.Module:
+        """A module of the teacher's; itself where nothing in it differs."""
+        changed = {}
+        for name, child in own.named_children():
+            by, there = getattr(theirs, name, None), f"{path}.{name}".lstrip(".")
+            if isinstance(by, nn.Module):
+                found = _blocks(teacher, by, child, there, origins) or taken(by, child, there)
+                changed |= {name: found} if found is not by else {}
+        if not changed:
+            return theirs
+        module = copy.copy(theirs)
+        module._modules = theirs._modules | changed
+        return module
+
+    model: Any = taken(teacher, student, "")
+    return model  # type: ignore[no-any-return]
+
+
+def _blocks(
+    teacher: ModelMixin, theirs: nn.Module, own: nn.Module, path: str, origins: Mapping[str, str]
+) -> nn.Module | None:
+    """A list of the blocks that the student's come from; None where it is no list, or they are the teacher's."""
+    if not isinstance(own, nn.ModuleList) or not isinstance(theirs, nn.ModuleList):
+        return None
+    paths = [f"{path}.{index}" for index in range(len(own))]
+    if missing := [block for block in paths if block not in origins and len(own) != len(theirs)]:
+        raise ValueError(
+            f"block `{missing[0]}` learns from none of the teacher's; give it one in `losses.shd.layer_map`, or "
+            f"keep all {len(theirs)} of `{path}`"
+        )
+    sources = [origins.get(block, block) for block in paths]
+    if sources == [f"{path}.{index}" for index in range(len(theirs))]:
+        return None
+    if hasattr(teacher, "distilled_guidance_layer"):  # Chroma's, told the number of each block
+        raise ValueError(
+            f"a {type(teacher).__name__} tells its blocks apart by their numbers, so none can leave; "
+            f"keep all {len(theirs)} of `{path}`"
+        )
+    return nn.ModuleList(copy.deepcopy(teacher.get_submodule(source)) for source in sources)
 
 
 def _refit_last_condition(
@@ -269,46 +293,48 @@ def _narrow(
         kept[STREAM] = place_channels(kept[STREAM], theirs, own)
     source, state = model.state_dict(), student.state_dict()
     for name, tensor in state.items():
-        tensor.copy_(_cut(source[name], spaces.get(name, ()), kept, tensor.shape))
+        tensor.copy_(_cut(source[name], spaces.get(name, ()), kept, sizes, tensor.shape))
     if theirs is not None and own is not None and STREAM in fewer:
         state["pos_embed.proj.bias"].add_((theirs[:, kept[STREAM]] - own).mean(0))
     if refit and (fewer or (OWN in wanted and wanted[OWN] != sizes[OWN])):
-        linear = _linear_layers(model, spaces)
+        layers = _layers(model, spaces)
         rows = {
-            name: _rows(its[0], kept, model.get_parameter(f"{name}.weight")) for name, its in linear.items()
+            name: None if its[0] is None else _indices(its[0], kept, sizes) for name, its in layers.items()
         }
         _refit(student, model, rows, batches, predict)
 
 
-def _linear_layers(
+def _layers(
     model: nn.Module, spaces: Mapping[str, tuple[Axis | None, ...]]
 ) -> dict[str, tuple[Axis | None, ...]]:
-    """The linear layers that read or write in a space, by path."""
+    """The linear layers and convolutions that read or write in a space, by path."""
     names = {
         name.removesuffix(".weight"): its
         for name, its in spaces.items()
         if name.endswith(".weight") and len(its) == 2
     }
-    return {name: its for name, its in names.items() if isinstance(model.get_submodule(name), nn.Linear)}
+    return {
+        name: its
+        for name, its in names.items()
+        if isinstance(model.get_submodule(name), nn.Linear | nn.Conv2d)
+    }
 
 
-def _rows(axis: Axis | None, kept: Kept, weight: Tensor) -> Tensor | None:
-    return None if axis is None else _indices(axis, kept, weight.shape[0])
+def _indices(axis: Axis, kept: Kept, sizes: Mapping[str, int]) -> Tensor:
+    """Where the kept channels lie along an axis, space after space."""
+    starts = accumulate((sizes[space] for space in axis.spaces), initial=0)
+    return torch.cat([start + kept[space] for start, space in zip(starts, axis.spaces, strict=False)])
 
 
-def _indices(axis: Axis, kept: Kept, length: int) -> Tensor:
-    """Where the kept channels lie along an axis of this length, chunk after chunk."""
-    size = length // axis.chunks
-    return torch.cat([chunk * size + kept[axis.space] for chunk in range(axis.chunks)])
-
-
-def _cut(tensor: Tensor, its: tuple[Axis | None, ...], kept: Kept, shape: torch.Size) -> Tensor:
+def _cut(
+    tensor: Tensor, its: tuple[Axis | None, ...], kept: Kept, sizes: Mapping[str, int], shape: torch.Size
+) -> Tensor:
     """What stays of a tensor. Weights of features that each model computes for itself are 0 where these differ."""
     for dim, axis in enumerate(its):
         if axis is None:
             continue
-        if axis.space != OWN:
-            tensor = tensor.index_select(dim, _indices(axis, kept, tensor.shape[dim]))
+        if axis.spaces != (OWN,):
+            tensor = tensor.index_select(dim, _indices(axis, kept, sizes))
         elif tensor.shape[dim] != shape[dim]:
             tensor = tensor.new_zeros([*tensor.shape[:dim], shape[dim], *tensor.shape[dim + 1 :]])
     return tensor
@@ -322,28 +348,45 @@ def _choose_all(
     choose: Choose,
 ) -> dict[str, Tensor]:
     """The channels that stay of every space that has fewer in the student."""
+    spaces, sizes = axes(model), space_sizes(model)
     layers = {
         name: axis
-        for name, (_, axis) in _linear_layers(model, axes(model)).items()
-        if axis is not None and axis.space in fewer
+        for name, (_, axis) in _layers(model, spaces).items()
+        if axis is not None and not fewer.keys().isdisjoint(axis.spaces)
     }
     moments, groups = _inputs(model, layers, batches, predict)
+    readers: dict[str, list[Reader]] = {space: [] for space in fewer}
+    for first, names in groups.items():
+        # each tap of a convolution's kernel reads the channels as an output of its own
+        weights = [model.get_parameter(f"{name}.weight").transpose(0, 1).flatten(1) for name in names]
+        weight, gram, start = torch.cat(weights, 1), moments[first].centred().gram, 0
+        for space in layers[first].spaces:
+            part = slice(start, start := start + sizes[space])
+            if space in fewer:
+                readers[space].append(Reader(gram[part, part], weight[part]))
+    normed = _norm_groups(model, spaces)
     found = {}
     for space, keep in fewer.items():
-        readers = []
-        for first, names in groups.items():
-            axis = layers[first]
-            if axis.space != space:
-                continue
-            weight = torch.cat([model.get_parameter(f"{name}.weight") for name in names]).T
-            size = len(weight) // axis.chunks
-            gram = moments[first].centred().gram
-            for start in range(0, len(weight), size):
-                part = slice(start, start + size)
-                readers.append(Reader(gram[part, part], weight[part]))
+        number = normed.get(space, 1)
         # what no plain pass reads (MDTv2's side block alone, say) keeps its first channels
-        found[space] = choose(readers, keep) if readers else torch.arange(keep, device=model.device)
+        found[space] = (
+            choose(readers[space], keep, 1 if keep % number else number)
+            if readers[space]
+            else torch.arange(keep, device=model.device)
+        )
     return found
+
+
+def _norm_groups(model: nn.Module, spaces: Mapping[str, tuple[Axis | None, ...]]) -> dict[str, int]:
+    """The groups in which a norm takes the channels of a space."""
+    modules = dict(model.named_modules())
+    return {
+        its[0].spaces[0]: norm.num_groups
+        for name, its in spaces.items()
+        if isinstance(norm := modules.get(name.removesuffix(".weight")), nn.GroupNorm)
+        and its[0] is not None
+        and len(its[0].spaces) == 1
+    }
 
 
 def _inputs(
@@ -363,8 +406,8 @@ def _inputs(
             return
         last = x, name
         groups.setdefault(name, [name])
-        rows = x.flatten(0, -2)
-        moments.setdefault(name, Moments.zeros(x.shape[-1], 1, x.device)).add(rows, rows[:, :1])
+        rows = channels_last(model.get_submodule(name), x).flatten(0, -2)
+        moments.setdefault(name, Moments.zeros(rows.shape[1], 1, x.device)).add(rows, rows[:, :1])
 
     with ExitStack() as stack:
         for name in layers:
@@ -381,7 +424,7 @@ def _refit(
     batches: Sequence[CalibrationBatch],
     predict: Predict,
 ) -> None:
-    """Fit linear layers of a student, in the order in which they run, to what the model's put out, in place.
+    """Fit layers of a student, in the order in which they run, to what the model's put out, in place.
 
     Args:
         layers: by path, the rows of the model's that the student's has; None for all.
@@ -397,15 +440,16 @@ def _refit(
                 continue  # a layer that runs twice
             done.add(name)
             layer: Any = student.get_submodule(name)
-            moments = Moments.zeros(layer.in_features, layer.out_features, layer.weight.device)
-            for call, their in zip(calls, theirs, strict=True):
-                target = model.get_submodule(name)(their.args[0])
-                rows = layers[name]
-                target = target if rows is None else target[..., rows]
-                moments.add(call.args[0].flatten(0, -2), target.flatten(0, -2))
+            moments = Moments.zeros(features(layer), len(layer.weight), layer.weight.device)
+            for number, (call, their) in enumerate(zip(calls, theirs, strict=True)):
+                output = model.get_submodule(name)(their.args[0])
+                places = choose_places(layer, output, number, len(calls))
+                target, rows = output_rows(layer, output, places), layers[name]
+                target = target if rows is None else target[:, rows]
+                moments.add(input_rows(layer, call.args[0], places), target)
             fitted = moments if layer.bias is None else moments.centred()
-            weight = refit_layer(fitted, layer.weight.T)
-            layer.weight.copy_(weight.T)
+            weight = refit_layer(fitted, layer.weight.flatten(1).T)
+            layer.weight.copy_(weight.T.view_as(layer.weight))
             if layer.bias is not None:
                 layer.bias.copy_(moments.constant(weight))
         model_walk.advance()

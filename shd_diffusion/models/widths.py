@@ -7,14 +7,15 @@ must read in the channels that others write there. Heads and neurons, which layo
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from torch import Tensor, nn
 
+from shd_diffusion.models.unet_widths import OWN, unet_spaces
+
 STREAM = "stream"
-OWN = "own"
-"""Input features that a layer's model computes for itself at its own width, such as the sinusoids of a timestep."""
 
 POSITIONS = "pos_embed.pos_embed"
 """A buffer (1, N, stream), added to the stream. Where no checkpoint has it, each width has a fixed one of its own."""
@@ -25,16 +26,15 @@ class Axis:
     """One axis of a tensor.
 
     Attributes:
-        space: whose channels lie along it.
-        chunks: so many times, one after the other, as the shifts, scales and gates of an adaptive norm do.
+        spaces: whose channels lie along it, one after the other: several times those of a stream, as the shifts,
+            scales and gates of an adaptive norm do, or those of a stream and of a skip connection.
     """
 
-    space: str
-    chunks: int
+    spaces: tuple[str, ...]
 
 
 # Of each class the spaces along the axes of its weights (a bias goes with the first), by patterns of their paths; `+`:
-# several times. Axes in no space are left empty.
+# several times; a blank: one after the other. Axes in no space are left empty.
 Table = dict[str, tuple[str, ...]]
 
 _BLOCK = r"transformer_blocks\.(\d+)"
@@ -257,25 +257,24 @@ WIDTHS: dict[str, Table] = {
 }
 
 
+UNETS = ("UNet2DModel", "UNet2DConditionModel")
+"""What belongs together there depends on the sizes of its stages: see `unet_spaces`."""
+
+
 def axes(model: nn.Module) -> dict[str, tuple[Axis | None, ...]]:
     """The spaces along the axes of a model's tensors, by their names in its state dict; those in none are left out.
 
     Raises:
         ValueError: the class has no table, or its channels are joined in a way that no table can say.
     """
-    table = next((WIDTHS[kind.__name__] for kind in type(model).__mro__ if kind.__name__ in WIDTHS), None)
-    if table is None:
-        raise ValueError(
-            f"the channels of a {type(model).__name__} are not known, only those of {', '.join(WIDTHS)}; "
-            "set it to `random`, or make the student by `shd-diffusion compress` and name it as `student.pretrained`"
-        )
+    spaces_of = _table(model)
     state = model.state_dict()
-    found = {name: spaces for name in state if (spaces := _spaces(table, name)) is not None}
+    found = {name: spaces for name in state if (spaces := spaces_of(name)) is not None}
     sizes = {
         space: state[name].shape[dim]
         for name, spaces in found.items()
         for dim, space in enumerate(spaces[: state[name].ndim])
-        if space and not space.endswith("+")
+        if space and not space.endswith("+") and " " not in space
     }
     return {
         name: tuple(
@@ -285,7 +284,27 @@ def axes(model: nn.Module) -> dict[str, tuple[Axis | None, ...]]:
     }
 
 
-def _spaces(table: Table, name: str) -> tuple[str, ...] | None:
+def _table(model: nn.Module) -> Callable[[str], tuple[str, ...] | None]:
+    """The spaces of a tensor by its name; None for one that is in none."""
+    kinds = [kind.__name__ for kind in type(model).__mro__]
+    if any(kind in UNETS for kind in kinds):
+        return partial(_listed, unet_spaces(model))
+    table = next((WIDTHS[kind] for kind in kinds if kind in WIDTHS), None)
+    if table is None:
+        raise ValueError(
+            f"the channels of a {type(model).__name__} are not known, only those of {', '.join((*WIDTHS, *UNETS))}; "
+            "set it to `random`, or make the student by `shd-diffusion compress` and name it as `student.pretrained`"
+        )
+    return partial(_matched, table)
+
+
+def _listed(table: Table, name: str) -> tuple[str, ...] | None:
+    path, _, last = name.rpartition(".")
+    spaces = table.get(path)
+    return spaces if spaces is None or last == "weight" else spaces[:1]
+
+
+def _matched(table: Table, name: str) -> tuple[str, ...] | None:
     path, _, last = name.rpartition(".")
     for pattern, spaces in table.items():
         for whole, dims in ((name, spaces), (path, spaces if last == "weight" else spaces[:1])):
@@ -297,18 +316,20 @@ def _spaces(table: Table, name: str) -> tuple[str, ...] | None:
 def _axis(space: str, length: int, sizes: Mapping[str, int]) -> Axis | None:
     if not space:
         return None
-    plain = space.removesuffix("+")
-    return Axis(plain, length // sizes[plain])
+    if space.endswith("+"):
+        plain = space.removesuffix("+")
+        return Axis((plain,) * (length // sizes[plain]))
+    return Axis(tuple(space.split()))
 
 
 def space_sizes(model: nn.Module) -> dict[str, int]:
     """Channels of every space of a model; `axes` tells the errors."""
     state = model.state_dict()
     return {
-        axis.space: state[name].shape[dim] // axis.chunks
+        axis.spaces[0]: state[name].shape[dim] // len(axis.spaces)
         for name, its in axes(model).items()
         for dim, axis in enumerate(its)
-        if axis is not None
+        if axis is not None and len(set(axis.spaces)) == 1
     }
 
 

@@ -25,7 +25,7 @@ class Reader:
     weight: Tensor
 
 
-def choose_channels(readers: Sequence[Reader], keep: int, strength: float = RIDGE) -> Tensor:
+def choose_channels(readers: Sequence[Reader], keep: int, groups: int = 1, strength: float = RIDGE) -> Tensor:
     """The channels whose loss harms the readers least, once each is refitted to read only those that stay.
 
     They leave one by one, by the optimal brain surgeon's rule (`remove_neurons`) summed over the readers: with
@@ -35,6 +35,7 @@ def choose_channels(readers: Sequence[Reader], keep: int, strength: float = RIDG
     Args:
         readers: all that read the stream.
         keep: channels that stay.
+        groups: so many groups of neighbours keep equally many each, as a group norm of the stream needs them.
         strength: λ over the mean of a Gram matrix's diagonal.
 
     Returns:
@@ -51,7 +52,9 @@ def choose_channels(readers: Sequence[Reader], keep: int, strength: float = RIDG
     alive = torch.ones(channels, dtype=torch.bool, device=grams.device)
     for _ in range(channels - keep):
         losses = (products.diagonal(dim1=1, dim2=2) / inverse.diagonal(dim1=1, dim2=2)).sum(0)
-        j = int(torch.where(alive, losses, torch.inf).argmin())
+        by_group = alive.view(groups, -1)
+        may_leave = (by_group & (by_group.sum(1, keepdim=True) > keep // groups)).flatten()
+        j = int(torch.where(may_leave, losses, torch.inf).argmin())
         alive[j] = False
         column, size = inverse[:, :, j].clone(), inverse[:, j, j].clone()
         step = column / size[:, None]

@@ -9,6 +9,7 @@ import pytest
 import scipy.linalg
 import torch
 from calibration import random_dit, run_dit, run_family
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from families import FAMILIES, Family, output
 from small_models import small_dit
 from torch import nn
@@ -17,7 +18,7 @@ from torch.nn.functional import silu
 from shd_diffusion.compression.narrow import check_can_be_squeezed_into, squeeze_into
 from shd_diffusion.models.layouts import Slice, feed_forwards, head_layout
 from shd_diffusion.models.squeezed import shape
-from shd_diffusion.models.widths import axes
+from shd_diffusion.models.widths import axes, space_sizes
 
 ANOTHER_WIDTH = {"num_attention_heads": 2, "attention_head_dim": 6}
 NARROWER: dict[str, dict[str, Any]] = {
@@ -34,6 +35,8 @@ NARROWER: dict[str, dict[str, Any]] = {
     "lumina2": {"num_attention_heads": 2, "num_kv_heads": 2, "hidden_size": 12},
     "z-image": {"dim": 16, "n_heads": 2, "n_kv_heads": 2},
     "wan": {"num_attention_heads": 2, "ffn_dim": 12},
+    "unet2d": {"block_out_channels": (4, 8)},
+    "unet2d-condition": {"block_out_channels": (4, 8), "attention_head_dim": 1},
 }
 
 
@@ -81,12 +84,14 @@ def test_what_padding_has_added_leaves_without_loss(name: str) -> None:
     """Every channel of the teacher is there twice, and only one of them is read; half of its heads and neurons go into
     nothing. Its norms are those of the student."""
     family = FAMILIES[name]
-    changes = {key: value * 2 for key, value in NARROWER[name].items()}
+    changes = {
+        key: tuple(2 * size for size in value) if isinstance(value, tuple) else 2 * value
+        for key, value in NARROWER[name].items()
+    }
     teacher, original = narrow(family, changes), narrow(family, NARROWER[name])
     with torch.no_grad():
-        if name == "cogview4":  # whose sinusoids of the timestep are others at every width
-            for model in (teacher, original):
-                model.time_condition_embed.timestep_embedder.linear_1.weight.zero_()
+        for model in (teacher, original):
+            forget_time(model)
         pad(original, teacher)
     inputs = family.draw(9)
     expected = output(original(**inputs))
@@ -96,15 +101,21 @@ def test_what_padding_has_added_leaves_without_loss(name: str) -> None:
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.normal_()
-        if name == "cogview4":
-            student.time_condition_embed.timestep_embedder.linear_1.weight.zero_()
+        forget_time(student)
     lost, _ = squeeze_into(student, teacher, batches_of(family, 5), run_family, {})
     assert lost < 1e-6  # heads are merged with a ridge of 1e-5
 
 
+def forget_time(model: nn.Module) -> None:
+    """Where the sinusoids of the timestep are others at every width, see nothing of them."""
+    for path in ("time_condition_embed.timestep_embedder", "time_embedding"):
+        if f"{path}.linear_1" in dict(model.named_modules()):
+            model.get_submodule(f"{path}.linear_1").weight.zero_()
+
+
 def pad(small: nn.Module, big: nn.Module) -> None:
     """Write a model's weights into one of twice its channels, heads and neurons, which then computes the same."""
-    spaces, source, neurons = axes(small), small.state_dict(), feed_forwards(small)
+    spaces, sizes, source, neurons = axes(small), space_sizes(small), small.state_dict(), feed_forwards(small)
     places = list(zip(heads_and_neurons(small), heads_and_neurons(big), strict=True))
     layouts = [head_layout(small, name) for name in shape(small) if name not in neurons]
     normed = {part.layer for each in layouts if each.query_norms for part in (*each.queries, *each.keys)}
@@ -112,16 +123,21 @@ def pad(small: nn.Module, big: nn.Module) -> None:
         if key not in source:
             own = dict(small.named_buffers()).get(key)
             if own is not None and own.shape != tensor.shape:
-                tensor.copy_(torch.cat([own, own], -1))  # the positions of a DiT
+                tensor.copy_(own.repeat_interleave(2, -1))  # the positions of a DiT
             continue
         value, its = source[key], spaces.get(key, ())
         for dim, axis in enumerate(its):
             if axis is None or value.shape[dim] == tensor.shape[dim]:
                 continue
             reads = dim == 1 and key.endswith(".weight") and "embed" not in key.split(".")[-2]
-            chunks = value.chunk(axis.chunks, dim)
+            chunks = value.split([sizes[space] for space in axis.spaces], dim)
             value = torch.cat(
-                [torch.cat([chunk, torch.zeros_like(chunk) if reads else chunk], dim) for chunk in chunks],
+                [  # side by side, so that both are in the same group of a norm
+                    torch.stack([chunk, torch.zeros_like(chunk) if reads else chunk], dim + 1).flatten(
+                        dim, dim + 1
+                    )
+                    for chunk in chunks
+                ],
                 dim,
             )
         if value.shape == tensor.shape:
@@ -183,6 +199,19 @@ def test_a_shallower_student_has_the_blocks_of_its_layer_map() -> None:
     assert least <= error * (1 + 1e-6) and error < 1.001 * least
 
 
+def test_a_unet_of_shallower_transformers_has_the_blocks_of_its_layer_map() -> None:
+    family = FAMILIES["unet2d-condition"]
+    teacher, student = narrow(family, {"transformer_layers_per_block": 2}), family.build()
+    stages = [name for name, child in student.named_modules() if isinstance(child, Transformer2DModel)]
+    origins = {f"{stage}.transformer_blocks.0": f"{stage}.transformer_blocks.1" for stage in stages}
+    squeeze_into(student, teacher, batches_of(family, 1), run_family, origins)
+    wanted = teacher.state_dict()
+    for name, tensor in student.state_dict().items():
+        path = next((own for own in origins if name.startswith(f"{own}.")), "")
+        assert torch.equal(tensor, wanted[origins[path] + name.removeprefix(path) if path else name])
+    assert len(stages) == 4 and len(teacher.mid_block.attentions[0].transformer_blocks) == 2
+
+
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
@@ -203,6 +232,23 @@ def test_a_shallower_student_has_the_blocks_of_its_layer_map() -> None:
             "has 1 keys for its 2 heads; so many of the teacher's 4 have 2",
         ),
         (FAMILIES["sana"].build, FAMILIES["sana"].build, "a SanaTransformer2DModel are not known"),
+        (
+            FAMILIES["unet added keys"].build,
+            FAMILIES["unet added keys"].build,
+            "`down_blocks.1.attentions.0` is a Attention, whose channels are not known",
+        ),
+        (
+            FAMILIES["unet2d"].build,
+            lambda: narrow(FAMILIES["unet2d"], {"layers_per_block": 2}),
+            "block `down_blocks.0.resnets.0` learns from none of the teacher's; .* keep all 2",
+        ),
+        (
+            lambda: narrow(
+                FAMILIES["unet2d-condition"], {"block_out_channels": (8, 12), "attention_head_dim": 2}
+            ),
+            FAMILIES["unet2d-condition"].build,
+            "has heads of width 6, the teacher's 8",
+        ),
         (
             lambda: narrow(FAMILIES["sd3"], {"qk_norm": None}),
             FAMILIES["sd3"].build,

@@ -38,6 +38,20 @@ def test_the_channel_that_leaves_is_the_one_that_harms_least_by_brute_force() ->
         assert tuple(choose_channels(readers, keep, strength=1e-12).tolist()) == left
 
 
+def test_groups_keep_equally_many_by_brute_force() -> None:
+    z = draw(80, 6) @ draw(6, 6, seed=10)
+    z[:, :3] *= 0.01  # by themselves the first group's would all leave
+    w = draw(6, 4, seed=20)
+    left = tuple(range(6))
+    for _ in range(2):
+        possible = [kept for kept in combinations(left, len(left) - 1) if sum(j < 3 for j in kept) >= 2]
+        possible = [kept for kept in possible if sum(j >= 3 for j in kept) >= 2]
+        left = min(possible, key=lambda kept: lost([z.numpy()], [w.numpy()], kept))
+    reader = Reader(z.T @ z, w)
+    assert tuple(choose_channels([reader], 4, groups=2, strength=1e-12).tolist()) == left
+    assert (choose_channels([reader], 4, strength=1e-12) < 3).sum() < 2
+
+
 def test_a_channel_that_others_tell_leaves_before_a_small_one() -> None:
     z = draw(100, 4)
     z[:, 2] = z[:, 0] + z[:, 1]  # the largest

@@ -1,0 +1,168 @@
+"""Which channels of a UNet belong together: every stage has a residual stream, every skip connection carries one along.
+
+What a layer of the way up reads is the stream of the way up followed by that of a skip connection. A residual block
+whose shortcut is a convolution begins a stream of its own, and so do a downsampler and an upsampler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.attention_processor import Attention
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.embeddings import TimestepEmbedding
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.upsampling import Upsample2D
+from torch import nn
+
+Spaces: TypeAlias = dict[str, tuple[str, ...]]
+"""Of layers by path the spaces along the axes of their weights, as in `widths.Table`; several follow one another."""
+
+OWN = "own"
+"""Input features that a layer's model computes for itself at its own width, such as the sinusoids of a timestep."""
+
+_STAGES = ("resnets", "attentions", "downsamplers", "upsamplers")
+
+
+def unet_spaces(model: nn.Module) -> Spaces:
+    """The spaces of a `UNet2DModel` or `UNet2DConditionModel`.
+
+    Raises:
+        ValueError: it has a block, or a condition, that is put together otherwise.
+    """
+    unet: Any = model
+    found = _embeddings(unet)
+    found["conv_in"] = ("conv_in", "")
+    stream, skips = "conv_in", ["conv_in"]
+    for index, stage in enumerate(unet.down_blocks):
+        stream = _stage(stage, f"down_blocks.{index}", stream, found, lambda own: own, skips.append)
+    if unet.mid_block is not None:
+        stream = _stage(unet.mid_block, "mid_block", stream, found, lambda own: own, lambda _: None)
+    for index, stage in enumerate(unet.up_blocks):
+        stream = _stage(
+            stage, f"up_blocks.{index}", stream, found, lambda own: f"{own} {skips.pop()}", lambda _: None
+        )
+    found |= {"conv_norm_out": (stream,), "conv_out": ("", stream)}
+    return found
+
+
+def _embeddings(unet: Any) -> Spaces:
+    """The embedded timestep, and what is added to it."""
+    if getattr(unet.config, "class_embeddings_concat", False):
+        raise ValueError(
+            "this UNet sets its class beside the timestep (`class_embeddings_concat`), which is not known"
+        )
+    found = _embedder("time_embedding", "timestep", OWN)
+    own = OWN if getattr(unet.config, "class_embed_type", None) == "timestep" else ""
+    for name, start in (("class_embedding", own), ("add_embedding", "")):
+        embedding = getattr(unet, name, None)
+        if isinstance(embedding, TimestepEmbedding):
+            found |= _embedder(name, name, start)
+        elif isinstance(embedding, nn.Embedding):
+            found[name] = ("", "time")
+        elif isinstance(embedding, nn.Linear):
+            found[name] = ("time", "")
+    return found
+
+
+def _embedder(path: str, hidden: str, start: str) -> Spaces:
+    return {f"{path}.linear_1": (hidden, start), f"{path}.linear_2": ("time", hidden)}
+
+
+def _stage(
+    stage: nn.Module,
+    path: str,
+    stream: str,
+    found: Spaces,
+    reads: Callable[[str], str],
+    leaves: Callable[[str], None],
+) -> str:
+    """Note the layers of a stage.
+
+    Args:
+        stream: that it is given.
+        found: gets its layers.
+        reads: what a residual block reads beside its stream.
+        leaves: told each stream that a skip connection may carry along, in their order.
+
+    Returns:
+        The stream that it puts out.
+    """
+    for name, child in stage.named_children():
+        if name not in _STAGES and next(child.parameters(), None) is not None:
+            raise ValueError(f"`{path}` is a {type(stage).__name__}, whose channels are not known")
+    resnets = list(getattr(stage, "resnets", ()))
+    attentions = list(getattr(stage, "attentions", None) or ())
+    after = len(resnets) - len(attentions) if attentions else 0  # a middle block begins without attention
+    for index, resnet in enumerate(resnets):
+        stream = _resnet(resnet, f"{path}.resnets.{index}", stream, reads(stream), found)
+        if index >= after and attentions and attentions[index - after] is not None:
+            _attention(attentions[index - after], f"{path}.attentions.{index - after}", stream, found)
+        leaves(stream)
+    for name in ("downsamplers", "upsamplers"):
+        for index, sampler in enumerate(getattr(stage, name, None) or ()):
+            stream = _sampler(sampler, f"{path}.{name}.{index}", stream, found)
+            leaves(stream)
+    return stream
+
+
+def _resnet(resnet: Any, path: str, stream: str, reads: str, found: Spaces) -> str:
+    if type(resnet) is not ResnetBlock2D or (resnet.conv_shortcut is None and reads != stream):
+        raise ValueError(f"`{path}` is a {type(resnet).__name__}, whose channels are not known")
+    inner, out = f"{path}.inner", stream if resnet.conv_shortcut is None else path
+    found |= {
+        f"{path}.norm1": (reads,),
+        f"{path}.conv1": (inner, reads),
+        f"{path}.time_emb_proj": (f"{inner}+", "time"),
+        f"{path}.norm2": (inner,),
+        f"{path}.conv2": (out, inner),
+        f"{path}.conv_shortcut": (out, reads),
+    }
+    return out
+
+
+def _sampler(sampler: nn.Module, path: str, stream: str, found: Spaces) -> str:
+    """Where it has a convolution it puts out a stream of its own."""
+    if not isinstance(sampler, Downsample2D | Upsample2D):
+        raise ValueError(f"`{path}` is a {type(sampler).__name__}, whose channels are not known")
+    layers = [name for name, child in sampler.named_children() if isinstance(child, nn.Conv2d)]
+    found |= {f"{path}.{name}": (path, stream) for name in layers}
+    return path if layers else stream
+
+
+def _attention(module: nn.Module, path: str, stream: str, found: Spaces) -> None:
+    if isinstance(module, Attention) and not module.is_cross_attention:  # of pixels, no transformer around it
+        found[f"{path}.group_norm"] = (stream,)
+        _heads(module, path, stream, found)
+        return
+    if not isinstance(module, Transformer2DModel):
+        raise ValueError(f"`{path}` is a {type(module).__name__}, whose channels are not known")
+    tokens = f"{path}.tokens"
+    found |= {
+        f"{path}.norm": (stream,),
+        f"{path}.proj_in": (tokens, stream),
+        f"{path}.proj_out": (stream, tokens),
+    }
+    blocks: Any = module.transformer_blocks
+    for index, block in enumerate(blocks):
+        assert isinstance(block, BasicTransformerBlock)
+        own = f"{path}.transformer_blocks.{index}"
+        found |= {f"{own}.{norm}": (tokens,) for norm in ("norm1", "norm2", "norm3")}
+        for name in ("attn1", "attn2"):
+            if getattr(block, name) is not None:
+                _heads(getattr(block, name), f"{own}.{name}", tokens, found)
+        found |= {f"{own}.ff.net.0.proj": ("", tokens), f"{own}.ff.net.2": (tokens, "")}
+
+
+def _heads(attention: Any, path: str, stream: str, found: Spaces) -> None:
+    """Text has the width that its encoder gives it, which is no space."""
+    reads = "" if attention.is_cross_attention else stream
+    found |= {
+        f"{path}.to_q": ("", stream),
+        f"{path}.to_k": ("", reads),
+        f"{path}.to_v": ("", reads),
+        f"{path}.to_out.0": (stream, ""),
+    }
