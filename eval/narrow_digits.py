@@ -32,7 +32,6 @@ from shd_diffusion.squeezing.plan import PLANS_FILE, plans_to_json
 from shd_diffusion.training.build import build
 from shd_diffusion.training.calibration import calibration_batches
 from shd_diffusion.training.run import train
-from shd_diffusion.training.squeeze_student import CALIBRATION_IMAGES
 
 
 def largest_channels(readers: Sequence[Reader], keep: int, groups: int) -> torch.Tensor:
@@ -93,7 +92,9 @@ def _begin(settings: DistillConfig, name: str, folder: Path) -> dict[str, float]
     if arguments is not None:
         assert parts.teacher is not None
         model = parts.teacher.model
-        batches = calibration_batches(settings, model, parts.data, parts.process, CALIBRATION_IMAGES)
+        batches = calibration_batches(
+            settings, model, parts.data, parts.process, settings.student.init_images
+        )
         began = time.perf_counter()
         lost, groups = squeeze_into(student, model, batches, predict, parts.origins, **arguments)
         plans = block_plans(groups, parts.origins)

@@ -27,7 +27,6 @@ from shd_diffusion.randomness import generator
 from shd_diffusion.reporting import write_report
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling.sample_run import sample_run
-from shd_diffusion.training import squeeze_student
 from shd_diffusion.training.run import train
 
 CAPTIONS = [["a cat"], ["a red fox jumps", "fox"], ["tree"], ["two owls"], ["a cat"]]
@@ -257,14 +256,14 @@ def test_the_loss_on_fixed_captions_while_training(distilled, tmp_path: Path) ->
     assert logs[1][-1]["terms"] == logs[0][-1]["terms"]
 
 
-@pytest.mark.parametrize("name", ["flux-schnell", "lumina2", "wan"])
+@pytest.mark.parametrize("name", ["flux-schnell", "lumina2", "wan", "sdxl"])
 def test_a_narrow_student_that_is_squeezed_begins_closer_to_its_teacher(
-    name: str, distilled: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, distilled: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(squeeze_student, "CALIBRATION_IMAGES", 128)
     root, first = distilled(name).path.parent, {}
     for init in ("random", "squeeze"):
         changes = [f"student.init={init}", "train.max_steps=1", "train.batch_size=32"]
+        changes += ["student.init_images=128"] * (init == "squeeze")
         config = read_config(root / "config.yaml", DistillConfig, changes)
         train(config, tmp_path / init, "config.yaml")
         (line,) = (tmp_path / init / "metrics.jsonl").read_text().splitlines()

@@ -157,8 +157,6 @@ def compress(
     )
     with closing(walk):
         for name, calls, targets in walk:
-            if shape(student)[name] == wanted[name]:
-                continue  # a module that runs twice
             have_apart(student, teacher, name)
             what: Literal["heads", "neurons"]
             if name in feed_forwards(student):

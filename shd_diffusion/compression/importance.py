@@ -109,8 +109,6 @@ def measure_importance(
     found: dict[str, dict[int, float]] = {}
     with closing(walk):
         for name, calls, targets in walk:
-            if name in found:
-                continue  # a module that runs twice
             changed = copy_sharing(teacher, name.rpartition(".")[0])
             own = [replace(call) for call in calls]
             if name in layers:

@@ -18,7 +18,14 @@ from shd_diffusion.compression.compress import compress
 from shd_diffusion.compression.feed_forward import channels_last
 from shd_diffusion.compression.lockstep import Lockstep
 from shd_diffusion.compression.rows import choose_places, features, input_rows, output_rows
-from shd_diffusion.compression.walk import CalibrationBatch, Predict, passes, relative_change
+from shd_diffusion.compression.walk import (
+    CalibrationBatch,
+    Predict,
+    count_runs,
+    further_calls,
+    passes,
+    relative_change,
+)
 from shd_diffusion.models.layouts import HeadLayout, feed_forwards, head_layout
 from shd_diffusion.models.squeezed import (
     PREFIX,
@@ -252,7 +259,7 @@ def _head_options(student: ModelMixin, model: ModelMixin) -> HeadOptions:
         own, theirs = widths[others[0]]
         raise ValueError(
             f"`{others[0]}` has heads of width {own}, the teacher's {theirs}, as only fewer heads may; "
-            "make `attention_head_dim` equal"
+            "make `attention_head_dim` equal, or the heads of a UNet fewer"
         )
     return HeadOptions(queries="factor", head_dim=widths[others[0]][0])
 
@@ -426,19 +433,23 @@ def _refit(
 ) -> None:
     """Fit layers of a student, in the order in which they run, to what the model's put out, in place.
 
+    One that runs several times in a pass, as CogView4's of image and text, is fitted on all its runs.
+
     Args:
         layers: by path, the rows of the model's that the student's has; None for all.
     """
     done: set[str] = set()
-    with (
-        Lockstep(model, layers, passes(model, batches, predict, [])) as model_walk,
-        Lockstep(student, layers, passes(student, batches, predict, [])) as walk,
-    ):
+    own, of_model = (passes(each, batches, predict) for each in (student, model))
+    runs = count_runs(student, layers, own[0])
+    with Lockstep(model, layers, of_model) as model_walk, Lockstep(student, layers, own) as walk:
         while calls := walk.advance():
             theirs, name = model_walk.advance(), calls[0].name
             if name in done:
-                continue  # a layer that runs twice
+                continue
             done.add(name)
+            if runs[name] > 1:
+                calls = [*calls, *further_calls(student, name, own, runs[name])]
+                theirs = [*theirs, *further_calls(model, name, of_model, runs[name])]
             layer: Any = student.get_submodule(name)
             moments = Moments.zeros(features(layer), len(layer.weight), layer.weight.device)
             for number, (call, their) in enumerate(zip(calls, theirs, strict=True)):

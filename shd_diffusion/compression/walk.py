@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections import Counter
 from collections.abc import Callable, Generator, Hashable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
 from typing import Any, TypeAlias, TypeVar
 
 from torch import Tensor, nn
@@ -65,7 +67,8 @@ def walk_beside(
     """Run both models on the same batches together, up to each of some modules in turn.
 
     The student stands before the module; of the teacher, which stands at the entry of one further on, only what the
-    module put out is kept.
+    module put out is kept. A module that runs several times comes once. A feed-forward layer, as CogView4's of image
+    and text, then has the calls of all its runs, for which the student is sent ahead.
 
     Args:
         teacher: what says what modules should put out.
@@ -77,8 +80,13 @@ def walk_beside(
     Yields:
         The student's path of a module; its calls, or those of a feed-forward's output layer; and by path of each layer
         through which it puts out, what the teacher's puts out in each call, (..., C). Both are emptied when the next
-        is asked for. A module that runs several times comes as often.
+        is asked for.
     """
+    layers = feed_forwards(student)
+    runs = count_runs(
+        student, [layers[name].output.layer for name in origins if name in layers], student_passes[0]
+    )
+    seen: set[str] = set()
     sites = {_site(student, name): name for name in origins}
     outputs = {name: _outputs(teacher, origin) for name, origin in origins.items()}
     watched: dict[Hashable, tuple[str, Note]] = {
@@ -92,14 +100,63 @@ def walk_beside(
         Lockstep(student, sites, student_passes) as walk,
     ):
         while calls := walk.advance():
-            name = sites[calls[0].name]
+            name, site = sites[calls[0].name], calls[0].name
+            if name in seen and name in layers:
+                continue
             own = [part.layer for part in _outputs(student, name)]
             put_out = [teacher_walk.noted((name, part.layer)) for part in outputs[name]]
+            if name in seen:
+                continue
+            seen.add(name)
+            if runs[site] > 1:
+                calls = [*calls, *further_calls(student, site, student_passes, runs[site])]
+                put_out[0] += [
+                    target
+                    for _ in range(1, runs[site])
+                    for target in teacher_walk.noted((name, outputs[name][0].layer))
+                ]
             yield name, calls, dict(zip(own, put_out, strict=True))
             for of_layer in put_out:
                 of_layer.clear()
         while teacher_walk.advance():
             pass
+
+
+class _Enough(Exception):
+    """Ends a pass that has told what it was asked for."""
+
+
+def count_runs(model: nn.Module, layers: Iterable[str], run: Pass) -> Counter[str]:
+    """How often each layer runs in a pass."""
+    found: Counter[str] = Counter()
+
+    def stop(*_: Any) -> None:
+        raise _Enough  # before the pass leaves its prediction anywhere
+
+    with ExitStack() as stack, suppress(_Enough):
+        for layer in layers:
+            count = functools.partial(lambda name, *_: found.update([name]), layer)
+            stack.enter_context(model.get_submodule(layer).register_forward_pre_hook(count))
+        stack.enter_context(model.register_forward_hook(stop))
+        run()
+    return found
+
+
+def further_calls(model: nn.Module, layer: str, runs: Sequence[Pass], count: int) -> list[Call]:
+    """The calls of a layer after the first: of its second run in every pass, then of its third, as far as `count`."""
+    by_pass: list[list[Call]] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...]) -> None:
+        by_pass[-1].append(Call(layer, args, {}))
+        if len(by_pass[-1]) == count:
+            raise _Enough
+
+    with model.get_submodule(layer).register_forward_pre_hook(note):
+        for run in runs:
+            by_pass.append([])
+            with suppress(_Enough):
+                run()
+    return [call for calls in zip(*by_pass, strict=True) for call in calls][len(runs) :]
 
 
 def copy_sharing(model: Model, apart_from: str | None = None) -> Model:

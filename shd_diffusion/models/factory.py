@@ -52,10 +52,12 @@ class ModelConfig(Section):
 
 class StudentConfig(ModelConfig):
     """The model that is distilled into. `init: teacher` starts it from the teacher's weights where shapes allow,
-    `init: squeeze` from what least squares makes of them in its own shape. With `quantise: int8` its linear layers
+    `init: squeeze` from what least squares makes of them in its own shape, on `init_images` of the run's data: all of
+    them go through both models side by side, so fewer take less memory. With `quantise: int8` its linear layers
     round weights and features to 8 bits while it trains, and it is saved with such weights."""
 
     init: Literal["random", "teacher", "squeeze"] = "random"
+    init_images: int = Field(512, ge=1)
     quantise: Literal["int8"] | None = None
 
     @model_validator(mode="after")
@@ -64,6 +66,8 @@ class StudentConfig(ModelConfig):
             raise ValueError(
                 f"`pretrained` and `init: {self.init}` both give the weights to start from; choose one"
             )
+        if self.init != "squeeze" and "init_images" in self.changed():
+            raise ValueError("`init_images` is what `init: squeeze` is fitted on; remove it, or set that")
         return self
 
 

@@ -19,8 +19,6 @@ from shd_diffusion.squeezing.plan import BlockPlan
 from shd_diffusion.training.build import Parts
 from shd_diffusion.training.calibration import calibration_batches
 
-CALIBRATION_IMAGES = 512
-
 
 @torch.no_grad()
 def squeeze_student(parts: Parts, accelerator: Accelerator) -> dict[str, BlockPlan]:
@@ -39,12 +37,13 @@ def squeeze_student(parts: Parts, accelerator: Accelerator) -> dict[str, BlockPl
     config, student = parts.config, parts.model
     assert isinstance(config, DistillConfig) and parts.teacher is not None
     if accelerator.is_main_process:
-        announce(f"student.init: squeezes the teacher on {CALIBRATION_IMAGES} images")
+        images = config.student.init_images
+        announce(f"student.init: squeezes the teacher on {images} images")
         device = torch.device("cpu") if config.teacher.device == "cpu" else accelerator.device
         twin = copy.deepcopy(student).to(device)  # a compiled student's twin is not compiled
         teacher = nn.Module.to(copy.deepcopy(parts.teacher.model), device, torch.float32)
         size = min(64, config.train.batch_size, config.train.micro_batch_size or config.train.batch_size)
-        batches = calibration_batches(config, twin, parts.data, parts.process, CALIBRATION_IMAGES, size)
+        batches = calibration_batches(config, twin, parts.data, parts.process, images, size)
         try:
             lost, groups = squeeze_into(twin, teacher, batches, predict, parts.origins)
         except (ValueError, torch.linalg.LinAlgError) as error:

@@ -7,6 +7,7 @@ from typing import Any
 import diffusers
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 from calibration import batches_of, dit_batches, random_dit, run_dit, run_family
 from families import FAMILIES, output
@@ -129,7 +130,7 @@ def test_doubled_heads_leave_without_loss(name):
 
 
 @pytest.mark.parametrize(
-    "name", ["flux", "flux2", "lumina2", "auraflow", "z-image", "sana", "ovis-image", "sd3"]
+    "name", ["flux", "flux2", "lumina2", "auraflow", "z-image", "sana", "ovis-image", "sd3", "cogview4"]
 )
 def test_doubled_neurons_leave_without_loss(name):
     """Their output weights differ, what they are made by does not."""
@@ -144,6 +145,35 @@ def test_doubled_neurons_leave_without_loss(name):
     found = compress(teacher, batches_of(family, (1, 2, 3, 4)), run_family, neurons=0.5)
     assert {part.name for part in found.parts} == set(layers)
     assert max(part.lost for part in found.parts) < 5e-6 and found.lost < 1e-6
+
+
+def test_a_feed_forward_layer_of_two_streams_is_the_least_squares_fit_of_both():
+    """CogView4's first one, before which nothing has been squeezed: by scipy on the rows of image and text."""
+    family, name = FAMILIES["cogview4"], "transformer_blocks.0.ff"
+    teacher = family.build()
+    batches = batches_of(family, (1, 2, 3, 4))
+    found = compress(teacher, batches, run_family, neurons={name: feed_forwards(teacher)[name].neurons // 2})
+    rows = {model: ([], []) for model in (teacher, found.model)}
+    for model, (read, put_out) in rows.items():
+
+        def keep(module, args, result, read=read, put_out=put_out):
+            read.append(args[0].flatten(0, -2).double())
+            put_out.append(result.flatten(0, -2).double())
+
+        with torch.no_grad(), model.get_submodule(f"{name}.net.2").register_forward_hook(keep):
+            for batch in batches:
+                run_family(model, *batch)
+    read, wanted = torch.cat(rows[found.model][0]).numpy(), torch.cat(rows[teacher][1]).numpy()
+    lengths = {len(each) for each in rows[teacher][0]}
+    assert len(lengths) == 2  # image and text
+    ones = np.concatenate([read, np.ones((len(read), 1))], 1)
+    best = ones @ scipy.linalg.lstsq(ones, wanted)[0]
+    error, energy = np.square(wanted - best).sum(), np.square(wanted - wanted.mean(0)).sum()
+    (part,) = found.parts
+    # the fit has a ridge of 1e-5, and its weights are float32
+    assert part.lost == pytest.approx(error / energy, rel=1e-3)
+    own = torch.cat(rows[found.model][1]).numpy()
+    assert np.square(wanted - own).sum() == pytest.approx(error, rel=1e-3)
 
 
 def test_a_block_is_the_least_squares_fit_of_its_own_features():

@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from shd_diffusion.squeezing.plan import members, plans_from_json
 from shd_diffusion.training import run as run_module
-from shd_diffusion.training import squeeze_student
 
 SHORT = ["train.max_steps=1", "train.batch_size=16", "train.log_every=1"]
 PRUNED = [
@@ -42,19 +41,20 @@ def test_it_starts_where_the_teacher_is(tmp_path: Path) -> None:
 
 
 def test_a_narrow_student_is_squeezed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(squeeze_student, "CALIBRATION_IMAGES", 32)
     teacher, run = tmp_path / "teacher", tmp_path / "run"
     small = sets(*SHORT, "model.arguments.num_layers=2", "model.arguments.num_attention_heads=4")
     assert command("train-teacher", TEACHER_CONFIG, "--output", teacher, *small)[0] == 0
     narrow = [
         "student.init=squeeze",
+        "student.init_images=32",
         "student.arguments.num_layers=1",
         "student.arguments.num_attention_heads=2",
     ]
     overrides = sets(*SHORT, *narrow, f"teacher.path={teacher}", "train.learning_rate=1e-9")
     for output in (run, tmp_path / "again"):
         code, _, errors = command("distill", DISTILL_CONFIG, "--output", output, *overrides)
-        assert code == 0 and "its prediction differs from the teacher's by" in errors
+        assert code == 0 and "squeezes the teacher on 32 images" in errors
+        assert "its prediction differs from the teacher's by" in errors
     first, again = (
         load_file(output / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors")
         for output in (run, tmp_path / "again")
@@ -66,6 +66,11 @@ def test_a_narrow_student_is_squeezed_once(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(run_module, "squeeze_student", None)  # from a checkpoint on it is not called
     more = [*overrides, *sets("train.max_steps=2")]
     assert command("distill", DISTILL_CONFIG, "--output", run, *more)[0] == 0
+
+
+def test_images_are_given_to_what_is_fitted_alone() -> None:
+    code, _, errors = command("distill", DISTILL_CONFIG, *sets("student.init_images=32"))
+    assert code == 2 and "key `student`: `init_images` is what `init: squeeze` is fitted on" in errors
 
 
 def test_a_student_that_cannot_be_squeezed_writes_nothing(tmp_path: Path) -> None:
