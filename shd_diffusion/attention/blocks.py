@@ -215,6 +215,8 @@ def _reason(module: Any) -> str | None:
         return f"{name} attends by weights of its own; unload the adapter"
     if name.startswith("XFormers") and not is_xformers_available():
         return f"{name} needs xformers; pip install 'shd-diffusion[xformers]'"
+    if hasattr(module, "to_q_t"):  # HiDream's
+        return "its text tokens have projections of a layout that is not known"
     if getattr(module, "use_differential", False):
         return "differential attention subtracts two maps, and the difference is no distribution"
     try:

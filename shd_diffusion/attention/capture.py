@@ -102,7 +102,8 @@ class AttentionCapture:
         if len(calls) != len(expected):
             raise RuntimeError(
                 f"attention block `{block.name}` made {len(calls)} kernel calls that the capture sees, not "
-                f"{len(expected)}: its processor {processor_name(module)} is unknown; set the default one"
+                f"{len(expected)}, so its processor {processor_name(module)} is not known; set the class's default, or "
+                "leave the block out of `blocks`"
             )
         for (suffix, streams), call in zip(expected, calls, strict=True):
             counted = counted_rows(call, among_themselves=block.kind != "cross")

@@ -1,8 +1,9 @@
-"""Whether a denoiser is told here what its pipeline tells it: the timestep's unit, and the sign of what it predicts.
+"""Whether a denoiser is told here what its pipeline tells it: the same arguments, the timestep in the same unit, and a
+prediction of the same sign.
 
-Classes differ in both, and `FAMILIES` says how. One that is missing there would answer, and teach, nonsense without a
-word. So before any prompt is encoded, a pipeline's call and `predict` are run side by side up to the scheduler's first
-step, both with made-up numbers for a prediction.
+Classes differ in all of them, and `FAMILIES` says how. One that is missing there would answer, and teach, nonsense
+without a word. So before any prompt is encoded, a pipeline's call and `predict` are run side by side up to the
+scheduler's first step, both with made-up numbers for a prediction.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.models.denoiser import pad, predict
 from shd_diffusion.models.families import family_of, pack
 from shd_diffusion.models.prompts import PromptEncoder, denoiser_name, first_step
+from shd_diffusion.models.trace import trace
 
 NEAR = 0.01
 """A share in which two may differ, as bfloat16 rounds them by 0.004; other conventions differ by 1 and more."""
@@ -32,7 +34,7 @@ def check_convention(encoder: PromptEncoder, shape: Sequence[int]) -> None:
         shape: of a sample, (C, H, W) or of a video (C, F, H, W).
 
     Raises:
-        UserError: it does not, the denoiser cannot be called so, or is a latent consistency model.
+        UserError: it does not, the denoiser cannot be called or traced so, or is a latent consistency model.
     """
     pipeline = encoder.pipeline
     model: Any = getattr(pipeline, denoiser_name(pipeline))
@@ -51,6 +53,12 @@ def check_convention(encoder: PromptEncoder, shape: Sequence[int]) -> None:
             found = predict(model, torch.zeros(1, *shape), timesteps, condition)
     except Exception as error:  # a class that wants other arguments, in whatever way it says so
         raise UserError(f"{kind} is not called here as its pipeline calls it ({one_line(error)})") from error
+    told = {name for name, value in own.calls[-1].items() if isinstance(value, Tensor)}
+    if missing := sorted(name for name in told if seen.get(name) is None):
+        raise UserError(
+            f"{kind}: {type(pipeline).__name__} tells it `{missing[0]}`, which is no condition of a prompt; its class "
+            "has a convention of its own, which is not known here"
+        )
     found = found if family.patch is None else pack(found, family.patch)
     theirs, ours = own.calls[-1].get(family.timestep), seen.get(family.timestep)
     if not _near(theirs, ours):
@@ -64,6 +72,10 @@ def check_convention(encoder: PromptEncoder, shape: Sequence[int]) -> None:
             f"{kind}: {type(pipeline).__name__} gives its scheduler another prediction than is learned here; its class "
             "has a convention of its own, which is not known here"
         )
+    try:
+        trace(model, tuple(shape), condition)  # as training will, before hours of encoding
+    except ValueError as error:
+        raise UserError(f"{error}; its class is not known here") from error
 
 
 @contextmanager

@@ -146,6 +146,14 @@ def _flux_positions(model: Any, noised: Tensor, arguments: Arguments) -> Argumen
     return arguments | {"img_ids": grid.view(-1, 3), "txt_ids": grid.new_zeros(text, 3)}
 
 
+def _ovis_positions(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
+    """Flux's, but a text token stands in the row and the column of its number."""
+    arguments = _flux_positions(model, noised, arguments)
+    text: Tensor = arguments["txt_ids"]
+    text[:, 1:] += torch.arange(len(text), device=text.device)[:, None]
+    return arguments
+
+
 def _flux2_positions(model: Any, noised: Tensor, arguments: Arguments) -> Arguments:
     """Rotary positions (N, 4): 0, row and column of an image token, and the place of a text token."""
     ranges = [torch.arange(size, device=noised.device) for size in (1, *noised.shape[-2:])]
@@ -282,6 +290,13 @@ FAMILIES: dict[str, Family] = {
         timesteps=_thousandths,
         arguments=_flux2_positions,
         patch=1,  # its VAE's latents are patches already
+        derived=_POSITIONS,
+        text=("tokenizer",),
+    ),
+    "OvisImageTransformer2DModel": Family(
+        timesteps=_thousandths,
+        arguments=_ovis_positions,
+        patch=2,
         derived=_POSITIONS,
         text=("tokenizer",),
     ),

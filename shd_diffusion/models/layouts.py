@@ -108,7 +108,7 @@ def head_layout(model: nn.Module, name: str) -> HeadLayout:
         raise unknown
     if getattr(module, "fused_projections", False):
         raise ValueError(f"attention block `{name}` has fused projections; call unfuse_qkv_projections()")
-    if "AddedKV" in processor_name(module):
+    if "AddedKV" in processor_name(module) or processor_name(module) == "OmniGenAttnProcessor2_0":
         raise ValueError(
             f"attention block `{name}` has a processor of fixed width: its heads cannot be squeezed"
         )

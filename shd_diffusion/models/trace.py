@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from diffusers import ModelMixin
 from torch import Tensor, nn
+from torch.fx.experimental import _config as fx_config
 from torch.overrides import TorchFunctionMode
 
 from shd_diffusion.attention import AttentionCapture, AttentionRecord, Kind, attention_blocks
@@ -181,7 +182,18 @@ def _streams(
 
 
 class _WholeMasks(TorchFunctionMode):
-    """A mask has no numbers on the meta device: a model that counts the tokens of a prompt is told all of them."""
+    """A mask has no numbers on the meta device: a model that counts the tokens of a prompt, or picks them out, is told
+    all of them."""
+
+    def __enter__(self) -> _WholeMasks:
+        self._picks_all = fx_config.patch(meta_nonzero_assume_all_nonzero=True)  # type: ignore[attr-defined]
+        self._picks_all.__enter__()
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self._picks_all.__exit__(*error)
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.sum and args[0].is_meta and not args[0].is_floating_point():

@@ -267,6 +267,12 @@ def axes(model: nn.Module) -> dict[str, tuple[Axis | None, ...]]:
     Raises:
         ValueError: the class has no table, or its channels are joined in a way that no table can say.
     """
+    if getattr(model, "use_additional_conditions", False):
+        raise ValueError(
+            f"this {type(model).__name__} is told sizes (`use_additional_conditions`), which share weights among thirds "
+            "of its stream; set it to `random`, or make the student by `shd-diffusion compress` and name it as "
+            "`student.pretrained`"
+        )
     spaces_of = _table(model)
     state = model.state_dict()
     found = {name: spaces for name in state if (spaces := spaces_of(name)) is not None}

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate.hooks import ModelHook, add_hook_to_module
+from diffusers import HiDreamImageTransformer2DModel
 from diffusers.models import attention_processor
 from diffusers.models.attention_dispatch import (
     AttentionBackendName,
@@ -562,3 +563,15 @@ def test_repeated_blocks_compile_once() -> None:
     with AttentionCapture(model) as capture:
         assert torch.equal(output(model(**family.draw())), expected)
         assert len(capture.records) == 2 + arguments["num_single_layers"]
+
+
+def test_text_with_projections_of_another_layout_is_not_taken_for_the_images() -> None:
+    """HiDream's double blocks; its single ones are plain self-attention."""
+    model = HiDreamImageTransformer2DModel(
+        patch_size=2, in_channels=4, out_channels=4, num_layers=1, num_single_layers=1, num_attention_heads=3,
+        attention_head_dim=8, caption_channels=[6, 6], text_emb_dim=6, num_routed_experts=2, num_activated_experts=1,
+        axes_dims_rope=(4, 2, 2), max_resolution=(8, 8), llama_layers=[0, 0], force_inference_output=True,
+    )  # fmt: skip
+    double, single = attention_blocks(model).values()
+    assert not double.capturable and "projections of a layout that is not known" in str(double.reason)
+    assert single.capturable and single.kind == "self"

@@ -233,6 +233,11 @@ def test_a_unet_of_shallower_transformers_has_the_blocks_of_its_layer_map() -> N
         ),
         (FAMILIES["sana"].build, FAMILIES["sana"].build, "a SanaTransformer2DModel are not known"),
         (
+            lambda: narrow(FAMILIES["pixart"], {"use_additional_conditions": True}),
+            lambda: narrow(FAMILIES["pixart"], {"use_additional_conditions": True}),
+            "is told sizes .*; set it to `random`, or make the student by `shd-diffusion compress`",
+        ),
+        (
             FAMILIES["unet added keys"].build,
             FAMILIES["unet added keys"].build,
             "`down_blocks.1.attentions.0` is a Attention, whose channels are not known",

@@ -46,7 +46,7 @@ def test_a_class_that_is_not_known_is_refused(name: str, monkeypatch: pytest.Mon
         monkeypatch.setitem(FAMILIES, kind, families.Family(timesteps=lambda _, timesteps: timesteps / 1000))
     else:
         monkeypatch.delitem(FAMILIES, kind)
-    with pytest.raises(UserError, match=rf"^{kind}(: \w+ tells it a timestep of| is not called here as)"):
+    with pytest.raises(UserError, match=rf"^{kind}(: \w+ tells it (a timestep of|`)| is not called here as)"):
         check_convention(encoder, shape)
 
 
@@ -55,6 +55,13 @@ def test_a_sign_of_its_own_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     known = FAMILIES["Lumina2Transformer2DModel"]
     monkeypatch.setitem(FAMILIES, "Lumina2Transformer2DModel", replace(known, prediction=lambda found: found))
     with pytest.raises(UserError, match="gives its scheduler another prediction than is learned here"):
+        check_convention(encoder, shape)
+
+
+def test_a_denoiser_that_cannot_be_traced_is_refused_before_prompts_are_encoded() -> None:
+    encoder, shape = encoder_of("sd3")
+    encoder.pipeline.transformer.register_to_config(in_channels=5)  # what training would build it from
+    with pytest.raises(UserError, match=r"^SD3Transformer2DModel takes no samples .* not known here"):
         check_convention(encoder, shape)
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel
+from diffusers import HunyuanImageTransformer2DModel, PixArtTransformer2DModel
 from families_with_conditions import TAUGHT
 from small_models import small_dit
 from tiny_pipelines import pixart_transformer
@@ -43,6 +43,20 @@ def test_a_model_without_a_block_that_can_be_captured_has_no_heads() -> None:
     })  # fmt: skip
     found = trace(taught.build(2), taught.shape, {})
     assert found.records == {} and found.heads == 0 and found.output.shape == (1, 4, 8, 8)
+
+
+def test_a_model_that_picks_out_the_tokens_of_a_mask_is_traced() -> None:
+    """HunyuanImage's text tokens, by boolean indices."""
+    model = HunyuanImageTransformer2DModel(
+        in_channels=4, out_channels=4, num_attention_heads=3, attention_head_dim=8, num_layers=1, num_single_layers=1,
+        num_refiner_layers=1, patch_size=(1, 1), text_embed_dim=6, text_embed_2_dim=6, rope_axes_dim=(4, 4),
+    )  # fmt: skip
+    mask = torch.tensor([[True, True, False, False]])
+    text = {"encoder_hidden_states": torch.randn(1, 4, 6), "encoder_attention_mask": mask}
+    letters = {f"{name}_2": value for name, value in text.items()}
+    found = trace(model, (4, 4, 4), text | letters)
+    assert found.output.shape == (1, 4, 4, 4)
+    assert found.heads == 3 and "transformer_blocks.0.attn" in found.records
 
 
 STREAMS = {

@@ -571,6 +571,28 @@ def z_image(heads: int = 4) -> DiffusionPipeline:
     )
 
 
+def ovis(heads: int = 4) -> DiffusionPipeline:
+    chat = "{% for m in messages %}<|im_start|>{{ m['content'] }}<|im_end|>{% endfor %}"
+    tokenizer = llm_tokenizer("<|im_start|><|im_end|>", chat=chat, side="right")
+    transformer = diffusers.OvisImageTransformer2DModel(
+        in_channels=16,
+        out_channels=16,
+        num_layers=1,
+        num_single_layers=1,
+        num_attention_heads=heads,
+        attention_head_dim=8,
+        joint_attention_dim=8,
+        axes_dims_rope=(2, 2, 4),
+    )
+    return diffusers.OvisImagePipeline(
+        scheduler=flow_scheduler(shift=3.0),
+        vae=vae(scaling_factor=0.36, shift_factor=0.11),
+        text_encoder=llm("Qwen3Model", len(tokenizer)),
+        tokenizer=tokenizer,
+        transformer=random(transformer),
+    )
+
+
 def wan(heads: int = 4) -> DiffusionPipeline:
     transformer = diffusers.WanTransformer3DModel(
         num_attention_heads=heads,
@@ -636,6 +658,7 @@ PIPELINES: dict[str, Callable[..., DiffusionPipeline]] = {
         "cogview4": cogview4,
         "chroma": chroma,
         "z-image": z_image,
+        "ovis": ovis,
         "wan": wan,
     }.items()
 }
