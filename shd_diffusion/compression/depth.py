@@ -22,7 +22,10 @@ def block_list(model: ModelMixin) -> tuple[str, nn.ModuleList]:
     lists = {name: child for name, child in model.named_children() if isinstance(child, nn.ModuleList)}
     blocks = {name: each for name, each in lists.items() if len(each) == depth}
     if len(blocks) != 1 or any(len(each) > 1 for name, each in lists.items() if name not in blocks):
-        raise ValueError(f"{type(model).__name__} is no stack of `num_layers` blocks: none can leave")
+        raise ValueError(
+            f"{type(model).__name__} is no stack of `num_layers` blocks: none can leave; most classes let a student of "
+            "fewer begin from these weights (`student.init: squeeze` of `distill`)"
+        )
     return next(iter(blocks.items()))
 
 

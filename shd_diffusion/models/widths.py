@@ -157,6 +157,15 @@ _FLUX: Table = {
     ),
 }
 
+_OVIS: Table = {
+    **_CHROMA,
+    **_embedder("timestep_embedder", "timestep", "condition"),
+    rf"{_BLOCK}\.norm1(_context)?\.linear|{_SINGLE_BLOCK}\.norm\.linear|norm_out\.linear": (
+        "stream+",
+        "condition",
+    ),
+}
+
 _FLUX2: Table = {
     r"(x|context)_embedder": (STREAM, ""),
     **_embedder(r"time_guidance_embed\.timestep_embedder", "timestep", "condition"),
@@ -249,6 +258,7 @@ WIDTHS: dict[str, Table] = {
     "FluxTransformer2DModel": _FLUX,
     "Flux2Transformer2DModel": _FLUX2,
     "ChromaTransformer2DModel": _CHROMA,
+    "OvisImageTransformer2DModel": _OVIS,
     "AuraFlowTransformer2DModel": _AURAFLOW,
     "QwenImageTransformer2DModel": _QWEN,
     "Lumina2Transformer2DModel": _LUMINA2,

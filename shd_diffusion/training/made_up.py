@@ -88,6 +88,7 @@ CONDITIONS: dict[str, Callable[[Any, int, int], dict[str, Tensor]]] = {
     "Lumina2Transformer2DModel": _with_mask("cap_feat_dim"),
     "SD3Transformer2DModel": _sd3,
     "FluxTransformer2DModel": _flux,
+    "OvisImageTransformer2DModel": _joint,
     "AuraFlowTransformer2DModel": _joint,
     "QwenImageTransformer2DModel": _joint,
     "CogView4Transformer2DModel": _cogview4,

@@ -30,6 +30,7 @@ NARROWER: dict[str, dict[str, Any]] = {
     "flux": {"num_attention_heads": 2},
     "chroma": {"num_attention_heads": 2},
     "flux2": {"num_attention_heads": 2},
+    "ovis-image": {"num_attention_heads": 2},
     "auraflow": {"num_attention_heads": 2, "caption_projection_dim": 16},
     "qwen-image": {"num_attention_heads": 2},
     "lumina2": {"num_attention_heads": 2, "num_kv_heads": 2, "hidden_size": 12},
