@@ -246,8 +246,8 @@ def _plain_shape(model: ModelMixin, heads: Counts, neurons: Counts) -> dict[str,
     equal = all((block.heads, block.head_dim) == (count, width) for block in blocks)
     if not equal:
         raise ValueError(
-            f"the blocks of this {type(model).__name__} differ in the number or the width of their heads, which no "
-            "config says of fewer; leave `plain` out"
+            f"the blocks of this {type(model).__name__} differ in the number or the width of their heads, or its "
+            "config counts them under another key; leave `plain` out"
         )
     if not isinstance(heads, int) or count * width % heads:
         raise ValueError(

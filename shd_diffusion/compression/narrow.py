@@ -189,12 +189,15 @@ def _shallower(teacher: ModelMixin, student: ModelMixin, origins: Mapping[str, s
 
     def taken(theirs: nn.Module, own: nn.Module, path: str) -> nn.Module:
         """A module of the teacher's; itself where nothing in it differs."""
-        changed = {}
+        changed: dict[str, nn.Module | None] = {}
         for name, child in own.named_children():
             by, there = getattr(theirs, name, None), f"{path}.{name}".lstrip(".")
-            if isinstance(by, nn.Module):
-                found = _blocks(teacher, by, child, there, origins) or taken(by, child, there)
-                changed |= {name: found} if found is not by else {}
+            if not isinstance(by, nn.Module):
+                continue
+            blocks = _blocks(teacher, by, child, there, origins)
+            found = taken(by, child, there) if blocks is None else blocks
+            if found is not by:
+                changed[name] = found
         if not changed:
             return theirs
         module = copy.copy(theirs)
@@ -202,7 +205,7 @@ def _shallower(teacher: ModelMixin, student: ModelMixin, origins: Mapping[str, s
         return module
 
     model: Any = taken(teacher, student, "")
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _blocks(

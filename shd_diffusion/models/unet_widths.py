@@ -6,7 +6,6 @@ whose shortcut is a convolution begins a stream of its own, and so do a downsamp
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from diffusers.models.attention import BasicTransformerBlock
@@ -24,7 +23,7 @@ Spaces: TypeAlias = dict[str, tuple[str, ...]]
 OWN = "own"
 """Input features that a layer's model computes for itself at its own width, such as the sinusoids of a timestep."""
 
-_STAGES = ("resnets", "attentions", "downsamplers", "upsamplers")
+_PARTS = ("resnets", "attentions", "downsamplers", "upsamplers")
 
 
 def unet_spaces(model: nn.Module) -> Spaces:
@@ -38,13 +37,12 @@ def unet_spaces(model: nn.Module) -> Spaces:
     found["conv_in"] = ("conv_in", "")
     stream, skips = "conv_in", ["conv_in"]
     for index, stage in enumerate(unet.down_blocks):
-        stream = _stage(stage, f"down_blocks.{index}", stream, found, lambda own: own, skips.append)
+        left = _stage(stage, f"down_blocks.{index}", stream, found)
+        stream, skips = left[-1], skips + left
     if unet.mid_block is not None:
-        stream = _stage(unet.mid_block, "mid_block", stream, found, lambda own: own, lambda _: None)
+        stream = _stage(unet.mid_block, "mid_block", stream, found)[-1]
     for index, stage in enumerate(unet.up_blocks):
-        stream = _stage(
-            stage, f"up_blocks.{index}", stream, found, lambda own: f"{own} {skips.pop()}", lambda _: None
-        )
+        stream = _stage(stage, f"up_blocks.{index}", stream, found, skips)[-1]
     found |= {"conv_norm_out": (stream,), "conv_out": ("", stream)}
     return found
 
@@ -73,45 +71,43 @@ def _embedder(path: str, hidden: str, start: str) -> Spaces:
 
 
 def _stage(
-    stage: nn.Module,
-    path: str,
-    stream: str,
-    found: Spaces,
-    reads: Callable[[str], str],
-    leaves: Callable[[str], None],
-) -> str:
+    stage: nn.Module, path: str, stream: str, found: Spaces, skips: list[str] | None = None
+) -> list[str]:
     """Note the layers of a stage.
 
     Args:
         stream: that it is given.
         found: gets its layers.
-        reads: what a residual block reads beside its stream.
-        leaves: told each stream that a skip connection may carry along, in their order.
+        skips: on the way up, those of the skip connections that are left; each residual block takes the last.
 
     Returns:
-        The stream that it puts out.
+        The streams that skip connections may take along, in their order; the last is what the stage puts out.
     """
     for name, child in stage.named_children():
-        if name not in _STAGES and next(child.parameters(), None) is not None:
-            raise ValueError(f"`{path}` is a {type(stage).__name__}, whose channels are not known")
-    resnets = list(getattr(stage, "resnets", ()))
-    attentions = list(getattr(stage, "attentions", None) or ())
-    after = len(resnets) - len(attentions) if attentions else 0  # a middle block begins without attention
+        if name not in _PARTS and next(child.parameters(), None) is not None:
+            raise ValueError(f"`{path}` is of class {type(stage).__name__}, whose channels are not known")
+    parts = {name: list(getattr(stage, name, None) or ()) for name in _PARTS}
+    resnets, attentions = parts["resnets"], parts["attentions"]
+    without = (
+        len(resnets) - len(attentions) if attentions else len(resnets)
+    )  # 1 at the start of a middle block
+    left = []
     for index, resnet in enumerate(resnets):
-        stream = _resnet(resnet, f"{path}.resnets.{index}", stream, reads(stream), found)
-        if index >= after and attentions and attentions[index - after] is not None:
-            _attention(attentions[index - after], f"{path}.attentions.{index - after}", stream, found)
-        leaves(stream)
+        reads = stream if skips is None else f"{stream} {skips.pop()}"
+        stream = _resnet(resnet, f"{path}.resnets.{index}", stream, reads, found)
+        if index >= without and attentions[index - without] is not None:
+            _attention(attentions[index - without], f"{path}.attentions.{index - without}", stream, found)
+        left.append(stream)
     for name in ("downsamplers", "upsamplers"):
-        for index, sampler in enumerate(getattr(stage, name, None) or ()):
+        for index, sampler in enumerate(parts[name]):
             stream = _sampler(sampler, f"{path}.{name}.{index}", stream, found)
-            leaves(stream)
-    return stream
+            left.append(stream)
+    return left
 
 
 def _resnet(resnet: Any, path: str, stream: str, reads: str, found: Spaces) -> str:
     if type(resnet) is not ResnetBlock2D or (resnet.conv_shortcut is None and reads != stream):
-        raise ValueError(f"`{path}` is a {type(resnet).__name__}, whose channels are not known")
+        raise ValueError(f"`{path}` is of class {type(resnet).__name__}, whose channels are not known")
     inner, out = f"{path}.inner", stream if resnet.conv_shortcut is None else path
     found |= {
         f"{path}.norm1": (reads,),
@@ -127,7 +123,7 @@ def _resnet(resnet: Any, path: str, stream: str, reads: str, found: Spaces) -> s
 def _sampler(sampler: nn.Module, path: str, stream: str, found: Spaces) -> str:
     """Where it has a convolution it puts out a stream of its own."""
     if not isinstance(sampler, Downsample2D | Upsample2D):
-        raise ValueError(f"`{path}` is a {type(sampler).__name__}, whose channels are not known")
+        raise ValueError(f"`{path}` is of class {type(sampler).__name__}, whose channels are not known")
     layers = [name for name, child in sampler.named_children() if isinstance(child, nn.Conv2d)]
     found |= {f"{path}.{name}": (path, stream) for name in layers}
     return path if layers else stream
@@ -139,7 +135,7 @@ def _attention(module: nn.Module, path: str, stream: str, found: Spaces) -> None
         _heads(module, path, stream, found)
         return
     if not isinstance(module, Transformer2DModel):
-        raise ValueError(f"`{path}` is a {type(module).__name__}, whose channels are not known")
+        raise ValueError(f"`{path}` is of class {type(module).__name__}, whose channels are not known")
     tokens = f"{path}.tokens"
     found |= {
         f"{path}.norm": (stream,),

@@ -267,6 +267,10 @@ WIDTHS: dict[str, Table] = {
 }
 
 
+_OTHERWISE = (
+    "set it to `random`, or make the student by `shd-diffusion compress` and name it as `student.pretrained`"
+)
+
 UNETS = ("UNet2DModel", "UNet2DConditionModel")
 """What belongs together there depends on the sizes of its stages: see `unet_spaces`."""
 
@@ -279,9 +283,8 @@ def axes(model: nn.Module) -> dict[str, tuple[Axis | None, ...]]:
     """
     if getattr(model, "use_additional_conditions", False):
         raise ValueError(
-            f"this {type(model).__name__} is told sizes (`use_additional_conditions`), which share weights among thirds "
-            "of its stream; set it to `random`, or make the student by `shd-diffusion compress` and name it as "
-            "`student.pretrained`"
+            f"this {type(model).__name__} is told sizes (`use_additional_conditions`), whose embeddings share the "
+            f"stream; {_OTHERWISE}"
         )
     spaces_of = _table(model)
     state = model.state_dict()
@@ -309,7 +312,7 @@ def _table(model: nn.Module) -> Callable[[str], tuple[str, ...] | None]:
     if table is None:
         raise ValueError(
             f"the channels of a {type(model).__name__} are not known, only those of {', '.join((*WIDTHS, *UNETS))}; "
-            "set it to `random`, or make the student by `shd-diffusion compress` and name it as `student.pretrained`"
+            f"{_OTHERWISE}"
         )
     return partial(_matched, table)
 

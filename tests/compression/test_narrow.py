@@ -241,7 +241,7 @@ def test_a_unet_of_shallower_transformers_has_the_blocks_of_its_layer_map() -> N
         (
             FAMILIES["unet added keys"].build,
             FAMILIES["unet added keys"].build,
-            "`down_blocks.1.attentions.0` is a Attention, whose channels are not known",
+            "`down_blocks.1.attentions.0` is of class Attention, whose channels are not known",
         ),
         (
             FAMILIES["unet2d"].build,
