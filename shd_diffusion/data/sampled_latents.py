@@ -16,12 +16,14 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.models.families import unpack
 from shd_diffusion.models.last_step import last_step
 from shd_diffusion.models.pipeline_call import call_defaults
+from shd_diffusion.models.prompts import PromptEncoder
 from shd_diffusion.randomness import generator
 from shd_diffusion.section import Section
 
 
 class TeacherSamplingConfig(Section):
-    """How the teacher samples training latents for a data set of prompts. Latent j follows from (seed, j)."""
+    """How the teacher samples training latents for a data set of prompts. Latent j follows from (seed, j); where a
+    pipeline's prompts change with those beside them, they are sampled one by one."""
 
     num_inference_steps: int = Field(25, ge=1)
     guidance_scale: float | None = Field(None, ge=0, allow_inf_nan=False)
@@ -58,10 +60,18 @@ class LatentSampler:
                 )
             self.arguments["guidance_scale"] = config.guidance_scale
         pipeline.set_progress_bar_config(disable=True)
+        self._together = PromptEncoder(pipeline, size, arguments).same_in_any_batch
 
-    @torch.no_grad()
     def sample(self, indices: Sequence[int], prompts: Sequence[str]) -> Tensor:
         """The latents of prompts as a VAE would give them, unscaled, (B, C, h, w), float32 on the CPU."""
+        if self._together:
+            return self._sample(indices, prompts)
+        return torch.cat(
+            [self._sample([index], [prompt]) for index, prompt in zip(indices, prompts, strict=True)]
+        )
+
+    @torch.no_grad()
+    def _sample(self, indices: Sequence[int], prompts: Sequence[str]) -> Tensor:
         with last_step(self.pipeline.scheduler) as steps:
             self.pipeline(
                 prompt=list(prompts),

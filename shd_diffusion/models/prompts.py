@@ -99,7 +99,7 @@ class PromptEncoder:
 
     def encode(self, prompts: Sequence[str]) -> list[dict[str, Tensor]]:
         """The condition of each prompt; embedded guidance is that of scale 1."""
-        batches = [[*prompts]] if self._same_in_any_batch else [[prompt] for prompt in prompts]
+        batches = [[*prompts]] if self.same_in_any_batch else [[prompt] for prompt in prompts]
         return [entries for batch in batches if batch for entries in self._encode(batch)]
 
     @_without_warnings()
@@ -127,7 +127,7 @@ class PromptEncoder:
 
     @functools.cached_property
     @_without_warnings()
-    def _same_in_any_batch(self) -> bool:
+    def same_in_any_batch(self) -> bool:
         """Whether a prompt's condition is the same beside a longer one."""
         one, two = (self._record(prompts, **self.without_guidance) for prompts in (_PROBES[:1], _PROBES))
         return _distance(one[0], two[0]) < _ROUNDING

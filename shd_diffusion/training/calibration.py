@@ -55,6 +55,17 @@ def calibration_batches(
     return found
 
 
+def in_passes(batches: Sequence[CalibrationBatch], size: int) -> list[CalibrationBatch]:
+    """The same samples, at most so many in a batch: what is drawn does not depend on what goes through at once."""
+    return [
+        (noised, timesteps, dict(zip(condition, parts, strict=False)))
+        for all_noised, all_timesteps, condition in batches
+        for noised, timesteps, *parts in zip(
+            *(tensor.split(size) for tensor in (all_noised, all_timesteps, *condition.values())), strict=True
+        )
+    ]
+
+
 def _weighted(process: ForwardProcess, shares: Tensor, weights: Sequence[float]) -> Tensor:
     """Shares of the schedule (B,) of which so many lie in each part, from shares (B,) drawn evenly."""
     ends = np.linspace(0, process.num_timesteps, len(weights) + 1)

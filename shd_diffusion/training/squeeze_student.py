@@ -17,7 +17,7 @@ from shd_diffusion.models.denoiser import predict
 from shd_diffusion.progress import announce
 from shd_diffusion.squeezing.plan import BlockPlan
 from shd_diffusion.training.build import Parts
-from shd_diffusion.training.calibration import calibration_batches
+from shd_diffusion.training.calibration import calibration_batches, in_passes
 
 
 @torch.no_grad()
@@ -42,8 +42,8 @@ def squeeze_student(parts: Parts, accelerator: Accelerator) -> dict[str, BlockPl
         device = torch.device("cpu") if config.teacher.device == "cpu" else accelerator.device
         twin = copy.deepcopy(student).to(device)  # a compiled student's twin is not compiled
         teacher = nn.Module.to(copy.deepcopy(parts.teacher.model), device, torch.float32)
-        size = min(64, config.train.batch_size, config.train.micro_batch_size or config.train.batch_size)
-        batches = calibration_batches(config, twin, parts.data, parts.process, images, size)
+        drawn = calibration_batches(config, twin, parts.data, parts.process, images, min(64, images))
+        batches = in_passes(drawn, config.train.micro_batch_size or config.train.batch_size)
         try:
             lost, groups = squeeze_into(twin, teacher, batches, predict, parts.origins)
         except (ValueError, torch.linalg.LinAlgError) as error:

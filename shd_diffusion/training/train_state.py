@@ -127,6 +127,14 @@ class TrainState:
             state.setdefault(int(index), {})[key] = like(tensor, parameters[int(index)])
         self.optimizer.load_state_dict({"state": state, "param_groups": values["optimizer"]})
         self.lr_scheduler.load_state_dict(values["lr_scheduler"])
+        schedule: Any = getattr(self.lr_scheduler, "scheduler", self.lr_scheduler)  # behind accelerate's
+        # the state has the next step's rate by the schedule of its own run, which a larger `max_steps` stretches
+        schedule._last_lr = [
+            base * share(schedule.last_epoch)
+            for base, share in zip(schedule.base_lrs, schedule.lr_lambdas, strict=True)
+        ]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["lr"] = rate
         self.ema.optimization_step = values["ema"]
 
     def _shadow(self) -> dict[str, Tensor]:

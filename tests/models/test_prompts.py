@@ -104,7 +104,7 @@ def test_prompts_go_together_where_a_batch_changes_rounding_alone(
         ]
 
     monkeypatch.setattr(PromptEncoder, "_record", rounded)
-    assert prompts._same_in_any_batch == (calls == 1)
+    assert prompts.same_in_any_batch == (calls == 1)
     batches.clear()
     prompts.encode(["a cat", "a dog", "a red fox"])
     assert len(batches) == calls

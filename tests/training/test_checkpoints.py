@@ -51,6 +51,17 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert [e["loss"] for e in logs[0]] == [e["loss"] for e in logs[1]]
 
 
+def test_an_extended_run_learns_at_the_rate_of_the_longer_schedule(tmp_path: Path) -> None:
+    rates = {}
+    for name, lengths in (("extended", (3, 6)), ("whole", (6,))):
+        for steps in lengths:
+            more = sets(f"train.max_steps={steps}", "train.lr_schedule=cosine", "train.warmup_steps=1")
+            assert command(*ARGUMENTS, "--output", tmp_path / name, *more)[0] == 0
+        lines = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        rates[name] = [json.loads(line)["learning_rate"] for line in lines]
+    assert rates["extended"][3:] == rates["whole"][3:] and rates["whole"][3] > 0
+
+
 def test_a_stopped_run_is_finished_where_it_is_and_goes_on_later(uninterrupted: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     code, _, errors = command(*ARGUMENTS, "--output", run, "--finish")

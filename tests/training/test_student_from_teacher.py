@@ -51,15 +51,16 @@ def test_a_narrow_student_is_squeezed_once(tmp_path: Path, monkeypatch: pytest.M
         "student.arguments.num_attention_heads=2",
     ]
     overrides = sets(*SHORT, *narrow, f"teacher.path={teacher}", "train.learning_rate=1e-9")
-    for output in (run, tmp_path / "again"):
-        code, _, errors = command("distill", DISTILL_CONFIG, "--output", output, *overrides)
+    for output, passes in ((run, []), (tmp_path / "again", sets("train.micro_batch_size=3"))):
+        code, _, errors = command("distill", DISTILL_CONFIG, "--output", output, *overrides, *passes)
         assert code == 0 and "squeezes the teacher on 32 images" in errors
         assert "its prediction differs from the teacher's by" in errors
     first, again = (
         load_file(output / "pipeline" / "denoiser" / "diffusion_pytorch_model.safetensors")
         for output in (run, tmp_path / "again")
     )
-    assert all(torch.equal(first[name], again[name]) for name in first)
+    for name in first:  # the sums over passes round otherwise, and the ridge of 1e-5 lets that grow
+        torch.testing.assert_close(first[name], again[name], rtol=1e-3, atol=1e-3)
     (plan,) = plans_from_json((run / "merge_plans.json").read_text()).values()
     assert len(members(plan.plan, 4)) == 2 and plan.teacher == "transformer_blocks.1.attn1"
 
