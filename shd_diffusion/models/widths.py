@@ -233,6 +233,21 @@ _Z_IMAGE: Table = {
     r"all_final_layer\.[\d-]+\.linear": ("", STREAM),
 }
 
+_HUNYUAN_DIT: Table = {
+    r"pos_embed\.proj": (STREAM,),
+    **_embedder(r"time_extra_emb\.timestep_embedder", "timestep", "condition"),
+    **_embedder(r"time_extra_emb\.extra_embedder", "extra", "condition"),
+    r"blocks\.\d+\.norm1\.linear": (STREAM, "condition"),
+    r"blocks\.\d+\.(norm1\.norm|norm[23])": (STREAM,),
+    **_attention(r"blocks\.\d+\.attn1"),
+    **_branch(r"blocks\.\d+\.attn2\.to_q", r"blocks\.\d+\.attn2\.to_out\.0"),
+    **_feed_forward(r"blocks\.\d+\.ff", STREAM),
+    r"blocks\.\d+\.skip_norm": ("stream+",),
+    r"blocks\.\d+\.skip_linear": (STREAM, "stream+"),
+    r"norm_out\.linear": ("stream+", "condition"),
+    r"proj_out": ("", STREAM),
+}
+
 _WAN_BLOCK = r"blocks\.\d+"
 
 _WAN: Table = {
@@ -263,6 +278,7 @@ WIDTHS: dict[str, Table] = {
     "QwenImageTransformer2DModel": _QWEN,
     "Lumina2Transformer2DModel": _LUMINA2,
     "ZImageTransformer2DModel": _Z_IMAGE,
+    "HunyuanDiT2DModel": _HUNYUAN_DIT,
     "WanTransformer3DModel": _WAN,
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,10 +36,15 @@ NARROWER: dict[str, dict[str, Any]] = {
     "qwen-image": {"num_attention_heads": 2},
     "lumina2": {"num_attention_heads": 2, "num_kv_heads": 2, "hidden_size": 12},
     "z-image": {"dim": 16, "n_heads": 2, "n_kv_heads": 2},
+    "hunyuan-dit": {"num_attention_heads": 2, "hidden_size": 16},
     "wan": {"num_attention_heads": 2, "ffn_dim": 12},
     "unet2d": {"block_out_channels": (4, 8)},
     "unet2d-condition": {"block_out_channels": (4, 8), "attention_head_dim": 1},
 }
+
+
+HUNYUAN = FAMILIES["hunyuan-dit"]  # of four blocks the last has a skip connection
+FAMILIES = FAMILIES | {"hunyuan-dit": replace(HUNYUAN, arguments={**HUNYUAN.arguments, "num_layers": 4})}
 
 
 def batches_of(family: Family, count: int = 3) -> list[Any]:
