@@ -63,13 +63,13 @@ def test_metrics_of_other_protocols_are_not_ranked(
 ) -> None:
     other = fresh_run("none")
     protocol = json.loads((other / "evaluation/metrics.json").read_text())["protocol"]
-    edit_metrics(other, protocol=protocol | {"num_inference_steps": 10})
+    edit_metrics(other, protocol=protocol | {"num_images": 10})
     table = table_of(runs["kd"], runs["kd-shd"], other)
-    assert table.warning == "These metrics do not compare: the protocols differ in num_inference_steps."
+    assert table.warning == "These metrics do not compare: the protocols differ in num_images."
     assert not any("**" in cell for row in cells(table).values() for cell in row)
     edit_metrics(other, protocol=protocol | {"resize": "none"})  # the others do not say
     assert "the protocols differ in resize." in str(table_of(runs["kd"], other).warning)
-    edit_metrics(other, protocol=protocol | {"steps_trained": 10})  # of the model, not of the measurement
+    edit_metrics(other, protocol=protocol | {"ema_decay": 0.5})  # of the model, not of the measurement
     assert table_of(runs["kd"], other).warning is None
 
 
