@@ -82,7 +82,9 @@ def standings(results: Results, metric: str) -> list[Plot]:
                 axes.plot([], [], style.marker, color=style.colour)[0] for style in conditions.values()
             ]
             figure.legend(handles, list(conditions), loc="outside upper left", ncols=len(conditions))
-        description = f"{results.heading(metric)} of each variant: means and 95 % intervals, and what each cost"
+        description = (
+            f"{results.heading(metric)} of each variant: means and 95 % intervals, and what each cost"
+        )
         return [finish(figure, f"{metric}-standings", description)]
 
 
@@ -117,7 +119,9 @@ def differences(results: Results, metric: str, condition: str) -> list[Plot]:
         found = {comparison.variant: comparison.paired.difference for comparison in chosen}
         _intervals(axes, found, plot_styles(list(results.study.variants)))
         axes.axvline(0, color=LIGHT["muted"], linewidth=0.8)
-        axes.set(xlabel=f"{_title(results.heading(metric), condition)} minus that of {results.study.reference}")
+        axes.set(
+            xlabel=f"{_title(results.heading(metric), condition)} minus that of {results.study.reference}"
+        )
         description = f"Paired differences in {results.heading(metric)} {condition}"
         return [finish(figure, f"difference-{metric}-{condition}", description)]
 

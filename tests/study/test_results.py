@@ -112,7 +112,9 @@ def test_files(results: Results, tmp_path: Path) -> None:
 
 def test_the_page_says_what_came_out(results: Results, tmp_path: Path) -> None:
     page = write_study(results, tmp_path / "study.html").read_text()
-    assert "Under long, kd has the best mean FID (digits-classifier), 22.0" in page and "14 of 18 runs" in page
+    assert (
+        "Under long, kd has the best mean FID (digits-classifier), 22.0" in page and "14 of 18 runs" in page
+    )
     assert page.count("<svg") == len(list((tmp_path / "study-figures").glob("*.png"))) == 9
     assert "http" not in page.replace("http://www.w3.org", "")
     tables = (tmp_path / "study.md").read_text()
