@@ -164,6 +164,7 @@ class ReferenceImages(Dataset[Tensor]):
         kept[list(left_out)] = False
         self.indices = kept.nonzero()[:, 0]
         self.labels = None if images.labels is None else images.labels[self.indices]
+        self.class_names = images.class_names
 
     def __len__(self) -> int:
         return len(self.indices)

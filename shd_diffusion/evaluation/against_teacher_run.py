@@ -19,6 +19,7 @@ from shd_diffusion.files import json_sha256
 from shd_diffusion.hashing import hash_model
 from shd_diffusion.models.factory import load_model
 from shd_diffusion.models.prompts import denoiser_name
+from shd_diffusion.models.teacher import load_teacher
 from shd_diffusion.processes import processes
 from shd_diffusion.protocol import OF_THE_MODEL
 from shd_diffusion.run_folder import RunFolder
@@ -42,7 +43,7 @@ def compare_with_teacher(
     of a prompt the first.
 
     Raises:
-        UserError: the run has no teacher, or too few samples, or its teacher cannot be loaded.
+        UserError: the run has no teacher, or too few samples, or its teacher cannot be loaded, or is another by now.
     """
     path = config.teacher.path if isinstance(config, DistillConfig) else run.read_summary().teacher
     if path is None:
@@ -54,6 +55,8 @@ def compare_with_teacher(
             f"key `{KEY}` is {config.evaluate.against_teacher}, but {run.samples} has {len(indices)} {what}; "
             "sample more, or lower it"
         )
+    if isinstance(config, DistillConfig):
+        run.check_inputs(config, {"teacher.path": hash_model(load_teacher(config.teacher).model)})
     sample = _sampling_of(sampled)
     pipeline = open_pipeline(str(run.finished_pipeline()), sample.dtype)
     pipeline.scheduler = own_scheduler(sample, pipeline.scheduler)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from shd_diffusion.errors import UserError
+from shd_diffusion.progress import announce
 from shd_diffusion.protocol import differing
 
 if TYPE_CHECKING:
@@ -16,7 +17,7 @@ def compare_metrics(first: Any, second: Any, anyway: bool = False) -> dict[str, 
     """The metrics that two `metrics.json` have in common: `first`, `second` and `difference` of each.
 
     Students that were compared with one teacher at equal noise also have the 95 % intervals of their differences, image
-    by image.
+    by image; where that was another comparison, a line on standard error says in what.
 
     Args:
         anyway: compare them though their protocols differ.
@@ -44,8 +45,12 @@ def compare_metrics(first: Any, second: Any, anyway: bool = False) -> dict[str, 
 
 
 def _against_teacher(first: Any, second: Any) -> dict[str, dict[str, float | None]]:
-    """The paired differences of two students from one teacher, with their 95 % intervals; none of others."""
-    if not (first and second) or differing(first["protocol"], second["protocol"]):
+    """The paired differences of two students from one teacher, with their 95 % intervals; none of others, which is said
+    where both were compared with one."""
+    if not (first and second):
+        return {}
+    if lines := differing(first["protocol"], second["protocol"]):
+        announce("; ".join(["against_teacher: left out, the protocols differ", *lines]))
         return {}
     return {
         f"against_teacher.{name}": {

@@ -14,6 +14,7 @@ from torch import Tensor
 from shd_diffusion.config import EvaluateConfig
 from shd_diffusion.data import DataConfig, ReferenceImages
 from shd_diffusion.errors import UserError
+from shd_diffusion.evaluation.class_folders import match_classes
 from shd_diffusion.evaluation.extractors import CLIP, Extractor, extractor_name, load_extractor
 from shd_diffusion.evaluation.features import extract_features
 from shd_diffusion.evaluation.image_prompts import image_prompts
@@ -73,9 +74,10 @@ def compute_metrics(
     about_prompts = clip is not None or captions is not None
     if prompts is None and about_prompts and isinstance(generated, FolderImages):
         prompts = image_prompts(generated.folder, generated.paths)
-    classes = torch.tensor(labels) if labels is not None else generated.labels
+    classes, unmatched = match_classes(generated, real) if labels is None else (torch.tensor(labels), None)
     _check_classes(config, classes)
     possible = _possible_needs(config, extractor, clip, real, classes, prompts, captions)
+    left_out = _left_out(config, possible, unmatched)
     metrics = choose_metrics(config.metrics, possible)
     roles = extract_features(generated, extractor, config.batch_size, "images")
     if config.classes is not None and max(config.classes) >= (logits := roles["logits"].shape[1]):
@@ -109,7 +111,7 @@ def compute_metrics(
     size = f"{width}×{height}"
     return entries | {
         "protocol": {**(protocol or {}), **_protocol(config, extractor, inputs, real, size), **own},
-        "warnings": _warnings(metrics, inputs, real, size),
+        "warnings": [*left_out, *_warnings(metrics, inputs, real, size)],
     }
 
 
@@ -130,6 +132,21 @@ def _check_classes(config: EvaluateConfig, classes: Tensor | None) -> None:
         raise UserError(
             f"evaluate.classes: {len(config.classes)} logits, but images are of class {classes.max()}; name one a class"
         )
+
+
+def _left_out(config: EvaluateConfig, possible: set[Need], unmatched: str | None) -> list[str]:
+    """A warning of the metrics that need the classes of images, where those are not the reference's.
+
+    Raises:
+        UserError: the config names one.
+    """
+    if unmatched is None:
+        return []
+    wanted = choose_metrics(config.metrics, possible | {Need.LABELS})
+    names = ", ".join(f"`{metric.name}`" for metric in wanted if Need.LABELS in metric.needs)
+    if names and config.metrics is not None:
+        raise UserError(f"{unmatched}; rename it, or leave out {names}")
+    return [f"{names} left out: {unmatched}"] if names else []
 
 
 def load_models(config: EvaluateConfig, data: str | None) -> tuple[Extractor, Extractor | None]:

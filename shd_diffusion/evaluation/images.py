@@ -18,7 +18,7 @@ from torch import Tensor
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 from shd_diffusion.data.decoding import centre_square, decode
-from shd_diffusion.data.folder import image_files, tell_order
+from shd_diffusion.data.folder import image_files
 from shd_diffusion.errors import UserError, one_line, printable_path
 from shd_diffusion.files import sha256
 
@@ -30,9 +30,11 @@ class ImageSet(Protocol):
 
     Attributes:
         labels: classes of the images, (N,), where they are known.
+        class_names: of the classes by their numbers, where they have names.
     """
 
     labels: Tensor | None = None
+    class_names: list[str] | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -92,8 +94,8 @@ class FolderImages(ImageSet):
         groups = [path.relative_to(folder).parts[0] for path in self.paths]
         if all(path.parent != folder for path in self.paths):
             classes = sorted(set(groups))
-            tell_order(folder, classes)
             numbers = {group: number for number, group in enumerate(classes)}
+            self.class_names = list(map(printable_path, classes))
             self.labels = torch.tensor([numbers[group] for group in groups])
 
     def __len__(self) -> int:
@@ -117,7 +119,8 @@ class ResizedImages(ImageSet):
     """The centre squares of images, `size` wide, resized by a filter of Pillow."""
 
     def __init__(self, images: ImageSet, size: int, resize: str) -> None:
-        self.images, self.size, self.resize, self.labels = images, size, resize, images.labels
+        self.images, self.size, self.resize = images, size, resize
+        self.labels, self.class_names = images.labels, images.class_names
 
     def __len__(self) -> int:
         return len(self.images)

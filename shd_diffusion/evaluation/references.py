@@ -18,6 +18,7 @@ from torch import Tensor
 
 from shd_diffusion.config import DataConfig
 from shd_diffusion.data import ReferenceImages, open_dataset, reference_images
+from shd_diffusion.data.folder import tell_order
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.evaluation.extractors import Extractor, image_size_of
 from shd_diffusion.evaluation.features import extract_features
@@ -28,7 +29,7 @@ from shd_diffusion.files import cache_folder, save_tensors, sha256
 from shd_diffusion.processes import processes
 from shd_diffusion.progress import announce
 
-DESCRIBED = ("source", "sha256", "count", "image_size")
+DESCRIBED = ("source", "sha256", "count", "image_size", "class_names")
 FEWEST_IMAGES = 10  # on either side: one for each split of the Inception Score
 
 
@@ -45,6 +46,7 @@ class Reference:
         labels: (R,) classes of the images behind `features`, where they are known.
         image_size: "width×height" of the images; None where that is unknown.
         images: the images behind `features`, where they are at hand.
+        class_names: of the classes by their numbers, where they have names.
     """
 
     source: str
@@ -55,6 +57,7 @@ class Reference:
     labels: Tensor | None = None
     image_size: str | None = None
     images: ImageSet | None = None
+    class_names: list[str] | None = None
 
 
 NO_REFERENCE = Reference("none", "", None, {})
@@ -103,7 +106,10 @@ def open_reference(
     )
     if alone is not None and "arr_0" not in open_npz(path):
         return alone
-    reference = _from_images(resized(open_image_files(path)), str(path), extractor, batch_size)
+    images = open_image_files(path)
+    if images.class_names:
+        tell_order(path, images.class_names)
+    reference = _from_images(resized(images), str(path), extractor, batch_size)
     # The suite's statistics are of the whole data set, its images a sample of it for precision and recall.
     return (
         reference
@@ -183,7 +189,7 @@ def load_reference(path: Path, extractor: Extractor) -> Reference:
         for role in ("features", "spatial")
         if f"{role}/mean" in tensors
     }
-    described = {key: about[key] for key in DESCRIBED}
+    described = {key: about.get(key) for key in DESCRIBED}  # earlier files have no names of classes
     return Reference(
         **described, statistics=statistics, features=tensors.get("features"), labels=tensors.get("labels")
     )
@@ -209,13 +215,21 @@ def _from_images(images: ImageSet, source: str, extractor: Extractor, batch_size
     state = processes()
     kept = _kept(cached, extractor)
     if all(gather_object([kept is not None])) and kept is not None:  # they extract together, or none does
-        return replace(kept, images=images)
+        return replace(kept, images=images, class_names=images.class_names)
     found = extract_features(images, extractor, batch_size, source)
     statistics = {role: feature_statistics(found[role]) for role in found if role in ("features", "spatial")}
     _, height, width = images[0].shape
     image_size = f"{width}×{height}"
     reference = Reference(
-        source, fingerprint, len(images), statistics, found["features"], images.labels, image_size, images
+        source,
+        fingerprint,
+        len(images),
+        statistics,
+        found["features"],
+        images.labels,
+        image_size,
+        images,
+        images.class_names,
     )
     if state.is_local_main_process:  # nodes may have caches of their own
         try:

@@ -25,6 +25,7 @@ from shd_diffusion.models.denoiser import prepare
 from shd_diffusion.models.dit import OriginalDiTTransformer2DModel
 from shd_diffusion.models.hub import try_hub
 from shd_diffusion.models.mdtv2 import MDTv2Transformer2DModel
+from shd_diffusion.models.own_width import width_to_set
 from shd_diffusion.models.soup import mean_model
 from shd_diffusion.section import Arguments, Section
 
@@ -130,7 +131,8 @@ def build_model(config: ModelConfig) -> ModelMixin:
         _check_memory(kind, config.arguments)
         return ready(kind(**config.arguments))
     except Exception as error:  # constructors check little, and fail where the argument is used
-        raise ValueError(f"`{class_name}` refuses its arguments: {one_line(error)}") from error
+        width = width_to_set(class_name, config.arguments)
+        raise ValueError(f"`{class_name}` refuses its arguments: {one_line(error)}{width}") from error
 
 
 def _check_memory(kind: type[ModelMixin], arguments: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from shd_diffusion.attention import AttentionCapture, AttentionRecord, Kind, att
 from shd_diffusion.attention.blocks import enclosing_block
 from shd_diffusion.attention.outputs import output_tensors
 from shd_diffusion.models.denoiser import Condition, predict
+from shd_diffusion.models.own_width import width_to_set
 
 
 @dataclass(frozen=True)
@@ -102,6 +103,7 @@ def trace(model: ModelMixin, shape: tuple[int, ...], condition: Condition) -> Tr
             reason = f"`{calls[-1]}`: {reason}" if calls else reason
             raise ValueError(
                 f"{type(model).__name__} takes no samples {tuple(shape)} with {given} ({reason})"
+                + width_to_set(type(model).__name__, model.config)
             ) from error
     unreached = frozenset(name for name, p in twin.named_parameters() if p.grad is None)
     outputs = {name: tensor.detach() for name, tensor in kept.items() if tensor.grad is not None}

@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.text import Text
 
 from shd_diffusion.evaluation.extractors import distance_title
+from shd_diffusion.evaluation.fid import FID
 from shd_diffusion.evaluation.metric import Column
 from shd_diffusion.evaluation.metrics import columns, higher_is_better
 from shd_diffusion.reporting.cost import (
@@ -26,6 +27,8 @@ from shd_diffusion.reporting.tables import significant, terminal
 from shd_diffusion.settings_table import protocol_line, protocol_warning
 
 ARROWS = {"higher": "↑", "lower": "↓"}
+FRECHET = {"fid": "", "fid_infinity": "∞"}
+"""The Fréchet distances on an extractor's own features by their keys, and what tells their names apart."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,16 +126,33 @@ def text_of(column: Column, value: float) -> str:
     return format(value, column.format) if column.format else significant(value)
 
 
+def frechet_title(key: str, features: str | None) -> str | None:
+    """What a Fréchet distance on an extractor's features is called, where these are known; None of other metrics."""
+    if key not in FRECHET:
+        return None
+    kind, *named = (distance_title(features) if features else "FID").split(" ", 1)
+    return " ".join([kind + FRECHET[key], *named])
+
+
 def title_of(column: Column, runs: Sequence[Run]) -> str:
-    """A metric's title; FID is named for the features that it is computed on."""
+    """A metric's title; a Fréchet distance is named for the features that it is computed on."""
     features = {run.metrics.features for run in runs if run.metrics}
-    name = features.pop() if len(features) == 1 else None
-    return distance_title(name) if name and column.key == "fid" else column.title
+    return frechet_title(column.key, features.pop() if len(features) == 1 else None) or column.title
+
+
+def distance_of(runs: Sequence[Run]) -> str:
+    """What the Fréchet distance of these runs is called."""
+    return title_of(FID.columns[0], runs)
 
 
 def short_title_of(column: Column, runs: Sequence[Run]) -> str:
     """The same for where space is scarce; of a Fréchet distance without the features, FID or FD as its title says."""
-    return title_of(column, runs).split(" (")[0] if column.key == "fid" else column.short
+    return without_features(title_of(column, runs)) if column.key in FRECHET else column.short
+
+
+def without_features(title: str) -> str:
+    """The title of a Fréchet distance, in short."""
+    return title.split(" (")[0]
 
 
 # --- student against teacher ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from shd_diffusion.config import paths_read
 from shd_diffusion.errors import UserError, printable_path
 from shd_diffusion.files import check_outside, replacing_folder, write_text
-from shd_diffusion.progress import printable
+from shd_diffusion.progress import announce, printable
 from shd_diffusion.protocol import flatten
 from shd_diffusion.reporting.attention import attention_views
 from shd_diffusion.reporting.compression import compression_plots, compression_rows
@@ -45,7 +45,8 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
     """Write the report of one or many runs.
 
     Args:
-        paths: run folders; parts of a run that are missing are named with the command that makes them.
+        paths: run folders; parts of a run that are missing are named with the command that makes them, and those of an
+            earlier state of the run count as missing, with a line on standard error.
         output: the HTML file. Its plots go to a folder `<stem>-figures` beside it, which is replaced.
 
     Returns:
@@ -59,6 +60,9 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
     _check_place(output)  # before the plots take their time
     for run in runs:
         check_outside(output, paths_read(run.config))
+    outdated = [run.outdated for run in runs if run.outdated]
+    for line in outdated:
+        announce(line)
     styles = run_styles(runs)
     galleries, neighbours, attention = (
         sample_galleries(runs),
@@ -85,7 +89,7 @@ def write_report(paths: Sequence[Path], output: Path) -> Path:
         "cost": cost_lines(runs),
         "cost_note": cost_note(runs),
         "unequal": unequal_lengths(runs),
-        "warnings": warnings(runs),
+        "warnings": [*outdated, *warnings(runs)],
         "memory": next((run.benchmark.benchmark.get("memory") for run in runs if run.benchmark), None),
         "outcomes": outcomes(runs),
         "plots": plots,

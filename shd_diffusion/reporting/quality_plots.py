@@ -9,7 +9,7 @@ from matplotlib.ticker import MaxNLocator
 
 from shd_diffusion.evaluation.metric import Column
 from shd_diffusion.reporting.cost import PARAMETERS, SAMPLING_TIME, Cost, measured_costs
-from shd_diffusion.reporting.metrics_table import headline, text_of, title_of
+from shd_diffusion.reporting.metrics_table import distance_of, headline, text_of, title_of
 from shd_diffusion.reporting.plot_style import Line, Plot, Styles, finish, line_plot, panel
 from shd_diffusion.reporting.runs import Run
 
@@ -32,7 +32,7 @@ def _scatter(
     metric: Column,
     cost: Cost,
 ) -> list[Plot]:
-    name, text = cost.title.lower(), cost.text
+    title, name, text = title_of(metric, runs), cost.title.lower(), cost.text
     points = [
         (run, x, y) for run in runs if (x := cost.of(run)) and (y := run.metric(metric.key)) is not None
     ]
@@ -46,10 +46,10 @@ def _scatter(
         axes.set_ylim(0, 1.15 * max(y for *_, y in points) or 1)
         axes.xaxis.set_major_locator(MaxNLocator(3))
         axes.xaxis.set_major_formatter(lambda value, _: text(value))
-        axes.set(xlabel=name, ylabel=f"{title_of(metric, runs)}, {metric.better} is better")
+        axes.set(xlabel=name, ylabel=f"{title}, {metric.better} is better")
         _name_points(axes, metric, points, styles)
         listing = ", ".join(f"{run.name} {text_of(metric, y)} at {text(x)}" for run, x, y in points)
-        return [finish(figure, f"{metric.key}-over-{name}", f"{metric.title} over {name}: {listing}")]
+        return [finish(figure, f"{metric.key}-over-{name}", f"{title} over {name}: {listing}")]
 
 
 def _name_points(
@@ -70,13 +70,16 @@ def _name_points(
 
 
 def per_class_fid(runs: Sequence[Run], styles: Styles) -> list[Plot]:
-    """FID by class; nothing where no evaluation has it."""
+    """Fréchet distance by class; nothing where no evaluation has it."""
     known = [(run, run.metrics.per_class_fid) for run in runs if run.metrics and run.metrics.per_class_fid]
+    if not known:
+        return []
     labels = list(dict.fromkeys(label for _, values in known for label in values))
     lines = [
         Line(run.name, styles[run.name], [labels.index(label) for label in values], list(values.values()))
         for run, values in known
     ]
     named = [known[0][0].class_name(int(label)) for label in labels]
-    names, ticks = ("class", "FID of the class"), named if len(labels) <= 20 else []
-    return [line_plot("fid-per-class", "FID by class", names, lines, ticks, join="none")] if lines else []
+    title, ticks = distance_of([run for run, _ in known]), named if len(labels) <= 20 else []
+    names = ("class", f"{title} of the class")
+    return [line_plot("fid-per-class", f"{title} by class", names, lines, ticks, join="none")]

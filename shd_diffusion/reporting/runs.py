@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -281,7 +282,8 @@ class Compression(Result):
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """A finished run. What a later stage has not written yet is None."""
+    """A finished run. What a later stage has not written yet is None; so is what it wrote of an earlier state of the
+    run, and `outdated` says what to do about that."""
 
     path: Path
     name: str
@@ -295,6 +297,7 @@ class Run:
     nearest: Nearest | None
     attention: Attention | None
     compression: Compression | None
+    outdated: str | None = None
 
     @property
     def is_teacher(self) -> bool:
@@ -384,7 +387,7 @@ def read_run(path: Path, name: str) -> Run:
     def part(file: str, read: Callable[[Path], PartT]) -> PartT | None:
         return read(path / file) if (path / file).exists() else None
 
-    return Run(
+    run = Run(
         path=path,
         name=name,
         summary=read_as(path / "summary.json", Summary),
@@ -398,6 +401,33 @@ def read_run(path: Path, name: str) -> Run:
         attention=part("attention.safetensors", read_attention),
         compression=part("compression.json", lambda file: read_as(file, Compression)),
     )
+    return _without_outdated(run)
+
+
+def _without_outdated(run: Run) -> Run:
+    """The run without images of fewer steps than it has now, and without metrics of other images than there are."""
+    samples, metrics = run.samples, run.metrics
+    folder, steps, shown = shlex.quote(str(run.path)), run.summary.steps, samples or metrics
+    evaluate = f"run `shd-diffusion evaluate {folder}`"
+    step = shown.protocol.get("steps_trained") if shown else None
+    if step not in (None, steps):
+        delete = f"delete {run.path / 'samples'}, " if samples else ""
+        outdated = (
+            f"{run.path}: its {'images' if samples else 'metrics'} are of step {step}, and the run has come to {steps} "
+            f"since; {delete}run `shd-diffusion sample {folder}`, and {evaluate}"
+        )
+        return replace(run, samples=None, metrics=None, nearest=None, outdated=outdated)
+    if samples is None or metrics is None:
+        return run
+    evaluated = flatten(metrics.protocol)
+    for key, value in flatten(samples.protocol).items():
+        if evaluated.get(key) != value:
+            outdated = (
+                f"{run.path}: its metrics are of other images than there are now (`{key}` was "
+                f"{evaluated.get(key, '–')}, and is {value}); {evaluate}"
+            )
+            return replace(run, metrics=None, nearest=None, outdated=outdated)
+    return run
 
 
 def read_entries(path: Path) -> list[LogEntry]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from shd_diffusion.reporting.metrics_table import distance_of
 from shd_diffusion.reporting.plot_style import (
     DEPTH_COLOURS,
     LIGHT,
@@ -133,8 +134,9 @@ def validation_fid(runs: Sequence[Run], styles: Styles) -> list[Plot]:
         for run in runs
         if run.log and len(run.log.validation)
     ]
-    description = "FID on few samples over training steps"
-    return [line_plot("fid-validation", description, ("step", "FID, validation"), lines)] if lines else []
+    title = distance_of(runs)
+    description, names = f"{title} on few samples over training steps", ("step", f"{title}, validation")
+    return [line_plot("fid-validation", description, names, lines)] if lines else []
 
 
 def _running_mean(values: Array) -> Array:

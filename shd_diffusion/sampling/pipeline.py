@@ -22,6 +22,7 @@ from shd_diffusion.errors import did_you_mean
 from shd_diffusion.files import read_json, write_json
 from shd_diffusion.models.denoiser import null_condition, num_classes
 from shd_diffusion.models.denoiser import sample_shape as shape_in_config
+from shd_diffusion.models.families import FAMILIES, Family, family_of
 from shd_diffusion.models.pipeline_folder import INDEX, PipelineFolder
 from shd_diffusion.sampling import standalone_pipeline
 from shd_diffusion.sampling.guidance import power_cosine_scale, predict_guided
@@ -144,7 +145,7 @@ def save_pipeline(
 
     A DiT of 1,000 classes on latents is saved as diffusers' DiTPipeline, which takes 1,000 for the null class; any
     other model by class with the code of its pipeline beside it, so that diffusers alone can sample it, where it has
-    the denoiser's class.
+    the denoiser's class; not one that is called by rules of its own.
 
     Args:
         within: that pipeline; one by prompts is saved with the model in it, and its own scheduler and VAE.
@@ -166,7 +167,7 @@ def save_pipeline(
         return
     pipeline = ClassConditionalPipeline(model, scheduler, vae, list(shape), named)
     pipeline.save_pretrained(to, safe_serialization=True)
-    if vae is None or _is_scaled_by_factors(vae):
+    if _is_called_plainly(model) and (vae is None or _is_scaled_by_factors(vae)):
         shutil.copyfile(Path(standalone_pipeline.__file__), to / "pipeline.py")
 
 
@@ -184,6 +185,11 @@ def _fits_dit_pipeline(model: ModelMixin, vae: ModelMixin, shape: Sequence[int])
         and type(vae) is AutoencoderKL
         and LatentScaling.of(vae).shift == (0.0,)
     )
+
+
+def _is_called_plainly(model: ModelMixin) -> bool:
+    """Whether the code beside a pipeline knows how to call a model: without rules of its own, or by one-hot tokens."""
+    return family_of(model) in (Family(), FAMILIES["UNet2DConditionModel"])
 
 
 def _is_scaled_by_factors(vae: ModelMixin) -> bool:

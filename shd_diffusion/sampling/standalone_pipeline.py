@@ -2,8 +2,8 @@
 
     DiffusionPipeline.from_pretrained(folder, custom_pipeline="pipeline", trust_remote_code=True)
 
-It makes the images of shd-diffusion's own pipeline, bit for bit, without that package; only guidance that changes with
-the timestep is left to it.
+It makes the images of shd-diffusion's own pipeline, bit for bit, without that package; guidance that changes with the
+timestep is left to it, as are models that are called by rules of their own, whose folders have no such file.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
         class_labels: Sequence[int] | None = None,
         num_inference_steps: int = 50,
         guidance_scale: float = 1.0,
+        guidance_channels: int | None = None,
         num_images: int = 1,
         generator: torch.Generator | list[torch.Generator] | None = None,
         latents: Tensor | None = None,
@@ -83,6 +84,7 @@ class ClassConditionalPipeline(DiffusionPipeline):
             class_labels: B labels; None: the null class, or nothing where the model knows no classes.
             num_inference_steps: steps of the scheduler.
             guidance_scale: w in ε_uncond + w (ε_cond - ε_uncond) (Ho and Salimans 2022); 1 is without guidance.
+            guidance_channels: so many channels are guided; None for all.
             num_images: B, where there are no labels.
             generator: one for the batch, or B of them.
             latents: (B, C, H, W) standard normal noise to start from, instead of drawing it.
@@ -107,7 +109,8 @@ class ClassConditionalPipeline(DiffusionPipeline):
             if guided:
                 conditional, unconditional = prediction.chunk(2)
                 first = unconditional + guidance_scale * (conditional - unconditional)
-                prediction = torch.cat([first[:, : shape[1]], conditional[:, shape[1] :]], dim=1)
+                channels = guidance_channels or shape[1]
+                prediction = torch.cat([first[:, :channels], conditional[:, channels:]], dim=1)
             if not self._uses_predicted_variance():
                 prediction = prediction[:, : shape[1]]
             latents = self._step(prediction, timestep, latents, generator)

@@ -9,6 +9,7 @@ import yaml
 
 from shd_diffusion.evaluation.metrics import higher_is_better
 from shd_diffusion.files import write_text
+from shd_diffusion.reporting.metrics_table import without_features
 from shd_diffusion.reporting.page import write_page
 from shd_diffusion.reporting.plot_style import plot_styles
 from shd_diffusion.reporting.tables import Lines, count, duration, escape_markdown, markdown, significant
@@ -59,7 +60,7 @@ def lead(results: Results) -> str:
     pick = max if higher_is_better(metric) else min
     best = pick(rows.values(), key=lambda row: row.metrics[metric].mean)
     under = f"Under {condition}, " if condition else ""
-    said = f"{under}{best.variant} has the best mean {metric}, {_with_interval(best.metrics[metric])}"
+    said = f"{under}{best.variant} has the best mean {results.heading(metric)}, {_with_interval(best.metrics[metric])}"
     if reference in rows and best.variant != reference:
         said += f"; the reference {reference} has {_with_interval(rows[reference].metrics[metric])}"
     return f"{said}. {done}"
@@ -81,10 +82,10 @@ def note(results: Results) -> str:
 
 def row_table(results: Results) -> Lines:
     """Variants by condition, headings first."""
-    conditions = len(results.study.conditions) > 1
+    conditions, distance = len(results.study.conditions) > 1, without_features(results.heading("fid"))
     head = [
-        *(["Condition"] * conditions), "Variant", "Seeds", *results.study.compared,
-        "Training", "Extra parameters", *(f"To FID {target:g}" for target in results.study.targets),
+        *(["Condition"] * conditions), "Variant", "Seeds", *map(results.heading, results.study.compared),
+        "Training", "Extra parameters", *(f"To {distance} {target:g}" for target in results.study.targets),
     ]  # fmt: skip
     return [head, *(_row(row, conditions, results.study.compared) for row in results.rows)]
 
@@ -110,12 +111,12 @@ def comparison_table(results: Results) -> Lines:
         *(["Condition"] * conditions), f"Minus {results.study.reference}", *(["Metric"] * metrics), "Pairs",
         "Difference", "t-test p", "p (Holm)", "Wilcoxon p", "p (Holm)",
     ]  # fmt: skip
-    return [head, *(_comparison(each, conditions, metrics) for each in results.comparisons)]
+    return [head, *(_comparison(each, conditions, metrics, results) for each in results.comparisons)]
 
 
-def _comparison(each: Comparison, conditions: bool, metrics: bool) -> list[str]:
+def _comparison(each: Comparison, conditions: bool, metrics: bool, results: Results) -> list[str]:
     return [
-        *([each.condition] * conditions), each.variant, *([each.metric] * metrics),
+        *([each.condition] * conditions), each.variant, *([results.heading(each.metric)] * metrics),
         str(each.paired.difference.n), _with_interval(each.paired.difference),
         *map(_p, (each.paired.t_test, each.t_test_holm, each.paired.wilcoxon, each.wilcoxon_holm)),
     ]  # fmt: skip

@@ -48,8 +48,8 @@ def over_conditions(results: Results, metric: str) -> list[Plot]:
         if rows := [row for row in results.rows if row.variant == variant]:
             places = [conditions.index(row.condition) for row in rows]
             lines.append(_line(variant, style, places, [row.metrics[metric] for row in rows]))
-    description = f"{metric} of each variant, condition by condition"
-    names = ("condition", _title(metric, ""))
+    description = f"{results.heading(metric)} of each variant, condition by condition"
+    names = ("condition", results.heading(metric))
     return [line_plot(f"{metric}-over-conditions", description, names, lines, conditions, scale="fit")]
 
 
@@ -70,7 +70,7 @@ def standings(results: Results, metric: str) -> list[Plot]:
         _fit_scale(axes, results, metric, results.rows)
         axes.set_yticks(range(len(order)), order)
         axes.set_ylim(len(order) - 0.5, -0.5)
-        axes.set(xlabel=_title(metric, ""))
+        axes.set(xlabel=results.heading(metric))
         right = axes.twinx()
         right.set_ylim(axes.get_ylim())
         right.set_yticks(range(len(order)), [costs[variant] for variant in order])
@@ -82,7 +82,9 @@ def standings(results: Results, metric: str) -> list[Plot]:
                 axes.plot([], [], style.marker, color=style.colour)[0] for style in conditions.values()
             ]
             figure.legend(handles, list(conditions), loc="outside upper left", ncols=len(conditions))
-        description = f"{metric} of each variant: means and 95 % intervals, and what each cost"
+        description = (
+            f"{results.heading(metric)} of each variant: means and 95 % intervals, and what each cost"
+        )
         return [finish(figure, f"{metric}-standings", description)]
 
 
@@ -103,8 +105,8 @@ def by_variant(results: Results, metric: str, condition: str) -> list[Plot]:
         _teacher_line(axes, results, metric)
         _intervals(axes, {row.variant: row.metrics[metric] for row in rows}, styles)
         _fit_scale(axes, results, metric, rows)
-        axes.set(xlabel=_title(metric, condition))
-        description = f"{metric} by variant {condition}: means and 95 % intervals"
+        axes.set(xlabel=_title(results.heading(metric), condition))
+        description = f"{results.heading(metric)} by variant {condition}: means and 95 % intervals"
         return [finish(figure, f"{metric}-{condition}", description)]
 
 
@@ -117,8 +119,10 @@ def differences(results: Results, metric: str, condition: str) -> list[Plot]:
         found = {comparison.variant: comparison.paired.difference for comparison in chosen}
         _intervals(axes, found, plot_styles(list(results.study.variants)))
         axes.axvline(0, color=LIGHT["muted"], linewidth=0.8)
-        axes.set(xlabel=f"{_title(metric, condition)} minus that of {results.study.reference}")
-        description = f"Paired differences in {metric} {condition}"
+        axes.set(
+            xlabel=f"{_title(results.heading(metric), condition)} minus that of {results.study.reference}"
+        )
+        description = f"Paired differences in {results.heading(metric)} {condition}"
         return [finish(figure, f"difference-{metric}-{condition}", description)]
 
 
@@ -152,8 +156,8 @@ def _curve(
             lines.append(_line(variant, style, places, values))
     return line_plot(
         f"validation-over-{axis}-{condition}",
-        f"FID of the validation over {axis} {condition}",
-        (axis, _title("FID, validation", condition)),
+        f"{results.heading('fid')} of the validation over {axis} {condition}",
+        (axis, _title(f"{results.heading('fid')}, validation", condition)),
         lines,
         scale="fit",
     )
@@ -178,8 +182,8 @@ def _cost(row: Row, reference: Row | None) -> str:
     return ", ".join(parts)
 
 
-def _title(metric: str, condition: str) -> str:
-    return (metric.upper() if metric == "fid" else metric) + (f", {condition}" if condition else "")
+def _title(what: str, condition: str) -> str:
+    return f"{what}, {condition}" if condition else what
 
 
 def _ends(value: Estimate) -> tuple[float, float]:

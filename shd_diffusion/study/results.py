@@ -14,6 +14,7 @@ from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_as, write_json, write_text
 from shd_diffusion.protocol import differing, flatten
+from shd_diffusion.reporting.metrics_table import frechet_title
 from shd_diffusion.reporting.runs import Environment, Metrics, Result, read_entries
 from shd_diffusion.reporting.tables import csv_text
 from shd_diffusion.run_folder import RunFolder
@@ -106,6 +107,10 @@ class Results:
     protocol: dict[str, Any]
     commits: list[str]
     environment: dict[str, Any]
+
+    def heading(self, metric: str) -> str:
+        """What a metric is called in tables and plots: by its key, but Fréchet distances as reports call them."""
+        return frechet_title(metric, self.protocol.get("features")) or metric
 
 
 class Published(Result):

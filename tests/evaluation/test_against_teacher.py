@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 from commands import command, sets
 from diffusers import DDIMScheduler, DDPMScheduler
+from safetensors.torch import load_file, save_file
 from small_models import small_dit
 from tiny_pipelines import ARGUMENTS, PIPELINES, SIZE
 from torch import Tensor, nn
@@ -252,6 +254,22 @@ def test_a_run_is_compared_with_its_teacher(student: Path, runs: Path, tmp_path:
     assert compared["against_teacher.latent_mse"]["difference"] == pytest.approx(-found["latent_mse"]["mean"])
     other = itself | {"against_teacher": itself["against_teacher"] | {"protocol": {"seed": 1}}}
     assert "against_teacher.latent_mse" not in compare_metrics(metrics, other)
+
+
+def test_another_teacher_than_the_runs_own_is_refused(student: Path, tmp_path: Path) -> None:
+    """In the words of `distill`; the same one elsewhere is taken."""
+    config = student / "config.yaml"
+    teacher = Path(yaml.safe_load(config.read_text())["teacher"]["path"])
+    moved = Path(shutil.copytree(teacher, tmp_path / "moved"))
+    config.write_text(config.read_text().replace(str(teacher), str(moved)))
+    assert command("evaluate", student, *sets("evaluate.against_teacher=2"))[0] == 0
+    before = (student / "evaluation" / "metrics.json").read_bytes()
+    weights = next((moved / "pipeline" / "denoiser").glob("*.safetensors"))
+    save_file({name: weight * 1.01 for name, weight in load_file(weights).items()}, weights)
+    code, _, errors = command("evaluate", student, *sets("evaluate.against_teacher=2"))
+    assert code == 2
+    assert f"what `teacher.path` names ({moved}) has changed since this run began; bring it back" in errors
+    assert (student / "evaluation" / "metrics.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

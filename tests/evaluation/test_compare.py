@@ -20,6 +20,21 @@ def test_the_same_protocol():
     assert compare_metrics(METRICS, better) == {"fid": {"first": 10.0, "second": 8.5, "difference": -1.5}}
 
 
+def test_what_differs_between_comparisons_with_teachers_is_said(capsys):
+    def of(**protocol: str) -> dict:
+        measured = {"mean": 0.5, "low": 0.4, "high": 0.6, "n": 2}
+        per_image = {"latent_mse": [0.4, 0.6]}
+        against = {"latent_mse": measured, "per_image": per_image, "protocol": {"seed": 0, **protocol}}
+        return METRICS | {"against_teacher": against}
+
+    first = of(teacher_sha256="1f")
+    assert compare_metrics(first, first)["against_teacher.latent_mse"]["difference"] == 0
+    assert compare_metrics(first, METRICS).keys() == {"fid"} and capsys.readouterr().err == ""
+    assert compare_metrics(first, of(teacher_sha256="2f")).keys() == {"fid"}
+    line = "against_teacher: left out, the protocols differ; teacher_sha256: 1f | 2f\n"
+    assert capsys.readouterr().err == line
+
+
 @pytest.mark.parametrize("content", [None, 5, [], {}, {"runs/a": METRICS}, {"fid": 1.0, "protocol": [1]}])
 def test_what_is_no_evaluation_is_refused(content):
     with pytest.raises(UserError, match=r"the second file .* give the `metrics\.json`"):

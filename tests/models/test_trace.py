@@ -9,10 +9,12 @@ import torch
 from diffusers import HunyuanImageTransformer2DModel, PixArtTransformer2DModel
 from families_with_conditions import TAUGHT
 from small_models import small_dit
-from tiny_pipelines import pixart_transformer
+from tiny_pipelines import PIPELINES, pixart_transformer
 
 from shd_diffusion.attention import AttentionCapture
 from shd_diffusion.models.denoiser import predict
+from shd_diffusion.models.factory import ModelConfig, build_model
+from shd_diffusion.models.own_width import OWN_WIDTHS, width_to_set
 from shd_diffusion.models.trace import trace
 
 LABEL = {"class_labels": torch.tensor([3])}
@@ -131,3 +133,36 @@ def test_what_a_model_does_not_take_is_said_with_the_reason() -> None:
     unfit = dict(pixart_transformer(4, 64).config) | {"cross_attention_dim": 36}
     with pytest.raises(ValueError, match=r"\(`transformer_blocks.0.attn2.to_k`: \w"):
         trace(PixArtTransformer2DModel(**unfit), (4, 8, 8), {"encoder_hidden_states": torch.zeros(1, 5, 8)})
+
+
+OF_HEADS = "to `num_attention_heads` times `attention_head_dim`"
+
+
+@pytest.mark.parametrize(
+    ("family", "text", "says"),
+    [
+        ("pixart-sigma", "caption_channels", f"set `cross_attention_dim` {OF_HEADS}, 24"),
+        ("sd3", "joint_attention_dim", f"set `caption_projection_dim` {OF_HEADS}, 16"),
+        ("auraflow", "joint_attention_dim", f"set `caption_projection_dim` {OF_HEADS}, 16"),
+        (
+            "lumina2",
+            "cap_feat_dim",
+            "set `hidden_size` to `num_attention_heads` times the sum of `axes_dim_rope`, 16",
+        ),
+        ("z-image", "cap_feat_dim", "set `dim` to `n_heads` times the sum of `axes_dims`, 16"),
+    ],
+)
+def test_a_width_that_does_not_fit_the_heads_is_told(family: str, text: str, says: str) -> None:
+    """In a student of two heads with the width of its teacher's four."""
+    models = [PIPELINES[family](heads).transformer for heads in (2, 4)]
+    (student, teacher), name = (model.config for model in models), type(models[0]).__name__
+    arguments = {k: v for k, v in student.items() if not k.startswith("_")}
+    key = OWN_WIDTHS[name][0]
+    assert width_to_set(name, student) == width_to_set(name, teacher) == ""
+    config = ModelConfig.model_validate({"class": name, "arguments": {**arguments, key: teacher[key]}})
+    condition = {"encoder_hidden_states": torch.randn(1, 5, student[text])}
+    condition |= {"pooled_projections": torch.randn(1, 16)} if family == "sd3" else {}
+    condition |= {"encoder_attention_mask": torch.ones(1, 5).bool()} if family == "lumina2" else {}
+    shape = (student["in_channels"], 8, 8)
+    with pytest.raises(ValueError, match=f"; {says}$"):
+        trace(build_model(config), shape, condition)

@@ -15,11 +15,14 @@ from sklearn.datasets import load_digits
 
 FIDS = {"teacher": 38.2, "none": 440.1, "kd": 389.7, "kd-shd": 104.3}
 BLOCKS = 3
-PROTOCOL = {
+SAMPLED = {
     "seed": 0,
     "num_inference_steps": 25,
     "scheduler": "DDIMScheduler",
     "guidance_scale": 1.0,
+}
+PROTOCOL = {
+    **SAMPLED,
     "features": "digits-classifier",
     "extractor_sha256": "ab12" * 16,
     "num_images": 40,
@@ -111,7 +114,7 @@ def write_samples(folder: Path, fid: float) -> None:
         Image.fromarray(pixels).convert("RGB").save(folder / f"{index:06d}.png")
     sampling = {
         "num_images": 40, "labels": labels, "seconds": 0.17, "seconds_per_image": 0.17 / 40 + fid * 1e-6,
-        "protocol": PROTOCOL,
+        "protocol": SAMPLED,
     }  # fmt: skip
     write(folder / "sampling.json", sampling)
 

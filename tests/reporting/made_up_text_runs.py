@@ -61,7 +61,8 @@ def make_text_run(folder: Path, noise: float, prompts: list[str] | None = None, 
         picture_of(prompt, index, noise).save(folder / "samples" / f"{index:06d}.png")
     metrics = {
         "cmmd": 0.4 + noise, "clip_score": 31.234 - 10 * noise, "r_precision": 0.8 - noise,
-        "r_precision_low": 0.7, "r_precision_high": 0.9, "protocol": {"seed": 0, "clip_model": "tiny"},
+        "r_precision_low": 0.7, "r_precision_high": 0.9,
+        "protocol": {"seed": 0, "scheduler": "x", "clip_model": "tiny"},
         **({} if teacher else {"against_teacher": against_teacher(noise)}),
     }  # fmt: skip
     write(folder / "evaluation" / "metrics.json", metrics)

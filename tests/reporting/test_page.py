@@ -240,10 +240,10 @@ def test_no_headline_where_protocols_differ(runs: dict[str, Path], fresh_run: Ca
     other = fresh_run("none")
     metrics = other / "evaluation" / "metrics.json"
     content = json.loads(metrics.read_text())
-    content["protocol"]["num_inference_steps"] = 10
+    content["protocol"]["num_images"] = 10
     metrics.write_text(json.dumps(content))
     assert lead(read_runs([runs["kd"], other])) == (
-        "These metrics do not compare: the protocols differ in num_inference_steps."
+        "These metrics do not compare: the protocols differ in num_images."
     )
 
 

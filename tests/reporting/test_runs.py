@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from shd_diffusion.errors import UserError
+from shd_diffusion.reporting import write_report
 from shd_diffusion.reporting.neighbour_page import neighbourhoods
 from shd_diffusion.reporting.runs import names_apart, read_log, read_runs
 
@@ -212,3 +215,46 @@ def test_damaged_neighbours_are_named(
     with pytest.raises(UserError, match=r"evaluation/nearest\.(json|png): .* run .* again") as caught:
         neighbourhoods(read_runs([run]))
     assert "\n" not in str(caught.value)
+
+
+def set_keys(file: Path, **changes: Any) -> None:
+    content = json.loads(file.read_text())
+    content["protocol"] |= changes
+    file.write_text(json.dumps(content))
+
+
+def test_metrics_of_other_images_than_there_are_now_are_missing(
+    fresh_run: Callable[[str], Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = fresh_run("kd")
+    for file in ("samples/sampling.json", "evaluation/metrics.json"):
+        set_keys(folder / file, steps_trained=600)
+    assert read_runs([folder])[0].outdated is None
+    set_keys(folder / "samples" / "sampling.json", num_inference_steps=50)
+    (run,) = read_runs([folder])
+    assert run.samples and run.metrics is None and run.nearest is None
+    page = write_report([folder], folder.parent / "report.html").read_text()
+    line = (
+        f"{folder}: its metrics are of other images than there are now (`num_inference_steps` was 25, and is 50); "
+        f"run `shd-diffusion evaluate {folder}`"
+    )
+    assert [each for each in capsys.readouterr().err.splitlines() if "other images" in each] == [line]
+    assert line in html.unescape(page) and "389.7" not in page
+
+
+@pytest.mark.parametrize("sampled", [True, False])
+def test_images_and_metrics_of_fewer_steps_are_missing(
+    fresh_run: Callable[[str], Path], sampled: bool
+) -> None:
+    folder = fresh_run("kd")
+    for file in ("samples/sampling.json", "evaluation/metrics.json"):
+        set_keys(folder / file, steps_trained=300)
+    if not sampled:
+        shutil.rmtree(folder / "samples")
+    (run,) = read_runs([folder])
+    assert (run.samples, run.metrics, run.nearest) == (None, None, None)
+    what, delete = ("images", f"delete {folder}/samples, ") if sampled else ("metrics", "")
+    assert run.outdated == (
+        f"{folder}: its {what} are of step 300, and the run has come to 600 since; {delete}"
+        f"run `shd-diffusion sample {folder}`, and run `shd-diffusion evaluate {folder}`"
+    )

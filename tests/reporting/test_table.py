@@ -13,6 +13,8 @@ from rich.console import Console
 
 from shd_diffusion.reporting import print_table
 from shd_diffusion.reporting.metrics_table import MetricsTable, against_teacher_table, metrics_table
+from shd_diffusion.reporting.page import run_styles
+from shd_diffusion.reporting.quality_plots import per_class_fid
 from shd_diffusion.reporting.runs import read_runs
 from shd_diffusion.reporting.tables import count, csv_text, duration, escape_markdown, markdown, significant
 
@@ -63,13 +65,13 @@ def test_metrics_of_other_protocols_are_not_ranked(
 ) -> None:
     other = fresh_run("none")
     protocol = json.loads((other / "evaluation/metrics.json").read_text())["protocol"]
-    edit_metrics(other, protocol=protocol | {"num_inference_steps": 10})
+    edit_metrics(other, protocol=protocol | {"num_images": 10})
     table = table_of(runs["kd"], runs["kd-shd"], other)
-    assert table.warning == "These metrics do not compare: the protocols differ in num_inference_steps."
+    assert table.warning == "These metrics do not compare: the protocols differ in num_images."
     assert not any("**" in cell for row in cells(table).values() for cell in row)
     edit_metrics(other, protocol=protocol | {"resize": "none"})  # the others do not say
     assert "the protocols differ in resize." in str(table_of(runs["kd"], other).warning)
-    edit_metrics(other, protocol=protocol | {"steps_trained": 10})  # of the model, not of the measurement
+    edit_metrics(other, protocol=protocol | {"ema_decay": 0.5})  # of the model, not of the measurement
     assert table_of(runs["kd"], other).warning is None
 
 
@@ -101,17 +103,21 @@ def test_a_frechet_distance_is_named_for_its_features(
 ) -> None:
     run = fresh_run("kd")
     protocol = json.loads((run / "evaluation/metrics.json").read_text())["protocol"]
-    edit_metrics(run, protocol=protocol | {"features": features})
-    table = table_of(run)
-    assert (table.titles[2], table.short_titles[2]) == (title, f"{title.split()[0]} ↓")
+    edit_metrics(run, protocol=protocol | {"features": features}, fid_infinity=380.04)
+    table, (kind, rest) = table_of(run), title.split(" ", 1)
+    assert table.titles[2:4] == [title, f"{kind}∞ {rest}"]
+    assert table.short_titles[2:4] == [f"{kind} ↓", f"{kind}∞ ↓"]
+    (plot,) = per_class_fid(read_runs([run]), run_styles(read_runs([run])))
+    assert f"{title.removesuffix(' ↓')} of the class" in plot.svg
 
 
 def test_a_metric_has_a_column_where_a_run_has_it(fresh_run: Callable[[str], Path]) -> None:
     run = fresh_run("kd")
-    assert "FID∞ ↓" not in cells(table_of(run))["Run"]
+    assert "FID∞ (digits-classifier) ↓" not in cells(table_of(run))["Run"]
     edit_metrics(run, fid_infinity=380.04, cmmd=0.25, kid_mean=None)
     rows = cells(table_of(run))
-    assert [rows["kd"][rows["Run"].index(title)] for title in ("FID∞ ↓", "CMMD ↓")] == ["380.04", "0.250"]
+    titles = ("FID∞ (digits-classifier) ↓", "CMMD ↓")
+    assert [rows["kd"][rows["Run"].index(title)] for title in titles] == ["380.04", "0.250"]
     assert "KID ↓" not in rows["Run"]
 
 

@@ -24,6 +24,7 @@ from diffusers import (
 from small_models import small_dit
 from torch import Tensor, nn
 
+from shd_diffusion.models.families import FAMILIES, Family
 from shd_diffusion.sampling import ClassConditionalPipeline, save_pipeline
 from shd_diffusion.sampling.open_pipeline import open_pipeline
 
@@ -147,6 +148,30 @@ def latent_dit(classes: int) -> DiTTransformer2DModel:
             num_embeds_ada_norm=classes,
         )
     )
+
+
+def test_guidance_of_some_channels_is_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, asked = DDIMScheduler(clip_sample=False), {"class_labels": [1, 2], "guidance_scale": 4.0}
+    save_pipeline(latent_dit(3), None, scheduler, None, (4, 4, 4), tmp_path / "p")
+    ours = ClassConditionalPipeline.from_pretrained(tmp_path / "p")
+    wanted, of_all = images(ours, **asked, guidance_channels=3), images(ours, **asked)
+    with without_package(monkeypatch):
+        theirs = DiffusionPipeline.from_pretrained(
+            tmp_path / "p", custom_pipeline="pipeline", trust_remote_code=True
+        )
+        assert torch.equal(images(theirs, **asked, guidance_channels=3), wanted)
+        assert torch.equal(images(theirs, **asked), of_all) and not torch.equal(wanted, of_all)
+
+
+def test_a_model_with_rules_of_its_own_has_no_code_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which would make other images."""
+    rule = Family(timesteps=lambda model, timesteps: timesteps / 1000)
+    monkeypatch.setitem(FAMILIES, "DiTTransformer2DModel", rule)
+    save_pipeline(latent_dit(3), None, DDIMScheduler(clip_sample=False), None, (4, 4, 4), tmp_path / "p")
+    assert not (tmp_path / "p" / "pipeline.py").exists()
+    assert open_pipeline(str(tmp_path / "p")).denoiser is not None
 
 
 def test_latents_are_decoded_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

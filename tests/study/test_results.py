@@ -16,7 +16,7 @@ from shd_diffusion.config import DistillConfig, read_config
 from shd_diffusion.errors import UserError
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.study.config import Planned, StudyConfig
-from shd_diffusion.study.page import write_study
+from shd_diffusion.study.page import comparison_table, row_table, write_study
 from shd_diffusion.study.plots import study_plots
 from shd_diffusion.study.results import (
     Outcome,
@@ -112,11 +112,28 @@ def test_files(results: Results, tmp_path: Path) -> None:
 
 def test_the_page_says_what_came_out(results: Results, tmp_path: Path) -> None:
     page = write_study(results, tmp_path / "study.html").read_text()
-    assert "Under long, kd has the best mean fid, 22.0" in page and "14 of 18 runs" in page
+    assert (
+        "Under long, kd has the best mean FID (digits-classifier), 22.0" in page and "14 of 18 runs" in page
+    )
     assert page.count("<svg") == len(list((tmp_path / "study-figures").glob("*.png"))) == 9
     assert "http" not in page.replace("http://www.w3.org", "")
     tables = (tmp_path / "study.md").read_text()
     assert "| short | shd | 3 | 103 (65.4 to 141) | 61 s | 50 | 300 steps, 30 s (2 of 3) |" in tables
+
+
+def test_a_frechet_distance_is_named_for_its_features(results: Results, tmp_path: Path) -> None:
+    study = results.study.model_copy(update={"metrics": ["fid", "fid_infinity", "kid_mean"]})
+    lite = replace(results, study=study, protocol={"features": "efficientnet-lite0"})
+    assert row_table(lite)[0] == [
+        "Condition", "Variant", "Seeds", "FD (EfficientNet-Lite0)", "FD∞ (EfficientNet-Lite0)", "kid_mean",
+        "Training", "Extra parameters", "To FD 100",
+    ]  # fmt: skip
+    assert comparison_table(lite)[1][2] == "FD (EfficientNet-Lite0)"
+    lite = replace(lite, study=results.study)
+    page = write_study(lite, tmp_path / "study.html").read_text()
+    assert "FD (EfficientNet-Lite0), validation, long" in page and "FID" not in page
+    write_results(lite, tmp_path)
+    assert "fid" in json.loads((tmp_path / "study.json").read_text())["rows"][0]["metrics"]
 
 
 @pytest.mark.parametrize("names", [("a+b", "a-b"), ("α", "β")])
