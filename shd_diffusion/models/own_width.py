@@ -9,6 +9,7 @@ OWN_WIDTHS = {
     "PixArtTransformer2DModel": ("cross_attention_dim", "num_attention_heads", "attention_head_dim"),
     "SD3Transformer2DModel": ("caption_projection_dim", "num_attention_heads", "attention_head_dim"),
     "AuraFlowTransformer2DModel": ("caption_projection_dim", "num_attention_heads", "attention_head_dim"),
+    "HunyuanDiT2DModel": ("hidden_size", "num_attention_heads", "attention_head_dim"),
     "Lumina2Transformer2DModel": ("hidden_size", "num_attention_heads", "axes_dim_rope"),
     "ZImageTransformer2DModel": ("dim", "n_heads", "axes_dims"),
 }
