@@ -95,7 +95,7 @@ def card(run: RunFolder, name: str | None = None) -> str:
     """
     config, summary = run.read_config(), run.read_summary()
     environment = read_as(run.environment_file, dict[str, Any])
-    metrics = read_as(run.evaluation_file, dict[str, Any]) if run.evaluation_file.exists() else None
+    metrics = read_as(run.evaluation_file, dict[str, Any]) if run.is_evaluated() else None
     teacher = config.teacher.path if isinstance(config, DistillConfig) else None
     return CARD.format(
         name=summary.name,

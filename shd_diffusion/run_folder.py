@@ -13,7 +13,7 @@ from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, d
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import check_ours, json_sha256, naming, read_as, write_json, write_text
-from shd_diffusion.protocol import flatten
+from shd_diffusion.protocol import flatten, is_of_step
 from shd_diffusion.squeezing.plan import PLANS_FILE
 from shd_diffusion.summary import Summary
 
@@ -221,6 +221,18 @@ class RunFolder:
     def is_complete(self, config: RunConfig) -> bool:
         """Whether a run has taken all the steps that a config wants."""
         return self.summary_file.exists() and self.read_summary().steps == config.train.max_steps
+
+    def is_evaluated(self) -> bool:
+        """Whether there are metrics of what a finished run has come to; those from before it went on are of another
+        model.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        if not (self.summary_file.exists() and self.evaluation_file.exists()):
+            return False
+        protocol = read_as(self.evaluation_file, dict[str, Any]).get("protocol", {})
+        return is_of_step(protocol, self.read_summary().steps)
 
     def identity(self, config: RunConfig) -> str:
         """A hash of all that a run's weights follow from, as far as it is not the default: of a later version, which

@@ -197,8 +197,12 @@ class Planned:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it is trained to its last step, sampled and evaluated."""
-        return self.run.is_complete(self.config) and self.run.evaluation_file.exists()
+        """Whether it is trained to its last step, sampled and evaluated since.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        return self.run.is_complete(self.config) and self.run.is_evaluated()
 
     @property
     def place(self) -> Place:

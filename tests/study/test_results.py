@@ -286,6 +286,7 @@ def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def evaluate_teacher(folder: Path, fid: float) -> None:
     (folder / "teacher" / "evaluation").mkdir(parents=True)
+    write_summary(folder / "teacher", "train-teacher", 20)
     RunFolder(folder / "teacher").evaluation_file.write_text(json.dumps({"fid": fid}))
 
 

@@ -255,6 +255,28 @@ def test_a_run_that_was_saved_early_is_not_complete(tmp_path: Path) -> None:
     assert [line[0] for line in job] == ["distill", "sample", "evaluate"]
 
 
+def test_what_came_out_before_a_run_went_on_does_not_count(tmp_path: Path) -> None:
+    planned, study = plan(study_file(tmp_path, tmp_path / "teacher"))
+    first, config = planned[0], planned[0].config
+    run = first.run
+    run.path.mkdir(parents=True)
+    write_summary(run.path, "distill", config.train.max_steps)
+    run.metrics_file.touch()
+    write_json(run.environment_file, {"commit": None})
+
+    def measured(sampled: int, evaluated: int) -> list[str]:
+        """The commands that are missing where samples and metrics are of these steps."""
+        write_json(run.samples / "sampling.json", {"num_images": 24, "protocol": {"steps_trained": sampled}})
+        write_json(run.evaluation_file, {"fid": 1.0, "protocol": {"steps_trained": evaluated}})
+        return [line[0] for line in runner._missing(run, config, ["distill"])]
+
+    study = study.model_copy(update={"after_seconds": []})
+    assert measured(10, 10) == [] and len(collect(study, planned, read_known(study, planned)).outcomes) == 1
+    assert measured(5, 5) == ["sample", "evaluate"]
+    assert not first.is_complete and not collect(study, planned, read_known(study, planned)).outcomes
+    assert measured(10, 5) == ["evaluate"]
+
+
 def test_runs_of_two_teachers_at_one_place_are_no_study(tmp_path: Path) -> None:
     planned, study = plan(study_file(tmp_path, tmp_path / "teacher"))
     for each, digest in zip(planned, "aaba", strict=True):
