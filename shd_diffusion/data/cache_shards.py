@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from shd_diffusion.data.decoding import UnreadableImage
 from shd_diffusion.data.framing import Size
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.errors import UserError
-from shd_diffusion.files import read_json, sha256
+from shd_diffusion.files import json_sha256, read_json, sha256
 from shd_diffusion.progress import announce, progress_bar
 
 
@@ -55,12 +55,25 @@ class Shard:
         return whole
 
 
-def plan_shards(output: Path, images: Images, size: int, identity: str) -> list[Shard]:
-    """The shards of a data set, bucket by bucket, `size` images in each but the last of a bucket."""
+def plan_shards(
+    output: Path, images: Images, size: int, identity: str, finished: Iterable[dict[str, Any]] = ()
+) -> list[Shard]:
+    """The shards of a data set, bucket by bucket, `size` images in each but the last of a bucket.
+
+    Args:
+        identity: of the cache.
+        finished: the records of the shards where the cache is complete already.
+    """
     chunks = [
         bucket[start : start + size] for bucket in by_size(images) for start in range(0, len(bucket), size)
     ]
-    return [Shard(output, number, chunk, identity) for number, chunk in enumerate(chunks)]
+    # Which images are in a shard of one of several buckets hangs on headers, which may not be read for a moment.
+    # Complete caches of earlier versions, whose shards have but the cache's identity, stay as runs know them.
+    alike = len(images.buckets) == 1 or any(record.get("identity") == identity for record in finished)
+    return [
+        Shard(output, number, chunk, identity if alike else json_sha256([identity, list(chunk)]))
+        for number, chunk in enumerate(chunks)
+    ]
 
 
 def by_size(images: Images) -> list[Sequence[int]]:

@@ -122,7 +122,8 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
         except (UserError, ValueError) as error:
             raise UserError(f"{source}: {config.pipeline} cannot be trained here: {error}") from error
     check_identity(output, manifest["identity"])
-    shards = plan_shards(output, images, config.prepare.shard_size, checksum(manifest["identity"]))
+    finished = finished_shards(output)
+    shards = plan_shards(output, images, config.prepare.shard_size, checksum(manifest["identity"]), finished)
     state.wait_for_everyone()  # until all have looked at the folder
     with locked(output, state):
         check_identity(output, manifest["identity"])  # again, as another command may have been here meanwhile
@@ -294,6 +295,11 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
                 f"{output / MANIFEST}: this cache was made with another {name} ({present.get(key)} there, "
                 f"{identity.get(key)} now); give another --output or delete the folder"
             )
+
+
+def finished_shards(output: Path) -> list[dict[str, Any]]:
+    """The records of the shards of a cache that is complete; none of one that is not."""
+    return read_manifest(output, complete=False)["shards"] if (output / MANIFEST).exists() else []
 
 
 def _has_null(output: Path) -> bool:
