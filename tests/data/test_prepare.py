@@ -340,3 +340,59 @@ def test_a_complete_cache_of_an_earlier_version_stays(images: Path, vae: Path, t
     path.unlink()
     bucket_cache(images, vae, folder)
     assert shard_files(folder) == before and build_source(latents(folder)).fingerprint() == known
+
+
+def test_an_image_that_could_not_be_read_for_a_moment_is_not_left_out(
+    images: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = shard_files(make_cache(images, vae, tmp_path / "whole"))
+    read, encode = ImageFolder.image, LatentSpace.encode
+    reads, calls, fails, stops = 0, 0, 1, 0
+
+    def unread(self: ImageFolder, index: int) -> torch.Tensor:
+        nonlocal reads
+        reads += index == 1
+        if index == 1 and reads <= fails:
+            raise UnreadFile("not for a moment")
+        return read(self, index)
+
+    def stopped(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == stops:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(ImageFolder, "image", unread)
+    monkeypatch.setattr(LatentSpace, "encode", stopped)
+    assert shard_files(make_cache(images, vae, tmp_path / "one")) == whole  # by the same call
+
+    reads, calls, stops = 0, 0, 7
+    with pytest.raises(KeyboardInterrupt):
+        make_cache(images, vae, tmp_path / "two")
+    record = json.loads((tmp_path / "two" / "shards" / "latents-00000.json").read_text())
+    assert record["unreadable"][0]["unread"]
+    assert shard_files(make_cache(images, vae, tmp_path / "two")) == whole  # by the next one
+
+    reads, fails, stops = 0, 99, 0
+    folder = make_cache(images, vae, tmp_path / "three")
+    known, fails = build_source(latents(folder)).fingerprint(), 0
+    make_cache(images, vae, folder)  # a complete cache stays as runs know it
+    assert build_source(latents(folder)).fingerprint() == known
+
+
+def test_a_size_that_could_not_be_looked_up_ends_in_no_batch(
+    images: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The image would stand in a bucket of another size."""
+    geometry = ImageFolder.geometry
+
+    def unread(self: ImageFolder, index: int) -> Any:
+        if index == 0:
+            raise UnreadFile("not for a moment")
+        return geometry(self, index)
+
+    monkeypatch.setattr(ImageFolder, "geometry", unread)
+    folder = bucket_cache(images, vae, tmp_path / "cache")
+    assert "could not be read when its size was looked up" in (folder / "unreadable.txt").read_text()
+    assert len(build_source(latents(folder))) == NUM_IMAGES - 1
