@@ -403,6 +403,8 @@ def test_only_some_variants_run_under_a_condition(study: StudyConfig) -> None:
         ("variants", {}, "variants"),
         ("variants", {"kd": {}, "": {}}, "a variant has no name"),
         ("budgets", {}, "budget"),
+        ("overrides", {"seed": 3}, "`overrides` has `seed`, which `seeds` gives"),
+        ("variants", {"kd": {"sample": {"seed": 3}}}, "`variants.kd` has `sample.seed`"),
     ],
 )
 def test_a_wrong_study_is_one_line(key: str, value: object, says: str, tmp_path: Path) -> None:
