@@ -474,9 +474,10 @@ def _read_tree(path: Path, above: tuple[Path, ...] = ()) -> dict[str, Any]:
     base = tree.pop("base", None)
     if base is None:
         return tree
-    if not isinstance(base, str) or path in above:
+    place = path.resolve()  # a file may go by many names: `../configs/a.yaml` from within `configs`
+    if not isinstance(base, str) or place in above:
         raise UserError(f"{path}: key `base` is {base!r}: give another config file, beside this one")
-    return _merged(_read_tree(path.parent / base, (*above, path)), tree)
+    return _merged(_read_tree(path.parent / base, (*above, place)), tree)
 
 
 def _merged(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

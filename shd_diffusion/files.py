@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TextIO, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 from safetensors import SafetensorError
@@ -99,8 +99,9 @@ def naming(path: Path) -> Iterator[None]:
 def locked(folder: Path, processes: Processes | None = None) -> Iterator[None]:
     """No other command writes into this folder for as long as the context lasts.
 
-    The system itself lets go of the lock of a process that has died, on network file systems too. What a killed
-    command has left under temporary names is removed.
+    The system itself lets go of the lock of a process that has died, on network file systems too; processes that it has
+    forked, such as workers that read data, do not hold it. What a killed command has left under temporary names is
+    removed.
 
     Args:
         folder: is made where it is missing.
@@ -113,7 +114,7 @@ def locked(folder: Path, processes: Processes | None = None) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("a") as file:  # as it is, if it is there
+    with _of_this_process((folder / LOCK).open("a")) as file:  # as it is, if it is there
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -125,6 +126,29 @@ def locked(folder: Path, processes: Processes | None = None) -> Iterator[None]:
         for left in list(_left_behind(folder)):
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
         yield
+
+
+_HELD: set[TextIO] = set()
+"""Files by which this process holds locks."""
+
+
+@contextmanager
+def _of_this_process(file: TextIO) -> Iterator[TextIO]:
+    """A file that is open here alone: a lock lasts until all have closed it that were forked with it."""
+    _HELD.add(file)
+    try:
+        with file:
+            yield file
+    finally:
+        _HELD.discard(file)
+
+
+def _close_held() -> None:
+    while _HELD:
+        _HELD.pop().close()
+
+
+os.register_at_fork(after_in_child=_close_held)
 
 
 def _left_behind(folder: Path) -> Iterator[Path]:

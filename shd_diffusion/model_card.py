@@ -95,7 +95,7 @@ def card(run: RunFolder, name: str | None = None) -> str:
     """
     config, summary = run.read_config(), run.read_summary()
     environment = read_as(run.environment_file, dict[str, Any])
-    metrics = read_as(run.evaluation_file, dict[str, Any]) if run.evaluation_file.exists() else None
+    metrics = read_as(run.evaluation_file, dict[str, Any]) if run.is_evaluated() else None
     teacher = config.teacher.path if isinstance(config, DistillConfig) else None
     return CARD.format(
         name=summary.name,
@@ -143,12 +143,7 @@ def _asked(run: RunFolder, index: dict[str, Any]) -> str:
 
 
 def _made(config: RunConfig, summary: Summary) -> str:
-    losses = flatten(config.model_dump(mode="json", by_alias=True).get("losses", {}))
-    weights = {
-        key.removesuffix(".weight"): value
-        for key, value in losses.items()
-        if key.endswith(".weight") and value
-    }
+    weights = _asked_for(config) if summary.losses is None else summary.losses
     told = ", ".join(f"{name} ({weight:g})" for name, weight in weights.items())
     return (
         f"{summary.steps:,} steps of {config.train.batch_size} images of `{config.data.name}`; "
@@ -156,6 +151,16 @@ def _made(config: RunConfig, summary: Summary) -> str:
         f"Losses and their weights: {told or 'denoise (1)'}."
         f"{QUANTISED if isinstance(config, DistillConfig) and config.student.quantise else ''}"
     )
+
+
+def _asked_for(config: RunConfig) -> dict[str, float]:
+    """The weights of the terms in a config, not all of which need have counted."""
+    losses = flatten(config.model_dump(mode="json", by_alias=True).get("losses", {}))
+    return {
+        key.removesuffix(".weight"): value
+        for key, value in losses.items()
+        if key.endswith(".weight") and value
+    }
 
 
 def _metrics(metrics: dict[str, Any]) -> str:

@@ -13,6 +13,11 @@ SPELLED = {"reference": "reference_sha256", "clip_model.name": "clip_model.sha25
 """Protocol keys that name what a hash beside them tells: where the hashes are equal, other names are the same thing."""
 
 
+def is_of_step(protocol: Mapping[str, Any], step: int) -> bool:
+    """Whether images or metrics are of a model after so many steps, as far as they tell."""
+    return protocol.get("steps_trained", step) == step
+
+
 def are_alike(key: str, protocols: Sequence[Mapping[str, Any]]) -> bool:
     """Whether flat protocols agree in a key, as far as measurements go."""
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from shd_diffusion.config import DistillConfig, RunConfig, TrainTeacherConfig, d
 from shd_diffusion.environment import describe_environment
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import check_ours, json_sha256, naming, read_as, write_json, write_text
-from shd_diffusion.protocol import flatten
+from shd_diffusion.protocol import flatten, is_of_step
 from shd_diffusion.squeezing.plan import PLANS_FILE
 from shd_diffusion.summary import Summary
 
@@ -48,6 +48,8 @@ FREE = (
 # Where that lies which a run began with: it may move, and `check_inputs` sees that it is the same.
 PLACES = ("data.path", "teacher.path", "pipeline", "model.pretrained", "student.pretrained")
 
+# Of these, what a run may do without: with one, wherever it lies, it is another run than without.
+OPTIONAL = ("pipeline", "model.pretrained", "student.pretrained")
 
 PIPELINE = "pipeline"
 """Where its pipeline is, in a run's folder."""
@@ -168,7 +170,8 @@ class RunFolder:
         """See that the folder is free or holds a run of this config; nothing is written.
 
         Args:
-            moved: what it reads may lie elsewhere by now; whether it is the same, `check_inputs` sees.
+            moved: what it reads may lie elsewhere by now; whether it is the same, `check_inputs` sees. What it may do
+            without is given by both or by neither.
 
         Raises:
             UserError: the folder belongs to another config, or is no run folder.
@@ -179,7 +182,9 @@ class RunFolder:
         if self.pipeline == self.path:
             raise UserError(f"{self.path}: is a pipeline that `compress` made; give another --output")
         present = self.read_config()
-        there, now = (_training_keys(each, () if moved else PLACES) for each in (present, config))
+        pair = (present, config)
+        given = [{key for key in OPTIONAL if _flat(each).get(key) is not None} for each in pair]
+        there, now = (_training_keys(each, given[0] ^ given[1] if moved else PLACES) for each in pair)
         for key in sorted(there.keys() | now.keys()):
             if there.get(key) != now.get(key):
                 raise UserError(
@@ -205,9 +210,9 @@ class RunFolder:
         if not self.inputs_file.exists():
             return
         began_with = read_as(self.inputs_file, dict[str, str])
-        flat = flatten(config.model_dump(mode="json", by_alias=True))
-        for key, found in inputs.items():
-            if began_with.get(key, found) != found:  # earlier versions knew fewer
+        flat = _flat(config)
+        for key in sorted(began_with.keys() | inputs.keys()):
+            if key in began_with and inputs.get(key) != began_with[key]:  # earlier versions knew fewer
                 place = flat.get(key) or flat.get(f"{key}.path")
                 raise UserError(
                     f"{self.path}: what `{key}` names{f' ({place})' if place else ''} has changed since this run "
@@ -221,6 +226,18 @@ class RunFolder:
     def is_complete(self, config: RunConfig) -> bool:
         """Whether a run has taken all the steps that a config wants."""
         return self.summary_file.exists() and self.read_summary().steps == config.train.max_steps
+
+    def is_evaluated(self) -> bool:
+        """Whether there are metrics of what a finished run has come to; those from before it went on are of another
+        model.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        if not (self.summary_file.exists() and self.evaluation_file.exists()):
+            return False
+        protocol = read_as(self.evaluation_file, dict[str, Any]).get("protocol", {})
+        return is_of_step(protocol, self.read_summary().steps)
 
     def identity(self, config: RunConfig) -> str:
         """A hash of all that a run's weights follow from, as far as it is not the default: of a later version, which
@@ -324,15 +341,20 @@ class RunFolder:
         return self.pipeline
 
 
+def _flat(config: RunConfig, changed: bool = False) -> dict[str, Any]:
+    """A config as `config.yaml` has it, by dotted key; `changed`: without what has its default."""
+    return flatten(config.model_dump(mode="json", by_alias=True, exclude_defaults=changed))
+
+
 def _training_keys(
-    config: RunConfig, with_places: Sequence[str] = (), changed: bool = False
+    config: RunConfig, with_places: Collection[str] = (), changed: bool = False
 ) -> dict[str, Any]:
     """All that a run's weights follow from, by dotted key; where that lies only as far as wanted.
 
     Args:
         changed: leave out what has its default.
     """
-    flat = flatten(config.model_dump(mode="json", by_alias=True, exclude_defaults=changed))
+    flat = _flat(config, changed)
     free = [key for key in (*FREE, *PLACES) if key not in with_places]
     return {
         key: value

@@ -21,6 +21,8 @@ class Summary(BaseModel):
         teacher: its folder or hub name; None where it was trained without.
         teacher_heads: as `heads`.
         extra_parameters: trained beside the model and left behind, such as projectors.
+        losses: the weights of the terms that it was trained on; None of an earlier version, or where nothing was
+            trained.
     """
 
     model_config = ConfigDict(frozen=True, validate_by_name=True)
@@ -38,3 +40,4 @@ class Summary(BaseModel):
     teacher: str | None = None
     teacher_heads: int | None = Field(None, ge=0)
     extra_parameters: int = Field(0, ge=0)
+    losses: dict[str, float] | None = None

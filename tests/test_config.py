@@ -140,9 +140,10 @@ def test_a_config_starts_from_another(tmp_path: Path) -> None:
     config = read_config(tmp_path / "above.yaml", TrainTeacherConfig, ["train.batch_size=4"])
     assert (config.seed, config.train.max_steps, config.train.batch_size) == (1, 5, 4)
     assert config.model.arguments == {"a": 1, "b": 2}
-    (tmp_path / "below.yaml").write_text("base: above.yaml\n")
-    with pytest.raises(UserError, match=r"above\.yaml: key `base`"):
-        read_config(tmp_path / "above.yaml", TrainTeacherConfig)
+    for again in ("above.yaml", f"../{tmp_path.name}/above.yaml"):  # by another name each time around
+        (tmp_path / "below.yaml").write_text(f"base: {again}\n")
+        with pytest.raises(UserError, match=r"above\.yaml: key `base`"):
+            read_config(tmp_path / "above.yaml", TrainTeacherConfig)
 
 
 def test_a_key_that_is_given_twice_is_an_error(tmp_path: Path) -> None:

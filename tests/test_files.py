@@ -1,11 +1,14 @@
 """Files are whole or absent."""
 
+import multiprocessing
 import os
 import resource
 import signal
 import stat
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import pytest
@@ -64,6 +67,29 @@ def test_two_commands_do_not_write_into_one_folder(tmp_path: Path) -> None:
         pass
     with locked(tmp_path / "a"):  # the lock is gone with its owner
         pass
+
+
+def test_processes_that_were_forked_do_not_hold_a_lock(tmp_path: Path):
+    """Workers that read data outlive a command that was killed, by seconds."""
+    context = multiprocessing.get_context("fork")
+    began = context.Event()
+    child = context.Process(target=_begin_and_wait, args=(began,))
+    try:
+        with locked(tmp_path):
+            child.start()
+            assert began.wait(60)
+            with pytest.raises(UserError, match="at work in this folder"), locked(tmp_path):
+                pass
+        with locked(tmp_path):
+            assert child.is_alive()
+    finally:
+        child.kill()
+        child.join()
+
+
+def _begin_and_wait(began: Event) -> None:
+    began.set()
+    time.sleep(600)
 
 
 def test_what_a_killed_command_has_left_is_removed(tmp_path: Path) -> None:

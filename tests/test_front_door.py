@@ -64,6 +64,20 @@ def test_a_run_has_a_card_with_its_metrics(runs: Path) -> None:
     assert len(names["images"]) == 2
 
 
+def test_a_card_has_no_metrics_of_an_earlier_step(runs: Path, tmp_path: Path) -> None:
+    run = RunFolder(shutil.copytree(runs / "teacher", tmp_path / "run"))
+    assert "| fid |" in card(run)
+    metrics = json.loads(run.evaluation_file.read_text())
+    metrics["protocol"]["steps_trained"] -= 1
+    run.evaluation_file.write_text(json.dumps(metrics))
+    assert "| fid |" not in card(run) and "Not evaluated yet" in card(run)
+
+
+def test_a_card_names_the_terms_that_counted(runs: Path) -> None:
+    """Not `variance`, which has a weight, but no model here learns one."""
+    assert "Losses and their weights: denoise (1), output (1), shd (20)." in card(RunFolder(runs / "kd-shd"))
+
+
 def test_a_card_imports_the_classes_that_diffusers_has_not(runs: Path, tmp_path: Path) -> None:
     run = RunFolder(shutil.copytree(runs / "teacher", tmp_path / "run"))
     assert "import shd_diffusion.models" not in card(run)

@@ -18,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from shd_diffusion.environment import describe_environment
+from shd_diffusion.errors import UserError
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sampling import ClassConditionalPipeline
 
@@ -382,6 +383,28 @@ def test_a_run_goes_on_where_its_teacher_has_moved(runs: Path, tmp_path: Path) -
     moved.rename(other)  # a complete run has not learnt from this one
     code, _, errors = command(*arguments, *sets(*SHORT, f"teacher.path={other}", "train.max_steps=21"))
     assert code == 2 and f"what `teacher.path` names ({other}) has changed" in errors
+
+
+def test_a_run_that_began_from_random_weights_did_not_begin_from_others(runs: Path, tmp_path: Path) -> None:
+    """Nor the reverse: where `student.pretrained` lies may change, but not whether there is one."""
+    alone, given = tmp_path / "alone.yaml", tmp_path / "given.yaml"
+    text = DISTILL_CONFIG.read_text()
+    start, end = text.index("student:"), text.index("losses:")
+    alone.write_text(f"{text[:start]}student: {{}}\n\n{text[end:]}")
+    given.write_text(f"{text[:start]}student:\n  pretrained: {runs / 'teacher'}\n\n{text[end:]}")
+    settings = sets(*SHORT, f"teacher.path={runs / 'teacher'}", "train.max_steps=1")
+    for first, then, says in ((alone, given, "is None there"), (given, alone, "None now")):
+        run = RunFolder(tmp_path / first.stem)
+        assert command("distill", first, "--output", run.path, *settings)[0] == 0
+        before = run.config_file.read_bytes()
+        for more in ([], sets("train.max_steps=2")):
+            code, _, errors = command("distill", then, "--output", run.path, *settings, *more)
+            assert code == 2 and "`student.pretrained`" in errors and says in errors
+        assert run.config_file.read_bytes() == before
+    inputs = json.loads(run.inputs_file.read_text())
+    del inputs["student.pretrained"]
+    with pytest.raises(UserError, match=r"what `student\.pretrained` names \(.*\) has changed"):
+        run.check_inputs(run.read_config(), inputs)
 
 
 def test_a_pipeline_that_was_deleted_is_made_anew_from_the_last_checkpoint(

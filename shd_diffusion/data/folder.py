@@ -54,6 +54,11 @@ class ImageFolder(ImageFiles):
             self.labels = torch.tensor([numbers[name] for name, inside, _ in groups if inside])
             self.num_classes, self.class_names = len(classes), list(map(printable_path, classes))
             tell_order(folder, classes)
+            if beside := sum(not inside for _, inside, _ in groups):
+                announce(
+                    f"{printable_path(folder)}: {beside:,} images beside the class folders have no class and are left "
+                    "out; move them into one"
+                )
             if empty := set(range(len(classes))) - set(self.labels.tolist()):
                 names = ", ".join(self.class_names[number] for number in sorted(empty))
                 raise UserError(

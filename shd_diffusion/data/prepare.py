@@ -7,7 +7,7 @@ A shard holds a fixed range of the images, so that it is the same whoever writes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from shd_diffusion.data.cache_shards import Shard, plan_shards
 from shd_diffusion.data.conditions import CaptionEncoder, LabelEncoder
 from shd_diffusion.data.datasets import DataConfig, name_of, open_dataset
-from shd_diffusion.data.decoding import SmallImage, UnreadableImage
+from shd_diffusion.data.decoding import SmallImage, UnreadableImage, UnreadFile
 from shd_diffusion.data.image_sets import Images
 from shd_diffusion.data.images import from_bytes, to_rgb
 from shd_diffusion.data.latent_space import LatentSpace, load_vae
@@ -122,11 +122,12 @@ def prepare(config: PrepareConfig, output: Path, source: str) -> None:
         except (UserError, ValueError) as error:
             raise UserError(f"{source}: {config.pipeline} cannot be trained here: {error}") from error
     check_identity(output, manifest["identity"])
-    shards = plan_shards(output, images, config.prepare.shard_size, checksum(manifest["identity"]))
+    finished = finished_shards(output)
+    shards = plan_shards(output, images, config.prepare.shard_size, checksum(manifest["identity"]), finished)
     state.wait_for_everyone()  # until all have looked at the folder
     with locked(output, state):
         check_identity(output, manifest["identity"])  # again, as another command may have been here meanwhile
-        _prepare(config, output, source, images, encoder, space, manifest, shards)
+        _prepare(config, output, source, images, encoder, space, manifest, shards, bool(finished))
 
 
 def _prepare(
@@ -138,6 +139,7 @@ def _prepare(
     space: LatentSpace,
     manifest: dict[str, Any],
     shards: list[Shard],
+    finished: bool,
 ) -> None:
     """All of `prepare` that writes."""
     state = processes()
@@ -157,7 +159,9 @@ def _prepare(
     else:
         latents = partial(encode_images, images, space, config)
     mine = shards[state.process_index :: state.num_processes]
-    encode_shards(mine, images, encoder, latents, config)
+    encode_shards(mine, images, encoder, latents, config, finished)
+    if not finished and (lacking := [shard for shard in mine if _can_be_read_by_now(images, shard)]):
+        encode_shards(lacking, images, encoder, latents, config, finished)
     state.wait_for_everyone()
     records = [shard.read_record() for shard in shards]
     unreadable = [image for record in records for image in record["unreadable"]]
@@ -296,6 +300,11 @@ def check_identity(output: Path, identity: dict[str, Any]) -> None:
             )
 
 
+def finished_shards(output: Path) -> list[dict[str, Any]]:
+    """The records of the shards of a cache that is complete; none of one that is not."""
+    return read_manifest(output, complete=False)["shards"] if (output / MANIFEST).exists() else []
+
+
 def _has_null(output: Path) -> bool:
     """Whether a cache has its condition for none: it stays, since another machine's differs in rounding, and the cache
     would be another one."""
@@ -304,8 +313,8 @@ def _has_null(output: Path) -> bool:
     return read_manifest(output, complete=False).get("null_sha256") == sha256(output / NULL)
 
 
-Latents = Callable[[Sequence[int]], Iterator[tuple[Tensor, list[Any]]]]
-"""From indices to batches of moments (b, copies, k·C, h, w), with B attempts, of which b are no failure."""
+Latents = Callable[[Shard], Iterator[tuple[Tensor, list[Any]]]]
+"""From a shard to batches of moments (b, copies, k·C, h, w), with B attempts, of which b are no failure."""
 
 
 def encode_shards(
@@ -314,14 +323,19 @@ def encode_shards(
     encoder: LabelEncoder | CaptionEncoder,
     latents: Latents,
     config: PrepareConfig,
+    finished: bool,
 ) -> None:
-    """Encode the shards that are not done yet; end as soon as it is certain that too many are unreadable."""
+    """Encode the shards that are not done yet; end as soon as it is certain that too many are unreadable.
+
+    Args:
+        finished: the cache was complete, so runs know it as it is: what it lacks it lacks for good.
+    """
     state = processes()
     name = f"prepare, process {state.process_index + 1} of {state.num_processes}"
     unreadable: list[dict[str, Any]] = []
     with progress_bar(sum(map(len, shards)), name, "image", visible=state.is_main_process) as bar:
         for shard in shards:
-            if shard.is_done():
+            if shard.is_done() and (finished or not _can_be_read_by_now(images, shard)):
                 bar.update(len(shard))
             else:
                 encode_shard(shard, images, encoder, latents, config, bar.update)
@@ -345,7 +359,7 @@ def encode_shard(
     moments: list[Tensor] = []
     conditions: list[list[dict[str, Tensor]]] = []
     unreadable: list[dict[str, Any]] = []
-    for batch, attempts in latents(shard.indices):
+    for batch, attempts in latents(shard):
         unreadable += [attempt for attempt in attempts if "reason" in attempt]
         read = [attempt["index"] for attempt in attempts if "reason" not in attempt]
         if read:
@@ -381,11 +395,11 @@ def encode_shard(
 
 
 def encode_images(
-    images: Images, space: LatentSpace, config: PrepareConfig, indices: Sequence[int]
+    images: Images, space: LatentSpace, config: PrepareConfig, shard: Shard
 ) -> Iterator[tuple[Tensor, list[Any]]]:
     """The moments of images, as they are and mirrored, (b, 2, k·C, h, w); see `Latents`."""
     attempts: DataLoader[Any] = DataLoader(
-        _Attempts(images, indices),
+        _Attempts(images, shard),
         batch_size=config.prepare.batch_size,
         num_workers=config.data.num_workers,
         collate_fn=list,
@@ -427,9 +441,9 @@ def teacher_latents(
     except Exception as error:  # diffusers raises errors of any kind
         raise UserError(f"{source}: {name} cannot sample latents ({one_line(error)})") from error
 
-    def sample(indices: Sequence[int]) -> Iterator[tuple[Tensor, list[Any]]]:
-        for start in range(0, len(indices), settings.batch_size):
-            batch = indices[start : start + settings.batch_size]
+    def sample(shard: Shard) -> Iterator[tuple[Tensor, list[Any]]]:
+        for start in range(0, len(shard), settings.batch_size):
+            batch = shard.indices[start : start + settings.batch_size]
             latents = sampler.sample(batch, [images.captions(index)[0] for index in batch])
             yield latents[:, None], [{"index": index} for index in batch]
 
@@ -463,18 +477,29 @@ def check_share(unreadable: list[dict[str, Any]], count: int, settings: EncodeCo
 
 
 class _Attempts(Dataset[dict[str, Any]]):
-    """Attempts at reading images: items with their index, or which image cannot be read, and why."""
+    """Attempts at reading the images of a shard: items with their index, or which image cannot be read, and why."""
 
-    def __init__(self, images: Images, indices: Sequence[int]) -> None:
-        self.images, self.indices = images, indices
+    def __init__(self, images: Images, shard: Shard) -> None:
+        self.images, self.shard = images, shard
 
     def __len__(self) -> int:
-        return len(self.indices)
+        return len(self.shard)
 
     def __getitem__(self, position: int) -> dict[str, Any]:
-        index = self.indices[position]
+        index = self.shard.indices[position]
         try:
-            return {"image": self.images.image(index), "index": index}
+            image = self.images.image(index)
+            if tuple(image.shape[1:]) != self.shard.size:
+                raise UnreadFile(f"{self.images.name(index)}: could not be read when its size was looked up")
+            return {"image": image, "index": index}
         except UnreadableImage as error:
-            small = {"small": True} if isinstance(error, SmallImage) else {}
-            return {"index": index, "name": self.images.name(index), "reason": str(error), **small}
+            kinds = {"small": SmallImage, "unread": UnreadFile}
+            told = {name: True for name, kind in kinds.items() if isinstance(error, kind)}
+            return {"index": index, "name": self.images.name(index), "reason": str(error), **told}
+
+
+def _can_be_read_by_now(images: Images, shard: Shard) -> bool:
+    """Whether an image that a shard lacks, since it could not be read for a moment, can be read now."""
+    unread = {each["index"] for each in shard.read_record()["unreadable"] if each.get("unread")}
+    attempts = _Attempts(images, shard)
+    return any("image" in attempts[place] for place, index in enumerate(shard.indices) if index in unread)

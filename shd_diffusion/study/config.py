@@ -7,15 +7,15 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from shd_diffusion.config import DistillConfig, Section, read_config
+from shd_diffusion.config import DistillConfig, RunConfig, Section, read_config
 from shd_diffusion.errors import UserError
 from shd_diffusion.files import read_as
+from shd_diffusion.protocol import flatten
 from shd_diffusion.run_folder import RunFolder
 
 Overrides = dict[str, Any]
@@ -25,6 +25,12 @@ Place = tuple[str, str, int]
 
 MEASURED = ("sample", "evaluate", "train.max_steps", "train.micro_batch_size", "train.validation")
 """What a run may have otherwise and stay the same run, but not the same measurement."""
+
+UNMEASURED = "sample.batch_size"
+"""Of these, what changes no image."""
+
+SEEDS = ("seed", "sample.seed")
+"""What the seeds of a study are set as."""
 
 VARIANT = "variant:"
 """Before the name of a variant, in place of a path."""
@@ -123,6 +129,9 @@ class StudyConfig(Section):
                 raise ValueError(
                     f"`only.{condition}` lacks `{other}`, which another variant there begins with"
                 )
+        for where, overrides in self._layers.items():
+            if (seed := next((key for key in SEEDS if key in flatten(overrides)), None)) is not None:
+                raise ValueError(f"`{where}` has `{seed}`, which `seeds` gives to every run; remove it")
         names = list(self.variants)
         for place, (name, overrides) in enumerate(self.variants.items()):
             for other in follows(overrides):
@@ -132,14 +141,31 @@ class StudyConfig(Section):
                     )
         return self
 
+    @property
+    def _layers(self) -> dict[str, Overrides]:
+        """All overrides, by their place in the study."""
+        return {
+            "overrides": self.overrides,
+            **{f"conditions.{name}": overrides for name, overrides in self.conditions.items()},
+            **{f"variants.{name}": overrides for name, overrides in self.variants.items()},
+        }
+
     def variants_of(self, condition: str) -> list[str]:
         """The variants that run under a condition."""
         only = self.only.get(condition, self.variants)
         return [name for name in self.variants if name in only]
 
     def overridden(self, condition: str, variant: str) -> Overrides:
-        """What a run has otherwise than `distill`, but for its seed."""
-        return {**self.overrides, **self.conditions[condition], **self.variants[variant]}
+        """What a run has otherwise than `distill`, but for its seed, in the order in which it is to be set.
+
+        A section of a condition comes after the keys in it that the overrides set, and before those of the variant.
+        """
+        layers = (self.overrides, self.conditions[condition], self.variants[variant])
+        found: Overrides = {}
+        for key, value in chain.from_iterable(layer.items() for layer in layers):
+            found.pop(key, None)  # else it would keep the place that it had
+            found[key] = value
+        return found
 
     def asked(self, condition: str, variant: str) -> tuple[str, Overrides, dict[str, Any] | None]:
         """All that makes a run what it is, but for its seed and what stands in `distill`."""
@@ -151,7 +177,7 @@ class StudyConfig(Section):
     @property
     def varied(self) -> set[str]:
         """Keys of how a run is measured in which its own runs may differ."""
-        overrides = chain(*self.variants.values(), *self.conditions.values())
+        overrides = chain(*map(flatten, (*self.variants.values(), *self.conditions.values())))
         return {key.split(".")[1] for key in overrides if key.startswith(("sample.", "evaluate."))}
 
     @property
@@ -197,8 +223,12 @@ class Planned:
 
     @property
     def is_complete(self) -> bool:
-        """Whether it is trained to its last step, sampled and evaluated."""
-        return self.run.is_complete(self.config) and self.run.evaluation_file.exists()
+        """Whether it is trained to its last step, sampled and evaluated since.
+
+        Raises:
+            UserError: a file is damaged.
+        """
+        return self.run.is_complete(self.config) and self.run.is_evaluated()
 
     @property
     def place(self) -> Place:
@@ -269,14 +299,20 @@ def check(run: RunFolder, config: DistillConfig) -> None:
     run.check(config)
     if not run.config_file.exists():
         return
-    present = run.read_config()
-    for key in MEASURED:
-        there, now = (attrgetter(key)(each) for each in (present, config))
-        if there != now:
+    there, now = _measured(run.read_config()), _measured(config)
+    for key in sorted(there.keys() | now.keys()):
+        if there.get(key) != now.get(key):
             raise UserError(
                 f"{run.config_file}: `{key}` is another than the study's; "
                 "give the study another `output` or delete the folder"
             )
+
+
+def _measured(config: RunConfig) -> dict[str, Any]:
+    """What a run's measurement depends on beside the run itself, by dotted key."""
+    flat = flatten(config.model_dump(mode="json", by_alias=True))
+    wanted = tuple(f"{key}." for key in MEASURED)
+    return {key: value for key, value in flat.items() if f"{key}.".startswith(wanted) and key != UNMEASURED}
 
 
 def check_inputs(planned: Sequence[Planned]) -> None:

@@ -219,8 +219,8 @@ def _check_protocol(
 
 def _teacher_metrics(study: StudyConfig) -> dict[str, float]:
     """Those of the teacher, once it is evaluated."""
-    file = RunFolder(Path(teacher_of(study))).evaluation_file
-    return read_as(file, Metrics).values if file.exists() else {}
+    teacher = RunFolder(Path(teacher_of(study)))
+    return read_as(teacher.evaluation_file, Metrics).values if teacher.is_evaluated() else {}
 
 
 def read_outcome(planned: Planned, study: StudyConfig) -> Outcome:

@@ -21,6 +21,7 @@ from shd_diffusion.errors import UserError
 from shd_diffusion.files import json_sha256, locked, read_json, sha256, write_json
 from shd_diffusion.models.factory import find_model_folder
 from shd_diffusion.progress import announce
+from shd_diffusion.protocol import is_of_step
 from shd_diffusion.run_folder import RunFolder
 from shd_diffusion.sample_folder import read_summary
 from shd_diffusion.study.cluster import PATIENCE, Submitted, Work, make_executor
@@ -205,14 +206,16 @@ def _sets(overrides: Iterable[str]) -> list[str]:
 
 
 def _missing(run: RunFolder, config: RunConfig, train: list[str]) -> list[list[str]]:
-    """The commands that complete a run."""
+    """The commands that complete a run. Samples and metrics of an earlier step do not count: `sample` says of them
+    that their folder is to be deleted."""
     sampled, path = read_summary(run.samples), str(run.path)
+    of_now = sampled is not None and is_of_step(sampled.protocol, config.train.max_steps)
     commands = []
     if not run.is_complete(config):
         commands.append([*train, "--output", path])
-    if sampled is None or sampled.num_images < config.sample.num_images:
+    if sampled is None or not of_now or sampled.num_images < config.sample.num_images:
         commands.append(["sample", path])
-    if commands or not run.evaluation_file.exists():
+    if commands or not run.is_evaluated():
         commands.append(["evaluate", path])
     return commands
 

@@ -370,6 +370,7 @@ def summarize(name: str, parts: Parts, model: ModelMixin, steps: int) -> Summary
         teacher=config.teacher.path if isinstance(config, DistillConfig) else None,
         teacher_heads=None if parts.teacher_trace is None else parts.teacher_trace.heads,
         extra_parameters=sum(parameter.numel() for parameter in beside),
+        losses={term: built.config.weight for term, built in parts.terms.items()},
     )
 
 

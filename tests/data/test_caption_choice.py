@@ -28,7 +28,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> LatentSource:
     folder = tmp_path_factory.mktemp("cache")
     records, image = [], 0
     for number, (counts, size) in enumerate(SHARDS):
-        shard, first = Shard(folder, number, range(image, image + len(counts)), "x"), image
+        shard, first = Shard(folder, number, range(image, image + len(counts)), (32, 32), "x"), image
         image += len(counts)
         content = {
             "moments": torch.arange(first, image).view(-1, 1, 1, 1, 1).expand(-1, 2, 8, *size).float().contiguous(),

@@ -374,6 +374,13 @@ def test_the_order_of_classes_that_are_numbers_is_told(images: Path, capsys: pyt
     assert not capsys.readouterr().err
 
 
+def test_images_beside_class_folders_are_told(images: Path, capsys: pytest.CaptureFixture):
+    for name in ("a.png", "b.png"):
+        shutil.copyfile(images / "cat" / "00.png", images / name)
+    assert len(ImageFolder(images, square(SIZE))) == NUM_IMAGES
+    assert "2 images beside the class folders have no class and are left out" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("background", ["wite", "#12", "", "#11223344"])
 def test_a_background_is_a_colour(background: str):
     with pytest.raises(ValueError, match="give a colour"):

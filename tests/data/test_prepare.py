@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partialmethod
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,11 @@ from image_files import BROKEN, NUM_IMAGES, SIZE
 from safetensors.torch import load_file, save_file
 
 from shd_diffusion.data import DataConfig, build_source, datasets, open_dataset, reference_images
+from shd_diffusion.data.decoding import UnreadFile
+from shd_diffusion.data.folder import ImageFolder
 from shd_diffusion.data.latent_space import LatentSpace
-from shd_diffusion.data.prepare import EncodeConfig, PrepareConfig
+from shd_diffusion.data.latents import checksum, read_manifest
+from shd_diffusion.data.prepare import EncodeConfig, PrepareConfig, encode_shard, write_manifest
 from shd_diffusion.data.prepare import prepare as run_prepare
 from shd_diffusion.errors import UserError
 
@@ -284,3 +289,110 @@ def test_two_processes_write_what_one_does(images: Path, vae: Path, tmp_path: Pa
         json.loads((tmp_path / name / "manifest.json").read_text()) for name in ("alone", "together")
     ]
     assert manifests[0] == manifests[1]
+
+
+def bucket_cache(images: Path, vae: Path, output: Path) -> Path:
+    """As `make_cache`, of two shapes, in shards of 3."""
+    data = DataConfig(name="image_folder", path=str(images), image_size=SIZE, buckets=[[16, 32], [32, 16]])
+    settings = EncodeConfig(vae=str(vae), batch_size=2, shard_size=3, max_corrupt_share=0.2)
+    run_prepare(PrepareConfig(data=data, prepare=settings), output, "prepare.yaml")
+    return output
+
+
+def test_no_image_is_lost_where_buckets_are_planned_anew(
+    images: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A header that cannot be read for a moment moves all images behind it to other shards."""
+    whole = shard_files(bucket_cache(images, vae, tmp_path / "whole"))
+    read, encode = {name: getattr(ImageFolder, name) for name in ("geometry", "image")}, encode_shard
+    calls = 0
+
+    def stopped(*arguments: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 4:
+            raise KeyboardInterrupt
+        encode(*arguments)
+
+    def unread(self: ImageFolder, index: int, name: str) -> Any:
+        if index == 0:
+            raise UnreadFile("not for a moment")
+        return read[name](self, index)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        for name in read:
+            patch.setattr(ImageFolder, name, partialmethod(unread, name=name))
+        patch.setattr("shd_diffusion.data.prepare.encode_shard", stopped)
+        bucket_cache(images, vae, tmp_path / "cache")
+    assert shard_files(bucket_cache(images, vae, tmp_path / "cache")) == whole
+
+
+def test_a_complete_cache_of_an_earlier_version_stays(images: Path, vae: Path, tmp_path: Path):
+    """Its shards in buckets had the identity of the cache alone; what runs know it by must not change."""
+    folder = bucket_cache(images, vae, tmp_path / "cache")
+    manifest = read_manifest(folder)
+    for record in manifest["shards"]:
+        record["identity"] = checksum(manifest["identity"])
+        (folder / record["file"]).with_suffix(".json").write_text(json.dumps(record, indent=2) + "\n")
+    write_manifest(folder, {key: value for key, value in manifest.items() if key != "checksum"})
+    before, known = shard_files(folder), build_source(latents(folder)).fingerprint()
+    path = next((folder / "shards").glob("*.safetensors"))
+    path.unlink()
+    bucket_cache(images, vae, folder)
+    assert shard_files(folder) == before and build_source(latents(folder)).fingerprint() == known
+
+
+def test_an_image_that_could_not_be_read_for_a_moment_is_not_left_out(
+    images: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    whole = shard_files(make_cache(images, vae, tmp_path / "whole"))
+    read, encode = ImageFolder.image, LatentSpace.encode
+    reads, calls, fails, stops = 0, 0, 1, 0
+
+    def unread(self: ImageFolder, index: int) -> torch.Tensor:
+        nonlocal reads
+        reads += index == 1
+        if index == 1 and reads <= fails:
+            raise UnreadFile("not for a moment")
+        return read(self, index)
+
+    def stopped(*arguments: Any) -> torch.Tensor:
+        nonlocal calls
+        calls += 1
+        if calls == stops:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(ImageFolder, "image", unread)
+    monkeypatch.setattr(LatentSpace, "encode", stopped)
+    assert shard_files(make_cache(images, vae, tmp_path / "one")) == whole  # by the same call
+
+    reads, calls, stops = 0, 0, 7
+    with pytest.raises(KeyboardInterrupt):
+        make_cache(images, vae, tmp_path / "two")
+    record = json.loads((tmp_path / "two" / "shards" / "latents-00000.json").read_text())
+    assert record["unreadable"][0]["unread"]
+    assert shard_files(make_cache(images, vae, tmp_path / "two")) == whole  # by the next one
+
+    reads, fails, stops = 0, 99, 0
+    folder = make_cache(images, vae, tmp_path / "three")
+    known, fails = build_source(latents(folder)).fingerprint(), 0
+    make_cache(images, vae, folder)  # a complete cache stays as runs know it
+    assert build_source(latents(folder)).fingerprint() == known
+
+
+def test_a_size_that_could_not_be_looked_up_ends_in_no_batch(
+    images: Path, vae: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The image would stand in a bucket of another size."""
+    geometry = ImageFolder.geometry
+
+    def unread(self: ImageFolder, index: int) -> Any:
+        if index == 0:
+            raise UnreadFile("not for a moment")
+        return geometry(self, index)
+
+    monkeypatch.setattr(ImageFolder, "geometry", unread)
+    folder = bucket_cache(images, vae, tmp_path / "cache")
+    assert "could not be read when its size was looked up" in (folder / "unreadable.txt").read_text()
+    assert len(build_source(latents(folder))) == NUM_IMAGES - 1

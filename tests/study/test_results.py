@@ -303,6 +303,7 @@ def teacher(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def evaluate_teacher(folder: Path, fid: float) -> None:
     (folder / "teacher" / "evaluation").mkdir(parents=True)
+    write_summary(folder / "teacher", "train-teacher", 20)
     RunFolder(folder / "teacher").evaluation_file.write_text(json.dumps({"fid": fid}))
 
 
@@ -419,6 +420,8 @@ def test_only_some_variants_run_under_a_condition(study: StudyConfig) -> None:
         ("variants", {}, "variants"),
         ("variants", {"kd": {}, "": {}}, "a variant has no name"),
         ("budgets", {}, "budget"),
+        ("overrides", {"seed": 3}, "`overrides` has `seed`, which `seeds` gives"),
+        ("variants", {"kd": {"sample": {"seed": 3}}}, "`variants.kd` has `sample.seed`"),
     ],
 )
 def test_a_wrong_study_is_one_line(key: str, value: object, says: str, tmp_path: Path) -> None:

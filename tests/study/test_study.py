@@ -19,7 +19,7 @@ from random_runs import write_summary
 from safetensors.torch import load_file
 from studies import STEPS, in_turn, stand_in, study_file
 
-from shd_diffusion.config import read_config
+from shd_diffusion.config import SampleConfig, read_config
 from shd_diffusion.errors import OUT_OF_MEMORY, DivergedError, UserError
 from shd_diffusion.files import locked, write_json
 from shd_diffusion.study import runner
@@ -243,6 +243,31 @@ def test_runs_that_were_measured_otherwise_are_no_results(change: tuple[str, int
         plan(study_file(tmp_path, tmp_path / "teacher", overrides=overrides))
 
 
+def test_overrides_are_set_layer_after_layer(tmp_path: Path) -> None:
+    overrides = {**STEPS, "teacher.path": str(tmp_path), "sample.num_images": 30}
+    conditions = {"few": {"sample": {"num_inference_steps": 3}}}
+    variants = {"kd": {"sample.num_images": 48}, "vkd": {}}
+    planned, study = plan(
+        study_file(
+            tmp_path, tmp_path, overrides=overrides, conditions=conditions, variants=variants, seeds=[7]
+        )
+    )
+    found = [(each.config.sample, each.config.seed) for each in planned]
+    assert [(s.num_inference_steps, s.num_images, s.seed, seed) for s, seed in found] == [
+        (3, 48, 7, 7),
+        (3, SampleConfig().num_images, 7, 7),  # the section of the condition is all of it
+    ]
+    assert study.varied == {"num_inference_steps", "num_images"}
+
+
+def test_what_changes_no_image_may_change(tmp_path: Path) -> None:
+    planned, _ = plan(study_file(tmp_path, tmp_path))
+    planned[0].run.path.mkdir(parents=True)
+    planned[0].run.write_config(planned[0].config)
+    overrides = {**STEPS, "teacher.path": str(tmp_path), "sample.batch_size": 5}
+    plan(study_file(tmp_path, tmp_path, overrides=overrides))
+
+
 def test_a_run_that_was_saved_early_is_not_complete(tmp_path: Path) -> None:
     planned, study = plan(study_file(tmp_path, tmp_path / "teacher"))
     run = planned[0].run
@@ -253,6 +278,28 @@ def test_a_run_that_was_saved_early_is_not_complete(tmp_path: Path) -> None:
     assert not planned[0].is_complete and not collect(study, planned, read_known(study, planned)).outcomes
     job = runner._missing(run, planned[0].config, ["distill"])
     assert [line[0] for line in job] == ["distill", "sample", "evaluate"]
+
+
+def test_what_came_out_before_a_run_went_on_does_not_count(tmp_path: Path) -> None:
+    planned, study = plan(study_file(tmp_path, tmp_path / "teacher"))
+    first, config = planned[0], planned[0].config
+    run = first.run
+    run.path.mkdir(parents=True)
+    write_summary(run.path, "distill", config.train.max_steps)
+    run.metrics_file.touch()
+    write_json(run.environment_file, {"commit": None})
+
+    def measured(sampled: int, evaluated: int) -> list[str]:
+        """The commands that are missing where samples and metrics are of these steps."""
+        write_json(run.samples / "sampling.json", {"num_images": 24, "protocol": {"steps_trained": sampled}})
+        write_json(run.evaluation_file, {"fid": 1.0, "protocol": {"steps_trained": evaluated}})
+        return [line[0] for line in runner._missing(run, config, ["distill"])]
+
+    study = study.model_copy(update={"after_seconds": []})
+    assert measured(10, 10) == [] and len(collect(study, planned, read_known(study, planned)).outcomes) == 1
+    assert measured(5, 5) == ["sample", "evaluate"]
+    assert not first.is_complete and not collect(study, planned, read_known(study, planned)).outcomes
+    assert measured(10, 5) == ["evaluate"]
 
 
 def test_runs_of_two_teachers_at_one_place_are_no_study(tmp_path: Path) -> None:
