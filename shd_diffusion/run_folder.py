@@ -197,12 +197,13 @@ class RunFolder:
                 f"be {config.train.max_steps}; it may grow only"
             )
 
-    def check_inputs(self, config: RunConfig, inputs: dict[str, str]) -> None:
+    def check_inputs(self, config: RunConfig, inputs: dict[str, str], some: bool = False) -> None:
         """See that a run goes on with what it began with.
 
         Args:
             config: tells where the inputs are.
             inputs: hashes, by the key of the config that names the data or the model.
+            some: these are not all that it reads.
 
         Raises:
             UserError: something else lies there now.
@@ -211,7 +212,7 @@ class RunFolder:
             return
         began_with = read_as(self.inputs_file, dict[str, str])
         flat = _flat(config)
-        for key in sorted(began_with.keys() | inputs.keys()):
+        for key in sorted(inputs if some else began_with.keys() | inputs.keys()):
             if key in began_with and inputs.get(key) != began_with[key]:  # earlier versions knew fewer
                 place = flat.get(key) or flat.get(f"{key}.path")
                 raise UserError(

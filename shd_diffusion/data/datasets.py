@@ -288,7 +288,7 @@ def caption_of(source: LatentSource, index: int, epoch: int) -> str:
     if images.fingerprint() != manifest["identity"]["source"]:
         raise UserError("data: are others than the cache was made from; run `shd-diffusion prepare` again")
     left_out = {image["index"] for shard in manifest["shards"] for image in shard["unreadable"]}
-    order = (i for bucket in by_size(images) for i in bucket if i not in left_out)
+    order = (i for bucket in by_size(images).values() for i in bucket if i not in left_out)
     captions = images.captions(next(itertools.islice(order, index, None)))
     if "sampling" in manifest["identity"]:  # the teacher has sampled from the first one
         captions = captions[:1]

@@ -56,7 +56,8 @@ def compare_with_teacher(
             "sample more, or lower it"
         )
     if isinstance(config, DistillConfig):
-        run.check_inputs(config, {"teacher.path": hash_model(load_teacher(config.teacher).model)})
+        of_teacher = {"teacher.path": hash_model(load_teacher(config.teacher).model)}
+        run.check_inputs(config, of_teacher, some=True)
     sample = _sampling_of(sampled)
     pipeline = open_pipeline(str(run.finished_pipeline()), sample.dtype)
     pipeline.scheduler = own_scheduler(sample, pipeline.scheduler)

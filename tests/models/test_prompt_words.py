@@ -17,7 +17,7 @@ from shd_diffusion.models.prompts import PromptEncoder, denoiser_name
 
 PROMPT = "a red fox"
 JOINED_BEFORE_THE_FIRST_BLOCK = ("lumina2", "z-image")
-PACKED = ("FluxTransformer", "Chroma", "Qwen")
+PACKED = ("FluxTransformer", "Chroma", "Ovis", "Qwen")
 
 
 def spelled(words: list[Word]) -> list[tuple[str, list[int]]]:
