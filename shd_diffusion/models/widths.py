@@ -146,25 +146,22 @@ _CHROMA: Table = {
     r"proj_out": ("", STREAM),
 }
 
-_FLUX: Table = {
+_MODULATED: Table = {
     **_CHROMA,
-    **_embedder(r"time_text_embed\.timestep_embedder", "timestep", "condition"),
-    **_embedder(r"time_text_embed\.guidance_embedder", "guidance", "condition"),
-    **_embedder(r"time_text_embed\.text_embedder", "pooled", "condition"),
     rf"{_BLOCK}\.norm1(_context)?\.linear|{_SINGLE_BLOCK}\.norm\.linear|norm_out\.linear": (
         "stream+",
         "condition",
     ),
 }
 
-_OVIS: Table = {
-    **_CHROMA,
-    **_embedder("timestep_embedder", "timestep", "condition"),
-    rf"{_BLOCK}\.norm1(_context)?\.linear|{_SINGLE_BLOCK}\.norm\.linear|norm_out\.linear": (
-        "stream+",
-        "condition",
-    ),
+_FLUX: Table = {
+    **_MODULATED,
+    **_embedder(r"time_text_embed\.timestep_embedder", "timestep", "condition"),
+    **_embedder(r"time_text_embed\.guidance_embedder", "guidance", "condition"),
+    **_embedder(r"time_text_embed\.text_embedder", "pooled", "condition"),
 }
+
+_OVIS: Table = {**_MODULATED, **_embedder("timestep_embedder", "timestep", "condition")}
 
 _FLUX2: Table = {
     r"(x|context)_embedder": (STREAM, ""),
