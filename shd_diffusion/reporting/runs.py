@@ -18,7 +18,7 @@ from shd_diffusion.config import parse_yaml
 from shd_diffusion.errors import UserError, one_line
 from shd_diffusion.files import read_as
 from shd_diffusion.progress import printable
-from shd_diffusion.protocol import flatten
+from shd_diffusion.protocol import flatten, is_of_step
 from shd_diffusion.run_folder import run_name
 from shd_diffusion.summary import Summary
 
@@ -409,8 +409,8 @@ def _without_outdated(run: Run) -> Run:
     samples, metrics = run.samples, run.metrics
     folder, steps, shown = shlex.quote(str(run.path)), run.summary.steps, samples or metrics
     evaluate = f"run `shd-diffusion evaluate {folder}`"
-    step = shown.protocol.get("steps_trained") if shown else None
-    if step not in (None, steps):
+    if shown and not is_of_step(shown.protocol, steps):
+        step = shown.protocol["steps_trained"]
         delete = f"delete {run.path / 'samples'}, " if samples else ""
         outdated = (
             f"{run.path}: its {'images' if samples else 'metrics'} are of step {step}, and the run has come to {steps} "
